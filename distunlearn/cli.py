@@ -1,0 +1,320 @@
+"""The command line: parse, resolve the config, call the verb, turn errors into one line and an exit code.
+
+Exit codes: 0 done; 2 usage or config; 3 data or coverage; 4 numerics; 5 a rank was lost; 6 an evidence gate
+failed; 7 the evidence is inconclusive; 75 stopped, resumable; 70 internal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import tyro
+
+from distunlearn import __version__
+from distunlearn.errors import ConfigError, DistunlearnError
+from distunlearn.text import printable
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+
+__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "main"]
+
+EXIT_INTERNAL = 70
+EXIT_STOPPED = 75
+
+# torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
+
+Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="run directory; made if it does not exist")]
+Config = Annotated[
+    Path | None,
+    tyro.conf.arg(name="config", metavar="FILE", help="YAML that replaces values of the recipe", help_behavior_hint=""),
+]
+Overrides = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="replace one value, such as pretrain.lr=1e-3"),
+]
+Recipe = Annotated[
+    str | None,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="[RECIPE]", help="settings to start from: see distunlearn list recipes", help_behavior_hint=""
+    ),
+]
+RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="run directory")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn import pipeline
+
+        return pipeline.run(_resolve(self), self.out)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn a source of images into shards, a manifest and a summary."""
+
+    source: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="[SOURCE]", help="a source (digits, cifar10, imagefolder, ...) or a recipe", help_behavior_hint=""
+        ),
+    ] = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn import pipeline
+        from distunlearn.config_checks import SOURCES
+        from distunlearn.config_io import load_config
+        from distunlearn.recipes import RECIPES
+
+        if not _is_main():
+            return 0
+        if self.source is None and self.config is None:
+            raise ConfigError(f"no source; name one of {', '.join(SOURCES)}, or give --config")
+        recipe, overrides = self.source, list(self.overrides)
+        if self.source in SOURCES and self.source not in RECIPES:
+            recipe, overrides = None, [f"data.source={self.source}", *overrides]
+        pipeline.prepare(load_config(recipe, self.config, overrides), self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train the original encoder."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn import pipeline
+
+        pipeline.pretrain(_resolve(self), self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Unlearn:
+    """Make the original encoder forget."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn import pipeline
+
+        pipeline.unlearn(_resolve(self), self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Attack the original, the unlearned and the retrained encoder of a run, and judge its gates."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        from distunlearn import pipeline
+
+        return pipeline.audit(self.run_dir)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html of an audited run."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        from distunlearn import pipeline
+
+        if _is_main():
+            print(pipeline.report(self.run_dir))
+        return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resolve and check everything, print steps, memory and coverage as JSON, touch nothing."""
+
+    recipe: Recipe = None
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="DIR", help="run directory to look at", help_behavior_hint="")
+    ] = None
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        import json
+
+        from distunlearn import pipeline
+
+        planned = pipeline.plan(_resolve(self), self.out)
+        if _is_main():
+            print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
+        return 0
+
+
+@dataclass(frozen=True)
+class List:
+    """Show the methods, encoders, objectives, attacks and recipes that can be named."""
+
+    kind: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[KIND]", help="all of them if left out", help_behavior_hint=""),
+    ] = None
+
+    def __call__(self) -> int:
+        from distunlearn.catalog import KINDS, catalog_text
+
+        if self.kind is not None and self.kind not in KINDS:
+            raise ConfigError(_unknown("kind", self.kind, KINDS))
+        if _is_main():
+            print(catalog_text(self.kind))
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Describe this environment for a bug report, secrets left out, and name what is wrong with it."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="folder that must be writable")] = Path(".")
+
+    def __call__(self) -> int:
+        from distunlearn.doctor import doctor_text
+
+        if _is_main():
+            print(doctor_text(self.out))
+        return 0
+
+
+VERBS = (Prepare, Pretrain, Unlearn, Audit, Report, Run, Plan, List, Doctor)
+NAMES = {verb.__name__.lower(): verb for verb in VERBS}
+ONLY_PRINT = (Plan, List, Doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` defaults to the process's own arguments. Returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        print(f"distunlearn {__version__}")
+        return 0
+    if args and not args[0].startswith("-") and args[0] not in NAMES:
+        return _unknown_verb(args[0])
+    verb: Any = None
+    with _quiet_system_exit() as parsing:
+        verb = _parse(args)
+    if verb is None:
+        return parsing.code
+    try:
+        code = verb()
+        sys.stdout.flush()
+    except DistunlearnError as error:
+        _complain(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if _is_main():
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        # The reader has gone. Without this the interpreter would complain once more when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0 if isinstance(verb, ONLY_PRINT) else EXIT_STOPPED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_INTERNAL
+    return code
+
+
+def _unknown_verb(name: str) -> int:
+    _complain(ConfigError(_unknown("command", name, NAMES)))
+    return ConfigError.exit_code
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+    return f"unknown {what} {printable(name, 40)!r}; {hint}"
+
+
+def _parse(args: list[str]) -> Any:
+    """The verb that `args` ask for; SystemExit for --help and for usage errors, which tyro explains."""
+    verbs = tuple(Annotated[verb, tyro.conf.subcommand(name=name)] for name, verb in NAMES.items())
+    return tyro.cli(
+        Union[verbs],  # type: ignore[arg-type]  # noqa: UP007  (a union made at run time has no X | Y form)
+        prog="distunlearn",
+        description="Make a contrastive image encoder forget images, on one process or many, and show the evidence.",
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        console_outputs=_is_main(),
+    )
+
+
+@dataclass
+class _Parsing:
+    code: int = 0
+
+
+@contextlib.contextmanager
+def _quiet_system_exit() -> Iterator[_Parsing]:
+    """tyro ends the process by itself; a caller of `main` gets its code instead."""
+    parsing = _Parsing()
+    try:
+        yield parsing
+    except SystemExit as stop:
+        parsing.code = stop.code if isinstance(stop.code, int) else 2
+
+
+def _resolve(verb: Any) -> RunConfig:
+    from distunlearn.config_io import load_config
+
+    if verb.recipe is None and verb.config is None:
+        raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
+    return load_config(verb.recipe, verb.config, list(verb.overrides))
+
+
+def _rank() -> int:
+    """Before a process group exists, only the launcher's RANK tells the processes apart."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _is_main() -> bool:
+    return _rank() == 0
+
+
+def _complain(error: DistunlearnError) -> None:
+    """One line on stderr. A bad config is the same on all ranks and said once; other errors may strike one rank."""
+    if _is_main():
+        print(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, ConfigError):
+        print(f"rank {_rank()}: error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""RunConfig: everything that decides a run, as frozen dataclasses with documented ranges.
+
+Loading is strict (see `config_io`): unknown keys, wrong types and impossible values are refused
+with the nearest valid name before any compute is spent. A recipe (`recipes.py`) is a function
+that returns one of these; `--config file.yaml` and `--set a.b=c` change single values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+__all__ = [
+    "AuditConfig",
+    "ConstraintConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "GatesConfig",
+    "MethodConfig",
+    "ObjectiveConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "UnlearnConfig",
+    "ViewsConfig",
+]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and which role each plays (roles: see docs/words in README)."""
+
+    __pydantic_config__ = STRICT
+
+    source: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder"] = "digits"
+    root: str | None = None  # folder of the source; None: the source's own default place
+    shards: str | None = None  # folder of shards and manifest; None: <out>/shards
+    members: NonNegativeInt = 700  # images the original encoder is trained on (retain + forget); 0: all left over
+    forget: int | float | str = 200  # a count, a share in (0, 1), "class:N", or a file of ids (.txt .csv .jsonl)
+    holdout: PositiveInt = 600
+    calibration: PositiveInt = 150
+    third_party: PositiveInt = 200
+    third_party_audit: PositiveInt = 147
+    third_party_source: str | None = None  # None: the members' own source
+    third_party_root: str | None = None
+    samples_per_shard: PositiveInt = 256
+    max_pixels: PositiveInt = 64_000_000  # width x height above which an image is refused before decoding
+    cache_mib: NonNegativeInt = 2048  # decoded images kept in memory up to this size, else streamed every epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A timm backbone by name, its input, and optionally the checkpoint it starts from."""
+
+    __pydantic_config__ = STRICT
+
+    name: str = "resnet18"
+    image_size: PositiveInt = 32  # side of the square input, pixels
+    in_chans: Literal[1, 3] = 1
+    stem: Literal["standard", "deep", "small"] = "deep"  # ResNets only; small: 3x3, stride 1, no pooling
+    args: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model (channels, layers, patch_size ...)
+    embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
+    checkpoint: str | None = None  # .safetensors or .pth (weights only): a foreign original encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The contrastive objective the encoder was, or is, trained with."""
+
+    __pydantic_config__ = STRICT
+
+    name: Literal["simclr", "moco", "mocov3", "byol", "supervised"] = "simclr"
+    temperature: PositiveFloat = 0.2
+    hidden_dim: PositiveInt = 128  # width of projector and predictor
+    output_dim: PositiveInt = 64
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the momentum encoder, per step
+    queue_size: PositiveInt = 512  # moco only
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Random views; every draw is keyed by (seed, epoch, sample id, view)."""
+
+    __pydantic_config__ = STRICT
+
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest share of the area a crop keeps
+    rotation: NonNegativeFloat = 0.0  # degrees, both sides
+    flip: Share = 0.0  # probability of a horizontal flip
+    brightness: NonNegativeFloat = 0.4
+    contrast: NonNegativeFloat = 0.4
+    saturation: NonNegativeFloat = 0.0  # 3 channels only
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # 3 channels only
+    grayscale: Share = 0.0  # probability; 3 channels only
+    blur: Share = 0.0  # probability of a Gaussian blur
+    noise: NonNegativeFloat = 0.0  # standard deviation, image values in [0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Training of the original and, by the very same recipe, of the retrained encoder."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: PositiveInt = 300
+    batch: PositiveInt = 128  # images per global batch (two views each)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 1e-4
+    warmup: Share = 0.05  # share of the steps
+    clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping, the same on every backend
+    checkpoint_every: PositiveInt = 200  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnConfig:
+    """The fine-tuning that forgets: global batches per step, in images."""
+
+    __pydantic_config__ = STRICT
+
+    steps: PositiveInt = 150
+    retain_batch: PositiveInt = 128
+    forget_batch: Annotated[int, Field(ge=2)] = 50
+    third_party_batch: Annotated[int, Field(ge=2)] = 50
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-4
+    warmup: Share = 0.05
+    clip: NonNegativeFloat = 0.0
+    checkpoint_every: PositiveInt = 50  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """How to forget; weights are those of the three-part loss (docs/method.md)."""
+
+    __pydantic_config__ = STRICT
+
+    name: Literal["third_party", "finetune", "grad_ascent", "retrain", "none", "random_init"] = "third_party"
+    gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
+    output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
+    confidence_weight: NonNegativeFloat = 0.1
+    confidence: Literal["hinge", "entropy"] = "hinge"
+    confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
+    distill_weight: NonNegativeFloat = 0.0  # optional: stay near the original encoder on retain data
+    target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
+    ascent_weight: NonNegativeFloat = 1.0  # grad_ascent only
+    ascent_bound: PositiveFloat = 50.0  # grad_ascent only: stop (exit 4) when the loss passes this
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintConfig:
+    """How the per-sample gradients are reached and compared."""
+
+    __pydantic_config__ = STRICT
+
+    evaluator: Literal["head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward"] = "head"
+    distance: Literal["energy", "mmd", "sliced_wasserstein", "quantile", "moments"] = "energy"
+    sketch_out: PositiveInt = 8  # rows of the Kronecker sketch (output side)
+    sketch_in: PositiveInt = 8
+    spread_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running estimate of the third-party's spread
+    phi_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running mean that switches the term
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatesConfig:
+    """Equivalence gates, declared before the run."""
+
+    __pydantic_config__ = STRICT
+
+    view_agreement: PositiveFloat = 0.06  # |AUC(unlearned) - AUC(retrained)|
+    attack: PositiveFloat = 0.08  # the same for every other attack
+    utility_points: PositiveFloat = 2.5  # allowed loss of accuracy, percentage points
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9  # of the two-sided bootstrap interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Membership inference before, after, and on the retrained encoder."""
+
+    __pydantic_config__ = STRICT
+
+    views: Annotated[int, Field(ge=2)] = 10  # views per image for view agreement and EncoderMI
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    neighbours: PositiveInt = 5  # of the kNN
+    gates: GatesConfig = field(default_factory=GatesConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `seed` decides roles, order, views, initial weights and bootstrap draws."""
+
+    __pydantic_config__ = STRICT
+
+    recipe: str = "digits"
+    seed: NonNegativeInt = 0
+    reuse: str | None = None  # a finished run whose shards, original and retrained encoder are taken over (settings must agree)
+    backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    sync_batchnorm: bool = True  # batch statistics over the global batch, whatever the number of processes
+    threads: NonNegativeInt = 0  # CPU threads per process; 0: as many as there are cores, shared by the processes
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)

@@ -1,0 +1,38 @@
+"""How per-sample gradients are reached, described and compared.
+
+| module | what it holds |
+|---|---|
+| `head` | per-sample gradient of the last linear layer in closed form: norms and sketches |
+| `distances` | two-sample distances (U-statistics), their exact gradient over shards, permutation test |
+| `confidence` | lowering the confidence on third-party samples: hinge, entropy |
+| `running` | running spread of features, and the switch that turns the term off at its target |
+"""
+
+from __future__ import annotations
+
+from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
+from distunlearn.constraints.distances import (
+    DISTANCES,
+    energy_distance,
+    permutation_test,
+    surrogate,
+    value_and_cotangent,
+)
+from distunlearn.constraints.head import HeadGradients, gradient_features, head_gradients, sketch_matrices
+from distunlearn.constraints.running import PhiSwitch, RunningSpread
+
+__all__ = [
+    "DISTANCES",
+    "HeadGradients",
+    "PhiSwitch",
+    "RunningSpread",
+    "energy_distance",
+    "entropy_confidence",
+    "gradient_features",
+    "head_gradients",
+    "hinge_confidence",
+    "permutation_test",
+    "sketch_matrices",
+    "surrogate",
+    "value_and_cotangent",
+]

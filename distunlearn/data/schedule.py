@@ -1,0 +1,108 @@
+"""Who sees what, when: pure functions of (seed, epoch, step, rank).
+
+No state and no library generator: the same numbers on every platform and library version, so that
+a resumed run, a run on other ranks and a replay from the ledger all see the same images.
+
+Legend: n = ids of a role set, B = images per global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["Batch", "Cycle", "permutation", "random_words", "rank_slice"]
+
+# splitmix64, the constants of Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's rows of a global batch.
+
+    ids: n sample ids; images: uint8 [n, C, S, S]; epochs: int64 numpy [n], the epoch each row
+    belongs to (views are keyed by it); labels: int64 tensor [n], -1 where unknown.
+    """
+
+    ids: list[str]
+    images: torch.Tensor
+    epochs: np.ndarray
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def random_words(n: int, *key: int | str) -> np.ndarray:
+    """n pseudo-random uint64 [n], a pure function of `key` (splitmix64 started at a hash of the key)."""
+    text = "\x1f".join(str(part) for part in key)
+    start = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    words = np.arange(1, n + 1, dtype=np.uint64) * _GAMMA + np.uint64(start)
+    words = (words ^ (words >> np.uint64(30))) * _MIX_1
+    words = (words ^ (words >> np.uint64(27))) * _MIX_2
+    return words ^ (words >> np.uint64(31))
+
+
+def permutation(n: int, *key: int | str) -> np.ndarray:
+    """A permutation of range(n), int64 [n], a pure function of `key`."""
+    return np.argsort(random_words(n, *key), kind="stable")
+
+
+def rank_slice(n_global: int, rank: int, world: int) -> slice:
+    """The contiguous rows of rank `rank`: all n_global rows are covered once, shares differ by at most one."""
+    assert 0 <= rank < world and n_global >= 0, (n_global, rank, world)
+    return slice(rank * n_global // world, (rank + 1) * n_global // world)
+
+
+class Cycle:
+    """Batches of a fixed size over endless epochs.
+
+    Row r of step t has the global position g = t * B + r; it is id number g % n of epoch g // n.
+    Batches run across epoch borders, so nothing is dropped and nothing repeats within an epoch; with
+    n < B one id may occur several times in a batch, each time with another epoch number.
+
+    Args:
+        ids_per_epoch: epoch -> its n ids in order; the same ids in every epoch.
+        batch: B, at least 1.
+    """
+
+    def __init__(self, ids_per_epoch: Callable[[int], list[str]], batch: int) -> None:
+        assert batch >= 1, batch
+        self._ids_per_epoch = ids_per_epoch
+        self._orders: dict[int, list[str]] = {}
+        self.batch = batch
+        self.num_ids = len(self.order(0))
+        assert self.num_ids >= 1, "a cycle needs at least one id"
+
+    def order(self, epoch: int) -> list[str]:
+        """The ids of one epoch in order (the few orders a batch touches are kept)."""
+        if epoch not in self._orders:
+            order = self._ids_per_epoch(epoch)
+            keep = 2 + (self.batch // max(len(order), 1))
+            while len(self._orders) >= keep:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = order
+        return self._orders[epoch]
+
+    def positions(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, positions within the epoch), int64, of these rows of the step's global batch."""
+        assert step >= 0, step
+        first = step * self.batch
+        return np.divmod(np.arange(first, first + self.batch, dtype=np.int64)[rows], self.num_ids)
+
+    def at(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, list[str]]:
+        """(epochs int64 [n], ids) of these rows of the step's global batch; pure in `step`."""
+        epochs, positions = self.positions(step, rows)
+        pairs = zip(epochs.tolist(), positions.tolist(), strict=True)
+        return epochs, [self.order(epoch)[position] for epoch, position in pairs]
+
+    def coverage_steps(self) -> int:
+        """Number of steps, from step 0 on, after which every id has been in a batch at least once."""
+        return -(-self.num_ids // self.batch)

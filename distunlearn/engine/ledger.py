@@ -1,0 +1,172 @@
+"""Append-only record of what entered the loss, when, and by which attempt.
+
+One JSON object a line. A `step` line names the forget ids that entered the loss at that step and
+counts every other role. After an interruption a `start` line says from which step the new attempt
+goes on; step lines at or after it, written by earlier attempts, never reached a committed
+checkpoint and no longer count. Coverage is computed from these lines and from nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distunlearn.errors import DataError
+
+__all__ = ["Coverage", "Ledger", "coverage", "effective_steps", "read_ledger"]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often each requested id entered the loss; `used_as_retain` must be 0."""
+
+    requested: int
+    consumed_min: int
+    consumed_max: int
+    consumed_mean: float
+    used_as_retain: int
+    counts: Mapping[str, int]
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The figures of `audit/summary.json`, without the ids."""
+        return {
+            "requested": self.requested,
+            "consumed_min": self.consumed_min,
+            "consumed_max": self.consumed_max,
+            "consumed_mean": self.consumed_mean,
+            "used_as_retain": self.used_as_retain,
+        }
+
+
+class Ledger:
+    """Writer; only the main rank writes. Lines are flushed at once and synced to disk with each checkpoint."""
+
+    def __init__(self, path: Path, *, is_main: bool = True) -> None:
+        self.path = Path(path)
+        self._file = None
+        if is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _end_torn_line(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")
+
+    def start(self, phase: str, step: int, *, attempt: int, **facts: object) -> None:
+        """A new attempt at `phase` goes on from `step` (0 for the first)."""
+        self._write({"event": "start", "phase": phase, "step": step, "attempt": attempt, **facts})
+
+    def step(
+        self, phase: str, step: int, consumed: Mapping[str, Sequence[str]], forget: frozenset[str], names: str = "forget"
+    ) -> None:
+        """Ids that entered the loss at `step`, by role, over all ranks.
+
+        Only forget ids are named; an id of the forget set that enters under another role is named too, under
+        `misused`. In the phases that train on members on purpose (`names=""`) roles are only counted.
+        """
+        line: dict[str, object] = {"event": "step", "phase": phase, "step": step}
+        line["count"] = {role: len(ids) for role, ids in consumed.items()}
+        if names:
+            line["forget"] = list(consumed.get(names, ()))
+            misused = [i for role, ids in consumed.items() if role != names for i in ids if i in forget]
+            if misused:
+                line["misused"] = misused
+        self._write(line)
+
+    def done(self, phase: str, step: int, **facts: object) -> None:
+        """`phase` ended after `step` steps."""
+        self._write({"event": "done", "phase": phase, "step": step, **facts})
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close; safe to call twice."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+
+    def _write(self, line: dict[str, object]) -> None:
+        if self._file is None:
+            return
+        line["time"] = round(time.time(), 3)
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+
+def _end_torn_line(path: Path) -> None:
+    """A killed writer may leave half a line: end it, so that the next line starts on its own."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def read_ledger(path: Path) -> list[dict]:
+    """All whole lines, in order.
+
+    Raises:
+        DataError: a line is damaged that no interruption explains (only a line followed by a `start`, or the last
+            one, may be torn).
+    """
+    lines: list[dict] = []
+    torn: int | None = None
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            if torn is not None:
+                raise DataError(f"{path}: lines {torn} and {number} are damaged; expected whole JSON lines.") from None
+            torn = number
+            continue
+        if torn is not None and line.get("event") != "start":
+            raise DataError(f"{path}: line {torn} is damaged in the middle of an attempt; the ledger was changed by hand.")
+        torn = None
+        lines.append(line)
+    return lines
+
+
+def effective_steps(lines: Sequence[dict], phase: str) -> dict[int, dict]:
+    """Step lines of `phase` that count: the last attempt to run each step, as checkpoints were resumed."""
+    steps: dict[int, dict] = {}
+    for line in lines:
+        if line.get("phase") != phase:
+            continue
+        if line["event"] == "start":
+            steps = {number: kept for number, kept in steps.items() if number < line["step"]}
+        elif line["event"] == "step":
+            steps[line["step"]] = line
+    return steps
+
+
+def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn") -> Coverage:
+    """Consumption counts of the requested ids in `phase`; `used_as_retain` also counts the retrained reference.
+
+    Args:
+        lines: from `read_ledger`.
+        forget: the requested ids; at least one.
+    """
+    counts: Counter[str] = Counter()
+    misused: set[str] = set()
+    for line in effective_steps(lines, phase).values():
+        counts.update(line.get("forget", ()))
+        misused.update(line.get("misused", ()))
+    for line in effective_steps(lines, "retrain").values():
+        misused.update(line.get("misused", ()))
+    requested = set(forget)
+    numbers = [counts[i] for i in forget]
+    return Coverage(
+        requested=len(forget),
+        consumed_min=min(numbers),
+        consumed_max=max(numbers),
+        consumed_mean=sum(numbers) / len(numbers),
+        used_as_retain=len(misused & requested),
+        counts={i: counts[i] for i in forget},
+    )

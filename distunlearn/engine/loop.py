@@ -1,0 +1,194 @@
+"""The training loop: the same for pretraining, retraining and every way to forget.
+
+Step = batches of the schedule -> loss of the method -> finite check over ranks -> backward -> optimizer
+-> momentum encoder -> ledger, metrics, now and then a checkpoint. State at step k is (weights, optimizer,
+momentum encoder, queue, method, k): data order and views are pure functions of the step, so that a killed
+run, started again, ends in the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distunlearn.config import PretrainConfig, UnlearnConfig
+from distunlearn.data.schedule import Batch
+from distunlearn.data.stream import RoleFeeder
+from distunlearn.engine.backends import Backend
+from distunlearn.engine.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, write_json
+from distunlearn.engine.ledger import Ledger
+from distunlearn.engine.optim import learning_rate, make_optimizer
+from distunlearn.engine.telemetry import Telemetry
+from distunlearn.errors import DataError, NumericsError
+from distunlearn.methods.base import Context, Method
+from distunlearn.objectives.gather import all_reduce_mean
+
+__all__ = ["Phase", "PhaseResult", "train_phase"]
+
+
+@dataclass
+class Phase:
+    """One training phase. `folder` holds its checkpoints; `digest` is what a resumed run must agree with."""
+
+    name: str
+    folder: Path
+    steps: int
+    optim: PretrainConfig | UnlearnConfig
+    method: Method
+    feeders: Mapping[str, RoleFeeder]
+    sample: Callable[[str], Batch]
+    forget_ids: frozenset[str]
+    digest: str
+    names_forget: str = "forget"  # consumed role whose ids the ledger names; "" where members are trained on
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """`images` counts every image passed through an encoder, over all ranks and attempts; `seconds` likewise."""
+
+    steps: int
+    images: int
+    seconds: float
+    attempts: int
+    started: dict[str, float]
+
+
+def train_phase(phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry) -> PhaseResult:
+    """Run `phase` from its newest checkpoint, or from step 0, to its end.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite on any rank; nothing is updated, and
+            `nan-step-XXXXXXXX.json` in the phase's folder names the samples.
+        DataError: no checkpoint verifies, or they belong to another configuration.
+    """
+    runner = _Runner(phase, ctx, backend, ledger, telemetry)
+    return runner.run()
+
+
+class _Runner:
+    def __init__(self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry) -> None:
+        self.phase, self.ctx, self.backend = phase, ctx, backend
+        self.ledger, self.telemetry = ledger, telemetry
+        self.folder = phase.folder / "checkpoints"
+        self.attempt = 1
+        self.elapsed = 0.0
+        self.started: dict[str, float] = {}
+
+    def run(self) -> PhaseResult:
+        phase, ctx = self.phase, self.ctx
+        checkpoint, rejected = latest_checkpoint(self.folder)
+        for name in rejected:
+            self.telemetry.note(phase.name, f"checkpoint {name} does not match its COMMIT.json and is passed over")
+        first = self._restore(checkpoint)
+        self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world)
+        clock = time.monotonic()
+        if checkpoint is None:
+            self.started = phase.method.start(ctx, phase.sample)
+            if self.started:
+                self.telemetry.log(phase.name, first, {f"start/{k}": v for k, v in self.started.items()})
+        with self.telemetry.progress(phase.name, phase.steps, first) as progress:
+            for step in range(first, phase.steps):
+                metrics = self._step(step)
+                self.telemetry.log(phase.name, step + 1, metrics)
+                progress.update(step + 1, loss=metrics["loss"], images=ctx.images * ctx.world)
+                done = step + 1
+                if done % phase.optim.checkpoint_every == 0 and done < phase.steps:
+                    self.elapsed, clock = self.elapsed + time.monotonic() - clock, time.monotonic()
+                    self._save(done)
+        self.elapsed += time.monotonic() - clock
+        images = ctx.images * ctx.world
+        self.ledger.done(phase.name, phase.steps, images=images)
+        self.ledger.sync()
+        return PhaseResult(phase.steps, images, self.elapsed, self.attempt, self.started)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> dict[str, float]:
+        phase, ctx, backend = self.phase, self.ctx, self.backend
+        ctx.step = step
+        batches = {name: feeder.batch_at(step) for name, feeder in phase.feeders.items()}
+        rate = learning_rate(step, phase.steps, phase.optim.lr, phase.optim.warmup)
+        backend.set_learning_rate(rate)
+        out = phase.method.loss(ctx, batches)
+        self._require_finite(step, out.loss, "loss", batches)
+        backend.backward(out.loss)
+        norm = backend.grad_norm()
+        self._require_finite(step, torch.as_tensor(norm), "gradient norm", batches)
+        backend.step()
+        if ctx.momentum is not None:
+            ctx.momentum.update(ctx.model, ctx.cfg.objective.momentum)
+        consumed = backend.gather_ids(out.consumed)
+        self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
+        loss = float(all_reduce_mean(out.loss.detach()))
+        return {"loss": loss, "lr": rate, "grad_norm": float(norm), **out.metrics}
+
+    def _require_finite(self, step: int, value: Tensor, what: str, batches: Mapping[str, Batch]) -> None:
+        """Every rank learns of the first value that is not finite before any rank updates."""
+        if self.backend.all_finite(value):
+            return
+        ids = self.backend.gather_ids({name: batch.ids for name, batch in batches.items()})
+        path = self.phase.folder / f"nan-step-{step:08d}.json"
+        if self.backend.is_main:
+            self.phase.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"phase": self.phase.name, "step": step, "what": what, "ids": ids})
+        raise NumericsError(
+            f"{self.phase.name}: the {what} at step {step} is not finite; no weights were changed by this step, "
+            f"and {path} names its samples; lower the learning rate or the method's weights."
+        )
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        ctx = self.ctx
+        tensors = {f"model.{k}": v for k, v in self.backend.full_state().items()}
+        optimizer = self.backend.optimizer_state()
+        if self.backend.is_main:
+            tensors |= {f"momentum.{k}": v for k, v in ctx.momentum.state_dict().items()} if ctx.momentum else {}
+            tensors |= {f"queue.{k}": v for k, v in ctx.queue.state_dict().items()} if ctx.queue else {}
+            tensors |= {f"method.{k}": v for k, v in self.phase.method.state_dict().items()}
+            self.ledger.sync()
+            facts = {
+                "phase": self.phase.name,
+                "digest": self.phase.digest,
+                "world": ctx.world,
+                "images_per_rank": ctx.images,
+                "seconds": self.elapsed,
+                "attempt": self.attempt,
+                "started": self.started,
+            }
+            save_checkpoint(self.folder, step, tensors, optimizer, facts)
+        self.backend.barrier()
+
+    def _restore(self, checkpoint: Checkpoint | None) -> int:
+        if checkpoint is None:
+            return 0
+        facts, ctx = checkpoint.facts, self.ctx
+        if facts["digest"] != self.phase.digest:
+            raise DataError(
+                f"{checkpoint.folder} was written under another configuration (digest {facts['digest'][:12]}, now "
+                f"{self.phase.digest[:12]}); resume with the settings in run.yaml or use a new folder."
+            )
+        tensors = checkpoint.tensors()
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.backend.load_full_state(part("model."))
+        self.backend.load_optimizer_state(checkpoint.optimizer())
+        if ctx.momentum is not None:
+            ctx.momentum.load_state_dict(part("momentum."))
+        if ctx.queue is not None:
+            ctx.queue.load_state_dict(part("queue."))
+        self.phase.method.load_state_dict(part("method."))
+        ctx.images = facts["images_per_rank"]
+        self.elapsed = facts["seconds"]
+        self.attempt = facts["attempt"] + 1
+        self.started = facts["started"]
+        self.telemetry.note(self.phase.name, f"goes on from step {checkpoint.step} (attempt {self.attempt})")
+        return checkpoint.step
+

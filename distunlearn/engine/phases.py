@@ -1,0 +1,294 @@
+"""The three trainings of a run, from config and shards to a finished model folder.
+
+    pretrain  members          -> <run>/original
+    retrain   retain           -> <run>/retrained   (the reference; the very recipe of pretrain)
+    unlearn   the method's own -> <run>             (the unlearned encoder)
+
+A finished model folder holds `export/`, `training_state.safetensors` (all weights, momentum encoder, queue),
+and `done.json`, written last: a phase with a done.json of the same digest is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from distunlearn.config import RunConfig
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.schedule import Batch
+from distunlearn.data.stream import ImageStore, RoleFeeder
+from distunlearn.data.views import id_hashes
+from distunlearn.encoders.export import export_backbone
+from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
+from distunlearn.encoders.weights import check_finite
+from distunlearn.engine.backends import Backend
+from distunlearn.engine.checkpoint import file_sha256, write_json, write_tensors
+from distunlearn.engine.ledger import Ledger
+from distunlearn.engine.loop import Phase, PhaseResult, train_phase
+from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.telemetry import Telemetry
+from distunlearn.errors import DataError
+from distunlearn.methods import METHODS, Context, Contrastive, Method
+from distunlearn.objectives import make_objective
+from distunlearn.objectives.queue import KeyQueue
+
+__all__ = ["Session", "Trained", "is_done", "load_trained", "pretrain", "retrain", "unlearn"]
+
+STATE = "training_state.safetensors"
+DONE = "done.json"
+CALIBRATION_LIMIT = 2048  # images a method may calibrate on, per role
+
+
+@dataclass
+class Session:
+    """What the phases of one process share."""
+
+    cfg: RunConfig
+    out: Path
+    manifest: Manifest
+    store: ImageStore
+    backend: Backend
+    ledger: Ledger
+    telemetry: Telemetry
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the supervised objective: those of the members."""
+        if self.cfg.objective.name != "supervised":
+            return None
+        labels = self.manifest.labels(self.manifest.ids(("retain", "forget")))
+        if len(labels) == 0 or labels.min() < 0:
+            raise DataError("objective.name is supervised, but not every member has a label; expected labels for all.")
+        return int(labels.max()) + 1
+
+    def sample(self, role: str) -> Batch:
+        """The images of a role as one batch, at most `CALIBRATION_LIMIT`, alike on every rank."""
+        ids = self.manifest.ids(role)
+        if len(ids) > CALIBRATION_LIMIT:
+            keep = np.random.default_rng([self.cfg.seed, 17]).choice(len(ids), CALIBRATION_LIMIT, replace=False)
+            ids = [ids[i] for i in np.sort(keep)]
+        return Batch(
+            ids=ids,
+            images=self.store.by_offset(ids),
+            epochs=np.zeros(len(ids), dtype=np.int64),
+            labels=torch.from_numpy(self.manifest.labels(ids)),
+        )
+
+
+@dataclass
+class Trained:
+    """An encoder read back from a model folder."""
+
+    model: ContrastiveModel
+    momentum: MomentumEncoder | None
+    queue: KeyQueue | None
+    facts: dict
+
+
+# -- digests ---------------------------------------------------------------------------------------------------------
+
+
+def _digest(**parts: object) -> str:
+    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def training_digest(session: Session, phase: str) -> str:
+    """What decides the weights of `original` or `retrained`: settings and the ids trained on, not where they lie."""
+    cfg = session.cfg
+    roles = ("retain", "forget") if phase == "pretrain" else ("retain",)
+    samples = [(i, session.manifest.by_id[i].sha256) for i in sorted(session.manifest.ids(roles))]
+    return _digest(
+        phase=phase, seed=cfg.seed, precision=cfg.precision, sync=cfg.sync_batchnorm, encoder=cfg.encoder,
+        objective=cfg.objective, views=cfg.views, pretrain=cfg.pretrain, samples=samples,
+    )
+
+
+def unlearn_digest(session: Session) -> str:
+    """What decides the weights of the unlearned encoder."""
+    cfg = session.cfg
+    return _digest(
+        original=training_digest(session, "pretrain"), retain=training_digest(session, "retrain"),
+        unlearn=cfg.unlearn, method=cfg.method, constraint=cfg.constraint, data=session.manifest.fingerprint,
+    )
+
+
+def is_done(folder: Path, digest: str) -> bool:
+    """True if `folder` holds a finished model of exactly these settings.
+
+    Raises:
+        DataError: it holds one of other settings, or its weights do not match done.json.
+    """
+    path = folder / DONE
+    if not path.exists():
+        return False
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts["digest"] != digest:
+        raise DataError(
+            f"{folder} holds a finished {facts['phase']} of other settings or data; expected this run's own; "
+            "choose another --out."
+        )
+    return True
+
+
+# -- phases ----------------------------------------------------------------------------------------------------------
+
+
+def pretrain(session: Session) -> Path:
+    """Train the original encoder on all members; returns its folder."""
+    folder = session.out / "original"
+    method = Contrastive("pretrain", "members")
+    _train(session, "pretrain", folder, method, training_digest(session, "pretrain"), start=None)
+    return folder
+
+
+def retrain(session: Session) -> Path:
+    """Train the reference: from scratch on the retain samples, everything else as in `pretrain`."""
+    folder = session.out / "retrained"
+    method = METHODS["retrain"].build(session.cfg)
+    _train(session, "retrain", folder, method, training_digest(session, "retrain"), start=None)
+    return folder
+
+
+def unlearn(session: Session) -> Path:
+    """Run the configured method on the original encoder; returns the run's folder, which holds the result."""
+    cfg, entry = session.cfg, METHODS[session.cfg.method.name]
+    start = session.out / "original" if entry.start == "original" else None
+    method = entry.build(cfg) if entry.build else None
+    _train(session, "unlearn", session.out, method, unlearn_digest(session), start=start, steps=entry.steps)
+    return session.out
+
+
+def _train(
+    session: Session, name: str, folder: Path, method: Method | None, digest: str, start: Path | None, steps: str = "pretrain"
+) -> None:
+    if is_done(folder, digest):
+        return
+    cfg, backend = session.cfg, session.backend
+    trained = load_trained(start, session) if start else _scratch(session, name)
+    model = trained.model.to(backend.device)
+    queue = trained.queue.to(backend.device) if trained.queue else None
+    if name != "pretrain" and queue is not None:
+        queue.purge(_hashes(session.manifest.ids("forget")))
+    if method is None:
+        facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
+    else:
+        optim = cfg.unlearn if steps == "unlearn" else cfg.pretrain
+        optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
+        forward = backend.prepare(model, optimizer, clip=optim.clip)
+        momentum = trained.momentum.to(backend.device) if trained.momentum else None
+        ctx = Context(
+            cfg=cfg, objective=make_objective(cfg.objective), model=model, forward=forward, device=backend.device,
+            momentum=momentum, queue=queue, rank=backend.rank, world=backend.world,
+        )
+        feeders = _feeders(session, method)
+        total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
+        phase = Phase(
+            name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
+            sample=session.sample, forget_ids=frozenset(session.manifest.ids("forget")), digest=digest,
+            names_forget="" if name == "pretrain" else "forget",
+        )
+        facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry))
+    _finish(session, name, folder, digest, model, trained, facts)
+
+
+def _finish(
+    session: Session, name: str, folder: Path, digest: str, model: ContrastiveModel, trained: Trained, facts: dict
+) -> None:
+    """Weights first, `done.json` last; only the main rank writes."""
+    backend = session.backend
+    state = backend.full_state() if backend.is_prepared else model.state_dict()
+    if backend.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_finite(state)
+        tensors = {f"model.{k}": v for k, v in state.items()}
+        tensors |= {f"momentum.{k}": v for k, v in trained.momentum.state_dict().items()} if trained.momentum else {}
+        tensors |= {f"queue.{k}": v for k, v in trained.queue.state_dict().items()} if trained.queue else {}
+        write_tensors(folder / STATE, tensors)
+        plain = build_model(session.cfg, session.num_classes)
+        plain.load_state_dict(state)
+        export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
+        write_json(folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts})
+    backend.release()
+    backend.barrier()
+
+
+def _scratch(session: Session, name: str) -> Trained:
+    """Fresh weights, the same for `pretrain` and `retrain`: only the data differ between the two.
+
+    An encoder "trained" by `random_init` draws others, or its audit would compare one start with itself.
+    """
+    cfg = session.cfg
+    seed = cfg if name != "unlearn" else dataclasses.replace(cfg, seed=cfg.seed + 1_000_003)
+    model = build_model(seed, session.num_classes)
+    objective = make_objective(cfg.objective)
+    momentum = MomentumEncoder(model) if objective.needs_momentum else None
+    queue = KeyQueue(cfg.objective.queue_size, cfg.objective.output_dim) if objective.uses_queue else None
+    return Trained(model, momentum, queue, {})
+
+
+def load_trained(folder: Path, session: Session) -> Trained:
+    """Read a model folder back.
+
+    Raises:
+        DataError: not finished, or the weights differ from what done.json names.
+        NumericsError: weights that are not finite.
+    """
+    if not (folder / DONE).exists():
+        raise DataError(f"{folder} holds no finished encoder ({DONE} is missing); run the phase that trains it first.")
+    facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    if file_sha256(folder / STATE) != facts["state_sha256"]:
+        raise DataError(f"{folder / STATE} differs from the digest in {DONE}; restore the file or train it again.")
+    tensors = load_file(folder / STATE)
+    check_finite(tensors)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    trained = _scratch(session, "pretrain")
+    trained.model.load_state_dict(part("model."))
+    if trained.momentum is not None:
+        trained.momentum.load_state_dict(part("momentum."))
+    if trained.queue is not None:
+        trained.queue.load_state_dict(part("queue."))
+    trained.facts = facts
+    return trained
+
+
+# -- schedule --------------------------------------------------------------------------------------------------------
+
+
+def pretrain_steps(cfg: RunConfig, num_samples: int) -> int:
+    """Whole epochs in steps of the global batch, rounded up so that every image is seen `epochs` times."""
+    return -(-cfg.pretrain.epochs * num_samples // cfg.pretrain.batch)
+
+
+FEEDER_ROLES = {
+    "members": ("retain", "forget"),
+    "retain": ("retain",),
+    "forget": ("forget",),
+    "third_party": ("third_party",),
+}
+
+
+def _feeders(session: Session, method: Method) -> dict[str, RoleFeeder]:
+    """One feeder per batch the method asks for: retain and third-party stream, forget is read by offset."""
+    cfg, backend = session.cfg, session.backend
+    return {
+        name: RoleFeeder(
+            session.store, session.manifest, FEEDER_ROLES[name], seed=cfg.seed, batch=size, rank=backend.rank,
+            world=backend.world, by_offset=name == "forget",
+        )
+        for name, size in method.batch_sizes(cfg).items()
+    }
+
+
+def _hashes(ids: list[str]) -> torch.Tensor:
+    return torch.from_numpy(id_hashes(ids))

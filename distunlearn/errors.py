@@ -1,0 +1,66 @@
+"""Errors a user can meet, each with the exit code that scripts rely on.
+
+Every message is one sentence that says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CoverageError",
+    "ConfigError",
+    "DataError",
+    "DistunlearnError",
+    "EncoderError",
+    "NumericsError",
+    "RankLostError",
+    "StoppedError",
+    "EXIT_GATE_FAILED",
+    "EXIT_INCONCLUSIVE",
+]
+
+EXIT_GATE_FAILED = 6
+EXIT_INCONCLUSIVE = 7
+
+
+class DistunlearnError(Exception):
+    """Base of all errors with a one-sentence message; exit code 70 (internal) unless narrowed."""
+
+    exit_code = 70
+
+
+class ConfigError(DistunlearnError):
+    """Bad usage or configuration; exit code 2."""
+
+    exit_code = 2
+
+
+class EncoderError(ConfigError):
+    """A checkpoint or encoder that cannot be used (unsafe file, wrong shapes, unknown name); exit code 2."""
+
+
+class DataError(DistunlearnError):
+    """Missing, damaged or contradictory data; exit code 3."""
+
+    exit_code = 3
+
+
+class CoverageError(DataError):
+    """A forget sample was never consumed, or was consumed as retain; exit code 3."""
+
+
+class NumericsError(DistunlearnError):
+    """A value that is not finite where training must not go on; exit code 4."""
+
+    exit_code = 4
+
+
+class RankLostError(DistunlearnError):
+    """A rank of a distributed run died or disagreed; exit code 5."""
+
+    exit_code = 5
+
+
+class StoppedError(DistunlearnError):
+    """Stopped on request in a state that resumes; exit code 75."""
+
+    exit_code = 75

@@ -1,0 +1,146 @@
+"""What every method shares: the context of a step, embedding a batch, and the interface.
+
+A method composes an objective, a constraint and a schedule; it never knows which backend runs it.
+Its `loss` returns a *local* scalar whose gradient, averaged over ranks, is the gradient of the
+global loss, which is what DDP, FSDP2 and ZeRO average.
+"""
+
+# Shapes: n = images of this rank, V = branches, C x S x S = image, D = output dim.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distunlearn.config import RunConfig
+from distunlearn.data.schedule import Batch
+from distunlearn.data.views import id_hashes, make_view
+from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, MomentumEncoder, batchnorm_mode
+from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.queue import KeyQueue
+
+__all__ = ["Context", "Method", "StepOutput", "concat_batches", "embed"]
+
+
+@dataclass
+class Context:
+    """All that a method may use at a step. `forward` is the wrapped encoder, `model` the plain one."""
+
+    cfg: RunConfig
+    objective: Objective
+    model: ContrastiveModel
+    forward: Callable[[Tensor], EncoderOutput]
+    device: torch.device
+    momentum: MomentumEncoder | None = None
+    queue: KeyQueue | None = None
+    rank: int = 0
+    world: int = 1
+    step: int = 0
+    images: int = 0  # images passed through an encoder by this rank: every view, every extra forward
+
+    @property
+    def view_seed(self) -> int:
+        """Seed of the random views; the same for every phase, the epoch makes them differ."""
+        return self.cfg.seed
+
+
+@dataclass
+class StepOutput:
+    """Result of one step: `loss` is a scalar to minimise, `consumed` the ids that entered it, by role."""
+
+    loss: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+    consumed: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A way to train or to forget.
+
+    roles: the roles whose batches `loss` receives, each mapped to the config's global batch size.
+    forgets: True where every forget id must be consumed at least once (else the run has no coverage).
+    """
+
+    name: str
+    forgets: bool
+
+    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
+        """Global images per step, by feeder name ("retain", "forget", "third_party", "members")."""
+        ...
+
+    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+        """Calibrate before the first step; `sample(role)` gives all images of a role. Returns figures to log."""
+        ...
+
+    def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
+        """Loss of one step."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs besides weights, momentum encoder and queue."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        ...
+
+
+def embed(
+    ctx: Context,
+    batch: Batch,
+    *,
+    batchnorm: str,
+    network: nn.Module | Callable[[Tensor], EncoderOutput] | None = None,
+    momentum: bool = True,
+) -> Branches:
+    """Two random views of a batch through the encoder, as the branches of the objective.
+
+    Args:
+        batch: n images of this rank.
+        batchnorm: "train" (batch statistics, utility loss) or "eval" (running statistics). Per-sample losses
+            use "eval": with batch statistics a sample's gradient would depend on its batch mates.
+        network: another encoder than the one being trained (the original, for calibration).
+        momentum: False leaves out the momentum branch even where the objective has one.
+    """
+    cfg = ctx.cfg
+    images = batch.images.to(ctx.device, non_blocking=True)
+    views = [
+        make_view(images, cfg.views, seed=ctx.view_seed, epochs=batch.epochs, ids=batch.ids, view=view)
+        for view in range(2)
+    ]
+    n = len(batch.ids)
+    online = views[:1] if ctx.objective.branches == 1 else views
+    ctx.images += n * len(online)
+    with batchnorm_mode(ctx.model, batchnorm):
+        out = (network or ctx.forward)(torch.cat(online))
+    target = None
+    if momentum and ctx.momentum is not None:
+        # The key that goes with query view a is view b, and the other way round.
+        keyed = views[1:] if len(online) == 1 else views[::-1]
+        ctx.images += n * len(keyed)
+        with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm):
+            target = ctx.momentum(torch.cat(keyed)).projection.view(len(keyed), n, -1)
+    shape = (len(online), n, -1)
+    labels = batch.labels.to(ctx.device) if batch.labels is not None else None
+    return Branches(
+        output=out.output.view(shape),
+        hidden=out.hidden.view(shape),
+        target=target,
+        labels=labels,
+        ids=torch.from_numpy(id_hashes(batch.ids)).to(ctx.device),
+    )
+
+
+def concat_batches(first: Batch, second: Batch) -> Batch:
+    """One batch of both, in this order (one forward for forget and third-party: the same code path for both)."""
+    return Batch(
+        ids=[*first.ids, *second.ids],
+        images=torch.cat([first.images, second.images]),
+        epochs=np.concatenate([first.epochs, second.epochs]),
+        labels=torch.cat([first.labels, second.labels]),
+    )
+

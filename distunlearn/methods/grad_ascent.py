@@ -1,0 +1,65 @@
+"""grad_ascent: climb the loss of the forgotten images.
+
+    L = -ascent_weight * mean_i l_i,   i in forget
+
+l_i is the bank loss against retain keys, so that the result does not depend on batch mates. Source:
+gradient ascent as an unlearning baseline, e.g. Graves, Nagisetty and Ganesh, "Amnesiac Machine Learning",
+AAAI 2021, and Thudi et al., "Unrolling SGD", EuroS&P 2022. Nothing holds the encoder's accuracy, and the
+loss has no lower bound: `ascent_bound` stops a run that diverges. Guarantee: empirical, usually poor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from distunlearn.config import RunConfig
+from distunlearn.data.schedule import Batch
+from distunlearn.errors import NumericsError
+from distunlearn.methods.base import Context, StepOutput, embed
+from distunlearn.methods.contrastive import retain_bank
+from distunlearn.objectives.gather import all_reduce_mean, gather_sizes, mean_scale
+
+__all__ = ["GradAscent"]
+
+
+class GradAscent:
+    """Baseline; see the module's text."""
+
+    name = "grad_ascent"
+    forgets = True
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+
+    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
+        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+
+    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+        return {}
+
+    def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
+        retain, forget = batches["retain"], batches["forget"]
+        bank = None
+        if ctx.objective.uses_bank:
+            with torch.no_grad():  # retain images are only the negatives here: they enter no loss
+                bank = retain_bank(ctx, embed(ctx, retain, batchnorm="eval"))
+        branches = embed(ctx, forget, batchnorm="eval")
+        losses = ctx.objective.per_sample_loss(branches, bank)
+        known = losses.sum() * mean_scale(gather_sizes(losses.shape[0], losses.device))
+        level = float(all_reduce_mean(known.detach()))
+        if level > self.cfg.method.ascent_bound:
+            raise NumericsError(
+                f"grad_ascent: the forget loss reached {level:.3g} at step {ctx.step}, above method.ascent_bound = "
+                f"{self.cfg.method.ascent_bound:g}; lower unlearn.lr or unlearn.steps."
+            )
+        loss = -self.cfg.method.ascent_weight * known
+        return StepOutput(loss, {"forget_loss": level}, {"forget": forget.ids})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass

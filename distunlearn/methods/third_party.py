@@ -1,0 +1,248 @@
+"""third_party: make forgotten images look like images the model never met.
+
+    L = L_utility(retain)
+      + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
+      + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
+      + confidence_weight * C(third)
+
+g_i is the gradient of the bank loss of sample i, reached in closed form at the last linear layer
+(`constraints/head.py`) and described by (log norm, sketch over the third-party's spread); o_i is (view
+agreement, log-sum-exp of bank similarities). Phi is the energy distance as a U-statistic. Its gradient is
+on while its running mean is above Phi*, the distance between third-party and calibration samples under
+the original encoder, so that another distribution of the third-party set does not over-correct.
+
+Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
+Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
+Chen, arXiv 2405.07317. The formulas are ours: by all that is known theirs penalise input gradients.
+Guarantee: empirical.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distunlearn.config import RunConfig
+from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
+from distunlearn.constraints.distances import DISTANCES, surrogate, value_and_cotangent
+from distunlearn.constraints.head import head_gradients, sketch_matrices
+from distunlearn.constraints.running import PhiSwitch, RunningSpread
+from distunlearn.data.schedule import Batch
+from distunlearn.methods.base import Context, StepOutput, concat_batches, embed
+from distunlearn.methods.contrastive import enqueue, retain_bank, utility
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+from distunlearn.objectives.gather import (
+    all_gather_detached,
+    all_gather_uneven,
+    all_reduce_mean,
+    gather_sizes,
+    mean_scale,
+)
+
+__all__ = ["ThirdParty"]
+
+CALIBRATION_EPOCH = 1 << 32  # far from any training epoch: calibration sees views of its own
+CALIBRATION_DRAWS = 4  # sketches, view pairs and banks averaged into Phi*
+
+
+class ThirdParty:
+    """The method of this package; see the module's text for the loss."""
+
+    name = "third_party"
+    forgets = True
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.distance = DISTANCES[cfg.constraint.distance]
+        self.spread_gradient = RunningSpread(cfg.constraint.spread_momentum)
+        self.spread_output = RunningSpread(cfg.constraint.spread_momentum)
+        self.switch_gradient = PhiSwitch(0.0, cfg.constraint.phi_momentum)
+        self.switch_output = PhiSwitch(0.0, cfg.constraint.phi_momentum)
+        self.threshold = torch.zeros(())
+        self.pseudo_ids = torch.zeros(0, dtype=torch.int64)
+        self.pseudo_labels = torch.zeros(0, dtype=torch.int64)
+
+    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
+        sizes = cfg.unlearn
+        return {
+            "retain": sizes.retain_batch,
+            "forget": sizes.forget_batch,
+            "third_party": sizes.third_party_batch,
+        }
+
+    # -- calibration ---------------------------------------------------------------------------------------------
+
+    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+        """Hinge threshold and Phi* from the original encoder, before anything changes.
+
+        Every rank computes the same from the same images. `sample(role)` gives the images of a role.
+        """
+        third, calibration, retain = sample("third_party"), sample("calibration"), sample("retain")
+        if self.cfg.objective.name == "supervised":
+            self._label_by_original(ctx, third, calibration)
+        confidences, phis = [], {"gradient": [], "output": []}
+        for draw in range(CALIBRATION_DRAWS):
+            epoch = CALIBRATION_EPOCH + draw
+            with torch.no_grad():
+                bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self.cfg.unlearn.retain_batch), epoch))
+                features = [self._features(ctx, self._eval(ctx, _at(b, epoch)), bank, draw) for b in (calibration, third)]
+            (g_c, o_c, c_c), (g_t, o_t, _) = features
+            self.spread_gradient.update(g_t)
+            self.spread_output.update(o_t)
+            phis["gradient"].append(self.distance(self._scale(g_c), self._scale(g_t)))
+            phis["output"].append(self.distance(self._scale_out(o_c), self._scale_out(o_t)))
+            confidences.append(c_c)
+        self.threshold = torch.cat(confidences).quantile(self.cfg.method.confidence_quantile)
+        figures = {"confidence_threshold": float(self.threshold)}
+        for name, switch in (("gradient", self.switch_gradient), ("output", self.switch_output)):
+            measured = float(torch.stack(phis[name]).mean())
+            switch.set_target(measured if self.cfg.method.target == "calibrated" else 0.0)
+            figures[f"phi_star_{name}"] = float(switch.target)
+        return figures
+
+    def _calibration_bank(self, ctx: Context, retain: Batch) -> Bank | None:
+        """Bank of the original encoder's retain keys, alike on every rank (a queue holds them already).
+
+        As many images as a step has: confidences fall with the size of the bank.
+        """
+        if ctx.queue is not None:
+            return ctx.queue.bank(ctx.objective.temperature)
+        if not ctx.objective.uses_bank:
+            return None
+        return Bank(*ctx.objective.bank_keys(self._eval(ctx, retain)), ctx.objective.temperature)
+
+    def _eval(self, ctx: Context, batch: Batch) -> Branches:
+        return self._with_pseudo_labels(embed(ctx, batch, batchnorm="eval"))
+
+    def _label_by_original(self, ctx: Context, *batches: Batch) -> None:
+        """Supervised: strangers have no label of their own; theirs is what the original encoder predicts."""
+        hashes, labels = [], []
+        for batch in batches:
+            with torch.no_grad():
+                branches = embed(ctx, _at(batch, CALIBRATION_EPOCH), batchnorm="eval")
+            hashes.append(branches.ids)
+            labels.append(branches.output.softmax(-1).mean(0).argmax(-1))
+        self.pseudo_ids, self.pseudo_labels = torch.cat(hashes), torch.cat(labels)
+
+    def _with_pseudo_labels(self, branches: Branches) -> Branches:
+        if self.cfg.objective.name != "supervised" or not self.pseudo_ids.numel():
+            return branches
+        known = branches.ids[:, None] == self.pseudo_ids[None]
+        pseudo = self.pseudo_labels[known.int().argmax(1)]
+        return branches._replace(labels=torch.where(known.any(1), pseudo, branches.labels))
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
+        weights = self.cfg.method
+        retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
+        task, retained = utility(ctx, retain)  # first: the batch statistics change the buffers the second forward saves
+        bank = retain_bank(ctx, retained)
+        branches = self._eval(ctx, concat_batches(forget, third))
+        forget_part, third_part = branches.part(slice(len(forget.ids))), branches.part(slice(len(forget.ids), None))
+        g_f, o_f, _ = self._features(ctx, forget_part, bank, ctx.step)
+        g_t, o_t, c_t = self._features(ctx, third_part, bank, ctx.step)
+        self.spread_gradient.update(all_gather_uneven(g_t))
+        self.spread_output.update(all_gather_uneven(o_t))
+        phi_g, gradient_term = self._match(ctx, self._scale(g_f), self._scale(g_t), self.switch_gradient)
+        phi_o, output_term = self._match(ctx, self._scale_out(o_f), self._scale_out(o_t), self.switch_output)
+        confidence_term, active = self._confidence(ctx, third_part, bank, c_t)
+        total = (
+            task
+            + weights.gradient_weight * gradient_term
+            + weights.output_weight * output_term
+            + weights.confidence_weight * confidence_term
+        )
+        enqueue(ctx, retained)
+        metrics = {
+            "utility": float(task.detach()),
+            "phi_gradient": float(phi_g),
+            "phi_output": float(phi_o),
+            "gradient_term_on": float(self.switch_gradient.active),
+            "output_term_on": float(self.switch_output.active),
+            "confidence_term": float(confidence_term.detach()),
+            "third_party_confidence": float(c_t.detach().mean()),
+            "hinge_active_share": active,
+        }
+        consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
+        return StepOutput(total, metrics, consumed)
+
+    def _features(self, ctx: Context, b: Branches, bank: Bank | None, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Per sample: (log norm, sketch) [n, 1 + k^2], output features [n, q], confidence [n]."""
+        delta = ctx.objective.per_sample_delta(b, bank)
+        gradients = head_gradients(b.hidden, delta)
+        shape = self.cfg.constraint
+        out_matrix, in_matrix = sketch_matrices(
+            self.cfg.seed, draw, delta.shape[-1], b.hidden.shape[-1], shape.sketch_out, shape.sketch_in,
+            device=delta.device, dtype=delta.dtype,
+        )
+        sketch = gradients.sketch(out_matrix, in_matrix)
+        features = torch.cat([gradients.log_norm()[:, None], sketch], dim=1)
+        return features, ctx.objective.output_features(b, bank), ctx.objective.confidence(b, bank)
+
+    def _scale(self, features: Tensor) -> Tensor:
+        """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm."""
+        scaled = self.spread_gradient.scale(features)
+        return torch.cat([scaled[:, :1], scaled[:, 1:] / (features.shape[1] - 1) ** 0.5], dim=1)
+
+    def _scale_out(self, features: Tensor) -> Tensor:
+        return self.spread_output.scale(features)
+
+    def _match(self, ctx: Context, forget: Tensor, third: Tensor, switch: PhiSwitch) -> tuple[Tensor, Tensor]:
+        """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (gradients.md 4)."""
+        sizes = gather_sizes(forget.shape[0], forget.device)
+        phi, cotangent = value_and_cotangent(
+            self.distance, all_gather_detached(forget, sizes), all_gather_uneven(third)
+        )
+        first = sum(sizes[: ctx.rank])
+        local = cotangent[first : first + forget.shape[0]]
+        switch.update(phi)
+        return phi, switch.active * surrogate(forget, local, ctx.world)
+
+    def _confidence(self, ctx: Context, third: Branches, bank: Bank | None, c: Tensor) -> tuple[Tensor, float]:
+        sizes = gather_sizes(c.shape[0], c.device)
+        share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, for uneven shares too
+        if self.cfg.method.confidence == "entropy":
+            return share * entropy_confidence(ctx.objective.logits(third, bank)), 1.0
+        term, active = hinge_confidence(c, self.threshold.to(c))
+        return share * term, float(all_reduce_mean(torch.as_tensor(share * active)))
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {
+            "threshold": self.threshold.reshape(1),
+            "pseudo_ids": self.pseudo_ids,
+            "pseudo_labels": self.pseudo_labels,
+        }
+        for name in ("spread_gradient", "spread_output", "switch_gradient", "switch_output"):
+            state |= {f"{name}.{key}": value for key, value in getattr(self, name).state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.threshold = state["threshold"][0]
+        self.pseudo_ids, self.pseudo_labels = state["pseudo_ids"], state["pseudo_labels"]
+        for name in ("spread_gradient", "spread_output", "switch_gradient", "switch_output"):
+            part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            getattr(self, name).load_state_dict(part)
+
+
+def _at(batch: Batch, epoch: int) -> Batch:
+    """The same images with the views of another epoch."""
+    return dataclasses.replace(batch, epochs=np.full(len(batch.ids), epoch, dtype=np.int64))
+
+
+def _rotate(batch: Batch, draw: int, count: int) -> Batch:
+    """`count` images of the batch, another window for every draw."""
+    rows = (np.arange(min(count, len(batch.ids))) + draw * count) % len(batch.ids)
+    return Batch(
+        ids=[batch.ids[row] for row in rows],
+        images=batch.images[torch.from_numpy(rows)],
+        epochs=batch.epochs[rows],
+        labels=batch.labels[torch.from_numpy(rows)],
+    )

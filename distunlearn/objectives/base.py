@@ -1,0 +1,152 @@
+"""What an objective takes and gives, so that methods, constraints and audits need not know which it is.
+
+Shapes: V = online branches, n = images of this rank, D = output dim, Hd = hidden dim, K = bank rows.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distunlearn.objectives.bank import (
+    Bank,
+    bank_delta,
+    bank_density,
+    bank_infonce,
+    confidence,
+    normalise,
+    pair_logits,
+)
+
+__all__ = ["Branches", "MomentumObjective", "Objective"]
+
+
+class Branches(NamedTuple):
+    """Everything an objective needs of one batch, by online branch.
+
+    output: [V, n, D] raw results of the head's last linear layer (not normalised), with graph.
+    hidden: [V, n, Hd] inputs of that layer, for per-sample gradients delta h^T.
+    target: [V, n, D] raw momentum projections; row v is the one that branch v predicts (the *other* view).
+        None for objectives without a momentum encoder.
+    labels: int64 [n] classes, or None. ids: int64 [n] id hashes, or None (then nothing is masked by id).
+    """
+
+    output: Tensor
+    hidden: Tensor
+    target: Tensor | None = None
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Images of this rank, n."""
+        return self.output.shape[1]
+
+    def part(self, which: slice | Tensor) -> Branches:
+        """The same branches for some of the images: a slice, or an index or mask tensor over n."""
+        return Branches(
+            self.output[:, which],
+            self.hidden[:, which],
+            None if self.target is None else self.target[:, which],
+            None if self.labels is None else self.labels[which],
+            None if self.ids is None else self.ids[which],
+        )
+
+
+class Objective(Protocol):
+    """One training objective and the per-sample quantities that forgetting compares.
+
+    The per-sample functions depend on one image, the bank and the weights, never on batch-mates, and
+    need no communication. `utility` may communicate: all ranks call it together.
+    """
+
+    name: ClassVar[str]
+    needs_momentum: ClassVar[bool]  # Branches.target comes from a momentum encoder
+    uses_bank: ClassVar[bool]  # the per-sample functions need a bank
+    uses_queue: ClassVar[bool]  # that bank is a KeyQueue, else the retain keys of the step
+    uses_labels: ClassVar[bool]
+    views: ClassVar[int]  # random views drawn per image
+    branches: ClassVar[int]  # V, online branches
+    temperature: float
+
+    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """Training loss of this rank: the mean over ranks is the loss of the global batch, in value and gradient."""
+
+    def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor] | None:
+        """Normalised, detached keys [m, D] of these (retain) images and their ids [m]; None without a bank.
+
+        Image by image, so that `Bank.gather` over any number of ranks gives one order.
+        """
+
+    def per_sample_loss(self, b: Branches, bank: Bank | None) -> Tensor:
+        """l_i, [n]."""
+
+    def per_sample_delta(self, b: Branches, bank: Bank | None) -> Tensor:
+        """Exact d l_i / d output[v, i] in closed form, [V, n, D], itself differentiable in the outputs."""
+
+    def confidence(self, b: Branches, bank: Bank | None) -> Tensor:
+        """c_i in (0, 1], [n]: how surely the sample's partner (or class) is told from all others."""
+
+    def logits(self, b: Branches, bank: Bank | None) -> Tensor:
+        """[V, n, 1 + K] (-inf where masked) or [V, n, classes]: what the confidence is the softmax of."""
+
+    def output_features(self, b: Branches, bank: Bank | None) -> Tensor:
+        """Agreement between the views and closeness to the bank (or certainty), [n, 2], for output alignment."""
+
+
+def paired_keys(vectors: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[V, n, D] raw vectors -> detached keys [n * V, D] and ids [n * V], image by image."""
+    assert ids is not None, "bank keys need the ids of their images"
+    keys = normalise(vectors.detach()).transpose(0, 1).flatten(0, 1)
+    return keys, ids.repeat_interleave(vectors.shape[0])
+
+
+class MomentumObjective:
+    """Per-sample part shared by objectives whose partner is a stop-gradient momentum key (MoCo, MoCo v3, BYOL).
+
+    l_i is the mean over the V branches of the bank formula with u_b = normalised target, constant; so
+    d l_i / d z_v is the closed form of branch v divided by V.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        assert temperature > 0, "the temperature is positive"
+        self.temperature = temperature
+
+    def _pair(self, b: Branches) -> tuple[Tensor, Tensor]:
+        """Online raw outputs and normalised, detached partners, both [V, n, D]."""
+        assert b.target is not None and b.target.shape == b.output.shape, "one momentum target per online output"
+        assert b.output.shape[0] == self.branches, f"{self.name} has {self.branches} online branches"
+        return b.output, normalise(b.target.detach())
+
+    def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor]:
+        """Normalised momentum keys [n * V, D] and ids [n * V]."""
+        assert b.target is not None, "bank keys are momentum keys"
+        return paired_keys(b.target, b.ids)
+
+    def per_sample_loss(self, b: Branches, bank: Bank) -> Tensor:
+        """l_i, [n]."""
+        z, key = self._pair(b)
+        return bank_infonce(normalise(z), key, bank, b.ids).mean(0)
+
+    def per_sample_delta(self, b: Branches, bank: Bank) -> Tensor:
+        """d l_i / d output, [V, n, D]."""
+        z, key = self._pair(b)
+        return bank_delta(z, key, bank, b.ids) / self.branches
+
+    def confidence(self, b: Branches, bank: Bank) -> Tensor:
+        """c_i, [n]."""
+        z, key = self._pair(b)
+        return confidence(normalise(z), key, bank, b.ids).mean(0)
+
+    def logits(self, b: Branches, bank: Bank) -> Tensor:
+        """Query side [s0, u.Q / tau], [V, n, 1 + K]."""
+        z, key = self._pair(b)
+        return pair_logits(normalise(z), key, bank, b.ids)
+
+    def output_features(self, b: Branches, bank: Bank) -> Tensor:
+        """(u . key, soft maximum of u . Q), both cosines averaged over branches, [n, 2]."""
+        z, key = self._pair(b)
+        u = normalise(z)
+        return torch.stack([(u * key).sum(-1).mean(0), bank_density(u, bank, b.ids).mean(0)], dim=-1)

@@ -1,0 +1,40 @@
+"""BYOL: predict the momentum projection of the other view, no negatives.
+
+Source: Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
+NeurIPS 2020, eq. 2 and the symmetrised loss below it. Predictor output q, target projection z':
+
+    L = || q/|q| - z'/|z'| ||^2 = 2 - 2 cos(q, z')
+    utility = mean over the images of L(q_a, z'_b) + L(q_b, z'_a)
+
+Per-sample loss: BYOL compares with nothing, so a sample's own loss says little of how well it is told
+from others; the bank formula is used instead (target projections of retain as bank, temperature
+`objective.temperature`, 0.2 by default, which is ours), mean of the two branches, targets constant.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distunlearn.objectives.bank import Bank, normalise
+from distunlearn.objectives.base import Branches, MomentumObjective
+from distunlearn.objectives.gather import gather_sizes, mean_scale
+
+__all__ = ["BYOL"]
+
+
+class BYOL(MomentumObjective):
+    """Branch 0: prediction from view a of target b; branch 1: from b of a. temperature: of the bank formula only."""
+
+    name = "byol"
+    needs_momentum = True
+    uses_bank = True
+    uses_queue = False
+    uses_labels = False
+    views = 2
+    branches = 2
+
+    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """Symmetrised 2 - 2 cos, in [0, 8]; the bank is not used; a collective call."""
+        z, target = self._pair(b)
+        cosines = (normalise(z) * target).sum(-1)
+        return (2 - 2 * cosines).sum() * mean_scale(gather_sizes(b.num_samples, z.device))

@@ -1,0 +1,145 @@
+"""Collectives over the ranks, and the only place where gradients cross them.
+
+Scaling rule (Chen et al. 2020, "A Simple Framework for Contrastive Learning", section 2.1 gathers
+the whole batch; the scaling is ours and tested): every backend *averages* parameter gradients over
+the W ranks. A loss over the global batch therefore has to be written, on each rank, as
+
+    local loss = W / N * sum over this rank's own terms          (N: terms of the global batch)
+
+with the other ranks' embeddings gathered by `all_gather_with_grad`, whose backward *sums* over the
+ranks what each of them asks of a slice. The mean over the ranks of the local losses is then the
+global loss, and the mean of their gradients its gradient, whatever W is and however uneven the
+shares are. A backward that averages, or one without communication, is wrong by factors around 1/W.
+
+Without an initialised process group, or in a world of 1, every function is the identity.
+Shapes: W = world, n = this rank's rows (may be 0), N = rows of all ranks in rank order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = [
+    "all_gather_detached",
+    "all_gather_uneven",
+    "all_gather_with_grad",
+    "all_reduce_mean",
+    "gather_ids",
+    "gather_sizes",
+    "get_rank",
+    "get_world",
+    "mean_scale",
+]
+
+
+def get_world() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def get_rank() -> int:
+    """This rank in 0 .. world - 1; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_sizes(count: int, device: torch.device) -> list[int]:
+    """Rows held by every rank, in rank order; `count` is this rank's. A collective call."""
+    world = get_world()
+    if world == 1:
+        return [count]
+    sizes = torch.zeros(world, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([count], dtype=torch.int64, device=device))
+    return sizes.tolist()
+
+
+def mean_scale(sizes: Sequence[int]) -> float:
+    """W / N: what a sum over this rank's samples is multiplied by to stand for a global mean.
+
+    The mean over ranks of (scale * local sum) is the mean over all samples, for uneven shares too.
+    """
+    total = sum(sizes)
+    assert total > 0, "a mean over an empty global batch was asked for"
+    return len(sizes) / total
+
+
+def _concatenate(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[n, ...] of every rank -> [N, ...] in rank order. Short ranks are padded for the transport only."""
+    world, largest = len(sizes), max(sizes)
+    if largest == 0:
+        return x.clone()
+    padded = x.contiguous()
+    if x.shape[0] < largest:
+        padded = torch.cat([padded, padded.new_zeros(largest - x.shape[0], *x.shape[1:])])
+    gathered = padded.new_empty(world * largest, *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    if all(size == largest for size in sizes):
+        return gathered
+    return torch.cat([gathered[r * largest : r * largest + size] for r, size in enumerate(sizes)])
+
+
+class _AllGather(torch.autograd.Function):
+    """Forward: concatenation over ranks. Backward: sum over ranks of the gradient of the own slice.
+
+    The backward is an all-reduce of [N, ...] rather than a reduce-scatter: it works for uneven
+    shares and on every backend, and an embedding gradient is small beside the parameters'.
+    Not differentiable twice (raises), for the collective would have to be, too.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
+        ctx.start = sum(sizes[:rank])
+        ctx.count = sizes[rank]
+        return _concatenate(x, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total[ctx.start : ctx.start + ctx.count], None, None
+
+
+def all_gather_with_grad(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """Rows of all ranks, [n, ...] -> [N, ...], with gradients flowing back to every rank.
+
+    sizes: rows per rank as `gather_sizes` returns them; None promises that all ranks hold n rows.
+    All ranks must run the backward of the result, in the same order.
+    """
+    world = get_world()
+    if world == 1:
+        return x
+    return _AllGather.apply(x, list(sizes or [x.shape[0]] * world), get_rank())
+
+
+def all_gather_detached(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """Rows of all ranks, [n, ...] -> [N, ...], without gradient. sizes as in `all_gather_with_grad`."""
+    world = get_world()
+    if world == 1:
+        return x.detach()
+    return _concatenate(x.detach(), list(sizes or [x.shape[0]] * world))
+
+
+def all_gather_uneven(x: Tensor) -> Tensor:
+    """Rows of all ranks, [n, ...] -> [N, ...], without gradient, n may differ by rank (0 included)."""
+    return all_gather_detached(x, gather_sizes(x.shape[0], x.device))
+
+
+def gather_ids(ids: Tensor) -> Tensor:
+    """int64 id hashes of all ranks, [n] -> [N] in rank order; n may differ by rank."""
+    assert ids.dtype == torch.int64 and ids.dim() == 1, "ids are a vector of int64 hashes"
+    return all_gather_uneven(ids)
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean over the ranks of a floating tensor of one shape, without gradient; x itself is left alone."""
+    world = get_world()
+    total = x.detach().clone()
+    if world == 1:
+        return total
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total / world

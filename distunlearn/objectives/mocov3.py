@@ -1,0 +1,46 @@
+"""MoCo v3: queries through a predictor against the momentum keys of the global batch, no queue.
+
+Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV
+2021, eq. 1 and algorithm 1. Queries q1, q2 and momentum keys k1, k2 of the two views, length 1:
+
+    ctr(q, k) = 2 tau * mean_i -log [ exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ]
+    utility   = ctr(q1, k2) + ctr(q2, k1)                   j: all images of the global batch
+
+The factor 2 tau is the paper's: algorithm 1 scales the loss so that its gradient does not grow as tau
+falls. The per-sample loss does not carry it (bank formula, mean of the two branches, keys constant).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distunlearn.objectives.bank import Bank, full_precision, normalise
+from distunlearn.objectives.base import Branches, MomentumObjective
+from distunlearn.objectives.gather import all_gather_detached, gather_sizes, get_rank, mean_scale
+
+__all__ = ["MoCoV3"]
+
+
+class MoCoV3(MomentumObjective):
+    """Branch 0: query a with key b; branch 1: query b with key a. temperature: tau > 0."""
+
+    name = "mocov3"
+    needs_momentum = True
+    uses_bank = True
+    uses_queue = False
+    uses_labels = False
+    views = 2
+    branches = 2
+
+    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """Symmetrised contrastive loss over the global keys; the bank is not used; a collective call."""
+        z, key = self._pair(b)
+        sizes = gather_sizes(b.num_samples, z.device)
+        everyone = all_gather_detached(key.transpose(0, 1).contiguous(), sizes).transpose(0, 1)  # [2, N, D]
+        own = torch.arange(b.num_samples, device=z.device) + sum(sizes[: get_rank()])
+        with full_precision(key):
+            logits = normalise(z) @ everyone.transpose(1, 2) / self.temperature  # [2, n, N]
+        positive = logits.gather(2, own.expand(2, -1).unsqueeze(2)).squeeze(2)
+        losses = logits.logsumexp(2) - positive
+        return 2 * self.temperature * losses.sum() * mean_scale(sizes)

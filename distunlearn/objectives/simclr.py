@@ -1,0 +1,101 @@
+"""SimCLR: NT-Xent over the global batch.
+
+Source: Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual
+Representations", ICML 2020, eq. 1 and algorithm 1. With u = z / |z|, N images, 2N embeddings:
+
+    l(i, j) = -log [ exp(u_i.u_j / tau) / sum_{k != i} exp(u_i.u_k / tau) ]
+    utility = 1 / 2N * sum over the N images of l(a, b) + l(b, a)
+
+Per-sample loss: the bank formula (`bank.py`) with both views online, so that both branches carry a
+gradient: d l_i / d z_a = bank_delta(z_a, u_b) and d l_i / d z_b = bank_delta(z_b, u_a).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distunlearn.objectives.bank import (
+    Bank,
+    bank_delta,
+    bank_density,
+    bank_infonce,
+    confidence,
+    full_precision,
+    normalise,
+    pair_logits,
+)
+from distunlearn.objectives.base import Branches, paired_keys
+from distunlearn.objectives.gather import all_gather_with_grad, gather_sizes, get_rank, mean_scale
+
+__all__ = ["SimCLR", "nt_xent"]
+
+
+def nt_xent(output: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of this rank's pairs [2, n, D] (raw) against the global batch; a scalar.
+
+    The mean over ranks is the loss of the global batch, in value and gradient. A collective call.
+    """
+    u = normalise(output).transpose(0, 1)  # [n, 2, D]: image by image, so rows 2i and 2i + 1 are a pair
+    sizes = gather_sizes(u.shape[0], u.device)
+    everyone = all_gather_with_grad(u.contiguous(), sizes).flatten(0, 1)  # [2N, D]
+    mine = u.flatten(0, 1)  # [2n, D]
+    own = torch.arange(mine.shape[0], device=u.device) + 2 * sum(sizes[: get_rank()])
+    with full_precision(u):
+        logits = mine @ everyone.T / temperature
+    logits = logits.scatter(1, own.unsqueeze(1), -torch.inf)  # k != i
+    positive = logits.gather(1, (own ^ 1).unsqueeze(1)).squeeze(1)
+    return (logits.logsumexp(1) - positive).sum() * mean_scale(sizes) / 2
+
+
+class SimCLR:
+    """Two online views, each other's partner. temperature: tau > 0."""
+
+    name = "simclr"
+    needs_momentum = False
+    uses_bank = True
+    uses_queue = False
+    uses_labels = False
+    views = 2
+    branches = 2
+
+    def __init__(self, temperature: float) -> None:
+        assert temperature > 0, "the temperature is positive"
+        self.temperature = temperature
+
+    def _views(self, b: Branches) -> Tensor:
+        assert b.output.shape[0] == 2, "simclr has 2 online branches"
+        return normalise(b.output)
+
+    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """NT-Xent; the bank is not used."""
+        assert b.output.shape[0] == 2, "simclr has 2 online branches"
+        return nt_xent(b.output, self.temperature)
+
+    def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor]:
+        """Normalised, detached embeddings of both views [2n, D] and ids [2n], image by image."""
+        return paired_keys(b.output, b.ids)
+
+    def per_sample_loss(self, b: Branches, bank: Bank) -> Tensor:
+        """l_i, [n]."""
+        u = self._views(b)
+        return bank_infonce(u[0], u[1], bank, b.ids)
+
+    def per_sample_delta(self, b: Branches, bank: Bank) -> Tensor:
+        """d l_i / d output, [2, n, D]."""
+        return bank_delta(b.output, self._views(b).flip(0), bank, b.ids)
+
+    def confidence(self, b: Branches, bank: Bank) -> Tensor:
+        """c_i, [n]."""
+        u = self._views(b)
+        return confidence(u[0], u[1], bank, b.ids)
+
+    def logits(self, b: Branches, bank: Bank) -> Tensor:
+        """[s0, u.Q / tau] of both views, [2, n, 1 + K]."""
+        u = self._views(b)
+        return pair_logits(u, u.flip(0), bank, b.ids)
+
+    def output_features(self, b: Branches, bank: Bank) -> Tensor:
+        """(u_a . u_b, soft maximum of u . Q averaged over the views), both cosines, [n, 2]."""
+        u = self._views(b)
+        return torch.stack([(u[0] * u[1]).sum(-1), bank_density(u, bank, b.ids).mean(0)], dim=-1)

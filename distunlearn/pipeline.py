@@ -1,0 +1,277 @@
+"""The verbs: what each command does, in order, on files of the run directory.
+
+prepare -> pretrain -> unlearn -> (retrain) -> audit -> report. `run` is all of them. Every verb may be
+repeated: what is finished is checked and kept, what was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distunlearn.config import RunConfig
+from distunlearn.config_io import field_diff, load_config, save_config
+from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, CoverageError, DataError
+
+__all__ = ["audit", "plan", "prepare", "pretrain", "report", "run", "unlearn"]
+
+VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
+
+
+def prepare(cfg: RunConfig, out: Path) -> None:
+    """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`."""
+    from distunlearn.data.shards import prepare_shards
+
+    folder = shards_folder(cfg, out)
+    if (folder / "manifest.jsonl").exists():
+        _check_shards(cfg, folder)
+        return
+    prepare_shards(cfg.data, cfg.seed, folder)
+
+
+def pretrain(cfg: RunConfig, out: Path) -> None:
+    """Train the original encoder on retain and forget samples."""
+    from distunlearn.engine import phases
+
+    with _session(cfg, out) as session:
+        phases.pretrain(session)
+
+
+def unlearn(cfg: RunConfig, out: Path) -> None:
+    """Run the method on the original encoder.
+
+    Raises:
+        CoverageError: a forget sample never entered the loss of a method that forgets, or entered it as retain.
+    """
+    from distunlearn.engine import phases
+
+    with _session(cfg, out) as session:
+        phases.unlearn(session)
+        _check_coverage(session)
+
+
+def audit(run_dir: Path) -> int:
+    """Train the retrained reference where it is missing, attack all three encoders, judge the gates.
+
+    Returns:
+        0 if every gate passes, 6 if one fails, 7 if none fails but one is inconclusive.
+    """
+    from distunlearn.engine import phases
+
+    cfg = saved_config(run_dir)
+    with _session(cfg, run_dir) as session:
+        phases.retrain(session)
+        verdict = _audit(session) if session.backend.is_main else None
+        session.backend.barrier()
+        verdict = session.backend.broadcast_object(verdict)
+    return VERDICT_CODES[verdict]
+
+
+def report(run_dir: Path) -> Path:
+    """Write `report.html` from what the audit saved."""
+    from distunlearn.report import write_report
+
+    return write_report(Path(run_dir))
+
+
+def run(cfg: RunConfig, out: Path) -> int:
+    """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
+    from distunlearn.planning import make_plan
+
+    planned = make_plan(cfg, out)
+    if _is_main():
+        _claim(cfg, out)
+        write_plan(planned, out)
+        prepare(cfg, out)
+    pretrain(cfg, out)
+    unlearn(cfg, out)
+    code = audit(out)
+    if _is_main():
+        report(out)
+    return code
+
+
+# -- the run directory -----------------------------------------------------------------------------------------------
+
+
+def shards_folder(cfg: RunConfig, out: Path) -> Path:
+    """Where the shards of a run lie."""
+    if cfg.data.shards:
+        return Path(cfg.data.shards).expanduser()
+    if cfg.reuse:
+        return shards_folder(saved_config(Path(cfg.reuse)), Path(cfg.reuse))
+    return Path(out) / "shards"
+
+
+def saved_config(run_dir: Path) -> RunConfig:
+    """The resolved config of a run directory.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(run_dir) / "run.yaml"
+    if not path.exists():
+        raise DataError(f"{run_dir} is not a run directory (run.yaml is missing); give the --out folder of a run.")
+    return load_config(None, path, [])
+
+
+def _check_shards(cfg: RunConfig, folder: Path) -> None:
+    """Shards that exist must be those this config would write."""
+    from distunlearn.data.manifest import Manifest
+    from distunlearn.data.roles import assign_roles
+    from distunlearn.data.shards import verify_shards
+    from distunlearn.data.sources import open_sources
+
+    manifest = Manifest.load(folder)
+    verify_shards(manifest, deep=False)
+    members, guest = open_sources(cfg.data)
+    roles = assign_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
+    if {s.id: s.role for s in manifest.samples} != dict(roles):
+        raise DataError(
+            f"{folder} holds shards of another selection of images (seed, source or data.* differ); "
+            "give the settings they were prepared with, or another folder."
+        )
+
+
+def _claim(cfg: RunConfig, out: Path) -> None:
+    """The run directory belongs to one config: write it, or refuse another."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.yaml"
+    if path.exists():
+        differences = field_diff(load_config(None, path, []), cfg)
+        differences = {k: v for k, v in differences.items() if k not in FREE_KEYS}
+        if differences:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(differences.items())[:5])
+            raise ConfigError(f"{out} belongs to a run with other settings ({shown}); choose another --out.")
+        return
+    save_config(cfg, path)
+
+
+FREE_KEYS = ("backend", "threads", "data.cache_mib", "data.shards", "data.root", "data.third_party_root", "reuse")
+
+
+def _is_main() -> bool:
+    """Before the process group exists only the launcher's RANK tells."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _session(cfg: RunConfig, out: Path) -> Iterator:
+    from distunlearn.data.manifest import Manifest
+    from distunlearn.data.shards import verify_shards
+    from distunlearn.data.stream import ImageStore
+    from distunlearn.doctor import environment
+    from distunlearn.engine.backends import open_backend
+    from distunlearn.engine.checkpoint import write_json
+    from distunlearn.engine.ledger import Ledger
+    from distunlearn.engine.phases import Session
+    from distunlearn.engine.telemetry import Telemetry
+
+    out = Path(out)
+    backend = open_backend(cfg)
+    if backend.is_main:
+        _claim(cfg, out)
+        if not (out / "env.json").exists():
+            write_json(out / "env.json", environment())
+    backend.barrier()
+    manifest = Manifest.load(shards_folder(cfg, out))
+    verify_shards(manifest, deep=False)
+    if backend.is_main and cfg.reuse:
+        _take_over(cfg, out)
+    backend.barrier()
+    store = ImageStore(
+        manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels
+    )
+    ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main)
+    with Telemetry(out, backend.is_main) as telemetry:
+        try:
+            yield Session(cfg, out, manifest, store, backend, ledger, telemetry)
+        finally:
+            ledger.close()
+
+
+def _take_over(cfg: RunConfig, out: Path) -> None:
+    """Copy the finished original and retrained encoders of `reuse`; their digests are checked when they are used."""
+    source = Path(cfg.reuse).expanduser()
+    for name in ("original", "retrained"):
+        if (source / name / "done.json").exists() and not (out / name).exists():
+            partial = out / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / name, partial, ignore=shutil.ignore_patterns("checkpoints"))
+            os.replace(partial, out / name)
+
+
+# -- evidence --------------------------------------------------------------------------------------------------------
+
+
+def _check_coverage(session) -> None:
+    from distunlearn.engine.ledger import coverage, read_ledger
+    from distunlearn.methods import METHODS
+
+    if not session.backend.is_main:
+        return
+    session.ledger.sync()
+    found = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget"))
+    entry = METHODS[session.cfg.method.name]
+    forgets = entry.build is not None and entry.build(session.cfg).forgets
+    if found.used_as_retain:
+        raise CoverageError(f"{found.used_as_retain} of {found.requested} forget images entered a loss as retain images.")
+    if forgets and found.consumed_min < 1:
+        missed = sum(count == 0 for count in found.counts.values())
+        raise CoverageError(
+            f"{missed} of {found.requested} forget images never entered the loss; expected every one at least once; "
+            "raise unlearn.steps or unlearn.forget_batch."
+        )
+
+
+def _audit(session) -> str:
+    """Signals of the three encoders, then summary.json and the raw scores; returns the verdict."""
+    from distunlearn.audit.signals import collect_signals
+    from distunlearn.audit.summary import summarise, write_audit
+    from distunlearn.engine import phases
+    from distunlearn.engine.ledger import coverage, read_ledger
+    from distunlearn.objectives import make_objective
+
+    cfg, out = session.cfg, session.out
+    folders = {"original": out / "original", "unlearned": out, "retrained": out / "retrained"}
+    signals, facts = {}, {}
+    for name, folder in folders.items():
+        session.telemetry.note("audit", f"attacking the {name} encoder")
+        trained = phases.load_trained(folder, session)
+        facts[name] = trained.facts
+        momentum = trained.momentum.model if trained.momentum else None
+        signals[name] = collect_signals(
+            trained.model, momentum, make_objective(cfg.objective), session.store, session.manifest, cfg
+        )
+    cost = {
+        "pretrain_images": facts["original"]["images"],
+        "unlearn_images": facts["unlearned"]["images"],
+        "retrain_images": facts["retrained"]["images"],
+        "pretrain_seconds": facts["original"]["seconds"],
+        "unlearn_seconds": facts["unlearned"]["seconds"],
+        "retrain_seconds": facts["retrained"]["seconds"],
+    }
+    covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
+    summary, scores = summarise(signals, cfg, cost=cost, coverage=covered)
+    write_audit(out / "audit", summary, scores)
+    return summary["gates"]["verdict"]
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(cfg: RunConfig, out: Path | None) -> dict:
+    """Everything that a run would do, checked and counted, with nothing written."""
+    from distunlearn.planning import make_plan
+
+    return make_plan(cfg, out)
+
+
+def write_plan(planned: dict, out: Path) -> None:
+    """Keep the plan beside the run it describes."""
+    from distunlearn.engine.checkpoint import write_json
+
+    write_json(Path(out) / "plan.json", planned)

@@ -1,0 +1,163 @@
+"""What a run would do: steps, images, memory and coverage, checked before any compute is spent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from distunlearn.config import RunConfig
+from distunlearn.config_io import digest
+from distunlearn.errors import ConfigError, DataError, DistunlearnError
+
+__all__ = ["make_plan"]
+
+MIB = 1 << 20
+
+
+def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
+    """Resolve roles, encoder and schedule of `cfg` without writing anything.
+
+    Returns:
+        plain JSON: roles, phases (steps, images, share of retraining), coverage, memory (MiB, per process),
+        encoder, config digest.
+
+    Raises:
+        DataError: the data cannot be had, or the schedule cannot reach every forget image.
+        ConfigError: an encoder that cannot be built; several problems are reported together.
+    """
+    problems: list[DistunlearnError] = []
+    counts: Counter[str] = Counter()
+    classes = 0
+    try:
+        counts, classes = _roles(cfg, out)
+    except DistunlearnError as error:
+        problems.append(error)
+    encoder: dict[str, Any] = {}
+    try:
+        encoder = _encoder(cfg, classes or 2)
+    except DistunlearnError as error:
+        problems.append(error)
+    phases = _phases(cfg, counts) if counts else {}
+    if counts:
+        try:
+            _check_schedule(cfg, counts)
+        except DistunlearnError as error:
+            problems.append(error)
+    if problems:
+        kind = DataError if any(isinstance(p, DataError) for p in problems) else ConfigError
+        if len(problems) == 1:
+            raise problems[0]
+        raise kind(" ".join(str(p) for p in problems))
+    return {
+        "recipe": cfg.recipe,
+        "digest": digest(cfg),
+        "backend": cfg.backend,
+        "method": cfg.method.name,
+        "objective": cfg.objective.name,
+        "roles": dict(counts),
+        "encoder": encoder,
+        "phases": phases,
+        "coverage": _coverage(cfg, counts),
+        "memory_mib": _memory(cfg, counts, encoder),
+    }
+
+
+def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int]:
+    """Images per role and the number of classes, from existing shards or else from the source."""
+    from distunlearn.data.manifest import Manifest
+    from distunlearn.data.roles import assign_roles
+    from distunlearn.data.shards import verify_shards
+    from distunlearn.data.sources import open_sources
+    from distunlearn.pipeline import shards_folder
+
+    folder = shards_folder(cfg, out) if (out or cfg.data.shards or cfg.reuse) else None
+    if folder is not None and (folder / "manifest.jsonl").exists():
+        manifest = Manifest.load(folder)
+        verify_shards(manifest, deep=False)
+        labels = [s.label for s in manifest.samples if s.role in ("retain", "forget") and s.label is not None]
+        return Counter(s.role for s in manifest.samples), len(set(labels))
+    members, guest = open_sources(cfg.data)
+    roles = assign_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
+    labels = {label for i, label in members.samples if label is not None and roles.get(i) in ("retain", "forget")}
+    return Counter(roles.values()), len(labels)
+
+
+def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
+    from distunlearn.encoders.model import build_model
+
+    model = build_model(cfg, classes if cfg.objective.name == "supervised" else None)
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    return {
+        "name": cfg.encoder.name,
+        "embed_dim": model.backbone.num_features,
+        "backbone_parameters": backbone,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def images_per_step(cfg: RunConfig, method: str | None) -> int:
+    """Images through an encoder per step: views of every feeder, momentum keys included (method None: pretraining)."""
+    from distunlearn.methods import METHODS, Contrastive
+    from distunlearn.objectives import make_objective
+
+    objective = make_objective(cfg.objective)
+    views = objective.branches + (objective.branches if objective.needs_momentum else 0)
+    entry = METHODS[method] if method else None
+    if entry is not None and entry.build is None:
+        return 0
+    built = entry.build(cfg) if entry else Contrastive("pretrain", "members")
+    return views * sum(built.batch_sizes(cfg).values())
+
+
+def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:
+    from distunlearn.engine.phases import pretrain_steps
+    from distunlearn.methods import METHODS
+
+    members = counts["retain"] + counts["forget"]
+    entry = METHODS[cfg.method.name]
+    unlearn_steps = {
+        "unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0
+    }[entry.steps]
+    phases = {
+        "pretrain": (pretrain_steps(cfg, members), images_per_step(cfg, None)),
+        "unlearn": (unlearn_steps, images_per_step(cfg, cfg.method.name)),
+        "retrain": (pretrain_steps(cfg, counts["retain"]), images_per_step(cfg, "retrain")),
+    }
+    retrain = phases["retrain"][0] * phases["retrain"][1]
+    return {
+        name: {"steps": steps, "images": steps * images, "share_of_retraining": round(steps * images / retrain, 4)}
+        for name, (steps, images) in phases.items()
+    }
+
+
+def _coverage(cfg: RunConfig, counts: Counter[str]) -> dict[str, float]:
+    """Consumptions per forget image that the schedule guarantees: whole passes over the forget list."""
+    rows = cfg.unlearn.steps * cfg.unlearn.forget_batch
+    return {"requested": counts["forget"], "scheduled_min": rows // max(1, counts["forget"])}
+
+
+def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
+    from distunlearn.methods import METHODS
+
+    entry = METHODS[cfg.method.name]
+    forgets = entry.build is not None and entry.build(cfg).forgets
+    rows = cfg.unlearn.steps * cfg.unlearn.forget_batch
+    if forgets and rows < counts["forget"]:
+        raise DataError(
+            f"unlearn.steps x unlearn.forget_batch = {rows} images cannot reach all {counts['forget']} forget images; "
+            f"expected at least {counts['forget']}; raise one of the two."
+        )
+
+
+def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> dict[str, float]:
+    """Lower bounds per process, unsharded: weights, gradients and two optimizer moments in fp32; decoded images."""
+    from distunlearn.objectives import make_objective
+
+    copies = 4 if cfg.pretrain.optimizer == "adamw" else 3
+    copies += 1 if make_objective(cfg.objective).needs_momentum else 0
+    images = sum(counts.values()) * cfg.encoder.in_chans * cfg.encoder.image_size**2
+    return {
+        "weights_and_optimizer": round(copies * 4 * encoder["parameters"] / MIB, 1),
+        "decoded_images": round(min(images / MIB, cfg.data.cache_mib), 1),
+    }

@@ -1,0 +1,198 @@
+"""What a run directory holds, read for the report: only figures leave here, never an id, a file name or a picture.
+
+Everything is read as plain data (JSON, YAML without tags); every text is cut and made harmless. This
+module alone knows the format of audit/scores-*.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from distunlearn.errors import DataError
+from distunlearn.text import printable
+
+__all__ = ["ENCODER_NAMES", "RunFiles", "Scores", "load_run", "number", "tree"]
+
+ENCODER_NAMES = ("original", "unlearned", "retrained")
+MAX_NODES = 20_000  # values kept of one settings or summary file
+MAX_DEPTH = 12
+MAX_TEXT = 200  # characters of one text
+MAX_KEY = 60
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Finite scores of one encoder: role -> score name -> float64 [n], sorted, so that no order gives an id away."""
+
+    by_role: Mapping[str, Mapping[str, np.ndarray]]
+
+    def of(self, role: str, name: str) -> np.ndarray:
+        """Values [n] of score `name` for the images of `role`; empty when there are none."""
+        return self.by_role.get(role, {}).get(name, np.empty(0))
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory in memory; a file that is not there is an empty dict."""
+
+    config: dict[str, Any]
+    env: dict[str, Any]
+    plan: dict[str, Any]
+    shards: dict[str, Any]
+    audit: dict[str, Any]
+    done: dict[str, Any]
+    scores: Mapping[str, Scores]
+    config_sha256: str | None  # of the bytes of run.yaml
+    finished: str | None  # when the forgetting ended, from the ledger, UTC
+
+
+def load_run(run_dir: str | Path) -> RunFiles:
+    """Read what the report needs of `run_dir`.
+
+    Raises DataError when the folder holds no run, or when one of its files is damaged: a report must
+    not be written from half of the evidence.
+    """
+    folder = Path(run_dir)
+    settings = folder / "run.yaml"
+    if not settings.is_file() and not (folder / "audit" / "summary.json").is_file():
+        raise DataError(
+            f"{printable(folder)} holds neither run.yaml nor audit/summary.json; "
+            "give the folder that `distunlearn run ... --out` wrote."
+        )
+    scores = {}
+    for encoder in ENCODER_NAMES:
+        raw = _read_json(folder / "audit" / f"scores-{encoder}.json")
+        if raw:
+            scores[encoder] = _scores(raw, encoder)
+    return RunFiles(
+        config=_read_yaml(settings),
+        env=_clean_file(folder / "env.json"),
+        plan=_clean_file(folder / "plan.json"),
+        shards=_clean_file(folder / "shards" / "summary.json"),
+        audit=_clean_file(folder / "audit" / "summary.json"),
+        done=_clean_file(folder / "done.json"),
+        scores=scores,
+        config_sha256=hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else None,
+        finished=_finished(folder / "ledger.jsonl"),
+    )
+
+
+def tree(value: Any, *path: str) -> dict[str, Any]:
+    """The dict at `path` inside `value`, or an empty one."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any, *path: str) -> float | None:
+    """The finite number at `path` inside `value`; None when it is missing, not a number, NaN or infinite."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None
+
+
+def _scores(raw: dict[str, Any], encoder: str) -> Scores:
+    """{"samples": {id: {"role": ..., <score>: number, ...}}} as sorted arrays; the ids stay behind."""
+    samples = raw.get("samples")
+    if not isinstance(samples, dict):
+        raise DataError(f"audit/scores-{encoder}.json has no samples; run `distunlearn audit` again.")
+    collected: dict[str, dict[str, list[float]]] = {}
+    for row in samples.values():
+        role = row.get("role") if isinstance(row, dict) else None
+        if not isinstance(role, str):
+            continue
+        for name, value in row.items():
+            if name != "label" and (figure := number(value)) is not None:
+                collected.setdefault(role, {}).setdefault(name, []).append(figure)
+    by_role = {
+        role: {name: np.sort(np.asarray(values, dtype=np.float64)) for name, values in names.items()}
+        for role, names in collected.items()
+    }
+    return Scores(by_role)
+
+
+def _finished(ledger: Path) -> str | None:
+    """When the last `unlearn` ended, e.g. `2026-01-31 12:00 UTC`; the ledger's step lines, which name ids, stay unread."""
+    found = None
+    if ledger.is_file():
+        with ledger.open("rb") as lines:
+            for line in lines:
+                if line.startswith(b'{"event":"done"'):
+                    with suppress(ValueError, OverflowError, OSError):
+                        event = json.loads(line)
+                        seconds = number(event, "time")
+                        if event.get("phase") == "unlearn" and seconds is not None:
+                            found = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise DataError(f"{printable(path)} is not whole JSON; restore it or run that part again.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{printable(path)} holds no JSON object; restore it or run that part again.")
+    return value
+
+
+def _clean_file(path: Path) -> dict[str, Any]:
+    return _clean(_read_json(path), _Budget())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        raise DataError(f"{printable(path)} is not plain YAML; restore it or resolve the settings again.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{printable(path)} holds no settings; restore it or resolve the settings again.")
+    return _clean(value, _Budget())
+
+
+class _Budget:
+    """Counts values kept, so that a file that repeats itself (YAML aliases) stays small."""
+
+    def __init__(self) -> None:
+        self.left = MAX_NODES
+
+    def take(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+
+def _clean(value: Any, budget: _Budget, depth: int = 0) -> Any:
+    """A copy with harmless keys and texts, cut in depth and number."""
+    if isinstance(value, dict) and depth < MAX_DEPTH:
+        items = ((key, inner) for key, inner in value.items() if budget.take())
+        return {printable(key, MAX_KEY): _clean(inner, budget, depth + 1) for key, inner in items}
+    if isinstance(value, (list, tuple)) and depth < MAX_DEPTH:
+        return [_clean(inner, budget, depth + 1) for inner in value if budget.take()]
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return "..."
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (dict, list, tuple, set)):
+        return "..."
+    return printable(value, MAX_TEXT)

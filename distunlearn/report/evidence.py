@@ -1,0 +1,190 @@
+"""Verdict, gates, attacks, usefulness and controls: values for the page, from audit/summary.json.
+
+A figure that is missing, not finite or not a number is "not evaluated" and never counts as a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
+from distunlearn.report.numbers import interval, p_value, percent, signed, text
+from distunlearn.report.words import ATTACKS, UTILITY, VERDICTS, attack_words
+
+__all__ = ["attack_names", "attack_table", "controls", "gates", "headline", "two_sample", "utility", "verdict"]
+
+MAX_ROWS = 40  # attacks that the report has no words for
+DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5}
+DECLARED = ("pass", "fail", "inconclusive")
+
+
+def attack_names(run: RunFiles) -> list[str]:
+    """The audited attacks: the known ones in their own order, then others by name."""
+    found = tree(run.audit, "attacks")
+    return [name for name in ATTACKS if name in found] + sorted(set(found) - set(ATTACKS))[:MAX_ROWS]
+
+
+def gates(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the gate tables: `attacks` (difference of AUC) and `utility` (percentage points)."""
+    attacks, useful = [], []
+    for name in attack_names(run):
+        gap = tree(run.audit, "attacks", name, "gap")
+        margin = _margin(run, name if name == "view_agreement" else "attack")
+        title, question, _ = attack_words(name)
+        row = _row(title, gap, "auc", (-margin, margin), 3, 1.0)
+        attacks.append(row | {"question": question, "allowed": f"−{margin:g} to +{margin:g}"})
+    points = _margin(run, "utility_points")
+    for name, (title, question) in UTILITY.items():
+        row = _row(title, tree(run.audit, "gates", name), "change", (-points, math.inf), 1, 100.0)
+        useful.append(row | {"question": question, "allowed": f"lower end above −{points:g}"})
+    return {"attacks": attacks, "utility": useful}
+
+
+def _margin(run: RunFiles, key: str) -> float:
+    declared = number(run.config, "audit", "gates", key)
+    return declared if declared is not None and declared > 0 else DEFAULT_MARGINS[key]
+
+
+def _row(
+    title: str, gate: dict[str, Any], key: str, band: tuple[float, float], digits: int, scale: float
+) -> dict[str, Any]:
+    """One gate. Its verdict counts only with the finite interval that bears it out."""
+    found = [number(gate, name) for name in (key, "low", "high")]
+    value, low, high = (None if figure is None else scale * figure for figure in found)
+    given = gate.get("verdict")
+    shown = given if given in DECLARED and None not in found else "not_evaluated"
+    return {
+        "title": title,
+        "verdict": shown,
+        "word": VERDICTS[shown][0],
+        "value": value,
+        "low": low,
+        "high": high,
+        "band": band,
+        "shown": signed(value, digits),
+        "interval": interval(low, high, digits, sign=True),
+    }
+
+
+def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The badge, one sentence about this run, notes that qualify it, and what each word means."""
+    declared = tree(run.audit, "gates").get("verdict")
+    everything = [*rows["attacks"], *rows["utility"]]
+    named = {name: [row["title"] for row in everything if row["verdict"] == name] for name in VERDICTS}
+    unsettled = named["inconclusive"] + named["not_evaluated"]
+    notes = []
+    if declared == "fail" or named["fail"]:
+        result = "fail"
+        if declared != "fail":
+            notes.append("The audit file does not say fail, but one of its checks does.")
+    elif declared not in DECLARED:
+        result = "not_evaluated"
+    elif declared == "pass" and (unsettled or not named["pass"]):
+        result = "inconclusive"
+        notes.append("The audit file says pass, but its own figures do not bear that out; it is not counted as a pass.")
+    else:
+        result = declared
+    meanings = [{"name": name, "word": word, "meaning": meaning} for name, (word, meaning) in VERDICTS.items()]
+    sentence = _sentence(result, named, unsettled)
+    return {"name": result, "word": VERDICTS[result][0], "sentence": sentence, "notes": notes, "meanings": meanings}
+
+
+def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str]) -> str:
+    if result == "pass":
+        return (
+            "In every check that was declared before the run, the unlearned encoder treats the forgotten images "
+            "like an encoder that never saw them, within the agreed limits, and it has stayed useful."
+        )
+    if result == "fail":
+        which = f": {_listed(named['fail'])}" if named["fail"] else ""
+        return f"The request cannot be called fulfilled. At least one check is clearly outside its limits{which}."
+    if result == "inconclusive":
+        which = f" Not settled: {_listed(unsettled)}." if unsettled else " One of the controls did not hold."
+        return f"No check failed, but the evidence is not enough to say that the images were forgotten.{which}"
+    return "This run holds no verdict of an audit, so nothing can be said about whether the images were forgotten."
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def headline(run: RunFiles) -> dict[str, str]:
+    """The few figures beside the verdict: the first attack and kNN, before and after."""
+    name = next(iter(attack_names(run)), "view_agreement")
+    found = {encoder: number(run.audit, "attacks", name, encoder, "auc") for encoder in ENCODER_NAMES}
+    useful = {encoder: number(run.audit, "utility", "knn", encoder) for encoder in ENCODER_NAMES}
+    return {
+        "attack": attack_words(name)[0],
+        **{f"auc_{encoder}": text(value, 2) for encoder, value in found.items()},
+        **{f"knn_{encoder}": percent(value) for encoder, value in useful.items()},
+    }
+
+
+def attack_table(run: RunFiles) -> list[dict[str, Any]]:
+    """AUC with interval, true-positive rate at 1 % false positives and KS p-value, per attack and encoder."""
+    table = []
+    for name in attack_names(run):
+        title, question, _ = attack_words(name)
+        cells = {}
+        for encoder in ENCODER_NAMES:
+            figures = tree(run.audit, "attacks", name, encoder)
+            cells[encoder] = {
+                "auc": text(number(figures, "auc")),
+                "interval": interval(number(figures, "auc_low"), number(figures, "auc_high")),
+                "tpr": percent(number(figures, "tpr_at_1pct_fpr")),
+                "ks": p_value(number(figures, "ks_p")),
+            }
+        table.append({"name": name, "title": title, "question": question, "cells": cells})
+    return table
+
+
+def utility(run: RunFiles) -> list[dict[str, Any]]:
+    """Accuracy in percent of each encoder and how it changed, for kNN and linear probe."""
+    rows = []
+    for name, (title, question) in UTILITY.items():
+        found = [number(run.audit, "utility", name, encoder) for encoder in ENCODER_NAMES]
+        before, after, yardstick = (None if value is None else 100 * value for value in found)
+        values = dict(zip(ENCODER_NAMES, (before, after, yardstick), strict=True))
+        rows.append(
+            {
+                "title": title,
+                "question": question,
+                "values": {encoder: value for encoder, value in values.items() if value is not None},
+                "shown": {encoder: text(value, 1) for encoder, value in values.items()},
+                "change": signed(None if before is None or after is None else after - before, 1),
+                "gap": signed(None if yardstick is None or after is None else after - yardstick, 1),
+            }
+        )
+    return rows
+
+
+def two_sample(run: RunFiles) -> list[dict[str, str]]:
+    """The classifier that tries to tell forgotten from third-party images, for each encoder."""
+    rows = []
+    for encoder in ENCODER_NAMES:
+        figures = tree(run.audit, "two_sample", encoder)
+        rows.append(
+            {
+                "encoder": encoder,
+                "auc": text(number(figures, "auc")),
+                "interval": interval(number(figures, "auc_low"), number(figures, "auc_high")),
+                "p": p_value(number(figures, "p")),
+            }
+        )
+    return rows
+
+
+def controls(run: RunFiles) -> dict[str, Any]:
+    """Power: does each attack work on the original encoder? Third-party against holdout: one kind of image?"""
+    power = []
+    for name in attack_names(run):
+        figures = tree(run.audit, "attacks", name, "original")
+        low, high = number(figures, "auc_low"), number(figures, "auc_high")
+        if low is None or high is None:
+            state = "not_evaluated"
+        else:
+            state = "pass" if low > 0.5 or high < 0.5 else "inconclusive"
+        auc = text(number(figures, "auc"))
+        power.append({"title": attack_words(name)[0], "auc": auc, "interval": interval(low, high), "state": state})
+    return {"power": power, "third_party": []}

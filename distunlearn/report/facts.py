@@ -1,0 +1,158 @@
+"""What was asked, what was done, what it cost, and with which software: values for the page."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from distunlearn.report.data import RunFiles, number, tree
+from distunlearn.report.numbers import percent, seconds, text, whole
+from distunlearn.report.words import METHODS, NOT_EVALUATED, ROLES, SOURCES
+
+__all__ = ["cost", "coverage", "provenance", "request"]
+
+CLASS = re.compile(r"class:(-?\d{1,9})")
+PATH_KEYS = frozenset({"root", "shards", "third_party_root", "checkpoint", "forget", "reuse"})
+HIDDEN_PATH = "(a path, not shown)"
+MAX_ROWS = 300  # of settings or versions
+
+
+def request(run: RunFiles) -> dict[str, Any]:
+    """How many images of which source, how chosen, when, by which method; and the images of each role."""
+    data = tree(run.config, "data")
+    counts = _role_counts(run)
+    requested = number(run.audit, "coverage", "requested")
+    members = [counts.get("forget"), counts.get("retain")]
+    source, method = _name(data, "source"), _name(tree(run.config, "method"), "name")
+    third = data.get("third_party_source")
+    copies = number(run.shards, "info", "forget_with_copy_in_retain")
+    return {
+        "count": whole(requested if requested is not None else counts.get("forget")),
+        "members": whole(None if None in members else sum(members)),
+        "source": SOURCES.get(source, source),
+        "chosen": _chosen(data.get("forget"), run.config.get("seed")),
+        "third_party": SOURCES.get(third, third) if isinstance(third, str) else "the same source as the members",
+        "method": METHODS.get(method, method),
+        "encoder": _name(tree(run.config, "encoder"), "name"),
+        "objective": _name(tree(run.config, "objective"), "name"),
+        "when": run.finished or "not recorded",
+        "copies": None if not copies else whole(copies),
+        "reused": run.config.get("reuse") is not None,
+        "roles": [{"title": ROLES[name][0], "meaning": ROLES[name][1], "count": whole(counts.get(name))} for name in ROLES],
+    }
+
+
+def _name(settings: dict[str, Any], key: str) -> str:
+    value = settings.get(key)
+    return value if isinstance(value, str) and value else NOT_EVALUATED
+
+
+def _role_counts(run: RunFiles) -> dict[str, float]:
+    """Images of each role, from the summary of the shards or (they may lie elsewhere) from the plan."""
+    found = tree(run.shards, "roles") or tree(run.plan, "roles")
+    return {name: value for name in ROLES if (value := number(found, name)) is not None}
+
+
+def _chosen(forget: Any, seed: Any) -> str:
+    """How the forgotten images were chosen; the name of a list file is never shown."""
+    if isinstance(forget, str):
+        if match := CLASS.fullmatch(forget):
+            return f"every member image of class {match[1]}"
+        try:
+            forget = float(forget) if "." in forget else int(forget)
+        except ValueError:
+            return "the images on a list that was handed in as a file (its name is not shown)"
+    if isinstance(forget, bool) or not isinstance(forget, (int, float)):
+        return NOT_EVALUATED
+    drawn = f"drawn by chance with seed {seed}" if isinstance(seed, int) else "drawn by chance"
+    if isinstance(forget, float):
+        return f"{100 * forget:g} % of the member images, {drawn}"
+    return f"{whole(forget)} of the member images, {drawn}"
+
+
+def coverage(run: RunFiles) -> dict[str, Any]:
+    """Was every requested image really processed, and was none kept as training material?"""
+    found = tree(run.audit, "coverage")
+    names = ("requested", "consumed_min", "consumed_max", "used_as_retain")
+    values = {name: number(found, name) for name in names}
+    least, retained = values["consumed_min"], values["used_as_retain"]
+    if least is None or retained is None or None in values.values():
+        state, sentence = "not_evaluated", "The record of what was processed is missing: coverage is not evaluated."
+    elif least >= 1 and retained == 0:
+        state = "pass"
+        sentence = (
+            f"Every one of the {whole(values['requested'])} requested images entered the forgetting, at least "
+            f"{whole(least)} and at most {whole(values['consumed_max'])} times. None was used as an image to keep."
+        )
+    else:
+        faults = ["at least one requested image never entered the forgetting"] if least < 1 else []
+        faults += ["requested images were used as images to keep"] if retained else []
+        state = "fail"
+        sentence = f"Not every request was carried out: {' and '.join(faults)}."
+    shown = {name: whole(value) for name, value in values.items()}
+    return {"state": state, "sentence": sentence, "shown": shown}
+
+
+def cost(run: RunFiles) -> dict[str, Any]:
+    """Images and time of forgetting and of retraining, and their ratio."""
+    found = tree(run.audit, "cost")
+    rows = []
+    for unit, title, show in (("images", "Images passed through the encoder", whole), ("seconds", "Time", seconds)):
+        unlearn, retrain = number(found, f"unlearn_{unit}"), number(found, f"retrain_{unit}")
+        ratio = unlearn / retrain if unlearn is not None and retrain is not None and retrain > 0 else None
+        values = {"unlearned": unlearn, "retrained": retrain}
+        rows.append(
+            {
+                "unit": unit,
+                "title": title,
+                "unlearn": show(unlearn),
+                "retrain": show(retrain),
+                "share": percent(ratio, 0 if ratio is not None and ratio >= 0.1 else 1),
+                "values": {name: value for name, value in values.items() if value is not None and value >= 0},
+            }
+        )
+    return {"rows": rows, "pretrain_images": whole(number(found, "pretrain_images"))}
+
+
+def provenance(run: RunFiles) -> dict[str, Any]:
+    """Digest of the settings, versions, hardware, and the settings themselves with paths left out."""
+    digest = run.plan.get("digest")
+    env, torch = run.env, tree(run.env, "torch")
+    versions = [("distunlearn", env.get("distunlearn")), ("Python", env.get("python"))]
+    versions += list(tree(env, "packages").items())
+    cpu = tree(env, "cpu")
+    gpus = torch.get("gpus")
+    hardware = [
+        ("system", env.get("platform")),
+        ("processor", cpu.get("model")),
+        ("cores", cpu.get("cores")),
+        ("memory", None if number(env, "memory_gib") is None else f"{text(number(env, 'memory_gib'), 1)} GiB"),
+        ("accelerators", "; ".join(map(str, gpus)) or "none" if isinstance(gpus, list) else None),
+    ]
+    settings = _flat(run.config)
+    return {
+        "digest": digest if isinstance(digest, str) else None,
+        "sha256": run.config_sha256,
+        "versions": _rows(versions),
+        "hardware": _rows(hardware),
+        "settings": settings[:MAX_ROWS],
+        "more_settings": max(0, len(settings) - MAX_ROWS),
+    }
+
+
+def _rows(pairs: list[tuple[str, Any]]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in pairs if isinstance(value, (str, int, float))][:MAX_ROWS]
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, text). What may name a file, and with it a person, is left out."""
+    if isinstance(value, dict) and value:
+        return [row for key, inner in value.items() for row in _flat(inner, f"{prefix}.{key}" if prefix else key)]
+    key = prefix.rsplit(".", 1)[-1]
+    if value is None or value == {} or value == []:
+        return [(prefix, "–")]
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    named = isinstance(value, str) and key in PATH_KEYS and not CLASS.fullmatch(value) and not value.isdigit()
+    if named or "/" in shown or "\\" in shown:
+        return [(prefix, HIDDEN_PATH)]
+    return [(prefix, shown[:200])]

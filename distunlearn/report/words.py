@@ -1,0 +1,155 @@
+"""The fixed plain-language texts of the report: what each check asks, what each word means, what is not shown."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ATTACKS",
+    "ENCODERS",
+    "LIMITS",
+    "METHODS",
+    "NOT_EVALUATED",
+    "ROLES",
+    "SOURCES",
+    "UTILITY",
+    "VERDICTS",
+    "attack_words",
+]
+
+NOT_EVALUATED = "not evaluated"
+
+ENCODERS = {
+    "original": ("Original", "the encoder as it was, trained on all member images, the forgotten ones included"),
+    "unlearned": ("Unlearned", "the same encoder after the forgetting; this is the one that is being judged"),
+    "retrained": ("Retrained", "an encoder trained from the beginning without the forgotten images; the yardstick"),
+}
+
+# verdict -> (word on the badge, what it means in general)
+VERDICTS = {
+    "pass": (
+        "Pass",
+        "Every check that was declared before the run came out inside its limits: by these checks the unlearned "
+        "encoder cannot be told from one that never saw the forgotten images, and it is still as useful.",
+    ),
+    "fail": (
+        "Fail",
+        "At least one check came out clearly outside its limits: the unlearned encoder still gives the forgotten "
+        "images away, or it has lost too much of its use. The request should not be called fulfilled.",
+    ),
+    "inconclusive": (
+        "Inconclusive",
+        "No check failed, but at least one could not be settled either way, for example because there are too few "
+        "images for a precise answer. This is not a pass.",
+    ),
+    "not_evaluated": (
+        "Not evaluated",
+        "The evidence is missing, so nothing can be said. This is not a pass.",
+    ),
+}
+
+# name -> (title, the question it asks, what a high score means on the axis)
+ATTACKS = {
+    "view_agreement": (
+        "View agreement",
+        "Does the encoder find two random cut-outs of an image more alike than it would for an unknown image?",
+        "agreement between views of the same image",
+    ),
+    "encodermi_vector": (
+        "EncoderMI classifier",
+        "Can a small program, trained to tell known from unknown images by the way their views agree, "
+        "pick out the forgotten ones?",
+        "classifier's belief that the image is known",
+    ),
+    "bank_loss": (
+        "Training loss",
+        "Is the encoder less surprised by the image than by an unknown one?",
+        "training loss, sign turned: higher means less surprise",
+    ),
+    "gradient_norm_network": (
+        "Gradient size, whole network",
+        "Would the encoder have to change less to fit the image than to fit an unknown one?",
+        "size of the change the image asks of the whole network",
+    ),
+    "gradient_norm_head": (
+        "Gradient size, last layer",
+        "The same question, asked of the last layer only.",
+        "size of the change the image asks of the last layer",
+    ),
+}
+
+UTILITY = {
+    "knn": ("Nearest neighbours", "share of unseen images whose closest known images have the same label"),
+    "linear_probe": ("Linear probe", "share of unseen images that a simple classifier on the encoder labels rightly"),
+}
+
+ROLES = {
+    "retain": ("Retained", "training images that stay"),
+    "forget": ("Forgotten", "training images that the request asks to remove"),
+    "third_party": ("Third-party", "images the encoder was never trained on; they show it what a stranger looks like"),
+    "third_party_audit": ("Third-party, for the audit", "images of the same kind that the forgetting never used"),
+    "calibration": ("Calibration", "images never trained on, used to set thresholds; in no audit"),
+    "holdout": ("Held out", "images never trained on, used by nothing but this audit"),
+}
+
+SOURCES = {
+    "digits": "handwritten digits (scikit-learn)",
+    "fashion_mnist": "Fashion-MNIST clothing pictures",
+    "cifar10": "CIFAR-10 photographs",
+    "cifar100": "CIFAR-100 photographs",
+    "stl10": "STL-10 photographs",
+    "imagefolder": "a folder of image files",
+}
+
+METHODS = {
+    "third_party": "third-party fine-tuning: the encoder learns to treat the forgotten images as it treats "
+    "images it never saw",
+    "finetune": "fine-tuning on the retained images only (a reference, not a full method)",
+    "grad_ascent": "gradient ascent on the forgotten images (a reference, not a full method)",
+    "retrain": "training from the beginning without the forgotten images",
+    "none": "none: the encoder was left as it was (a control that must not pass)",
+}
+
+LIMITS = (
+    (
+        "It is evidence, not a proof.",
+        "The forgetting is empirical. There is no mathematical certificate, and nothing here bounds what "
+        "an unknown method could still find out.",
+    ),
+    (
+        "Only the listed attacks were tried.",
+        "Another attack, or one with more knowledge of the training, may do better. A result near 0.50 means that "
+        "these attacks learn nothing, not that no attack can.",
+    ),
+    (
+        "An average is not a promise to each person.",
+        "The figures describe the forgotten images as a group. A single image in the group may be easier "
+        "to recognise than the average says.",
+    ),
+    (
+        "One retrained encoder is one sample.",
+        "Training has chance in it. A second encoder retrained in the same way would give slightly different "
+        "figures; the intervals cover the chance in the images, not in the training.",
+    ),
+    (
+        "The third-party images matter.",
+        "If they differ in kind from the forgotten ones, the forgetting may aim at the wrong target. The controls "
+        "above say whether they could be told apart; images from elsewhere may behave in another way.",
+    ),
+    (
+        "The exact formulas are this software's own.",
+        "The method follows the idea of Chen, Wang and Mi (Mathematics 12(24):4001, 2024). The loss terms and the "
+        "distances between gradients are this project's own and not those of the paper.",
+    ),
+    (
+        "Only this encoder was judged.",
+        "Copies made earlier, backups, encoders trained from it, and the image files themselves are outside "
+        "the reach of this report.",
+    ),
+)
+
+
+def attack_words(name: str) -> tuple[str, str, str]:
+    """Title, question and axis label of an attack; an unknown one keeps its own name and has no explanation."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    title = name.replace("_", " ").strip()
+    return title[:1].upper() + title[1:], "", "score"

@@ -1,0 +1,457 @@
+"""Configs: what is refused, what the refusal says, and that what is written reads back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distunlearn import config_io, recipes, strict_yaml
+from distunlearn.config import DataConfig, EncoderConfig, PretrainConfig, RunConfig
+from distunlearn.config_checks import cross_checks
+from distunlearn.config_io import digest, dump_config, field_diff, known_keys, load_config, save_config
+from distunlearn.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data: str | bytes) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return path
+
+    return write
+
+
+def load(*overrides: str, recipe: str | None = "digits", file: Path | None = None, world: int = 1) -> RunConfig:
+    return load_config(recipe, file, list(overrides), world=world)
+
+
+def refusal(*overrides: str, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides, **kwargs)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# Layers
+
+
+def test_recipe_then_file_then_overrides(write):
+    file = write("seed: 3\npretrain:\n  lr: 1e-3\n  epochs: 7\n")
+    cfg = load("pretrain.epochs=9", "seed=4", "seed=5", file=file)
+    assert (cfg.seed, cfg.pretrain.lr, cfg.pretrain.epochs) == (5, 1e-3, 9)
+    assert cfg.objective == recipes.digits().objective
+
+
+def test_every_recipe_loads_as_it_is_written():
+    for name, recipe in recipes.RECIPES.items():
+        assert field_diff(load(recipe=name), recipe()) == {}
+        assert load(recipe=name).recipe == name
+
+
+def test_the_recipe_may_be_named_in_the_file(write):
+    assert load(recipe=None, file=write("recipe: digits\nseed: 2")).seed == 2
+    assert load(recipe=None, file=write("")).recipe == RunConfig().recipe
+
+
+def test_a_recipe_in_the_file_that_contradicts_the_command_is_refused(write):
+    assert "digits was asked for" in refusal(file=write("recipe: fashion_mnist"))
+
+
+def test_unknown_recipe_names_the_nearest(write):
+    assert "did you mean digits?" in refusal(recipe="digit")
+    assert "run.yaml: unknown recipe 7" in refusal(recipe=None, file=write("recipe: 7"))
+
+
+def test_recipe_is_not_a_value_to_set():
+    assert "not with --set" in refusal("recipe=digits_vit")
+    assert load("recipe=digits").recipe == "digits"
+
+
+def test_a_free_dict_is_replaced_by_a_file_and_changed_by_set(write):
+    file = write("encoder:\n  args: {layers: [1, 1, 1, 1]}\n")
+    assert load(file=file).encoder.args == {"layers": [1, 1, 1, 1]}
+    assert load("encoder.args.stem_width=4", file=file).encoder.args == {"layers": [1, 1, 1, 1], "stem_width": 4}
+
+
+def test_home_is_expanded_in_paths_only():
+    cfg = load("data.shards=~/shards", "data.forget=~/ids.txt")
+    assert cfg.data.shards == os.path.expanduser("~/shards")
+    assert cfg.data.forget == os.path.expanduser("~/ids.txt")
+
+
+def test_values_of_set_are_whole():
+    assert load("data.root=/data/a b #1: 'c'").data.root == "/data/a b #1: 'c'"
+    assert load("data.root='5'").data.root == "5"
+    assert load("data.root=").data.root is None
+    assert load("encoder.embed_dim=null").encoder.embed_dim is None
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("pretrain.lrr=1", "pretrain.lr"),
+        ("bakend=ddp", "backend"),
+        ("optim.lrr=1", "pretrain.lr or unlearn.lr"),
+        ("pretran.epochs=2", "pretrain.epochs"),
+        ("lr=1", "pretrain.lr or unlearn.lr"),
+        ("audit.gate.attack=1", "audit.gates.attack"),
+        ("seed.x=1", "seed"),
+    ],
+)
+def test_unknown_key_names_origin_path_and_nearest(override, nearest):
+    message = refusal(override)
+    key = override.partition("=")[0]
+    assert message == f"--set {override}: unknown key {key}; did you mean {nearest}?"
+
+
+def test_unknown_key_in_a_file_names_the_file(write):
+    file = write("pretrain:\n  lrr: 1\n")
+    assert refusal(file=file) == f"{file}: unknown key pretrain.lrr; did you mean pretrain.lr?"
+
+
+def test_a_key_like_nothing_lists_what_there_is():
+    assert "expected one of recipe, seed" in refusal("zzz=1")
+
+
+def test_target_is_just_an_unknown_key(write, tmp_path):
+    marker = tmp_path / "executed"
+    message = refusal(file=write(f"_target_: os.system\n_args_: [touch {marker}]\n"))
+    assert "unknown key _target_" in message and "unknown key _args_" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("text", ["foo", "=1", "a..b=1", "seed", ".seed=1", "se ed=1"])
+def test_malformed_override(text):
+    assert "expected key=value" in refusal(text)
+
+
+def test_every_known_key_is_accepted_with_its_own_value():
+    tree = dataclasses.asdict(load())
+    for key in known_keys():
+        value = tree
+        for part in key.split("."):
+            value = value[part]
+        text = strict_yaml.dump_yaml({"x": value}).removeprefix("x:").strip()
+        if isinstance(value, dict):
+            continue
+        assert field_diff(load(f"{key}={text}"), load()) == {}, key
+
+
+# Types and ranges
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pretrain.lr=1e-3x", 'found "1e-3x", expected a number greater than 0'),
+        ("pretrain.lr=true", "found true, expected a number greater than 0"),
+        ("pretrain.epochs=true", "found true, expected a whole number greater than 0"),
+        ("pretrain.epochs=3.0", "found 3.0, expected a whole number greater than 0"),
+        ("encoder.in_chans=true", "found true, expected one of 1, 3"),
+        ("encoder.in_chans=1.0", "found 1.0, expected one of 1, 3"),
+        ("encoder.in_chans=2", "found 2, expected one of 1, 3"),
+        ("encoder.embed_dim=true", "found true, expected a whole number greater than 0 or null"),
+        ("sync_batchnorm=1", "found 1, expected true or false"),
+        ("sync_batchnorm=yes", 'found "yes", expected true or false'),
+        ("data.forget=true", "found true, expected a whole number or a number or text"),
+        ("encoder.name=123", "found 123, expected text"),
+        ("encoder.args=[1]", "found [1], expected a group of settings"),
+        ("objective.name=simcl", "did you mean simclr?"),
+        ("pretrain.lr=nan", 'found "nan"'),
+        ("pretrain.lr=.inf", 'found ".inf"'),
+        ("pretrain.lr=1e999", "1e999 is too large"),
+        ("pretrain.lr=-1", "found -1, expected a number greater than 0"),
+        ("objective.temperature=0", "found 0, expected a number greater than 0"),
+        ("pretrain.batch=0", "found 0, expected a whole number greater than 0"),
+        ("unlearn.steps=0", "found 0, expected a whole number greater than 0"),
+        ("unlearn.forget_batch=1", "found 1, expected a whole number at least 2"),
+        ("views.flip=1.5", "found 1.5, expected a number at least 0 and at most 1"),
+        ("seed=-1", "found -1"),
+        ("seed=4294967296", "at most 4294967295"),
+        ("seed=" + "9" * 5000, "too long"),
+        ("pretrain=3", "is a group of settings"),
+    ],
+)
+def test_wrong_values_show_what_was_found_and_expected(override, expected):
+    message = refusal(override)
+    assert expected in message
+    assert override.partition("=")[0] in message
+    assert "\n" not in message
+
+
+def test_no_field_that_is_not_boolean_accepts_one():
+    """bool is an int in Python; every key is tried."""
+    for key in known_keys():
+        if key in ("sync_batchnorm", "recipe"):
+            continue
+        with pytest.raises(ConfigError, match="found true"):
+            load(f"{key}=true")
+
+
+def test_no_number_may_be_infinite_or_nan():
+    """Python callers can hand over what YAML cannot spell."""
+    for value in (float("nan"), float("inf")):
+        for field in ("lr", "warmup", "clip", "weight_decay"):
+            broken = dataclasses.replace(RunConfig(), pretrain=dataclasses.replace(PretrainConfig(), **{field: value}))
+            with pytest.raises(ValueError):
+                digest(broken)
+
+
+def test_a_section_must_be_a_section(write):
+    file = write("pretrain:\ndata: 5\n")
+    message = refusal(file=file)
+    assert "pretrain: found null, expected a group of settings" in message
+    assert "data: found 5, expected a group of settings" in message
+
+
+def test_a_file_must_hold_settings(write):
+    assert "found [1], expected settings" in refusal(file=write("[1]"))
+
+
+def test_all_problems_are_reported_together(write):
+    file = write("pretrain:\n  lrr: 1\nbackend: dpp\n")
+    message = refusal("views.hue=0.1", "unlearn.steps=0", "constraint.evaluator=sketch", file=file)
+    assert message.startswith("5 problems in the configuration:")
+    assert message.count("\n  - ") == 5
+    for part in ("pretrain.lrr", "ddp?", "views.hue", "unlearn.steps", "constraint.evaluator"):
+        assert part in message
+
+
+def test_a_refused_value_draws_no_second_complaint():
+    """members=abc falls back to 700 for the later checks, but 800 to forget must not be blamed on that."""
+    assert "leaves nothing" not in refusal("data.members=abc", "data.forget=800")
+    assert "leaves nothing" in refusal("data.forget=800")
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed: 1\nseed: 2", "line 2, column 1: not valid YAML (key 'seed' is given more than once)"),
+        ("pretrain: {lr: 1, lr: 2}", "key 'lr' is given more than once"),
+        ("seed: !!python/object/apply:os.system ['true']", "tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        ("seed: !!int '1'", "tag 'tag:yaml.org,2002:int' is not allowed"),
+        ("!!map {}", "is not allowed"),
+        ("a: &x 1\nb: *x", "anchor &x is not allowed"),
+        ("a: *x", "alias *x is not allowed"),
+        ("a: " + "[" * 3000, "nested deeper"),
+        ("a: [1", "line 1, column 6"),
+        ("a: 1\n--- \nb: 2", "another document"),
+        ("? [a]\n: b", "a key must be plain text"),
+        ("a: 1e999", "too large"),
+        ("a: \x07", "U+0007 at position 3"),
+    ],
+)
+def test_yaml_that_is_refused(write, text, reason):
+    file = write(text)
+    message = refusal(file=file)
+    assert message.startswith(str(file))
+    assert reason in message
+
+
+def test_alias_bomb_is_refused_at_the_first_anchor(write):
+    lines = ['a0: &a0 ["x"]'] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    assert "anchor &a0 is not allowed" in refusal(file=write("\n".join(lines)))
+
+
+def test_merge_keys_do_not_merge(write):
+    assert "unknown key <<" in refusal(file=write("<<: {seed: 3}"))
+
+
+def test_large_files_are_refused(write):
+    line = b"# 0123456789012345678901234567890\n"
+    assert "at most 1048576 bytes" in refusal(file=write(line * (strict_yaml.MAX_BYTES // len(line) + 1)))
+
+
+def test_exactly_the_limit_is_read(write):
+    assert load(file=write(b"seed: 4\n" + b"#" * (strict_yaml.MAX_BYTES - 8))).seed == 4
+
+
+def test_encodings(write):
+    assert "byte 0xe9 at offset 11" in refusal(file=write("seed: 1 # é".encode("latin-1").replace(b"# ", b"#  ")))
+    assert "offset 0" in refusal(file=write("seed: 1".encode("utf-16")))
+    assert load(file=write(b"\xef\xbb\xbfseed: 3\r\npretrain:\r\n  epochs: 4\r\n")).seed == 3
+
+
+def test_unreadable_files(tmp_path):
+    assert "No such file" in refusal(file=tmp_path / "none.yaml")
+    assert "cannot be read" in refusal(file=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("1E3", 1000.0), (".5", 0.5), ("-2.", -2.0), ("010", 10), ("64_000", 64000), ("+3", 3),
+        ("yes", "yes"), ("off", "off"), ("2024-01-01", "2024-01-01"), ("12:30", "12:30"), ("0x10", "0x10"),
+        ("class:3", "class:3"), ("true", True), ("False", False), ("~", None), ("null", None), ("nan", "nan"),
+        ("'1'", "1"), ("[1, a]", [1, "a"]), ("{a: 1e-3}", {"a": 1e-3}),
+    ],
+)  # fmt: skip
+def test_scalars_mean_one_thing(text, value):
+    for found in (strict_yaml.parse_scalar(text, "x"), strict_yaml.parse_yaml(f"a: {text}", "x")["a"]):
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e-3", "yes", "no", "010", "12:30", "2024-01-01", "null", "~", "", "a: b", "# a", " a ", "-", "=", "<<", "'", "\\",
+     "a\nb", "é", "true", "1_0", "!x", "&x", "*x", "[", 1e-5, 1e22, 0.1, -3, None, True, [], {}, {"1": [None]}],
+)  # fmt: skip
+def test_what_is_dumped_reads_back(value):
+    text = strict_yaml.dump_yaml({"a": value})
+    found = strict_yaml.parse_yaml(text, "x")["a"]
+    assert found == value and type(found) is type(value)
+
+
+def test_bytes_that_are_no_text_are_refused():
+    assert "not valid Unicode" in refusal("data.root=/data/\udc80")
+    assert "not valid Unicode" in refusal('encoder.args={"a": "\\ud800"}')
+
+
+# Checks across settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["constraint.evaluator=ghost_norm"], "constraint.evaluator=ghost_norm is not available in this version"),
+        (["constraint.distance=mmd"], "constraint.distance=mmd is not available in this version"),
+        (["data.source=cifar10"], "needs data.root"),
+        (["data.third_party_source=fasion_mnist"], "did you mean fashion_mnist?"),
+        (["data.third_party_source=stl10"], "needs data.third_party_root"),
+        (["data.third_party_root=/x"], "without data.third_party_source"),
+        (["data.forget=0"], "nothing to forget"),
+        (["data.forget=700"], "leaves nothing of data.members=700"),
+        (["data.forget=1.5"], "a share between 0 and 1"),
+        (["data.forget=class:three"], "such as class:3"),
+        (["data.forget=ids.xlsx"], "a file of ids (.txt, .csv, .jsonl)"),
+        (["pretrain.batch=701"], "larger than data.members=700"),
+        (["unlearn.retain_batch=501"], "the 500 images to retain"),
+        (["unlearn.third_party_batch=201"], "larger than data.third_party=200"),
+        (["pretrain.batch=1"], "at least 2"),
+        (["encoder.name=vit_tiny_patch16_224"], "set encoder.stem=standard"),
+        (["encoder.name=' '"], "encoder.name is empty"),
+        (["encoder.checkpoint=/nowhere/a.safetensors"], "is not a file"),
+        (["encoder.checkpoint=/nowhere/a.pkl"], "expected a file in .safetensors"),
+        (["views.saturation=0.1"], "needs colour"),
+        (["views.grayscale=0.1"], "needs colour"),
+        (["objective.name=moco", "objective.queue_size=64"], "enlarge the queue"),
+        (['data.root="/a\\nb"'], "control character"),
+    ],
+)
+def test_settings_that_exclude_one_another(overrides, expected):
+    assert expected in refusal(*overrides)
+
+
+@pytest.mark.parametrize("name", ["simclr", "moco", "mocov3", "byol", "supervised"])
+def test_every_objective_passes(name):
+    assert load(f"objective.name={name}").objective.name == name
+
+
+@pytest.mark.parametrize("forget", ["1", "0.2", "class:3", "ids.csv", "/a/b c.JSONL"])
+def test_ways_to_say_what_to_forget(forget):
+    load(f"data.forget={forget}")
+
+
+def test_colour_views_need_colour_only_when_used():
+    load("encoder.in_chans=3", "views.hue=0.1", "views.saturation=0.4")
+
+
+def test_supervised_needs_class_folders(tmp_path):
+    overrides = ["data.source=imagefolder", f"data.root={tmp_path}"]
+    assert "needs labels" in refusal("objective.name=supervised", *overrides)
+    assert load(*overrides).objective.name == "simclr"
+    (tmp_path / "cats").mkdir()
+    load("objective.name=supervised", *overrides)
+
+
+def test_batches_are_shared_equally():
+    even = ["backend=ddp", "unlearn.forget_batch=64", "unlearn.third_party_batch=64"]
+    load(*even, world=2)
+    message = refusal(*even, "pretrain.batch=100", world=8)
+    assert message == "pretrain.batch=100 cannot be shared equally by 8 processes; set it to 96 or 104"
+    assert "set it to 4" in refusal(*even, "unlearn.retain_batch=2", world=4)
+    assert "backend=single cannot use 2 processes" in refusal(world=2)
+
+
+def test_the_world_is_the_launchers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="backend=single cannot use 2 processes"):
+        load_config("digits", None, [])
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
+        load_config("digits", None, [])
+
+
+def test_cross_checks_of_a_config_made_in_python():
+    assert cross_checks(load()) == []
+    cfg = RunConfig(encoder=EncoderConfig(name="vit_small_patch16_224"), data=DataConfig(source="stl10"))
+    assert len(cross_checks(cfg)) == 2
+
+
+# Saving
+
+
+def test_the_resolved_config_reads_back_to_the_same_digest(tmp_path):
+    path = tmp_path / "run.yaml"
+    for name in recipes.RECIPES:
+        cfg = load("pretrain.lr=3e-5", "data.forget=0.1", "data.root='1e-3'", "encoder.args.a=[1, x, null]", recipe=name)
+        save_config(cfg, path)
+        again = load_config(None, path, [])
+        assert field_diff(cfg, again) == {} and digest(cfg) == digest(again)
+        assert path.read_text(encoding="utf-8") == dump_config(again)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    save_config(load(), path)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(config_io.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_config(load("seed=9"), path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_digest_sees_values_not_spelling():
+    assert digest(load("pretrain.lr=1")) == digest(load("pretrain.lr=1.0"))
+    as_written = dataclasses.replace(RunConfig(), pretrain=PretrainConfig(lr=1))
+    assert digest(as_written) == digest(dataclasses.replace(as_written, pretrain=PretrainConfig(lr=1.0)))
+    assert digest(load()) != digest(load("seed=1"))
+    assert digest(load("data.forget=1")) != digest(load("data.forget='1.txt'"))
+
+
+def test_digest_is_the_same_in_another_process():
+    code = "from distunlearn.config_io import digest, load_config; print(digest(load_config('digits', None, [])))"
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == digest(load())
+
+
+def test_field_diff_names_keys_and_both_values():
+    assert field_diff(load(), load()) == {}
+    diff = field_diff(load(), load("pretrain.lr=0.5", "seed=2", "encoder.args={}"))
+    assert diff["seed"] == (0, 2)
+    assert diff["pretrain.lr"] == (recipes.digits().pretrain.lr, 0.5)
+    assert list(diff) == ["seed", "encoder.args", "pretrain.lr"]

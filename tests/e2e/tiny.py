@@ -1,0 +1,38 @@
+"""Tiny runs on the embedded digits, seconds each: every part at work, nothing learned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = [
+    "data.members=96", "data.forget=24", "data.holdout=48", "data.calibration=24", "data.third_party=24",
+    "data.third_party_audit=24", "data.samples_per_shard=32",
+    "pretrain.epochs=2", "pretrain.batch=32", "pretrain.checkpoint_every=2",
+    "unlearn.steps=6", "unlearn.retain_batch=32", "unlearn.forget_batch=8", "unlearn.third_party_batch=8",
+    "unlearn.checkpoint_every=2", "audit.views=4", "audit.bootstrap=100", "objective.queue_size=64", "threads=1",
+]
+
+
+def settings(*extra: str) -> list[str]:
+    """`--set` arguments of a tiny run; later values win."""
+    return [part for value in (*TINY, *extra) for part in ("--set", value)]
+
+
+def environment() -> dict[str, str]:
+    """One thread, no network, warnings as they come."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python -m distunlearn ARGS`, output captured."""
+    return subprocess.run(
+        [sys.executable, "-m", "distunlearn", *args], capture_output=True, text=True, timeout=timeout, env=environment()
+    )
+
+
+def run(out: Path, *extra: str, recipe: str = "digits") -> subprocess.CompletedProcess[str]:
+    """A tiny `run` into `out`."""
+    return command("run", recipe, "--out", str(out), *settings(*extra))

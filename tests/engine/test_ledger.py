@@ -1,0 +1,88 @@
+"""The ledger counts what entered the loss, and an interrupted attempt's lost steps do not count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from distunlearn.engine.ledger import Ledger, coverage, effective_steps, read_ledger
+from distunlearn.errors import DataError
+
+FORGET = frozenset({"f0", "f1", "f2"})
+
+
+def write(path, first, batches, attempt):
+    ledger = Ledger(path)
+    ledger.start("unlearn", first, attempt=attempt)
+    for step, ids in enumerate(batches, start=first):
+        ledger.step("unlearn", step, {"forget": ids, "retain": [f"r{step}"]}, FORGET)
+    ledger.close()
+
+
+def test_counts_equal_a_plain_count_of_what_was_consumed(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    batches = [["f0", "f1"], ["f2", "f0"], ["f1", "f2"], ["f0", "f0"]]
+    write(path, 0, batches, 1)
+    found = coverage(read_ledger(path), sorted(FORGET))
+    expected = Counter(i for batch in batches for i in batch)
+    assert dict(found.counts) == dict(expected)
+    assert (found.requested, found.consumed_min, found.consumed_max, found.used_as_retain) == (3, 2, 4, 0)
+
+
+def test_steps_after_the_resumed_checkpoint_are_superseded(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    write(path, 0, [["f0"], ["f1"], ["f2"], ["f2"]], 1)  # killed after step 3; the checkpoint was at step 2
+    write(path, 2, [["f1"]], 2)
+    lines = read_ledger(path)
+    assert [effective_steps(lines, "unlearn")[k]["forget"] for k in (0, 1, 2)] == [["f0"], ["f1"], ["f1"]]
+    found = coverage(lines, sorted(FORGET))
+    assert dict(found.counts) == {"f0": 1, "f1": 2, "f2": 0}
+    assert found.consumed_min == 0  # the naive count over all lines would claim that f2 was processed
+    assert Counter(i for line in lines if line["event"] == "step" for i in line["forget"])["f2"] == 2
+
+
+def test_a_forget_image_on_the_retain_side_is_seen(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.start("unlearn", 0, attempt=1)
+    ledger.step("unlearn", 0, {"forget": ["f0", "f1", "f2"], "retain": ["r0", "f1"]}, FORGET)
+    ledger.close()
+    assert coverage(read_ledger(path), sorted(FORGET)).used_as_retain == 1
+
+
+def test_pretraining_on_members_is_counted_but_names_nobody(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.step("pretrain", 0, {"members": ["f0", "r0"]}, FORGET, names="")
+    ledger.close()
+    (line,) = read_ledger(path)
+    assert line["count"] == {"members": 2}
+    assert "f0" not in json.dumps(line)
+
+
+def test_a_torn_last_line_is_ended_and_the_next_attempt_goes_on(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    write(path, 0, [["f0"]], 1)
+    with open(path, "a") as file:
+        file.write('{"event":"step","phase":"unlearn","st')
+    write(path, 1, [["f1"]], 2)
+    assert dict(coverage(read_ledger(path), sorted(FORGET)).counts) == {"f0": 1, "f1": 1, "f2": 0}
+
+
+def test_damage_in_the_middle_of_an_attempt_is_refused(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    write(path, 0, [["f0"], ["f1"], ["f2"]], 1)
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][:20]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="line 3"):
+        read_ledger(path)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl", is_main=False)
+    ledger.start("unlearn", 0, attempt=1)
+    ledger.close()
+    assert not (tmp_path / "ledger.jsonl").exists()
