@@ -1,0 +1,69 @@
+"""Equivalence gates: margins declared before the run, verdicts from paired bootstrap intervals after it.
+
+Two one-sided tests in interval form (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): a difference is
+shown to be small only if its whole interval lies inside the margin. "Not significantly different" is no pass: too few
+images would pass everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["MIN_IMAGES", "Gate", "equivalence", "no_loss", "overall"]
+
+MIN_IMAGES = 20  # a bootstrap of fewer images than this covers too little, so nothing is concluded from it
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A judged figure: its estimate, interval, verdict (pass, fail, inconclusive) and why it is not a pass."""
+
+    value: float
+    low: float
+    high: float
+    verdict: str
+    reason: str | None = None
+
+
+def equivalence(value: float, low: float, high: float, margin: float, *, powered: bool, images: int) -> Gate:
+    """Is the difference inside +-margin, from both sides?
+
+    Args:
+        value, low, high: difference and its interval. margin: > 0.
+        powered: whether the attack beats chance on the original encoder; without that it never passes.
+        images: the smaller side's number of images; below `MIN_IMAGES` nothing is concluded.
+    """
+    if not all(map(math.isfinite, (value, low, high))):
+        return Gate(value, low, high, "inconclusive", "the difference has no finite interval")
+    if images < MIN_IMAGES:
+        return Gate(value, low, high, "inconclusive", f"{images} images are too few; at least {MIN_IMAGES} are needed")
+    if low > margin or high < -margin:
+        return Gate(value, low, high, "fail", "the interval lies wholly outside the margin")
+    if low < -margin or high > margin:
+        return Gate(value, low, high, "inconclusive", "the interval reaches beyond the margin")
+    if not powered:
+        return Gate(value, low, high, "inconclusive", "the attack does not beat chance on the original encoder")
+    return Gate(value, low, high, "pass")
+
+
+def no_loss(value: float, low: float, high: float, allowed: float, *, images: int) -> Gate:
+    """Did a score fall by less than `allowed` (> 0)? Passes if the interval's lower end is above -allowed."""
+    if not all(map(math.isfinite, (value, low, high))):
+        return Gate(value, low, high, "inconclusive", "the change has no finite interval")
+    if images < MIN_IMAGES:
+        return Gate(value, low, high, "inconclusive", f"{images} images are too few; at least {MIN_IMAGES} are needed")
+    if high < -allowed:
+        return Gate(value, low, high, "fail", "the interval lies wholly below the allowed loss")
+    if low <= -allowed:
+        return Gate(value, low, high, "inconclusive", "the interval reaches below the allowed loss")
+    return Gate(value, low, high, "pass")
+
+
+def overall(verdicts: Iterable[str]) -> str:
+    """Any fail: fail; else any inconclusive, or nothing judged at all: inconclusive; else pass."""
+    found = set(verdicts)
+    if "fail" in found:
+        return "fail"
+    return "pass" if found == {"pass"} else "inconclusive"

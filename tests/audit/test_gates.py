@@ -1,0 +1,69 @@
+"""Verdicts of the equivalence gates, at and around their borders."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from distunlearn.audit.gates import MIN_IMAGES, equivalence, no_loss, overall
+
+
+def judged(low, high, *, powered=True, images=200, margin=0.06):
+    return equivalence((low + high) / 2, low, high, margin, powered=powered, images=images).verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-0.05, 0.05, "pass"),
+        (-0.06, 0.06, "pass"),
+        (-0.07, 0.05, "inconclusive"),
+        (0.0, 0.061, "inconclusive"),
+        (0.05, 0.10, "inconclusive"),
+        (0.0601, 0.10, "fail"),
+        (-0.20, -0.0601, "fail"),  # too little known is a trace, too
+        (-0.20, 0.20, "inconclusive"),
+    ],
+)
+def test_equivalence(low, high, expected):
+    assert judged(low, high) == expected
+
+
+def test_an_attack_without_power_never_passes_but_may_fail():
+    assert judged(-0.01, 0.01, powered=False) == "inconclusive"
+    assert judged(0.10, 0.20, powered=False) == "fail"
+
+
+def test_too_few_images_or_no_interval_conclude_nothing():
+    assert judged(-0.01, 0.01, images=MIN_IMAGES - 1) == "inconclusive"
+    assert judged(0.3, 0.4, images=MIN_IMAGES - 1) == "inconclusive"
+    assert judged(-0.01, 0.01, images=MIN_IMAGES) == "pass"
+    assert judged(math.nan, math.nan) == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-0.02, 0.01, "pass"), (0.0, 0.0, "pass"), (-0.025, 0.0, "inconclusive"), (-0.08, -0.0251, "fail"), (0.1, 0.2, "pass")],
+)
+def test_no_loss_looks_down_only(low, high, expected):
+    assert no_loss((low + high) / 2, low, high, 0.025, images=100).verdict == expected
+
+
+def test_every_verdict_but_pass_says_why():
+    for low, high in ((-0.07, 0.05), (0.07, 0.1), (math.nan, 0.0)):
+        assert equivalence(low, low, high, 0.06, powered=True, images=100).reason
+    assert equivalence(0.0, -0.01, 0.01, 0.06, powered=True, images=100).reason is None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (["pass", "pass"], "pass"),
+        (["pass", "inconclusive"], "inconclusive"),
+        (["pass", "inconclusive", "fail"], "fail"),
+        ([], "inconclusive"),
+    ],
+)
+def test_overall(verdicts, expected):
+    assert overall(verdicts) == expected

@@ -1,0 +1,166 @@
+"""The audit as a whole on signals with a known answer: names, verdicts, controls, raw scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from synthetic import make_signals
+
+from distunlearn.audit import ATTACKS, summarise, write_audit
+from distunlearn.audit.summary import ENCODERS, load_scores
+from distunlearn.config import AuditConfig, GatesConfig, RunConfig
+
+CFG = RunConfig(audit=AuditConfig(bootstrap=400, gates=GatesConfig(view_agreement=0.1, attack=0.12, utility_points=8.0)))
+COST = {"pretrain_images": 10, "unlearn_images": 2, "retrain_images": 8, "unlearn_seconds": 1.0, "retrain_seconds": 4.0}
+COVERED = {"requested": 60, "consumed_min": 1, "consumed_max": 2, "used_as_retain": 0}
+STRONG, NONE = 1.2, 0.0
+
+
+def audited(unlearned, retrained=None, original=None, cfg=CFG):
+    signals = {
+        "original": original or make_signals(STRONG, seed=1),
+        "unlearned": unlearned,
+        "retrained": retrained or forgetting(make_signals(NONE, seed=3)),
+    }
+    return summarise(signals, cfg, cost=COST, coverage=COVERED)
+
+
+def forgetting(signals):
+    """Only the forgotten images unknown, the retained ones still known: the shape of a perfect unlearner."""
+    known = make_signals(STRONG, seed=4)
+    rows = signals.of("retain")
+    cosines = signals.embedding_cosines.copy()
+    cosines[rows] = known.embedding_cosines[rows]
+    return replace(signals, embedding_cosines=cosines)
+
+
+def test_a_perfect_unlearner_passes_every_gate():
+    summary, _ = audited(forgetting(make_signals(NONE, seed=2)))
+    assert summary["gates"]["verdict"] == "pass", summary["gates"]
+    for attack in ATTACKS:
+        assert summary["attacks"][attack]["original"]["auc"] > 0.65
+        assert abs(summary["attacks"][attack]["unlearned"]["auc"] - 0.5) < 0.1
+
+
+def test_an_encoder_that_changed_nothing_fails():
+    original = make_signals(STRONG, seed=1)
+    summary, _ = audited(original, original=original)
+    assert summary["gates"]["verdict"] == "fail"
+    assert all(summary["attacks"][attack]["gap"]["verdict"] == "fail" for attack in ATTACKS)
+
+
+def test_an_encoder_that_forgot_too_much_fails_from_the_other_side():
+    over = make_signals(NONE, seed=2)
+    rows = over.of("forget")
+    cosines = over.output_cosines.copy()
+    cosines[rows] -= 0.1
+    summary, _ = audited(replace(forgetting(over), output_cosines=cosines))
+    gap = summary["attacks"]["view_agreement"]["gap"]
+    assert gap["verdict"] == "fail" and gap["high"] < -0.1
+
+
+def test_an_encoder_that_sees_nothing_fails_on_utility():
+    blind = forgetting(make_signals(NONE, seed=2, skill=0.0))
+    summary, _ = audited(blind)
+    assert summary["gates"]["knn"]["verdict"] == "fail" and summary["gates"]["linear_probe"]["verdict"] == "fail"
+    assert summary["gates"]["verdict"] == "fail"
+
+
+def test_attacks_without_power_make_the_verdict_inconclusive():
+    weak = make_signals(NONE, seed=1)
+    summary, _ = audited(make_signals(NONE, seed=2), make_signals(NONE, seed=3), weak)
+    assert summary["gates"]["verdict"] == "inconclusive"
+    assert not summary["controls"]["power"]["view_agreement"]["beats_chance"]
+    assert "beat chance" in summary["attacks"]["view_agreement"]["gap"]["reason"]
+
+
+def test_one_single_image_is_inconclusive():
+    sizes = {"retain": 120, "forget": 1, "third_party_audit": 50, "holdout": 140}
+    made = [make_signals(shift, seed=seed, sizes=sizes) for shift, seed in ((STRONG, 1), (NONE, 2), (NONE, 3))]
+    summary, _ = summarise(dict(zip(ENCODERS, made, strict=True)), CFG, cost=COST, coverage=COVERED)
+    assert summary["gates"]["verdict"] == "inconclusive"
+    assert all(summary["attacks"][attack]["gap"]["verdict"] == "inconclusive" for attack in ATTACKS)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_images_without_labels_leave_utility_unjudged():
+    def unlabelled(signals):
+        return replace(signals, labels=np.full(len(signals.ids), -1))
+
+    summary, _ = audited(
+        unlabelled(forgetting(make_signals(NONE, seed=2))),
+        unlabelled(forgetting(make_signals(NONE, seed=3))),
+        unlabelled(make_signals(STRONG, seed=1)),
+    )
+    assert summary["utility"]["knn"]["original"] is None
+    assert summary["gates"]["knn"]["verdict"] == "inconclusive" == summary["gates"]["verdict"]
+
+
+def test_two_sample_and_controls_find_what_differs_and_only_that():
+    summary, _ = audited(forgetting(make_signals(NONE, seed=2)))
+    assert summary["two_sample"]["original"]["p"] < 0.01
+    assert summary["two_sample"]["original"]["auc"] > 0.7
+    assert summary["two_sample"]["unlearned"]["p"] > 0.01
+    for encoder in ENCODERS:
+        assert summary["controls"]["third_party_against_holdout"][encoder]["p"] > 0.01
+
+
+def test_names_that_others_read():
+    summary, _ = audited(make_signals(NONE, seed=2))
+    assert set(summary) >= {"attacks", "utility", "cost", "coverage", "gates"}
+    for attack in summary["attacks"].values():
+        for encoder in ENCODERS:
+            assert set(attack[encoder]) == {"auc", "auc_low", "auc_high", "tpr_at_1pct_fpr", "ks_p"}
+            assert attack[encoder]["auc_low"] <= attack[encoder]["auc"] <= attack[encoder]["auc_high"]
+        assert set(attack["gap"]) >= {"auc", "low", "high", "verdict"}
+    for name in ("knn", "linear_probe"):
+        assert set(summary["utility"][name]) >= set(ENCODERS)
+    assert summary["cost"] == COST and summary["coverage"] == COVERED
+    assert {"verdict", "view_agreement", "knn", "linear_probe"} <= set(summary["gates"])
+
+
+def test_every_auc_can_be_computed_again_from_the_raw_scores(tmp_path):
+    summary, scores = audited(make_signals(0.4, seed=2))
+    write_audit(tmp_path, summary, scores)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    signs = {"gradient_norm_network": -1, "gradient_norm_head": -1}
+    for encoder in ENCODERS:
+        rows = list(load_scores(tmp_path, encoder).values())
+        judged = [row for row in rows if row["role"] in ("forget", "holdout")]
+        truth = [row["role"] == "forget" for row in judged]
+        for attack in set(ATTACKS) - {"encodermi_vector"}:
+            values = [signs.get(attack, 1) * row[attack] for row in judged]
+            assert summary["attacks"][attack][encoder]["auc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+        folds = []
+        for fold in (0, 1):
+            name = f"encodermi_vector_fold{fold}"
+            part = [(row["role"] == "forget", row[name]) for row in judged if name in row]
+            folds.append(roc_auc_score(*zip(*part, strict=True)))
+        assert summary["attacks"]["encodermi_vector"][encoder]["auc"] == pytest.approx(np.mean(folds), abs=1e-12)
+        holdout = [row for row in rows if row["role"] == "holdout"]
+        assert all(("encodermi_vector_fold0" in row) != ("encodermi_vector_fold1" in row) for row in holdout)
+        accuracy = np.mean([row["knn_correct"] for row in holdout])
+        assert summary["utility"]["knn"][encoder] == pytest.approx(accuracy)
+
+
+def test_gaps_are_paired():
+    """The same signals for two encoders: the paired interval is a point; unpaired it would be wide."""
+    same = make_signals(NONE, seed=2)
+    summary, _ = audited(same, same)
+    gap = summary["attacks"]["bank_loss"]["gap"]
+    assert gap["auc"] == gap["low"] == gap["high"] == 0.0
+
+
+def test_the_audit_is_blind_to_names():
+    """Swapping unlearned and retrained turns the sign of the gap and nothing else."""
+    first, second = make_signals(0.3, seed=2), make_signals(NONE, seed=3)
+    one, _ = audited(first, second)
+    two, _ = audited(second, first)
+    for attack in ATTACKS:
+        assert one["attacks"][attack]["unlearned"] == two["attacks"][attack]["retrained"]
+        assert one["attacks"][attack]["gap"]["auc"] == pytest.approx(-two["attacks"][attack]["gap"]["auc"])
+        assert one["attacks"][attack]["gap"]["low"] == pytest.approx(-two["attacks"][attack]["gap"]["high"])
