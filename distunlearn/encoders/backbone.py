@@ -1,0 +1,187 @@
+"""From an EncoderConfig to a timm backbone without classifier, checked before it is trained.
+
+Shapes: n = images, C x S x S = one image, E = embedding size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import numbers
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from distunlearn.config import EncoderConfig
+from distunlearn.encoders.names import check_name, is_resnet
+from distunlearn.errors import EncoderError
+from distunlearn.text import printable
+
+__all__ = ["create_args", "create_backbone", "input_size"]
+
+# Arguments of timm.create_model that have a setting of their own, and those that would fetch weights or
+# return something other than one embedding per image.
+SETTINGS = {
+    "in_chans": "encoder.in_chans",
+    "img_size": "encoder.image_size",
+    "stem_type": "encoder.stem",
+    "checkpoint_path": "encoder.checkpoint",
+}
+RESERVED = frozenset({
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
+    "cache_dir", "num_classes", "features_only", "out_indices", "feature_cls", "use_naflex", "scriptable",
+    "exportable", "no_jit", "device", "dtype", "model_name", "pruned",
+})
+DEEP_STEM_WIDTH = 32  # of timm's own deep-stem variants (resnet18d, resnet50d)
+
+
+def input_size(encoder: EncoderConfig) -> tuple[int, int, int]:
+    """(C, S, S) of the images that the encoder takes."""
+    return encoder.in_chans, encoder.image_size, encoder.image_size
+
+
+def create_args(encoder: EncoderConfig) -> dict[str, Any]:
+    """Arguments for timm.create_model besides the name; plain JSON, so that an export can carry them.
+
+    Raises:
+        EncoderError: arguments that other settings decide, dropout, or a stem that the model cannot have.
+    """
+    args = dict(encoder.args)
+    for key, value in args.items():
+        shown = printable(key)
+        if key in SETTINGS:
+            raise EncoderError(f"encoder.args.{shown} is set, but it has a setting of its own; use {SETTINGS[key]}.")
+        if key in RESERVED:
+            raise EncoderError(f"encoder.args.{shown} is set, but an encoder decides it by itself; remove it.")
+        if "drop" in key and isinstance(value, numbers.Number) and value != 0:
+            raise EncoderError(
+                f"encoder.args.{shown} is {value}, expected 0: what is compared between images must not depend on "
+                "chance; remove it."
+            )
+    try:
+        json.dumps(args)
+    except (TypeError, ValueError) as error:
+        raise EncoderError(
+            f"encoder.args holds what JSON cannot ({printable(error)}), expected numbers, texts, lists and tables, "
+            "because an export carries them; change it."
+        ) from error
+    if is_resnet(encoder.name):
+        if encoder.stem == "small":
+            raise EncoderError(
+                "encoder.stem is small, but timm builds no ResNet with that stem and could not load the result; "
+                "expected standard or deep; set encoder.stem=deep."
+            )
+        if encoder.stem == "deep":
+            args["stem_type"] = "deep"
+            args.setdefault("stem_width", DEEP_STEM_WIDTH)
+    else:
+        if encoder.stem != "standard":
+            raise EncoderError(
+                f"encoder.stem is {encoder.stem}, but {encoder.name} is no ResNet; expected standard; "
+                "set encoder.stem=standard."
+            )
+    if not is_resnet(encoder.name) or timm.get_pretrained_cfg(encoder.name).fixed_input_size:
+        args["img_size"] = encoder.image_size
+    return {**args, "in_chans": encoder.in_chans, "num_classes": 0}
+
+
+def create_backbone(encoder: EncoderConfig) -> nn.Module:
+    """A timm model with fresh weights from the global generator: [n, C, S, S] -> [n, E], E = its `num_features`.
+
+    Raises:
+        EncoderError: an unknown name, arguments that timm refuses, an image size that the patches do not divide,
+            another embedding size than declared, or weights that take no part in the embedding.
+    """
+    check_name(encoder.name)
+    args = create_args(encoder)
+    try:
+        backbone = timm.create_model(encoder.name, pretrained=False, **args)
+    except Exception as error:  # timm and torch raise whatever the wrong argument happens to break
+        raise _refused(encoder, error) from error
+    _check_patches(backbone, encoder)
+    _check_embedding(backbone, encoder)
+    _without_chance(backbone)
+    return backbone
+
+
+def _without_chance(backbone: nn.Module) -> None:
+    """Switch off dropout that a model has by default (vit_relpos): compared images must not depend on chance."""
+    for module in backbone.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+
+
+def _refused(encoder: EncoderConfig, error: Exception) -> EncoderError:
+    """Name the argument that timm's message names, else all that were given."""
+    reason = printable(error) or type(error).__name__
+    if encoder.stem == "deep" and "stem_" in reason and "stem_width" not in encoder.args:
+        return EncoderError(
+            f"encoder.stem is deep, which {encoder.name} cannot have ({reason}); expected standard; "
+            "set encoder.stem=standard."
+        )
+    named = [key for key in encoder.args if key in reason] or list(encoder.args)
+    given = ", ".join(printable(f"{key}={encoder.args[key]}") for key in named) or "none"
+    return EncoderError(
+        f"timm refuses to build {encoder.name} with encoder.args {given} at image size {encoder.image_size} "
+        f"({type(error).__name__}: {reason}); expected arguments that this model takes; change or remove them."
+    )
+
+
+def _check_patches(backbone: nn.Module, encoder: EncoderConfig) -> None:
+    """Refuse an image size that would silently cut off the last rows and columns."""
+    patches = getattr(backbone, "patch_embed", None)
+    if patches is None or getattr(patches, "dynamic_img_pad", False):
+        return
+    ratio = patches.feat_ratio() if callable(getattr(patches, "feat_ratio", None)) else patches.patch_size
+    sides = (ratio,) if isinstance(ratio, int) else tuple(ratio)
+    if any(encoder.image_size % side for side in sides):
+        raise EncoderError(
+            f"encoder.image_size is {encoder.image_size}, which the patches of {encoder.name} ({sides[0]} pixels) do "
+            "not divide; expected a multiple; change encoder.image_size or encoder.args.patch_size."
+        )
+
+
+def _check_embedding(backbone: nn.Module, encoder: EncoderConfig) -> None:
+    """Pass two images without values through a twin without weights: shapes and use of every weight, for no memory."""
+    declared, size = encoder.embed_dim, backbone.num_features
+    if declared is not None and declared != size:
+        raise EncoderError(
+            f"encoder.embed_dim is {declared}, but {encoder.name} with these arguments embeds into {size} "
+            f"dimensions; expected the two to agree; set encoder.embed_dim={size}."
+        )
+    twin = _without_values(backbone).train()
+    try:
+        with torch.enable_grad():
+            embedding = twin(torch.empty(2, *input_size(encoder), device="meta"))
+    except Exception as error:
+        raise _refused(encoder, error) from error
+    found = list(embedding.shape[1:]) if isinstance(embedding, Tensor) else type(embedding).__name__
+    if found != [size]:
+        raise EncoderError(
+            f"{encoder.name} with these encoder.args gives {found} per image, expected one vector of {size} numbers; "
+            "change encoder.args (global_pool decides it)."
+        )
+    with torch.enable_grad():
+        embedding.sum().backward()
+    idle = [name for name, weight in twin.named_parameters() if weight.grad is None]
+    if idle:
+        raise EncoderError(
+            f"{len(idle)} weights of {encoder.name} take no part in the embedding ({', '.join(idle[:5])}), expected "
+            "every weight to be trained; choose another encoder.args or encoder.name."
+        )
+
+
+def _without_values(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes but no storage; `module` shares nothing with it."""
+    hollow: dict[int, Any] = {}
+    for weight in module.parameters():
+        hollow[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+    for buffer in module.buffers():
+        hollow[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, hollow)

@@ -1,0 +1,98 @@
+"""A backbone as a folder that timm loads without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distunlearn.config import EncoderConfig
+from distunlearn.encoders.backbone import create_args, input_size
+from distunlearn.encoders.weights import check_finite
+
+__all__ = ["export_backbone"]
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+def export_backbone(backbone: nn.Module, encoder: EncoderConfig, folder: Path) -> None:
+    """Write `folder`/model.safetensors and `folder`/config.json, each complete or not at all.
+
+    `timm.create_model("local-dir:<folder>", pretrained=True)` then maps images [n, C, S, S] in [-1, 1] to the same
+    embeddings [n, E]; without `pretrained=True` timm gives that model fresh weights.
+
+    Args:
+        backbone: as `create_backbone` makes it, on any device; floating weights are stored in fp32.
+        encoder: what it was made from.
+        folder: created where it is missing; older files of these names are replaced.
+
+    Raises:
+        NumericsError: weights that are not finite; nothing is written.
+    """
+    tensors = {name: _plain(tensor) for name, tensor in backbone.state_dict().items()}
+    check_finite(tensors)
+    config = json.dumps(_config(backbone, encoder), indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
+    _sync(folder)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, contiguous and with memory of its own: safetensors refuses shared storage."""
+    tensor = tensor.detach()
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="cpu").copy_(tensor)
+
+
+def _config(backbone: nn.Module, encoder: EncoderConfig) -> dict[str, Any]:
+    """timm's config.json: how to build the model, and how its images are made."""
+    own = backbone.pretrained_cfg
+    shape = input_size(encoder)
+    args = create_args(encoder)
+    return {
+        "architecture": encoder.name,
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "model_args": args,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": shape,
+            "fixed_input_size": bool(own.get("fixed_input_size", False)),
+            "mean": [0.5] * encoder.in_chans,
+            "std": [0.5] * encoder.in_chans,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "pool_size": None,
+            "first_conv": "conv1.0" if args.get("stem_type") == "deep" else own.get("first_conv"),
+            "classifier": own.get("classifier"),
+            "custom_load": False,
+        },
+    }
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, force it to disk, then take its place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,212 @@
+"""A backbone with the heads of its objective, its momentum copy, and the mode of its BatchNorms.
+
+Shapes: n = images, C x S x S = one image in [-1, 1], E = embedding size, Hd = hidden width, D = output width.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distunlearn.config import ObjectiveConfig, RunConfig
+from distunlearn.encoders.backbone import create_backbone, input_size
+from distunlearn.errors import EncoderError
+
+__all__ = ["ContrastiveModel", "EncoderOutput", "Head", "MomentumEncoder", "batchnorm_mode", "build_model"]
+
+WITH_PREDICTOR = ("mocov3", "byol")
+
+
+class EncoderOutput(NamedTuple):
+    """What one forward gives; a tuple of tensors, so that every wrapper finds the tensors in it.
+
+    embedding: [n, E] pooled output of the backbone.
+    projection: [n, D] output of the projector (supervised: the logits).
+    output: [n, D] raw result of the last linear layer: of the predictor where there is one, else of the projector
+        (supervised: logits [n, classes]).
+    hidden: [n, Hd] input of that layer (supervised: the embedding).
+    """
+
+    embedding: Tensor
+    projection: Tensor
+    output: Tensor
+    hidden: Tensor
+
+
+class Head(nn.Module):
+    """Linear - BatchNorm - ReLU - Linear, or with `hidden_dim` None a single Linear: [n, in] -> ([n, Hd], [n, out])."""
+
+    def __init__(self, in_dim: int, hidden_dim: int | None, out_dim: int) -> None:
+        super().__init__()
+        if hidden_dim is None:
+            self.body: nn.Module = nn.Identity()
+        else:
+            # No bias before a BatchNorm: its gradient would be rounding noise, which Adam scales up to full steps.
+            self.body = nn.Sequential(
+                nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)
+            )
+        self.last = nn.Linear(in_dim if hidden_dim is None else hidden_dim, out_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the result of the last linear layer."""
+        hidden = self.body(x)
+        return hidden, self.last(hidden)
+
+
+class ContrastiveModel(nn.Module):
+    """Backbone, projector and, for objectives that predict a momentum target, a predictor.
+
+    Args:
+        backbone: [n, C, S, S] -> [n, E], with `num_features` = E.
+        projector: head on the embedding.
+        predictor: head on the projection, or None.
+        image_shape: (C, S, S) that `forward` accepts.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, projector: Head, predictor: Head | None, image_shape: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+        self.predictor = predictor
+        self.image_shape = tuple(image_shape)
+        self.backbone_frozen = False
+
+    def freeze_backbone(self) -> None:
+        """Train the heads only: no gradient for the backbone, and its running statistics stay as they are."""
+        self.backbone_frozen = True
+        self.backbone.requires_grad_(False)
+
+    @property
+    def last_linear(self) -> nn.Linear:
+        """The layer whose input is `EncoderOutput.hidden` and whose result is `EncoderOutput.output`."""
+        return (self.predictor or self.projector).last
+
+    def forward(self, images: Tensor) -> EncoderOutput:
+        """Embed float images [n, C, S, S] in [-1, 1].
+
+        Raises:
+            EncoderError: images of another shape, or of whole numbers.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape or not images.is_floating_point():
+            raise EncoderError(
+                f"the encoder was given {images.dtype} images of shape {list(images.shape)}, expected "
+                f"floats [n, {', '.join(map(str, self.image_shape))}]; set encoder.in_chans and encoder.image_size to "
+                "what the data are."
+            )
+        embedding = self.backbone(images)
+        hidden, projection = self.projector(embedding)
+        output = projection
+        if self.predictor is not None:
+            hidden, output = self.predictor(projection)
+        return EncoderOutput(embedding, projection, output, hidden)
+
+
+class MomentumEncoder:
+    """An exponential moving average of a model's weights in fp32, without its predictor and without gradients.
+
+    Running statistics are its own: its BatchNorms see their own batches.
+    """
+
+    def __init__(self, model: ContrastiveModel) -> None:
+        self.model: ContrastiveModel = copy.deepcopy(model).float().requires_grad_(False)
+        self.model.predictor = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> EncoderOutput:
+        """Targets for float images [n, C, S, S]: `projection`, which `output` equals."""
+        return self.model(images)
+
+    def update(self, model: nn.Module, momentum: float) -> None:
+        """ema <- momentum * ema + (1 - momentum) * weight, for the weights that both have; 0 <= momentum <= 1."""
+        self.update_from(dict(model.named_parameters()), momentum)
+
+    @torch.no_grad()
+    def update_from(self, named: Mapping[str, Tensor], momentum: float) -> None:
+        """`update` with full weights by name, for models whose own parameters hold only a shard."""
+        assert 0 <= momentum <= 1, "the momentum is a share"
+        for name, ema in self.model.named_parameters():
+            weight = named[name].detach()
+            assert weight.shape == ema.shape, f"{name} is a shard; gather it and use update_from"
+            ema.mul_(momentum).add_(weight.to(ema.device, torch.float32), alpha=1 - momentum)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights and running statistics by name; they share memory with the encoder."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`; names and shapes must be the same."""
+        self.model.load_state_dict(state)
+
+    def to(self, device: torch.device | str) -> MomentumEncoder:
+        """Move to `device`, in place."""
+        self.model.to(device)
+        return self
+
+
+@contextmanager
+def batchnorm_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Within the block every BatchNorm inside `model` uses batch ("train") or running ("eval") statistics.
+
+    Everything else keeps its mode, and the BatchNorms get theirs back on the way out, after an error too. Those of
+    a frozen backbone (`ContrastiveModel.freeze_backbone`) use running statistics in both modes.
+    """
+    assert mode in ("train", "eval"), "BatchNorms are in train or eval mode"
+    before = [(module, module.training) for module in model.modules() if isinstance(module, _BatchNorm)]
+    frozen = set(model.backbone.modules()) if getattr(model, "backbone_frozen", False) else set()
+    try:
+        for module, _ in before:
+            module.training = mode == "train" and module not in frozen
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def build_model(cfg: RunConfig, num_classes: int | None) -> ContrastiveModel:
+    """A model in train mode with fresh weights: a function of cfg.seed, cfg.encoder and cfg.objective alone.
+
+    Backbone, projector and predictor draw from generators of their own, so that objectives share the backbone.
+    Nothing is read from encoder.checkpoint: see `weights.load_backbone`.
+
+    Args:
+        cfg: the run.
+        num_classes: classes of the supervised objective (required there), else ignored.
+
+    Raises:
+        EncoderError: an encoder that cannot be built.
+    """
+    objective = cfg.objective
+    with _own_generator(cfg.seed, "backbone"):
+        backbone = create_backbone(cfg.encoder)
+    with _own_generator(cfg.seed, "projector"):
+        projector = _projector(backbone.num_features, objective, num_classes)
+    predictor = None
+    if objective.name in WITH_PREDICTOR:
+        with _own_generator(cfg.seed, "predictor"):
+            predictor = Head(objective.output_dim, objective.hidden_dim, objective.output_dim)
+    return ContrastiveModel(backbone, projector, predictor, input_size(cfg.encoder)).train()
+
+
+def _projector(embed_dim: int, objective: ObjectiveConfig, num_classes: int | None) -> Head:
+    if objective.name == "supervised":
+        assert num_classes is not None and num_classes > 0, "a supervised encoder needs the number of classes"
+        return Head(embed_dim, None, num_classes)
+    return Head(embed_dim, objective.hidden_dim, objective.output_dim)
+
+
+@contextmanager
+def _own_generator(seed: int, part: str) -> Iterator[None]:
+    """Draw on the CPU from (seed, part) and put the global generator back; GPU generators are not touched."""
+    derived = int.from_bytes(hashlib.sha256(f"{part}:{seed}".encode()).digest()[:8], "big") >> 1
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(derived)
+        yield
