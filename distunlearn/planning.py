@@ -24,7 +24,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
-        ConfigError: an encoder that cannot be built; several problems are reported together.
+        ConfigError: an encoder that cannot be built or loaded; several problems are reported together.
     """
     problems: list[DistunlearnError] = []
     counts: Counter[str] = Counter()
@@ -85,8 +85,11 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int]:
 
 def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
     from distunlearn.encoders.model import build_model
+    from distunlearn.encoders.weights import load_backbone
 
     model = build_model(cfg, classes if cfg.objective.name == "supervised" else None)
+    if cfg.encoder.checkpoint is not None:
+        load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
     backbone = sum(p.numel() for p in model.backbone.parameters())
     return {
         "name": cfg.encoder.name,

@@ -27,7 +27,7 @@ from distunlearn.data.stream import ImageStore, RoleFeeder
 from distunlearn.data.views import id_hashes
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
-from distunlearn.encoders.weights import check_finite
+from distunlearn.encoders.weights import check_finite, load_backbone
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.checkpoint import file_sha256, write_json, write_tensors
 from distunlearn.engine.ledger import Ledger
@@ -105,9 +105,11 @@ def training_digest(session: Session, phase: str) -> str:
     cfg = session.cfg
     roles = ("retain", "forget") if phase == "pretrain" else ("retain",)
     samples = [(i, session.manifest.by_id[i].sha256) for i in sorted(session.manifest.ids(roles))]
+    foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
     return _digest(
-        phase=phase, seed=cfg.seed, precision=cfg.precision, sync=cfg.sync_batchnorm, encoder=cfg.encoder,
-        objective=cfg.objective, views=cfg.views, pretrain=cfg.pretrain, samples=samples,
+        phase=phase, seed=cfg.seed, precision=cfg.precision, sync=cfg.sync_batchnorm,
+        encoder=dataclasses.replace(cfg.encoder, checkpoint=None), objective=cfg.objective, views=cfg.views,
+        pretrain=cfg.pretrain, samples=samples, **({"checkpoint": file_sha256(Path(foreign))} if foreign else {}),
     )
 
 
@@ -142,7 +144,11 @@ def is_done(folder: Path, digest: str) -> bool:
 
 
 def pretrain(session: Session) -> Path:
-    """Train the original encoder on all members; returns its folder."""
+    """Train the original encoder on all members; returns its folder.
+
+    With `encoder.checkpoint` the original encoder is that file's: its backbone is not touched, only the heads of
+    the objective are trained on it, for a checkpoint brings none and the loss needs them.
+    """
     folder = session.out / "original"
     method = Contrastive("pretrain", "members")
     _train(session, "pretrain", folder, method, training_digest(session, "pretrain"), start=None)
@@ -172,7 +178,7 @@ def _train(
     if is_done(folder, digest):
         return
     cfg, backend = session.cfg, session.backend
-    trained = load_trained(start, session) if start else _scratch(session, name)
+    trained = load_trained(start, session) if start else _start(session, name)
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
     if name != "pretrain" and queue is not None:
@@ -184,6 +190,8 @@ def _train(
         optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
         forward = backend.prepare(model, optimizer, clip=optim.clip)
         momentum = trained.momentum.to(backend.device) if trained.momentum else None
+        if momentum is not None:
+            momentum.model = backend.synchronise(momentum.model)
         ctx = Context(
             cfg=cfg, objective=make_objective(cfg.objective), model=model, forward=forward, device=backend.device,
             momentum=momentum, queue=queue, rank=backend.rank, world=backend.world,
@@ -218,6 +226,20 @@ def _finish(
         write_json(folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts})
     backend.release()
     backend.barrier()
+
+
+def _start(session: Session, name: str) -> Trained:
+    """Where a phase without a predecessor starts: fresh weights, or for `pretrain` those of a foreign checkpoint."""
+    trained, cfg = _scratch(session, name), session.cfg
+    if name != "pretrain" or cfg.encoder.checkpoint is None:
+        return trained
+    notes = load_backbone(trained.model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
+    for note in notes:
+        session.telemetry.note(name, note)
+    trained.model.freeze_backbone()
+    if trained.momentum is not None:
+        trained.momentum = MomentumEncoder(trained.model)
+    return trained
 
 
 def _scratch(session: Session, name: str) -> Trained:

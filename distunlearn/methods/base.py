@@ -117,14 +117,15 @@ def embed(
     ctx.images += n * len(online)
     with batchnorm_mode(ctx.model, batchnorm):
         out = (network or ctx.forward)(torch.cat(online))
-    target = None
+    shape = (len(online), n, -1)
+    target = target_embedding = None
     if momentum and ctx.momentum is not None:
         # The key that goes with query view a is view b, and the other way round.
         keyed = views[1:] if len(online) == 1 else views[::-1]
         ctx.images += n * len(keyed)
         with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm):
-            target = ctx.momentum(torch.cat(keyed)).projection.view(len(keyed), n, -1)
-    shape = (len(online), n, -1)
+            keys = ctx.momentum(torch.cat(keyed))
+        target, target_embedding = keys.projection.view(shape), keys.embedding.view(shape)
     labels = batch.labels.to(ctx.device) if batch.labels is not None else None
     return Branches(
         output=out.output.view(shape),
@@ -132,6 +133,8 @@ def embed(
         target=target,
         labels=labels,
         ids=torch.from_numpy(id_hashes(batch.ids)).to(ctx.device),
+        embedding=out.embedding.view(shape),
+        target_embedding=target_embedding,
     )
 
 

@@ -7,7 +7,8 @@
 
 g_i is the gradient of the bank loss of sample i, reached in closed form at the last linear layer
 (`constraints/head.py`) and described by (log norm, sketch over the third-party's spread); o_i is (view
-agreement, log-sum-exp of bank similarities). Phi is the energy distance as a U-statistic. Its gradient is
+agreement of the outputs, closeness to the bank, view agreement of the embeddings): the last because an exported
+encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the energy distance as a U-statistic. Its gradient is
 on while its running mean is above Phi*, the distance between third-party and calibration samples under
 the original encoder, so that another distribution of the third-party set does not over-correct.
 
@@ -34,7 +35,7 @@ from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.methods.base import Context, StepOutput, concat_batches, embed
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
-from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.bank import Bank, normalise
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.gather import (
     all_gather_detached,
@@ -183,7 +184,8 @@ class ThirdParty:
         )
         sketch = gradients.sketch(out_matrix, in_matrix)
         features = torch.cat([gradients.log_norm()[:, None], sketch], dim=1)
-        return features, ctx.objective.output_features(b, bank), ctx.objective.confidence(b, bank)
+        outputs = torch.cat([ctx.objective.output_features(b, bank), _embedding_agreement(b)[:, None]], dim=1)
+        return features, outputs, ctx.objective.confidence(b, bank)
 
     def _scale(self, features: Tensor) -> Tensor:
         """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm."""
@@ -230,6 +232,12 @@ class ThirdParty:
         for name in ("spread_gradient", "spread_output", "switch_gradient", "switch_output"):
             part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             getattr(self, name).load_state_dict(part)
+
+
+def _embedding_agreement(b: Branches) -> Tensor:
+    """Cosine between the backbone's embeddings of both views, [n]; with one online branch the other is the momentum's."""
+    other = b.embedding[1] if len(b.embedding) > 1 else b.target_embedding[0]
+    return (normalise(b.embedding[0]) * normalise(other)).sum(-1)
 
 
 def _at(batch: Batch, epoch: int) -> Batch:

@@ -31,6 +31,7 @@ class Branches(NamedTuple):
     target: [V, n, D] raw momentum projections; row v is the one that branch v predicts (the *other* view).
         None for objectives without a momentum encoder.
     labels: int64 [n] classes, or None. ids: int64 [n] id hashes, or None (then nothing is masked by id).
+    embedding, target_embedding: [V, n, E] of the backbones behind output and target, or None; no objective reads them.
     """
 
     output: Tensor
@@ -38,6 +39,8 @@ class Branches(NamedTuple):
     target: Tensor | None = None
     labels: Tensor | None = None
     ids: Tensor | None = None
+    embedding: Tensor | None = None
+    target_embedding: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -46,12 +49,12 @@ class Branches(NamedTuple):
 
     def part(self, which: slice | Tensor) -> Branches:
         """The same branches for some of the images: a slice, or an index or mask tensor over n."""
+        by_branch = ("output", "hidden", "target", "embedding", "target_embedding")
         return Branches(
-            self.output[:, which],
-            self.hidden[:, which],
-            None if self.target is None else self.target[:, which],
-            None if self.labels is None else self.labels[which],
-            None if self.ids is None else self.ids[which],
+            **{
+                name: None if value is None else value[:, which] if name in by_branch else value[which]
+                for name, value in self._asdict().items()
+            }
         )
 
 

@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+# torch 2.14 renames the function and warns at every use of the old name.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def get_world() -> int:
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -53,7 +57,7 @@ def gather_sizes(count: int, device: torch.device) -> list[int]:
     if world == 1:
         return [count]
     sizes = torch.zeros(world, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([count], dtype=torch.int64, device=device))
+    _all_gather_flat(sizes, torch.tensor([count], dtype=torch.int64, device=device))
     return sizes.tolist()
 
 
@@ -76,7 +80,7 @@ def _concatenate(x: Tensor, sizes: Sequence[int]) -> Tensor:
     if x.shape[0] < largest:
         padded = torch.cat([padded, padded.new_zeros(largest - x.shape[0], *x.shape[1:])])
     gathered = padded.new_empty(world * largest, *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    _all_gather_flat(gathered, padded)
     if all(size == largest for size in sizes):
         return gathered
     return torch.cat([gathered[r * largest : r * largest + size] for r, size in enumerate(sizes)])
