@@ -54,6 +54,7 @@ class DataConfig:
     third_party_root: str | None = None
     samples_per_shard: PositiveInt = 256
     max_pixels: PositiveInt = 64_000_000  # width x height above which an image is refused before decoding
+    verify: Literal["digest", "size"] = "digest"  # of every shard before a run; digest: sha256 of all bytes
     cache_mib: NonNegativeInt = 2048  # decoded images kept in memory up to this size, else streamed every epoch
 
 
@@ -66,7 +67,7 @@ class EncoderConfig:
     name: str = "resnet18"
     image_size: PositiveInt = 32  # side of the square input, pixels
     in_chans: Literal[1, 3] = 1
-    stem: Literal["standard", "deep", "small"] = "deep"  # ResNets only; small: 3x3, stride 1, no pooling
+    stem: Literal["standard", "deep"] = "deep"  # ResNets; deep: three 3x3; small images: also args.output_stride=8
     args: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model (channels, layers, patch_size ...)
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
     checkpoint: str | None = None  # .safetensors or .pth (weights only): a foreign original encoder

@@ -11,10 +11,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distunlearn.config import RunConfig
 from distunlearn.config_io import field_diff, load_config, save_config
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, CoverageError, DataError
+
+if TYPE_CHECKING:
+    from distunlearn.data.manifest import Manifest
 
 __all__ = ["audit", "plan", "prepare", "pretrain", "report", "run", "unlearn"]
 
@@ -83,9 +87,10 @@ def run(cfg: RunConfig, out: Path) -> int:
 
     planned = make_plan(cfg, out)
     if _is_main():
+        _refuse_other_settings(cfg, out)
+        prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
         _claim(cfg, out)
         write_plan(planned, out)
-        prepare(cfg, out)
     pretrain(cfg, out)
     unlearn(cfg, out)
     code = audit(out)
@@ -122,11 +127,10 @@ def _check_shards(cfg: RunConfig, folder: Path) -> None:
     """Shards that exist must be those this config would write."""
     from distunlearn.data.manifest import Manifest
     from distunlearn.data.roles import assign_roles
-    from distunlearn.data.shards import verify_shards
     from distunlearn.data.sources import open_sources
 
     manifest = Manifest.load(folder)
-    verify_shards(manifest, deep=False)
+    verify(cfg, manifest)
     members, guest = open_sources(cfg.data)
     roles = assign_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
     if {s.id: s.role for s in manifest.samples} != dict(roles):
@@ -136,21 +140,42 @@ def _check_shards(cfg: RunConfig, folder: Path) -> None:
         )
 
 
+def _refuse_other_settings(cfg: RunConfig, out: Path) -> None:
+    """Raise ConfigError if the run directory belongs to a run with other settings."""
+    path = out / "run.yaml"
+    if not path.exists():
+        return
+    differences = field_diff(load_config(None, path, []), cfg)
+    differences = {k: v for k, v in differences.items() if k not in FREE_KEYS}
+    if differences:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(differences.items())[:5])
+        raise ConfigError(f"{out} belongs to a run with other settings ({shown}); choose another --out.")
+
+
 def _claim(cfg: RunConfig, out: Path) -> None:
     """The run directory belongs to one config: write it, or refuse another."""
+    _refuse_other_settings(cfg, out)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "run.yaml"
-    if path.exists():
-        differences = field_diff(load_config(None, path, []), cfg)
-        differences = {k: v for k, v in differences.items() if k not in FREE_KEYS}
-        if differences:
-            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(differences.items())[:5])
-            raise ConfigError(f"{out} belongs to a run with other settings ({shown}); choose another --out.")
-        return
-    save_config(cfg, path)
+    if not (out / "run.yaml").exists():
+        save_config(cfg, out / "run.yaml")
 
 
-FREE_KEYS = ("backend", "threads", "data.cache_mib", "data.shards", "data.root", "data.third_party_root", "reuse")
+def verify(cfg: RunConfig, manifest: Manifest) -> None:
+    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process."""
+    from distunlearn.data.shards import verify_shards
+
+    key = (str(manifest.folder), manifest.fingerprint)
+    deep = cfg.data.verify == "digest" and _is_main() and key not in _VERIFIED
+    verify_shards(manifest, deep=deep)
+    if deep:
+        _VERIFIED.add(key)
+
+
+_VERIFIED: set[tuple[str, str]] = set()
+
+FREE_KEYS = (
+    "backend", "threads", "data.cache_mib", "data.verify", "data.shards", "data.root", "data.third_party_root", "reuse",
+)  # fmt: skip
 
 
 def _is_main() -> bool:
@@ -161,7 +186,6 @@ def _is_main() -> bool:
 @contextmanager
 def _session(cfg: RunConfig, out: Path) -> Iterator:
     from distunlearn.data.manifest import Manifest
-    from distunlearn.data.shards import verify_shards
     from distunlearn.data.stream import ImageStore
     from distunlearn.doctor import environment
     from distunlearn.engine.backends import open_backend
@@ -172,13 +196,13 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
 
     out = Path(out)
     backend = open_backend(cfg)
+    manifest = Manifest.load(shards_folder(cfg, out))
+    verify(cfg, manifest)
     if backend.is_main:
         _claim(cfg, out)
         if not (out / "env.json").exists():
             write_json(out / "env.json", environment())
     backend.barrier()
-    manifest = Manifest.load(shards_folder(cfg, out))
-    verify_shards(manifest, deep=False)
     if backend.is_main and cfg.reuse:
         _take_over(cfg, out)
     backend.barrier()

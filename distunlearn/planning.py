@@ -67,14 +67,13 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int]:
     """Images per role and the number of classes, from existing shards or else from the source."""
     from distunlearn.data.manifest import Manifest
     from distunlearn.data.roles import assign_roles
-    from distunlearn.data.shards import verify_shards
     from distunlearn.data.sources import open_sources
-    from distunlearn.pipeline import shards_folder
+    from distunlearn.pipeline import shards_folder, verify
 
     folder = shards_folder(cfg, out) if (out or cfg.data.shards or cfg.reuse) else None
     if folder is not None and (folder / "manifest.jsonl").exists():
         manifest = Manifest.load(folder)
-        verify_shards(manifest, deep=False)
+        verify(cfg, manifest)
         labels = [s.label for s in manifest.samples if s.role in ("retain", "forget") and s.label is not None]
         return Counter(s.role for s in manifest.samples), len(set(labels))
     members, guest = open_sources(cfg.data)

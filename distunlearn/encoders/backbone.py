@@ -70,11 +70,6 @@ def create_args(encoder: EncoderConfig) -> dict[str, Any]:
             "because an export carries them; change it."
         ) from error
     if is_resnet(encoder.name):
-        if encoder.stem == "small":
-            raise EncoderError(
-                "encoder.stem is small, but timm builds no ResNet with that stem and could not load the result; "
-                "expected standard or deep; set encoder.stem=deep."
-            )
         if encoder.stem == "deep":
             args["stem_type"] = "deep"
             args.setdefault("stem_width", DEEP_STEM_WIDTH)

@@ -8,7 +8,6 @@ with its sha256. It is written under a temporary name, synced, renamed, and only
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distunlearn.data.shards import file_sha256
 from distunlearn.errors import DataError
 
-__all__ = ["Checkpoint", "file_sha256", "latest_checkpoint", "save_checkpoint", "write_json", "write_tensors"]
+__all__ = ["Checkpoint", "latest_checkpoint", "save_checkpoint", "write_json", "write_tensors"]
 
 KEEP = 2  # the newest may be the one a crash tears, so one more is kept
 
@@ -43,12 +43,6 @@ class Checkpoint:
     def optimizer(self) -> dict[str, Any]:
         """The optimizer's state; our own file with a matching digest, and still without pickled code."""
         return torch.load(self.folder / "optimizer.pt", map_location="cpu", weights_only=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

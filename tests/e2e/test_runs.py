@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from distunlearn.engine.ledger import effective_steps, read_ledger
 
@@ -77,14 +79,19 @@ def test_metrics_show_a_live_constraint(finished):
 
 
 def test_export_loads_with_timm_alone(finished):
+    """A fresh process that knows only timm gets the very weights that the run kept."""
     _, out, _ = finished
     code = (
-        "import sys, timm, torch; m = timm.create_model('local-dir:' + sys.argv[1]).eval();"
-        "x = torch.zeros(2, 1, 32, 32); print(tuple(m(x).shape)); assert 'distunlearn' not in sys.modules"
+        "import sys, timm, torch; m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
+        "torch.save(m.state_dict(), sys.argv[2]); print(tuple(m(torch.zeros(2, 1, 32, 32)).shape));"
+        "assert 'distunlearn' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out / "export")], capture_output=True, text=True, timeout=120,
-        env=tiny.environment(),
-    )
+        [sys.executable, "-c", code, str(out / "export"), str(out / "loaded.pt")], capture_output=True, text=True,
+        timeout=120, env=tiny.environment(),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("(2, 128)", "(2, 96)")
+    kept = load_file(out / "training_state.safetensors")
+    loaded = torch.load(out / "loaded.pt", weights_only=True)
+    assert loaded and all(torch.equal(value, kept[f"model.backbone.{name}"]) for name, value in loaded.items())

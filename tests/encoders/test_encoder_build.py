@@ -75,7 +75,6 @@ def test_a_wrong_name_is_refused_with_a_way_out(name, words):
         (replace(RESNET18, args={"checkpoint_path": "x.pth"}), r"use encoder.checkpoint"),
         (replace(RESNET18, args={"in_chans": 3}), r"use encoder.in_chans"),
         (replace(RESNET18, args={"act_layer": torch.nn.ReLU}), r"what JSON cannot"),
-        (replace(RESNET18, stem="small"), r"stem is small, but timm builds no ResNet.*encoder.stem=deep"),
         (replace(RESNET18, name="legacy_seresnet18", args={}), r"stem is deep, which legacy_seresnet18 cannot have"),
         (replace(RESNET18, embed_dim=512), r"embed_dim is 512, but .* 32 dimensions.*encoder.embed_dim=32"),
         (replace(ENCODERS["vit token"], stem="deep"), r"is no ResNet.*encoder.stem=standard"),
