@@ -121,7 +121,7 @@ class _Runner:
         self._require_finite(step, torch.as_tensor(norm), "gradient norm", batches)
         backend.step()
         if ctx.momentum is not None:
-            ctx.momentum.update(ctx.model, ctx.cfg.objective.momentum)
+            backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
         consumed = backend.gather_ids(out.consumed)
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
         loss = float(all_reduce_mean(out.loss.detach()))

@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 from distunlearn.config import RunConfig
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.schedule import Batch
+from distunlearn.data.shards import file_sha256
 from distunlearn.data.stream import ImageStore, RoleFeeder
 from distunlearn.data.views import id_hashes
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone
 from distunlearn.engine.backends import Backend
-from distunlearn.engine.checkpoint import file_sha256, write_json, write_tensors
+from distunlearn.engine.checkpoint import write_json, write_tensors
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optim import make_optimizer
@@ -194,7 +195,7 @@ def _train(
             momentum.model = backend.synchronise(momentum.model)
         ctx = Context(
             cfg=cfg, objective=make_objective(cfg.objective), model=model, forward=forward, device=backend.device,
-            momentum=momentum, queue=queue, rank=backend.rank, world=backend.world,
+            momentum=momentum, queue=queue, original=_original(session, start), rank=backend.rank, world=backend.world,
         )
         feeders = _feeders(session, method)
         total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
@@ -205,6 +206,13 @@ def _train(
         )
         facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry))
     _finish(session, name, folder, digest, model, trained, facts)
+
+
+def _original(session: Session, start: Path | None) -> ContrastiveModel | None:
+    """A frozen second copy of the encoder that forgetting starts from, for methods that stay near it."""
+    if start is None or not session.cfg.method.distill_weight:
+        return None
+    return load_trained(start, session).model.to(session.backend.device).eval().requires_grad_(False)
 
 
 def _finish(

@@ -1,0 +1,200 @@
+"""The interface of all backends, and the backend `single`: one process, plain torch.
+
+Gradients are averaged over the processes by every backend; losses are scaled accordingly (see objectives.gather).
+The order of a step is fixed: forwards, `backward` once, `grad_norm`, `step`. Methods marked *collective* must be
+called by all ranks in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distunlearn.engine.backends.optimizer_state import collect_state, spread_state
+from distunlearn.engine.backends.process_group import Place
+from distunlearn.engine.batchnorm import convert
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.encoders.model import EncoderOutput, MomentumEncoder
+
+    Forward = Callable[[Tensor], EncoderOutput]
+
+__all__ = ["Backend"]
+
+CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_ and of DeepSpeed alike
+
+
+class Backend:
+    """One encoder in training at a time: `prepare`, any number of steps, `release`."""
+
+    def __init__(self, cfg: RunConfig, place: Place) -> None:
+        self.cfg = cfg
+        self.rank, self.world, self.device = place.rank, place.world, place.device
+        self._forget()
+
+    def _forget(self) -> None:
+        self.model: nn.Module | None = None  # as the methods see it, with the names of the plain encoder
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.clip = 0.0
+        self._norm: float | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files."""
+        return self.rank == 0
+
+    @property
+    def is_prepared(self) -> bool:
+        """True between `prepare` and `release`."""
+        return self.model is not None
+
+    # -- between the processes -----------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        if self.world > 1:
+            dist.barrier()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main rank's `value`, on every rank. Collective."""
+        if self.world == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_ids(self, ids: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """The ids of all ranks under each name, in rank order. Collective; the names are alike on all ranks."""
+        if self.world == 1:
+            return {name: list(part) for name, part in ids.items()}
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, dict(ids))
+        return {name: [i for part in everyone for i in part[name]] for name in ids}
+
+    def all_finite(self, value: Tensor) -> bool:
+        """True if every element of every rank's `value` is finite; the same answer on all ranks. Collective."""
+        fine = torch.isfinite(value.detach()).all()
+        if self.world == 1:
+            return bool(fine)
+        agreed = fine.to(self.device, torch.int32)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        return bool(agreed)
+
+    # -- preparing -----------------------------------------------------------------------------------------------
+
+    def synchronise(self, module: nn.Module) -> nn.Module:
+        """Give `module` batch norms over the global batch where the run asks for them; changes it in place."""
+        return convert(module, self.world) if self.cfg.sync_batchnorm else module
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> Forward:
+        """Take `model`, which is on `device`, and its optimizer into training. Collective.
+
+        Args:
+            clip: largest global gradient norm; 0 for none.
+
+        Returns:
+            What to call in place of the model: images [n, C, S, S] -> EncoderOutput, float32 whatever the precision.
+
+        Raises:
+            ConfigError: the backend did not become what it is named after (ranks, sharding).
+        """
+        assert not self.is_prepared, "release the prepared encoder first"
+        self.model = self.synchronise(model)
+        self.optimizer, self.clip = optimizer, clip
+        module = self._wrap()
+        return self._in_precision(module)
+
+    def _wrap(self) -> Callable[[Tensor], Any]:
+        """Spread `self.model` and `self.optimizer`; returns what runs the forward."""
+        assert self.model is not None
+        return self.model
+
+    def _in_precision(self, module: Callable[[Tensor], Any]) -> Forward:
+        """bf16: autocast around the forward alone; weights, outputs, losses and gradients stay float32."""
+        if self.cfg.precision == "fp32":
+            return module
+
+        def forward(images: Tensor) -> EncoderOutput:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                out = module(images)
+            return type(out)(*(part.float() if isinstance(part, Tensor) else part for part in out))
+
+        return forward
+
+    def release(self) -> None:
+        """Let go of the prepared encoder, so that another can be prepared; without one it does nothing."""
+        self._forget()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next `step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the scalar `loss`, averaged over the ranks. Once per step. Collective."""
+        self._norm = None
+        loss.backward()
+
+    def grad_norm(self) -> float:
+        """L2 norm of the averaged gradient of all parameters, before clipping. Collective."""
+        if self._norm is None:
+            self._norm = self._measure_norm()
+        return self._norm
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _measure_norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm(self._gradients()))
+
+    def step(self) -> None:
+        """Clip, update the weights, drop the gradients. Collective."""
+        if self.clip:
+            factor = self.clip / (self.grad_norm() + CLIP_EPSILON)
+            if factor < 1:
+                for gradient in self._gradients():
+                    gradient.mul_(factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._norm = None
+
+    def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
+        """Move the momentum encoder towards the trained one: m * old + (1 - m) * new. Collective."""
+        momentum.update(model, m)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All parameters and buffers, whole, on the CPU, under the plain encoder's names. Collective."""
+        return {name: self._whole(value.detach()).to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `full_state`; every rank brings the same tensors. Collective."""
+        self.model.load_state_dict(state)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Plain data for `torch.save`, whole and by parameter name: see `optimizer_state`. Collective."""
+        return collect_state(self.optimizer, dict(self.model.named_parameters()), self._whole)
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `optimizer_state`; every rank brings the same. Collective.
+
+        Raises:
+            DataError: the state is of another optimizer or encoder.
+        """
+        spread_state(state, self.optimizer, dict(self.model.named_parameters()), self._place)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A full tensor of a possibly sharded one."""
+        return tensor
+
+    def _place(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A full tensor laid out as `parameter` is: its device, and its shards if it has any."""
+        return tensor.to(parameter.device, copy=True)

@@ -1,0 +1,50 @@
+"""`ddp`: a whole copy of the encoder in every process, through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distunlearn.engine.backends.base import Backend
+from distunlearn.errors import ConfigError
+
+__all__ = ["DDP"]
+
+
+class DDP(Backend):
+    """Weights and optimizer are whole on every rank, so that saving, clipping and norms are those of `single`."""
+
+    _accelerator: Accelerator | None = None  # of the process: accelerate allows one configuration of it
+
+    def _wrap(self) -> Callable[[Tensor], Any]:
+        threads = torch.get_num_threads()
+        if DDP._accelerator is None:
+            # mixed_precision is ours (see `_in_precision`), whatever a launcher's ACCELERATE_MIXED_PRECISION says.
+            DDP._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+        module = DDP._accelerator.prepare_model(self.model)
+        torch.set_num_threads(threads)  # accelerate sets a number of its own on a CPU
+        if self.world > 1:
+            self._prove(module)
+            # With statistics over the global batch the buffers agree anyway; a broadcast between the two forwards of
+            # one step would change what the second one sees. (As an argument its name depends on torch's version.)
+            module.broadcast_buffers = False
+        return module
+
+    def _prove(self, module: Any) -> None:
+        averaged = module.process_group.size() if isinstance(module, DistributedDataParallel) else 1
+        if averaged != self.world:
+            raise ConfigError(
+                f"backend=ddp averages over {averaged} processes of {self.world} (accelerate returned a "
+                f"{type(module).__name__}); start the run by torchrun, or unset the ACCELERATE_ variables."
+            )
+
+    def release(self) -> None:
+        """See `Backend.release`."""
+        if DDP._accelerator is not None:
+            DDP._accelerator.free_memory()
+        super().release()

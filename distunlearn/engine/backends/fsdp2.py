@@ -1,0 +1,134 @@
+"""`fsdp2`: weights, gradients and optimizer state sharded by torch's `fully_shard`, called directly.
+
+accelerate's FSDP plugin gives no sharding at all on a CPU, without a word; called directly, the same code runs over
+gloo and NCCL.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distunlearn.engine.backends.base import Backend
+from distunlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distunlearn.encoders.model import MomentumEncoder
+
+__all__ = ["FSDP2", "shard_units"]
+
+REPEATED = ("blocks", "layers", "stages")  # containers of a transformer's or a ConvNeXt's repeated parts
+RESNET_STAGE = re.compile(r"layer\d+")
+
+
+def shard_units(model: nn.Module) -> list[nn.Module]:
+    """Parts that are gathered and freed one at a time: blocks of a ViT, stages of a ResNet; inner ones first."""
+    units = []
+    for module in model.modules():
+        for name, child in module.named_children():
+            if name in REPEATED and isinstance(child, nn.Sequential | nn.ModuleList):
+                units.extend(child.children())
+            elif RESNET_STAGE.fullmatch(name) and isinstance(child, nn.Sequential):
+                units.append(child)
+    return [unit for unit in reversed(units) if any(True for _ in unit.parameters())]
+
+
+class FSDP2(Backend):
+    """Parameters are DTensors split along their first dimension; buffers are whole on every rank."""
+
+    def _wrap(self) -> Callable[[Tensor], Any]:
+        if self.world > 1:
+            with torch.no_grad():
+                for tensor in self.model.state_dict().values():
+                    dist.broadcast(tensor, src=0)  # as DDP does: all ranks start from the main rank's weights
+        # Our models return views (a flattened pool) and nothing writes into them.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for unit in shard_units(self.model):
+            fully_shard(unit, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        self._prove()
+        # `fully_shard` makes new parameters: the optimizer must step those, under their old settings.
+        sharded = dict(self.model.named_parameters())
+        for group in self.optimizer.param_groups:
+            group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
+        self.optimizer.state.clear()
+        return self.model
+
+    def _prove(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        plain = [n for n, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != self.world]
+        if plain:
+            raise ConfigError(
+                f"backend=fsdp2 left {len(plain)} of {len(parameters)} parameters unsharded ({plain[0]} is the first) in a "
+                f"world of {self.world}; set backend=ddp."
+            )
+        local = sum(p.to_local().numel() for p in parameters.values())
+        total = sum(p.numel() for p in parameters.values())
+        if self.world > 1 and local >= total:
+            raise ConfigError(
+                f"backend=fsdp2 holds all {total} weights on rank {self.rank} of {self.world}, expected a part; set "
+                "backend=ddp."
+            )
+
+    def _reshard(self) -> None:
+        """A forward without backward leaves the root gathered, its parameters plain tensors; undo that."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _measure_norm(self) -> float:
+        self._reshard()
+        norms = [torch.linalg.vector_norm(g.to_local()) for g in self._gradients() if g.to_local().numel()]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        dist.all_reduce(square)
+        return float(square.sqrt())
+
+    def step(self) -> None:
+        """See `Backend.step`."""
+        self._reshard()
+        super().step()
+
+    def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
+        """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
+        self._reshard()
+        momentum.update_from({n: self._whole(p.detach()) for n, p in model.named_parameters()}, m)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """See `Backend.full_state`."""
+        self._reshard()
+        return super().full_state()
+
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Backend.load_full_state`."""
+        self._reshard()
+        sharded = dict(self.model.named_parameters())
+        super().load_full_state({n: self._place(t, sharded[n]) if n in sharded else t for n, t in state.items()})
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """See `Backend.optimizer_state`."""
+        self._reshard()
+        return super().optimizer_state()
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """See `Backend.load_optimizer_state`."""
+        self._reshard()
+        super().load_optimizer_state(state)
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _place(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        whole = tensor.to(parameter.device, copy=True)
+        # Every rank holds the whole tensor, so that each cuts out its own part without communication.
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,128 @@
+"""Joining the processes that a launcher started: one process group per process, made once, destroyed at exit.
+
+torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+under srun the batch script exports them. Afterwards rank and world are those of torch.distributed, never the
+variables' and never accelerate's (which calls every process of a CPU run the main one of a world of 1).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from distunlearn.errors import ConfigError, RankLostError
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+
+__all__ = ["Place", "join"]
+
+# How long a rank waits for the others. The main rank prepares data and audits alone, hence so long; a process
+# that dies is noticed at once, by its closed connection or by the launcher.
+PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank in a world, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def join(cfg: RunConfig) -> Place:
+    """Set the threads, enter the process group if there is one to enter, and say where this process stands.
+
+    Raises:
+        ConfigError, RankLostError: see `open_backend`.
+    """
+    world = _number("WORLD_SIZE", 1)
+    _set_threads(cfg.threads, _number("LOCAL_WORLD_SIZE", world))
+    if cfg.backend == "single" and world > 1:
+        raise ConfigError(f"backend=single cannot use {world} processes; set backend=ddp or start one process.")
+    _refuse_unannounced_tasks()
+    device = _device(_number("LOCAL_RANK", 0))
+    if cfg.backend == "single" and not dist.is_initialized():
+        return Place(0, 1, device)
+    if not dist.is_initialized():
+        _enter(world, device)
+    found = dist.get_world_size()
+    if found != world:
+        raise RankLostError(f"the process group has {found} processes, but WORLD_SIZE is {world}; start the run anew.")
+    return Place(dist.get_rank(), found, device)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the variable {name} is {text!r}, expected a whole number; unset it or use torchrun.")
+    return int(text)
+
+
+def _set_threads(threads: int, local_world: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // max(1, local_world)))
+
+
+def _refuse_unannounced_tasks() -> None:
+    """Several srun tasks without RANK would be as many runs in one folder, each believing itself alone."""
+    tasks = _number("SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            f"srun started {tasks} tasks, but RANK is not set; start the tasks by torchrun, or export RANK, "
+            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each."
+        )
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} visible); start "
+            "as many processes as there are GPUs, or set CUDA_VISIBLE_DEVICES= to run on the CPU."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _enter(world: int, device: torch.device) -> None:
+    name = "nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None
+    if world == 1:
+        # A world of one needs no address: nobody else is to find it.
+        dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
+    else:
+        missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+        if device.type == "cuda" and "LOCAL_RANK" not in os.environ:
+            missing.append("LOCAL_RANK")
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set; start the processes by torchrun or "
+                "`accelerate launch`, or export all of these variables."
+            )
+        rank = _number("RANK", 0)
+        if rank >= world:
+            raise ConfigError(f"RANK is {rank}, expected less than WORLD_SIZE={world}; correct the variables.")
+        try:
+            dist.init_process_group(name, rank=rank, world_size=world, timeout=PATIENCE, device_id=bound)
+        except (dist.DistError, TimeoutError) as error:
+            raise RankLostError(
+                f"rank {rank} of {world} did not find the others ({str(error).splitlines()[0]}); check that every "
+                "process runs and reaches MASTER_ADDR and MASTER_PORT."
+            ) from error
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Without this torch warns at exit, and NCCL may hang."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

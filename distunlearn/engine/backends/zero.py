@@ -1,0 +1,263 @@
+"""`zero1`, `zero2`, `zero3`: DeepSpeed shards optimizer state, then gradients, then weights.
+
+DeepSpeed is imported here only, and its engine is used directly: accelerate's wrapper steps inside `backward`,
+before anyone can look at the gradient. Weights, gradients and optimizer state are float32; bf16 is autocast around
+the forward, as under the other backends, so that a momentum encoder has float32 weights to follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distunlearn.engine.backends.base import Backend
+from distunlearn.engine.backends.optimizer_state import check_state
+from distunlearn.engine.backends.process_group import Place
+from distunlearn.errors import ConfigError, NumericsError
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.encoders.model import MomentumEncoder
+
+__all__ = ["Zero", "zero_config"]
+
+PERSISTENT = 100_000  # ZeRO-3: smaller parameters stay gathered between uses; their optimizer state is sharded
+
+
+def zero_config(stage: int, *, micro_batch: int, clip: float, overlap: bool) -> dict[str, Any]:
+    """DeepSpeed's settings; every number is written out, since "auto" needs a transformers model.
+
+    Args:
+        micro_batch: images per process and step; DeepSpeed counts with it and nothing else.
+        clip: 0 for none. Left out, DeepSpeed would clip at 1.
+        overlap: reduce gradients beside the backward; only on GPUs (on CPUs it races in ZeRO-3).
+    """
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 50_000_000}
+    if stage < 3:
+        zero["allgather_bucket_size"] = 50_000_000
+    else:
+        zero |= {
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": PERSISTENT,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed reads these even where the process group exists already.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # It calls functions of torch.distributed that newer versions of torch rename.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            f"the backends zero1, zero2 and zero3 need deepspeed, which cannot be imported ({error}); install it, or "
+            "set backend=fsdp2."
+        ) from error
+    if device.type == "cpu":
+        # Without this DeepSpeed compiles its own all-reduce at the first use: most of a minute, and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Zero(Backend):
+    """Forwards go through the plain module, whose hooks DeepSpeed needs: `engine(...)` allows one forward a step."""
+
+    def __init__(self, cfg: RunConfig, place: Place, stage: int) -> None:
+        super().__init__(cfg, place)
+        self.stage = stage
+        self._deepspeed = _import_deepspeed(place.device)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._engine: Any = None
+        self._named: dict[str, nn.Parameter] = {}
+
+    def _wrap(self) -> Callable[[Tensor], Any]:
+        self._named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        settings = zero_config(
+            self.stage,
+            micro_batch=max(1, self.cfg.pretrain.batch // self.world),
+            clip=self.clip,
+            overlap=self.device.type == "cuda",
+        )
+        self._engine, *_ = self._deepspeed.initialize(
+            model=self.model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        self._prove()
+        return self._engine.module
+
+    def _prove(self) -> None:
+        engine = self._engine
+        world = self._deepspeed.comm.get_world_size()
+        found = engine.zero_optimization_stage()
+        if world != self.world or found != self.stage:
+            raise ConfigError(
+                f"DeepSpeed runs ZeRO stage {found} on {world} processes, expected stage {self.stage} on {self.world}; "
+                "start the run by torchrun."
+            )
+        total = sum(self._size(p) for p in self._named.values())
+        mine = sum(flat.numel() for flat in self._flats())
+        if self.world > 1 and mine >= total:
+            raise ConfigError(
+                f"backend=zero{self.stage} optimises {mine} of {total} weights on rank {self.rank} of {self.world}, "
+                "expected a part; set backend=ddp."
+            )
+        if self.stage == 3 and self.world > 1 and any(
+            p.ds_tensor.numel() >= p.ds_numel for p in self._named.values() if p.ds_numel > 1
+        ):
+            raise ConfigError("backend=zero3 left a parameter unsharded, expected a part on each rank; set backend=fsdp2.")
+
+    @staticmethod
+    def _size(parameter: nn.Parameter) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    def _flats(self) -> list[Tensor]:
+        """This rank's parts of the float32 weights, one flat tensor per group; the optimizer's state is keyed by them."""
+        zero = self._engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def release(self) -> None:
+        """See `Backend.release`."""
+        if self._engine is not None:
+            self._engine.destroy()
+        super().release()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Backend.backward`."""
+        self._norm = None
+        self._engine.backward(loss)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's parts of the averaged gradients, between `backward` and `step`."""
+        groups = self._engine.optimizer.averaged_gradients.values()
+        return [gradient for group in groups if group is not None for gradient in group]
+
+    def _measure_norm(self) -> float:
+        norms = [torch.linalg.vector_norm(g.float()) for g in self._gradients()]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        dist.all_reduce(square)
+        return float(square.sqrt())
+
+    def step(self) -> None:
+        """See `Backend.step`; DeepSpeed clips, by the same formula.
+
+        Raises:
+            NumericsError: DeepSpeed skipped the step because of a gradient that is not finite.
+        """
+        skipped = self._engine.skipped_steps
+        self._engine.step()
+        if self._engine.skipped_steps > skipped:
+            raise NumericsError("a gradient is not finite; DeepSpeed skipped the step; lower the learning rate.")
+        self._engine.optimizer.clear_backward_seen_flag()  # else done by `engine(...)`, which is not called
+        self._norm = None
+
+    def _gathered(self, main_writes: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Within it all weights are whole; with `main_writes` the main rank's changes reach the shards."""
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        parameters = list(self.model.parameters())
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if main_writes else None)
+
+    def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
+        """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
+        with self._gathered():
+            momentum.update_from(dict(model.named_parameters()), m)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def full_state(self) -> dict[str, Tensor]:
+        """See `Backend.full_state`."""
+        with self._gathered():
+            return super().full_state()
+
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Backend.load_full_state`."""
+        with self._gathered(main_writes=True):
+            super().load_full_state(state)
+        self._engine.optimizer.refresh_fp32_params()  # the optimizer steps a copy of its own
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """See `Backend.optimizer_state`."""
+        entries = self.optimizer.state.get(self._flats()[0]) or {}  # empty before the first step
+        state: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._named.items() if entries else ():
+            # Counters are common to all parameters: each has been stepped equally often.
+            state[name] = {
+                key: self._whole_entry(parameter, key) if _is_flat(value) else copy.deepcopy(value)
+                for key, value in entries.items()
+            }
+        return {"optimizer": type(self.optimizer).__name__, "state": state}
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """See `Backend.load_optimizer_state`."""
+        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self._named.items()}
+        check_state(state, self.optimizer, shapes)
+        saved = state["state"]
+        self.optimizer.state.clear()
+        if not saved:
+            return
+        sample = next(iter(saved.values()))
+        for flat in self._flats():  # what DeepSpeed would make in its first step
+            self.optimizer.state[flat] = {
+                key: torch.zeros_like(flat) if _is_flat(value) else copy.deepcopy(value) for key, value in sample.items()
+            }
+        for name, entries in saved.items():
+            for key, value in entries.items():
+                if _is_flat(value):
+                    part, start = self._part(self._named[name], key)
+                    part.copy_(value.flatten()[start : start + part.numel()])
+
+    def _part(self, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
+        """This rank's part of one optimizer tensor of `parameter`, a view, and where it starts in the flattened whole.
+
+        DeepSpeed's own accessors fail in ZeRO-1 and 2 with more than one parameter group, and in ZeRO-3 where the
+        last rank's part is padded (0.19.8).
+        """
+        if self.stage < 3:
+            place = parameter._hp_mapping
+            if place is None:  # all of it lies on other ranks
+                return torch.empty(0, device=self.device), 0
+            flat = self._flats()[place.param_group_index]
+            inside = place.hp_fragment_address
+            return self.optimizer.state[flat][key].narrow(0, inside.start, inside.numel), place.lp_fragment_address.start
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        part = safe_get_local_optimizer_state(parameter, key)
+        start = self.rank * parameter.ds_tensor.numel()
+        return part[: max(0, parameter.ds_numel - start)], start
+
+    def _whole_entry(self, parameter: nn.Parameter, key: str) -> Tensor:
+        part, start = self._part(parameter, key)
+        whole = torch.zeros(self._size(parameter), dtype=torch.float32, device=self.device)
+        whole[start : start + part.numel()] = part
+        dist.all_reduce(whole)  # the parts do not overlap
+        return whole.view(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", copy=True)
+
+
+def _is_flat(value: Any) -> bool:
+    """True for a tensor with an element per weight, False for a counter."""
+    return isinstance(value, Tensor) and value.dim() > 0

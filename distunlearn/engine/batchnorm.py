@@ -1,0 +1,139 @@
+"""Batch norm over the global batch, on CPUs too (torch's SyncBatchNorm needs a GPU).
+
+Every rank contributes count, mean and sum of squared deviations M2 of its rows; they are merged by Chan, Golub and
+LeVeque's formula ("Updating formulae and a pairwise algorithm for computing sample variances", 1979):
+
+    N = sum_r n_r,   mean = sum_r n_r mean_r / N,   M2 = sum_r [ M2_r + n_r (mean_r - mean)^2 ]
+
+The statistics pass through the one differentiable gather of objectives.gather, whose backward sums over the
+ranks. With losses scaled by W / N and parameter gradients averaged over ranks, every gradient is that of
+`nn.BatchNorm` on the whole batch, for uneven shares too.
+
+Shapes: n = rows of this rank (0 is allowed), C = channels, W = world; inputs are [n, C] or [n, C, ...].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distunlearn.errors import ConfigError
+from distunlearn.objectives.gather import all_gather_with_grad
+
+__all__ = ["SyncBatchNorm", "convert"]
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """In training mode: statistics of the global batch. In eval mode: `nn.BatchNorm`, without communication.
+
+    All ranks must run a training forward together, and the backward of what it returns. `drop` and `act` are those of
+    timm's BatchNormAct2d and the identity elsewhere. The global batch must hold at least two values a channel.
+    """
+
+    def __init__(self, source: _BatchNorm) -> None:
+        """Takes over the parameters and buffers of `source` themselves, not copies: an optimizer may hold them."""
+        super().__init__(
+            source.num_features, source.eps, source.momentum, affine=False, track_running_stats=False
+        )
+        self.affine, self.track_running_stats = source.affine, source.track_running_stats
+        for name in ("weight", "bias"):
+            setattr(self, name, getattr(source, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(source, name))
+        self.drop: nn.Module = getattr(source, "drop", nn.Identity())
+        self.act: nn.Module = getattr(source, "act", nn.Identity())
+        self.training = source.training
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions (got {input.dim()})")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[n, C, ...] -> [n, C, ...], in the dtype of `input`."""
+        normalised = self._normalise(input) if self.training else super().forward(input)
+        return self.act(self.drop(normalised))
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        x = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        mean, m2, count = _global_statistics(x)
+        variance = m2 / count
+        if self.track_running_stats:
+            self._track(mean.detach(), m2.detach(), count)
+        # One multiply-add per value, as torch's own CPU kernel: only x is kept for the backward.
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+        """Running statistics as torch keeps them: variance unbiased, `momentum` None for a cumulative mean."""
+        self.num_batches_tracked.add_(1)
+        rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_((m2 / (count - 1)).to(self.running_var.dtype), rate)
+
+
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], M2 [C] and values per channel [] of the batch over all ranks."""
+    channels = x.shape[1]
+    count = x.numel() // channels
+    if count:
+        dims = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(x, dims, correction=0)
+    else:  # no rows here: a weight of 0 in the merge, but still a part of the graph
+        variance = mean = x.sum([0, *range(2, x.dim())])
+    local = torch.cat([mean, variance * count, x.new_full((1,), count)])
+    everyone = all_gather_with_grad(local[None])
+    means, m2s = everyone[:, :channels], everyone[:, channels : 2 * channels]
+    counts = everyone[:, 2 * channels :].detach()
+    total = counts.sum()
+    merged = (counts * means).sum(0) / total
+    return merged, m2s.sum(0) + (counts * (means - merged).square()).sum(0), total
+
+
+def convert(model: nn.Module, world: int) -> nn.Module:
+    """Replace the batch norms of `model`, in place, by ones over the global batch of `world` ranks.
+
+    Parameters, buffers and their names stay. A world of 1 changes nothing. Use the returned module: it differs from
+    `model` where that is a batch norm itself.
+
+    Raises:
+        ConfigError: a batch norm with unknown behaviour of its own.
+    """
+    return _convert(model, {}) if world > 1 else model
+
+
+def _convert(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`done`: replacements so far, so that a module used twice stays one module."""
+    if module in done:
+        return done[module]
+    done[module] = module
+    if isinstance(module, SyncBatchNorm):
+        return module
+    if isinstance(module, _BatchNorm):
+        _require_known(module)
+        done[module] = SyncBatchNorm(module)
+        return done[module]
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _convert(child, done)
+    return module
+
+
+def _require_known(module: _BatchNorm) -> None:
+    kind = type(module)
+    if kind in PLAIN or (kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")):
+        return
+    raise ConfigError(
+        f"the encoder's {kind.__module__}.{kind.__name__} cannot be synchronised over processes (expected "
+        "nn.BatchNorm1d/2d/3d or timm's BatchNormAct2d); set sync_batchnorm=false or use one process."
+    )
