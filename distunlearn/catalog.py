@@ -26,7 +26,7 @@ def _methods() -> dict[str, str]:
 def _objectives() -> dict[str, str]:
     from distunlearn.objectives import OBJECTIVES
 
-    return {name: _first_line(objective) for name, objective in OBJECTIVES.items()}
+    return {name: _first_line(inspect.getmodule(objective)) for name, objective in OBJECTIVES.items()}
 
 
 def _attacks() -> dict[str, str]:

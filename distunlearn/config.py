@@ -151,7 +151,7 @@ class MethodConfig:
     confidence_weight: NonNegativeFloat = 0.1
     confidence: Literal["hinge", "entropy"] = "hinge"
     confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
-    distill_weight: NonNegativeFloat = 0.0  # optional: stay near the original encoder on retain data
+    distill_weight: NonNegativeFloat = 0.0  # third_party only: stay near the original encoder's retain embeddings
     target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
     ascent_weight: NonNegativeFloat = 1.0  # grad_ascent only
     ascent_bound: PositiveFloat = 50.0  # grad_ascent only: stop (exit 4) when the loss passes this

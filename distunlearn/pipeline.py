@@ -62,11 +62,16 @@ def audit(run_dir: Path) -> int:
 
     Returns:
         0 if every gate passes, 6 if one fails, 7 if none fails but one is inconclusive.
+
+    Raises:
+        CoverageError: as `unlearn`; evidence about a run that missed images would mislead.
     """
     from distunlearn.engine import phases
 
     cfg = saved_config(run_dir)
     with _session(cfg, run_dir) as session:
+        if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
+            _check_coverage(session)
         phases.retrain(session)
         verdict = _audit(session) if session.backend.is_main else None
         session.backend.barrier()

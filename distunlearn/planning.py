@@ -109,7 +109,9 @@ def images_per_step(cfg: RunConfig, method: str | None) -> int:
     if entry is not None and entry.build is None:
         return 0
     built = entry.build(cfg) if entry else Contrastive("pretrain", "members")
-    return views * sum(built.batch_sizes(cfg).values())
+    sizes = built.batch_sizes(cfg)
+    teacher = objective.branches * sizes["retain"] if method == "third_party" and cfg.method.distill_weight else 0
+    return views * sum(sizes.values()) + teacher
 
 
 def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:

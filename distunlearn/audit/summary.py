@@ -1,7 +1,7 @@
 """audit/summary.json: every figure of the audit, with intervals, gaps to the retrained encoder, and verdicts.
 
-Everything here is a function of the raw scores that `write_audit` saves beside it, so that any figure can be
-computed again. Differences between encoders are paired: one draw of images serves all encoders and attacks.
+Attacks, gaps and utility are functions of the raw scores that `write_audit` saves beside the summary, so that
+these figures can be computed again. Differences between encoders are paired: one draw of images serves all encoders and attacks.
 """
 
 from __future__ import annotations

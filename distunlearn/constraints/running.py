@@ -68,7 +68,9 @@ class PhiSwitch:
     """Decides whether the gradient of Phi is on: as long as the running mean of Phi is above its target.
 
     Phi is measured on small batches, so max(0, Phi - target) would be biased upwards, its noise always pushing;
-    a running mean over steps leaves the estimate of the gradient itself unbiased.
+    a running mean over steps leaves the estimate of the gradient itself unbiased. Without a target (0) nothing is
+    switched: the gradient vanishes by itself as the distributions meet, and waiting for the mean of a noisy estimate
+    to be positive would only lose half of the steps near the end.
 
     target: Phi*; negative values (a U-statistic can be negative) count as 0. momentum: in [0, 1).
     """
@@ -116,7 +118,7 @@ class PhiSwitch:
         Read it before `update` of the same step: a factor that depends on the very batch it multiplies selects
         the batches with a large Phi, the bias this class is there to avoid.
         """
-        return 0.0 if self.mean <= self.target else 1.0
+        return 0.0 if self.target > 0 and self.mean <= self.target else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """"target", "sum" and "weight", float64 [1] each."""

@@ -38,6 +38,7 @@ class Context:
     device: torch.device
     momentum: MomentumEncoder | None = None
     queue: KeyQueue | None = None
+    original: ContrastiveModel | None = None  # the encoder before forgetting, in evaluation mode, where a method asks
     rank: int = 0
     world: int = 1
     step: int = 0

@@ -4,13 +4,15 @@
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
+    [ + distill_weight    * mean over retain views of 1 - cos(embedding, the original encoder's embedding) ]
 
 g_i is the gradient of the bank loss of sample i, reached in closed form at the last linear layer
 (`constraints/head.py`) and described by (log norm, sketch over the third-party's spread); o_i is (view
-agreement of the outputs, closeness to the bank, view agreement of the embeddings): the last because an exported
-encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the energy distance as a U-statistic. Its gradient is
-on while its running mean is above Phi*, the distance between third-party and calibration samples under
-the original encoder, so that another distribution of the third-party set does not over-correct.
+agreement of the outputs, closeness to the bank, loss, view agreement of the embeddings): the last because an
+exported encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the
+energy distance as a U-statistic. Where a permutation test says that third-party and calibration samples differ
+under the original encoder, their distance is the target Phi*, and the term is on while its running mean is above it,
+so that a third party of another distribution does not over-correct; else Phi* is 0 and the term stays on.
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
 Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from distunlearn.config import RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
-from distunlearn.constraints.distances import DISTANCES, surrogate, value_and_cotangent
+from distunlearn.constraints.distances import DISTANCES, permutation_test, surrogate, value_and_cotangent
 from distunlearn.constraints.head import head_gradients, sketch_matrices
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
@@ -49,6 +51,8 @@ __all__ = ["ThirdParty"]
 
 CALIBRATION_EPOCH = 1 << 32  # far from any training epoch: calibration sees views of its own
 CALIBRATION_DRAWS = 4  # sketches, view pairs and banks averaged into Phi*
+PERMUTATIONS = 499
+SIGNIFICANCE = 0.01  # third-party and calibration count as different below this; else Phi* would be sampling noise
 
 
 class ThirdParty:
@@ -86,7 +90,7 @@ class ThirdParty:
         third, calibration, retain = sample("third_party"), sample("calibration"), sample("retain")
         if self.cfg.objective.name == "supervised":
             self._label_by_original(ctx, third, calibration)
-        confidences, phis = [], {"gradient": [], "output": []}
+        confidences, phis, p_values = [], {"gradient": [], "output": []}, {}
         for draw in range(CALIBRATION_DRAWS):
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
@@ -95,15 +99,22 @@ class ThirdParty:
             (g_c, o_c, c_c), (g_t, o_t, _) = features
             self.spread_gradient.update(g_t)
             self.spread_output.update(o_t)
-            phis["gradient"].append(self.distance(self._scale(g_c), self._scale(g_t)))
-            phis["output"].append(self.distance(self._scale_out(o_c), self._scale_out(o_t)))
+            pairs = {
+                "gradient": (self._scale(g_c), self._scale(g_t)),
+                "output": (self._scale_out(o_c), self._scale_out(o_t)),
+            }
+            for name, (x, y) in pairs.items():
+                phis[name].append(self.distance(x, y))
+                if draw == 0:
+                    p_values[name] = permutation_test(x, y, PERMUTATIONS, self.cfg.seed)
             confidences.append(c_c)
         self.threshold = torch.cat(confidences).quantile(self.cfg.method.confidence_quantile)
         figures = {"confidence_threshold": float(self.threshold)}
         for name, switch in (("gradient", self.switch_gradient), ("output", self.switch_output)):
             measured = float(torch.stack(phis[name]).mean())
-            switch.set_target(measured if self.cfg.method.target == "calibrated" else 0.0)
-            figures[f"phi_star_{name}"] = float(switch.target)
+            differs = p_values[name] <= SIGNIFICANCE and self.cfg.method.target == "calibrated"
+            switch.set_target(measured if differs else 0.0)
+            figures |= {f"phi_star_{name}": switch.target, f"calibration_p_{name}": p_values[name]}
         return figures
 
     def _calibration_bank(self, ctx: Context, retain: Batch) -> Bank | None:
@@ -159,6 +170,9 @@ class ThirdParty:
             + weights.output_weight * output_term
             + weights.confidence_weight * confidence_term
         )
+        if weights.distill_weight:
+            drift = self._drift(ctx, retain, retained)
+            total = total + weights.distill_weight * drift
         enqueue(ctx, retained)
         metrics = {
             "utility": float(task.detach()),
@@ -170,8 +184,17 @@ class ThirdParty:
             "third_party_confidence": float(c_t.detach().mean()),
             "hinge_active_share": active,
         }
+        if weights.distill_weight:
+            metrics["drift"] = float(drift.detach())
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
+
+    def _drift(self, ctx: Context, retain: Batch, retained: Branches) -> Tensor:
+        """How far the retain embeddings have turned from the original encoder's, on the same views; in [0, 2]."""
+        with torch.no_grad():
+            before = embed(ctx, retain, batchnorm="eval", network=ctx.original, momentum=False)
+        cosines = (normalise(retained.embedding) * normalise(before.embedding)).sum(-1).mean(0)
+        return (1 - cosines).sum() * mean_scale(gather_sizes(cosines.shape[0], cosines.device))
 
     def _features(self, ctx: Context, b: Branches, bank: Bank | None, draw: int) -> tuple[Tensor, Tensor, Tensor]:
         """Per sample: (log norm, sketch) [n, 1 + k^2], output features [n, q], confidence [n]."""
@@ -184,7 +207,8 @@ class ThirdParty:
         )
         sketch = gradients.sketch(out_matrix, in_matrix)
         features = torch.cat([gradients.log_norm()[:, None], sketch], dim=1)
-        outputs = torch.cat([ctx.objective.output_features(b, bank), _embedding_agreement(b)[:, None]], dim=1)
+        more = [ctx.objective.per_sample_loss(b, bank), _embedding_agreement(b)]
+        outputs = torch.cat([ctx.objective.output_features(b, bank), torch.stack(more, dim=1)], dim=1)
         return features, outputs, ctx.objective.confidence(b, bank)
 
     def _scale(self, features: Tensor) -> Tensor:
@@ -196,15 +220,16 @@ class ThirdParty:
         return self.spread_output.scale(features)
 
     def _match(self, ctx: Context, forget: Tensor, third: Tensor, switch: PhiSwitch) -> tuple[Tensor, Tensor]:
-        """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (gradients.md 4)."""
+        """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (`surrogate`)."""
         sizes = gather_sizes(forget.shape[0], forget.device)
         phi, cotangent = value_and_cotangent(
             self.distance, all_gather_detached(forget, sizes), all_gather_uneven(third)
         )
         first = sum(sizes[: ctx.rank])
         local = cotangent[first : first + forget.shape[0]]
+        active = switch.active  # before this step's Phi enters the mean: see PhiSwitch.active
         switch.update(phi)
-        return phi, switch.active * surrogate(forget, local, ctx.world)
+        return phi, active * surrogate(forget, local, ctx.world)
 
     def _confidence(self, ctx: Context, third: Branches, bank: Bank | None, c: Tensor) -> tuple[Tensor, float]:
         sizes = gather_sizes(c.shape[0], c.device)

@@ -121,7 +121,14 @@ def test_a_negative_target_counts_as_zero(given, kept):
     switch.set_target(given)
     assert switch.target == kept
     switch.update(kept)
-    assert switch.active == 0.0  # at the target the term is off
+    assert switch.active == float(kept == 0)  # at a target the term is off; without one it is never switched
+
+
+def test_without_a_target_the_term_stays_on():
+    switch = PhiSwitch(0.0, 0.9)
+    for phi in (-0.5, -0.1, 0.3):
+        switch.update(phi)
+        assert switch.active == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
