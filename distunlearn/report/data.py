@@ -129,7 +129,7 @@ def _scores(raw: dict[str, Any], encoder: str) -> Scores:
 
 
 def _finished(ledger: Path) -> str | None:
-    """When the last `unlearn` ended, e.g. `2026-01-31 12:00 UTC`; the ledger's step lines, which name ids, stay unread."""
+    """When the last `unlearn` ended, e.g. `2026-01-31 12:00 UTC`; step lines, which name ids, are not parsed."""
     found = None
     if ledger.is_file():
         with ledger.open("rb") as lines:

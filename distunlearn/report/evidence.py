@@ -10,7 +10,7 @@ from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
 from distunlearn.report.numbers import interval, p_value, percent, signed, text
-from distunlearn.report.words import ATTACKS, UTILITY, VERDICTS, attack_words
+from distunlearn.report.words import ATTACKS, ENCODERS, NOT_EVALUATED, UTILITY, VERDICTS, attack_words
 
 __all__ = ["attack_names", "attack_table", "controls", "gates", "headline", "two_sample", "utility", "verdict"]
 
@@ -33,6 +33,8 @@ def gates(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
         margin = _margin(run, name if name == "view_agreement" else "attack")
         title, question, _ = attack_words(name)
         row = _row(title, gap, "auc", (-margin, margin), 3, 1.0)
+        if row["verdict"] == "pass" and _power(run, name) != "pass":
+            row |= _refused("the attack is not shown to work on the original encoder")
         attacks.append(row | {"question": question, "allowed": f"−{margin:g} to +{margin:g}"})
     points = _margin(run, "utility_points")
     for name, (title, question) in UTILITY.items():
@@ -52,12 +54,13 @@ def _row(
     """One gate. Its verdict counts only with the finite interval that bears it out."""
     found = [number(gate, name) for name in (key, "low", "high")]
     value, low, high = (None if figure is None else scale * figure for figure in found)
-    given = gate.get("verdict")
+    given, reason = gate.get("verdict"), gate.get("reason")
     shown = given if given in DECLARED and None not in found else "not_evaluated"
-    return {
+    judged = {"verdict": shown, "word": VERDICTS[shown][0], "reason": reason if isinstance(reason, str) else ""}
+    if shown == "pass" and not (band[0] <= low and high <= band[1]):
+        judged = _refused("the audit file says pass, but the interval is not inside the allowed band")
+    return judged | {
         "title": title,
-        "verdict": shown,
-        "word": VERDICTS[shown][0],
         "value": value,
         "low": low,
         "high": high,
@@ -67,8 +70,16 @@ def _row(
     }
 
 
-def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The badge, one sentence about this run, notes that qualify it, and what each word means."""
+def _refused(reason: str) -> dict[str, str]:
+    """What a gate shows that claims a pass without the figures for it."""
+    return {"verdict": "not_evaluated", "word": VERDICTS["not_evaluated"][0], "reason": reason}
+
+
+def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) -> dict[str, Any]:
+    """The badge, one sentence about this run, notes that qualify it, and what each word means.
+
+    covered: state of `facts.coverage`. Its failure takes a pass away.
+    """
     declared = tree(run.audit, "gates").get("verdict")
     everything = [*rows["attacks"], *rows["utility"]]
     named = {name: [row["title"] for row in everything if row["verdict"] == name] for name in VERDICTS}
@@ -83,6 +94,9 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]]) -> dict[str, A
     elif declared == "pass" and (unsettled or not named["pass"]):
         result = "inconclusive"
         notes.append("The audit file says pass, but its own figures do not bear that out; it is not counted as a pass.")
+    elif declared == "pass" and covered == "fail":
+        result = "inconclusive"
+        notes.append("Every check came out inside its limits, but not every requested image was processed as it must.")
     else:
         result = declared
     meanings = [{"name": name, "word": word, "meaning": meaning} for name, (word, meaning) in VERDICTS.items()]
@@ -100,7 +114,7 @@ def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str]) ->
         which = f": {_listed(named['fail'])}" if named["fail"] else ""
         return f"The request cannot be called fulfilled. At least one check is clearly outside its limits{which}."
     if result == "inconclusive":
-        which = f" Not settled: {_listed(unsettled)}." if unsettled else " One of the controls did not hold."
+        which = f" Not settled: {_listed(unsettled)}." if unsettled else ""
         return f"No check failed, but the evidence is not enough to say that the images were forgotten.{which}"
     return "This run holds no verdict of an audit, so nothing can be said about whether the images were forgotten."
 
@@ -153,26 +167,25 @@ def utility(run: RunFiles) -> list[dict[str, Any]]:
                 "values": {encoder: value for encoder, value in values.items() if value is not None},
                 "shown": {encoder: text(value, 1) for encoder, value in values.items()},
                 "change": signed(None if before is None or after is None else after - before, 1),
+                "change_interval": _points(tree(run.audit, "gates", name)),
                 "gap": signed(None if yardstick is None or after is None else after - yardstick, 1),
+                "gap_interval": _points(tree(run.audit, "utility", name, "gap")),
             }
         )
     return rows
+
+
+def _points(figures: dict[str, Any]) -> str:
+    """The interval of a change of accuracy, in percentage points."""
+    low, high = number(figures, "low"), number(figures, "high")
+    return interval(None if low is None else 100 * low, None if high is None else 100 * high, 1, sign=True)
 
 
 def two_sample(run: RunFiles) -> list[dict[str, str]]:
     """The classifier that tries to tell forgotten from third-party images, for each encoder."""
-    rows = []
-    for encoder in ENCODER_NAMES:
-        figures = tree(run.audit, "two_sample", encoder)
-        rows.append(
-            {
-                "encoder": encoder,
-                "auc": text(number(figures, "auc")),
-                "interval": interval(number(figures, "auc_low"), number(figures, "auc_high")),
-                "p": p_value(number(figures, "p")),
-            }
-        )
-    return rows
+    return [
+        {"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in ENCODER_NAMES
+    ]
 
 
 def controls(run: RunFiles) -> dict[str, Any]:
@@ -180,11 +193,36 @@ def controls(run: RunFiles) -> dict[str, Any]:
     power = []
     for name in attack_names(run):
         figures = tree(run.audit, "attacks", name, "original")
-        low, high = number(figures, "auc_low"), number(figures, "auc_high")
-        if low is None or high is None:
-            state = "not_evaluated"
-        else:
-            state = "pass" if low > 0.5 or high < 0.5 else "inconclusive"
+        state = _power(run, name)
+        word = {"pass": "yes", "inconclusive": "not shown", "not_evaluated": NOT_EVALUATED}[state]
         auc = text(number(figures, "auc"))
-        power.append({"title": attack_words(name)[0], "auc": auc, "interval": interval(low, high), "state": state})
-    return {"power": power, "third_party": []}
+        row = {
+            "title": attack_words(name)[0],
+            "auc": auc,
+            "interval": interval(number(figures, "auc_low"), number(figures, "auc_high")),
+        }
+        power.append(row | {"state": state, "word": word})
+    alike = []
+    for encoder in ENCODER_NAMES:
+        figures = tree(run.audit, "controls", "third_party_against_holdout", encoder)
+        if figures:
+            alike.append({"title": f"{ENCODERS[encoder][0]} encoder"} | _told_apart(figures))
+    return {"power": power, "third_party": alike}
+
+
+def _power(run: RunFiles, attack: str) -> str:
+    """Whether the interval of the attack's AUC on the original encoder leaves 0.5 out."""
+    figures = tree(run.audit, "attacks", attack, "original")
+    low, high = number(figures, "auc_low"), number(figures, "auc_high")
+    if low is None or high is None:
+        return "not_evaluated"
+    return "pass" if low > 0.5 or high < 0.5 else "inconclusive"
+
+
+def _told_apart(figures: dict[str, Any]) -> dict[str, str]:
+    """Cells of a classifier that tells two groups of images apart: AUC, interval, p-value."""
+    return {
+        "auc": text(number(figures, "auc")),
+        "interval": interval(number(figures, "auc_low"), number(figures, "auc_high")),
+        "p": p_value(number(figures, "p")),
+    }

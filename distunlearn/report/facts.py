@@ -7,7 +7,7 @@ from typing import Any
 
 from distunlearn.report.data import RunFiles, number, tree
 from distunlearn.report.numbers import percent, seconds, text, whole
-from distunlearn.report.words import METHODS, NOT_EVALUATED, ROLES, SOURCES
+from distunlearn.report.words import METHODS, NOT_EVALUATED, ROLES, SOURCES, UNTOUCHED
 
 __all__ = ["cost", "coverage", "provenance", "request"]
 
@@ -33,12 +33,16 @@ def request(run: RunFiles) -> dict[str, Any]:
         "chosen": _chosen(data.get("forget"), run.config.get("seed")),
         "third_party": SOURCES.get(third, third) if isinstance(third, str) else "the same source as the members",
         "method": METHODS.get(method, method),
-        "encoder": _name(tree(run.config, "encoder"), "name"),
+        "encoder": HIDDEN_PATH if "/" in (encoder := _name(tree(run.config, "encoder"), "name")) else encoder,
         "objective": _name(tree(run.config, "objective"), "name"),
         "when": run.finished or "not recorded",
+        "length": _length(run),
         "copies": None if not copies else whole(copies),
         "reused": run.config.get("reuse") is not None,
-        "roles": [{"title": ROLES[name][0], "meaning": ROLES[name][1], "count": whole(counts.get(name))} for name in ROLES],
+        "roles": [
+            {"title": title, "meaning": meaning, "count": whole(counts.get(name))}
+            for name, (title, meaning) in ROLES.items()
+        ],
     }
 
 
@@ -48,9 +52,18 @@ def _name(settings: dict[str, Any], key: str) -> str:
 
 
 def _role_counts(run: RunFiles) -> dict[str, float]:
-    """Images of each role, from the summary of the shards or (they may lie elsewhere) from the plan."""
-    found = tree(run.shards, "roles") or tree(run.plan, "roles")
+    """Images of each role, from the summary of the shards or (they may lie elsewhere) the plan or the audit."""
+    found = tree(run.shards, "roles") or tree(run.plan, "roles") or tree(run.audit, "images")
     return {name: value for name in ROLES if (value := number(found, name)) is not None}
+
+
+def _length(run: RunFiles) -> str:
+    """Steps of the forgetting, and whether it was interrupted."""
+    steps, attempts = number(run.done, "steps"), number(run.done, "attempts")
+    if steps is None:
+        return NOT_EVALUATED
+    resumed = f", resumed after an interruption ({whole(attempts)} attempts)" if attempts and attempts > 1 else ""
+    return f"{whole(steps)} training steps{resumed}"
 
 
 def _chosen(forget: Any, seed: Any) -> str:
@@ -76,7 +89,13 @@ def coverage(run: RunFiles) -> dict[str, Any]:
     names = ("requested", "consumed_min", "consumed_max", "used_as_retain")
     values = {name: number(found, name) for name in names}
     least, retained = values["consumed_min"], values["used_as_retain"]
-    if least is None or retained is None or None in values.values():
+    if least == 0 and retained == 0 and tree(run.config, "method").get("name") in UNTOUCHED:
+        state = "not_evaluated"
+        sentence = (
+            "The method of this run never looks at the images to forget, so there is no processing to count. "
+            "None was used as an image to keep."
+        )
+    elif least is None or retained is None or None in values.values():
         state, sentence = "not_evaluated", "The record of what was processed is missing: coverage is not evaluated."
     elif least >= 1 and retained == 0:
         state = "pass"
@@ -97,7 +116,8 @@ def cost(run: RunFiles) -> dict[str, Any]:
     """Images and time of forgetting and of retraining, and their ratio."""
     found = tree(run.audit, "cost")
     rows = []
-    for unit, title, show in (("images", "Images passed through the encoder", whole), ("seconds", "Time", seconds)):
+    units = (("images", "Images passed through the encoder", whole), ("seconds", "Time, in seconds", seconds))
+    for unit, title, show in units:
         unlearn, retrain = number(found, f"unlearn_{unit}"), number(found, f"retrain_{unit}")
         ratio = unlearn / retrain if unlearn is not None and retrain is not None and retrain > 0 else None
         values = {"unlearned": unlearn, "retrained": retrain}
@@ -133,6 +153,7 @@ def provenance(run: RunFiles) -> dict[str, Any]:
     return {
         "digest": digest if isinstance(digest, str) else None,
         "sha256": run.config_sha256,
+        "weights": weights if isinstance(weights := run.done.get("state_sha256"), str) else None,
         "versions": _rows(versions),
         "hardware": _rows(hardware),
         "settings": settings[:MAX_ROWS],

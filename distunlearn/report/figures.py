@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -66,7 +67,7 @@ def density_limits(samples: Sequence[np.ndarray], log: bool = False) -> tuple[fl
         return None
     low = min(float(np.quantile(part, 0.005)) for part in parts)
     high = max(float(np.quantile(part, 0.995)) for part in parts)
-    pad = 0.04 * (high - low) or 0.5
+    pad = 0.09 * (high - low) or 0.5
     return low - pad, high + pad
 
 
@@ -99,9 +100,10 @@ def density_panel(
         axes.set(xlim=limits, ylim=(0, 1.08 * top), xlabel=label)
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=log, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if log:
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda power, _: _power_of_ten(power)))
+            axes.xaxis.set_major_locator(FixedLocator(_decade_ticks(*limits)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda power, _: _plain_power(power)))
         return _svg(figure)
 
 
@@ -147,9 +149,12 @@ def forest_row(
         axes.axvspan(max(band[0], limits[0]), min(band[1], limits[1]), color=BAND, linewidth=0)
         axes.axvline(0, color="#8a9399", linewidth=0.9)
         colour = VERDICT_COLOURS.get(verdict, MUTED)
-        left, right = max(low, limits[0]), min(high, limits[1])
+        inset = 0.025 * (limits[1] - limits[0])  # an arrow at the very edge would be cut in half
+        left, right = np.clip([low, high], limits[0] + inset, limits[1] - inset)
         axes.plot([left, right], [0, 0], color=colour, linewidth=2.4)
         ends = [(left, low < limits[0], "<"), (right, high > limits[1], ">")]
+        if low > limits[1] or high < limits[0]:  # all of it lies beyond the picture: one arrow says so
+            ends = ends[1:] if low > limits[1] else ends[:1]
         for place, beyond, arrow in ends:
             axes.plot([place], [0], marker=arrow if beyond else "|", color=colour, markersize=6, markeredgewidth=1.6)
         if value is not None and limits[0] <= value <= limits[1]:
@@ -158,7 +163,10 @@ def forest_row(
 
 
 def forest_axis(edges: Sequence[float], limits: tuple[float, float], unit: str) -> bytes:
-    """The scale under the rows of a forest plot, with 0 and `edges` as its numbers; unit: fixed words."""
+    """The scale under the rows of a forest plot, with 0 and `edges` as its numbers; unit: fixed words.
+
+    Edges that would lie on one another on a wide scale give way to round numbers.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _strip(2.6, 0.5, limits)
         axes.set_axis_on()
@@ -168,24 +176,29 @@ def forest_axis(edges: Sequence[float], limits: tuple[float, float], unit: str) 
             axes.spines[side].set_visible(False)
         axes.yaxis.set_major_locator(NullLocator())
         ticks = sorted({0.0, *(edge for edge in edges if limits[0] <= edge <= limits[1])})
+        if min(map(abs, edges), default=limits[1]) < 0.3 * limits[1]:
+            round_numbers = MaxNLocator(4, symmetric=True).tick_values(*limits)
+            ticks = [tick for tick in round_numbers if abs(tick) <= 0.9 * limits[1]]
         axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−") if value else "0"))
+        signed = FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−") if value else "0")
+        axes.xaxis.set_major_formatter(signed)
         axes.set_xlabel(unit, fontsize=9, labelpad=1)
         return _svg(figure)
 
 
 def dots(values: Mapping[str, float], limits: tuple[float, float]) -> bytes:
-    """Accuracy in percent of up to three encoders as dots on one line, on the scale `limits`."""
+    """Accuracy in percent of up to three encoders, a line for each, on the scale `limits`."""
     shapes = {"original": "o", "unlearned": "D", "retrained": "s"}
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(3.3, 1.0)
-        axes.axhline(0, color=GRID, linewidth=2, zorder=0)
-        for row, encoder in enumerate(name for name in ("original", "retrained", "unlearned") if name in values):
+        figure, axes = _panel(4.4, 1.35)
+        rows = {encoder: -row for row, encoder in enumerate(name for name in shapes if name in values)}
+        for encoder, row in rows.items():
+            axes.axhline(row, color=GRID, linewidth=1.4, zorder=0)
             axes.plot(
-                [values[encoder]], [0], shapes[encoder], color=COLOURS[encoder], markersize=9,
-                markeredgecolor="white", markeredgewidth=1, zorder=2 + row,
+                [values[encoder]], [row], shapes[encoder], color=COLOURS[encoder], markersize=8,
+                markeredgecolor="white", markeredgewidth=1, zorder=2, clip_on=False,
             )  # fmt: skip
-        axes.set(xlim=limits, ylim=(-1, 1), xlabel="right answers, %")
+        axes.set(xlim=limits, ylim=(-len(rows) + 0.4, 0.6), xlabel="right answers, %")
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -196,7 +209,7 @@ def bars(values: Mapping[str, float]) -> bytes:
     """Horizontal bars from 0, one for each encoder given (retrained, unlearned); the numbers are in the page's text."""
     with matplotlib.rc_context(STYLE):
         names = [name for name in ("unlearned", "retrained") if name in values]
-        figure, axes = _panel(3.3, 0.55 + 0.3 * len(names))
+        figure, axes = _panel(4.4, 0.55 + 0.3 * len(names))
         axes.barh(
             range(len(names)), [values[name] for name in names], height=0.56, color=[COLOURS[name] for name in names]
         )
@@ -238,25 +251,40 @@ def _svg(figure: Figure) -> bytes:
 
 
 def _smooth(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel estimate [len(grid)] of values [n], reflected at their ends so that no mass leaves the range."""
+    """Gaussian kernel estimate [len(grid)] of values [n]."""
     spread = min(float(values.std()), float(np.subtract(*np.quantile(values, [0.75, 0.25]))) / 1.34)
     width = max(0.9 * spread * values.size**-0.2, 0.006 * float(grid[-1] - grid[0]))
-    low, high = values.min(), values.max()
-    everything = np.concatenate([values, 2 * low - values, 2 * high - values])
     density = np.zeros_like(grid)
-    for chunk in np.array_split(everything, max(1, everything.size // 4096)):
+    for chunk in np.array_split(values, max(1, values.size // 4096)):
         density += np.exp(-0.5 * ((grid[:, None] - chunk[None]) / width) ** 2).sum(axis=1)
-    density /= values.size * width * np.sqrt(2 * np.pi)
-    density[(grid < low) | (grid > high)] = 0.0
-    return density
+    return density / (values.size * width * np.sqrt(2 * np.pi))
 
 
 def _positive_log(values: np.ndarray) -> np.ndarray:
     return np.log10(values[values > 0])
 
 
-def _power_of_ten(power: float) -> str:
-    return "10" + str(round(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _decade_ticks(low: float, high: float) -> list[float]:
+    """log10 of round numbers between 10^low and 10^high: 1, 2 and 5 of each decade where the range is short."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    choices = [[10.0], [10.0, 30.0], [10.0, 20.0, 50.0]]
+    found: list[float] = []
+    for digits in choices:
+        found = [power - 1 + math.log10(digit) for power in powers for digit in digits]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 3:
+            break
+    return found[:: max(1, len(found) // 5)]
+
+
+def _plain_power(power: float) -> str:
+    """10^power as a plain number where that is short, else as a power of ten."""
+    if -3 <= power <= 4:
+        return f"{10**power:.1g}" if power < 1 else f"{round(10**power)}"
+    exponent = math.floor(power + 1e-9)
+    digit = round(10 ** (power - exponent))
+    raised = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{raised}" if digit == 1 else f"{digit}·10{raised}"
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,13 +16,15 @@ from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, words
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, load_run, number
 
-__all__ = ["REPORT", "render", "write_report"]
+__all__ = ["REPORT", "render", "roc_curve", "write_report"]
 
 REPORT = "report.html"
 SHOWN_ROLES = ("forget", "third_party_audit", "holdout")
 LOG_SCALE = frozenset({"gradient_norm_network", "gradient_norm_head"})
+LOW_IS_KNOWN = LOG_SCALE  # scores that are smaller for a known image
 SECTION_OF_ITS_OWN = "gradient_norm_network"
-MARGIN = 1.7  # a forest plot reaches at least this far, in units of its widest band, and at most twice that
+MARGIN = 1.7  # a forest plot reaches at least this far, in units of its widest band,
+FARTHEST = 8.0  # and at most this far
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -50,13 +52,14 @@ def render(run: RunFiles) -> str:
         keep_trailing_newline=True,
     )
     rows = evidence.gates(run)
+    covered = facts.coverage(run)
     return environment.get_template("report.html.j2").render(
         version=__version__,
         written=_written(),
-        verdict=evidence.verdict(run, rows),
+        verdict=evidence.verdict(run, rows, covered["state"]),
         headline=evidence.headline(run),
         request=facts.request(run),
-        coverage=facts.coverage(run),
+        coverage=covered,
         gates=_forest(rows),
         confidence=f"{100 * (number(run.config, 'audit', 'gates', 'confidence') or 0.9):g}",
         attacks=evidence.attack_table(run),
@@ -95,7 +98,7 @@ def _forest(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for kind, unit in (("attacks", "difference of AUC"), ("utility", "percentage points")):
         widest = max((-row["band"][0] for row in rows[kind]), default=1.0)
         ends = [abs(row[end]) for row in rows[kind] for end in ("low", "high") if row[end] is not None]
-        reach = widest * min(2 * MARGIN, max([MARGIN, *(1.08 * end / widest for end in ends)]))
+        reach = widest * min(FARTHEST, max([MARGIN, *(1.08 * end / widest for end in ends)]))
         limits = (-reach, reach)
         drawn = []
         for row in rows[kind]:
@@ -142,31 +145,47 @@ def _rocs(run: RunFiles) -> list[dict[str, Any]]:
             continue
         curves = {}
         for encoder, scores in run.scores.items():
-            curve = _roc(scores, name, number(run.audit, "attacks", name, encoder, "auc"))
+            curve = roc_curve(scores, name)
             if curve is not None:
                 curves[encoder] = curve
         title = words.ATTACKS[name][0]
         panels.append({"title": title, "plot": _picture(figures.roc_panel, curves) if curves else None})
         if len(panels) == 1 and curves:
             zoom = _picture(figures.roc_panel, curves, log=True)
-            panels.append({"title": f"{title}, left edge enlarged", "plot": zoom})
+            panels.append({"title": f"{title}, left edge", "plot": zoom})
     return panels
 
 
-def _roc(scores: Scores, name: str, reported: float | None) -> tuple[np.ndarray, np.ndarray] | None:
+def roc_curve(scores: Scores, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     """False and true positive rates [n] of forget against holdout; None without both.
 
-    Which way a score points is the audit's choice: of the two directions, the one whose area is the
-    AUC that the audit reports.
+    An attack that is fitted crosswise has two fits, saved apart: its curve is the mean of theirs at equal false
+    positive rates, so that the area is the mean of their areas, which is the AUC that the audit states.
     """
-    forget, holdout = scores.of("forget", name), scores.of("holdout", name)
-    if not forget.size or not holdout.size:
-        return None
-    x, y = _rates(forget, holdout)
-    area = float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
-    if reported is not None and abs(1 - area - reported) < abs(area - reported):
-        return _rates(-forget, -holdout)
-    return x, y
+    folds = [fold for fold in (f"{name}_fold0", f"{name}_fold1") if scores.of("forget", fold).size]
+    curves = []
+    for column in folds or [name]:
+        forget, holdout = scores.of("forget", column), scores.of("holdout", column)
+        if not forget.size or not holdout.size:
+            return None
+        sign = -1.0 if name in LOW_IS_KNOWN else 1.0
+        curves.append(_rates(sign * forget, sign * holdout))
+    return curves[0] if len(curves) == 1 else _mean_curve(curves)
+
+
+def _mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean true positive rate over every false positive rate of any curve; a jump keeps both its ends."""
+    at = np.unique(np.concatenate([x for x, _ in curves]))
+    lower = np.mean([_ends(x, y, at, "left") for x, y in curves], axis=0)
+    upper = np.mean([_ends(x, y, at, "right") for x, y in curves], axis=0)
+    return np.repeat(at, 2), np.stack([lower, upper], axis=1).ravel()
+
+
+def _ends(x: np.ndarray, y: np.ndarray, at: np.ndarray, side: str) -> np.ndarray:
+    """Values at `at` of a curve that may jump: where it enters (left) or leaves (right) the jump."""
+    first, last = np.searchsorted(x, at, "left"), np.searchsorted(x, at, "right") - 1
+    inside = np.interp(at, x, y)
+    return np.where(last >= first, y[np.where(last >= first, first if side == "left" else last, 0)], inside)
 
 
 def _rates(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +202,7 @@ def _utility(run: RunFiles) -> list[dict[str, Any]]:
         return [row | {"plot": None} for row in rows]
     low, high = min(everything), max(everything)
     pad = max(2.0, 0.25 * (high - low))
-    limits = (max(-1.0, low - pad), min(101.0, high + pad))
+    limits = (max(0.0, low - pad), min(100.0, high + pad))
     return [row | {"plot": _picture(figures.dots, row["values"], limits) if row["values"] else None} for row in rows]
 
 

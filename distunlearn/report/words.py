@@ -11,6 +11,7 @@ __all__ = [
     "ROLES",
     "SOURCES",
     "UTILITY",
+    "UNTOUCHED",
     "VERDICTS",
     "attack_words",
 ]
@@ -46,12 +47,12 @@ VERDICTS = {
     ),
 }
 
-# name -> (title, the question it asks, what a high score means on the axis)
+# name -> (title, the question it asks, the words under the axis)
 ATTACKS = {
     "view_agreement": (
         "View agreement",
         "Does the encoder find two random cut-outs of an image more alike than it would for an unknown image?",
-        "agreement between views of the same image",
+        "how alike the cut-outs of an image are",
     ),
     "encodermi_vector": (
         "EncoderMI classifier",
@@ -62,17 +63,17 @@ ATTACKS = {
     "bank_loss": (
         "Training loss",
         "Is the encoder less surprised by the image than by an unknown one?",
-        "training loss, sign turned: higher means less surprise",
+        "loss with its sign turned (right: less surprise)",
     ),
     "gradient_norm_network": (
-        "Gradient size, whole network",
+        "Gradient size (whole network)",
         "Would the encoder have to change less to fit the image than to fit an unknown one?",
-        "size of the change the image asks of the whole network",
+        "size of the change the image asks for",
     ),
     "gradient_norm_head": (
-        "Gradient size, last layer",
+        "Gradient size (last layer)",
         "The same question, asked of the last layer only.",
-        "size of the change the image asks of the last layer",
+        "size of the change the image asks for",
     ),
 }
 
@@ -106,7 +107,11 @@ METHODS = {
     "grad_ascent": "gradient ascent on the forgotten images (a reference, not a full method)",
     "retrain": "training from the beginning without the forgotten images",
     "none": "none: the encoder was left as it was (a control that must not pass)",
+    "random_init": "random weights in place of the encoder (a control that must not pass)",
 }
+
+# methods that never look at the images to forget, so that there is no use of them to count
+UNTOUCHED = frozenset({"finetune", "retrain", "none", "random_init"})
 
 LIMITS = (
     (

@@ -1,0 +1,59 @@
+"""The worked example of docs/adding_a_method.md runs, and does what the page says."""
+
+from __future__ import annotations
+
+import re
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distunlearn.data.schedule import Batch
+from distunlearn.encoders.model import build_model
+from distunlearn.methods import Context
+from distunlearn.methods.base import embed
+from distunlearn.objectives import make_objective
+from distunlearn.recipes import digits
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_method.md"
+
+
+def test_example_lowers_the_agreement_of_forgotten_views() -> None:
+    module = types.ModuleType("dissolve")
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(compile(code, "dissolve.py", "exec"), module.__dict__)
+    base = digits()
+    cfg = replace(base, unlearn=replace(base.unlearn, retain_batch=8, forget_batch=4))
+    method = module.Dissolve(cfg)
+    assert dict(method.batch_sizes(cfg)) == {"retain": 8, "forget": 4} and method.forgets
+
+    model = build_model(cfg, None)
+    objective = make_objective(cfg.objective)
+    ctx = Context(cfg=cfg, objective=objective, model=model, forward=model, device=torch.device("cpu"))
+    batches = {name: batch(name, count) for name, count in (("retain", 8), ("forget", 4))}
+    out = method.loss(ctx, batches)
+    assert out.consumed == {"retain": batches["retain"].ids, "forget": batches["forget"].ids}
+    assert ctx.images == 2 * (8 + 4)
+
+    def agreement() -> torch.Tensor:
+        u = torch.nn.functional.normalize(embed(ctx, batches["forget"], batchnorm="eval").output, dim=-1)
+        return (u[0] * u[1]).sum(-1).mean()
+
+    before = agreement()
+    assert float(out.loss.detach()) == np.float32(out.metrics["utility"] + out.metrics["agreement"])
+    assert abs(out.metrics["agreement"] - float(before.detach())) < 1e-5
+    (before * 10).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+    assert float(agreement().detach()) < float(before.detach())
+
+
+def batch(name: str, count: int) -> Batch:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    ids = [f"{name}-{i}" for i in range(count)]
+    return Batch(ids=ids, images=images, epochs=np.zeros(count, dtype=np.int64), labels=torch.full((count,), -1))

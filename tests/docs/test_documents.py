@@ -1,0 +1,65 @@
+"""The documents agree with the code: settings, links, and words that do not belong in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+from distunlearn.config_io import known_keys
+from distunlearn.recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.fixture(scope="module")
+def maker() -> types.ModuleType:
+    """docs/make_configuration.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configuration_page_is_what_the_script_prints(maker: types.ModuleType) -> None:
+    committed = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert committed == maker.page(), "run: python docs/make_configuration.py > docs/configuration.md"
+
+
+def test_every_setting_has_a_meaning(maker: types.ModuleType) -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.*) \|$", maker.page(), flags=re.MULTILINE)
+    assert [key for key, _ in rows] == sorted(known_keys(), key=[key for key, _ in rows].index)
+    assert not [key for key, meaning in rows if not meaning.strip()]
+    assert set(maker.MEANINGS) <= set(known_keys()), "a meaning of a setting that is gone"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_settings_and_recipes_that_are_named_exist(document: Path) -> None:
+    """`--set key=` and `distunlearn run recipe` in commands, and dotted keys in backticks."""
+    text = document.read_text(encoding="utf-8")
+    keys = set(known_keys())
+    groups = {key.split(".")[0] for key in keys if "." in key}
+    named = set(re.findall(r"--set ([\w.]+)=", text)) - {"KEY"}
+    named |= {key for key in re.findall(r"`([a-z_]+\.[a-z_.]+)`", text) if key.split(".")[0] in groups}
+    groups_named = {key for key in named if any(known.startswith(f"{key}.") for known in keys)}
+    assert not named - keys - groups_named
+    recipes = set(re.findall(r"distunlearn (?:run|pretrain|unlearn|plan) ([a-z_]+)", text))
+    assert recipes <= set(RECIPES)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lines_are_short_outside_tables(document: Path) -> None:
+    long = [line for line in document.read_text(encoding="utf-8").splitlines() if len(line) > 120]
+    assert not [line for line in long if not line.startswith("|")]
