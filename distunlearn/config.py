@@ -149,6 +149,7 @@ class MethodConfig:
     gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
     output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
     confidence_weight: NonNegativeFloat = 0.1
+    view_pairs: PositiveInt = 1  # third_party only: pairs of views over which each sample's gradient is averaged
     confidence: Literal["hinge", "entropy"] = "hinge"
     confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
     distill_weight: NonNegativeFloat = 0.0  # third_party only: stay near the original encoder's retain embeddings

@@ -110,8 +110,11 @@ def images_per_step(cfg: RunConfig, method: str | None) -> int:
         return 0
     built = entry.build(cfg) if entry else Contrastive("pretrain", "members")
     sizes = built.batch_sizes(cfg)
-    teacher = objective.branches * sizes["retain"] if method == "third_party" and cfg.method.distill_weight else 0
-    return views * sum(sizes.values()) + teacher
+    images = views * sum(sizes.values())
+    if method == "third_party":
+        images += views * (cfg.method.view_pairs - 1) * (sizes["forget"] + sizes["third_party"])
+        images += objective.branches * sizes["retain"] if cfg.method.distill_weight else 0
+    return images
 
 
 def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:

@@ -97,6 +97,7 @@ def embed(
     batchnorm: str,
     network: nn.Module | Callable[[Tensor], EncoderOutput] | None = None,
     momentum: bool = True,
+    pair: int = 0,
 ) -> Branches:
     """Two random views of a batch through the encoder, as the branches of the objective.
 
@@ -106,12 +107,13 @@ def embed(
             use "eval": with batch statistics a sample's gradient would depend on its batch mates.
         network: another encoder than the one being trained (the original, for calibration).
         momentum: False leaves out the momentum branch even where the objective has one.
+        pair: which pair of views; every number gives other views of the same epoch.
     """
     cfg = ctx.cfg
     images = batch.images.to(ctx.device, non_blocking=True)
     views = [
         make_view(images, cfg.views, seed=ctx.view_seed, epochs=batch.epochs, ids=batch.ids, view=view)
-        for view in range(2)
+        for view in (2 * pair, 2 * pair + 1)
     ]
     n = len(batch.ids)
     online = views[:1] if ctx.objective.branches == 1 else views

@@ -6,7 +6,8 @@
       + confidence_weight * C(third)
     [ + distill_weight    * mean over retain views of 1 - cos(embedding, the original encoder's embedding) ]
 
-g_i is the gradient of the bank loss of sample i, reached in closed form at the last linear layer
+g_i is the gradient of the bank loss of sample i, averaged over `view_pairs` pairs of views (one pair is noisy, and
+hides how alike the gradients of a memorised image's views are), reached in closed form at the last linear layer
 (`constraints/head.py`) and described by (log norm, sketch over the third-party's spread); o_i is (view
 agreement of the outputs, closeness to the bank, loss, view agreement of the embeddings): the last because an
 exported encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the
@@ -32,7 +33,7 @@ from torch import Tensor
 from distunlearn.config import RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.distances import DISTANCES, permutation_test, surrogate, value_and_cotangent
-from distunlearn.constraints.head import head_gradients, sketch_matrices
+from distunlearn.constraints.head import gradient_features, head_gradients, sketch_matrices
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.methods.base import Context, StepOutput, concat_batches, embed
@@ -95,7 +96,7 @@ class ThirdParty:
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
                 bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self.cfg.unlearn.retain_batch), epoch))
-                features = [self._features(ctx, self._eval(ctx, _at(b, epoch)), bank, draw) for b in (calibration, third)]
+                features = [self._features(ctx, self._pairs(ctx, _at(b, epoch)), bank, draw) for b in (calibration, third)]
             (g_c, o_c, c_c), (g_t, o_t, _) = features
             self.spread_gradient.update(g_t)
             self.spread_output.update(o_t)
@@ -126,10 +127,13 @@ class ThirdParty:
             return ctx.queue.bank(ctx.objective.temperature)
         if not ctx.objective.uses_bank:
             return None
-        return Bank(*ctx.objective.bank_keys(self._eval(ctx, retain)), ctx.objective.temperature)
+        keys = ctx.objective.bank_keys(embed(ctx, retain, batchnorm="eval"))
+        return Bank(*keys, ctx.objective.temperature)
 
-    def _eval(self, ctx: Context, batch: Batch) -> Branches:
-        return self._with_pseudo_labels(embed(ctx, batch, batchnorm="eval"))
+    def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
+        """The batch in `view_pairs` pairs of views, with running statistics."""
+        pairs = range(self.cfg.method.view_pairs)
+        return [self._with_pseudo_labels(embed(ctx, batch, batchnorm="eval", pair=pair)) for pair in pairs]
 
     def _label_by_original(self, ctx: Context, *batches: Batch) -> None:
         """Supervised: strangers have no label of their own; theirs is what the original encoder predicts."""
@@ -155,8 +159,9 @@ class ThirdParty:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
         task, retained = utility(ctx, retain)  # first: the batch statistics change the buffers the second forward saves
         bank = retain_bank(ctx, retained)
-        branches = self._eval(ctx, concat_batches(forget, third))
-        forget_part, third_part = branches.part(slice(len(forget.ids))), branches.part(slice(len(forget.ids), None))
+        pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
+        count = len(forget.ids)
+        forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
         g_f, o_f, _ = self._features(ctx, forget_part, bank, ctx.step)
         g_t, o_t, c_t = self._features(ctx, third_part, bank, ctx.step)
         self.spread_gradient.update(all_gather_uneven(g_t))
@@ -196,20 +201,32 @@ class ThirdParty:
         cosines = (normalise(retained.embedding) * normalise(before.embedding)).sum(-1).mean(0)
         return (1 - cosines).sum() * mean_scale(gather_sizes(cosines.shape[0], cosines.device))
 
-    def _features(self, ctx: Context, b: Branches, bank: Bank | None, draw: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Per sample: (log norm, sketch) [n, 1 + k^2], output features [n, q], confidence [n]."""
-        delta = ctx.objective.per_sample_delta(b, bank)
-        gradients = head_gradients(b.hidden, delta)
-        shape = self.cfg.constraint
+    def _features(
+        self, ctx: Context, pairs: list[Branches], bank: Bank | None, draw: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Per sample, averaged over its pairs: (log norm, sketch) [n, 1 + k^2], outputs [n, q], confidence [n].
+
+        The gradient of the averaged loss is one gradient over the branches of all pairs.
+        """
+        objective, shape = ctx.objective, self.cfg.constraint
+        deltas = [objective.per_sample_delta(b, bank) / len(pairs) for b in pairs]
+        gradients = head_gradients(torch.cat([b.hidden for b in pairs]), torch.cat(deltas))
         out_matrix, in_matrix = sketch_matrices(
-            self.cfg.seed, draw, delta.shape[-1], b.hidden.shape[-1], shape.sketch_out, shape.sketch_in,
-            device=delta.device, dtype=delta.dtype,
+            self.cfg.seed, draw, deltas[0].shape[-1], pairs[0].hidden.shape[-1], shape.sketch_out, shape.sketch_in,
+            device=gradients.delta.device, dtype=gradients.delta.dtype,
         )
-        sketch = gradients.sketch(out_matrix, in_matrix)
-        features = torch.cat([gradients.log_norm()[:, None], sketch], dim=1)
-        more = [ctx.objective.per_sample_loss(b, bank), _embedding_agreement(b)]
-        outputs = torch.cat([ctx.objective.output_features(b, bank), torch.stack(more, dim=1)], dim=1)
-        return features, outputs, ctx.objective.confidence(b, bank)
+        outputs = [
+            torch.cat(
+                [
+                    objective.output_features(b, bank),
+                    torch.stack([objective.per_sample_loss(b, bank), _embedding_agreement(b)], dim=1),
+                ],
+                dim=1,
+            )
+            for b in pairs
+        ]
+        confidence = torch.stack([objective.confidence(b, bank) for b in pairs]).mean(0)
+        return gradient_features(gradients, out_matrix, in_matrix), torch.stack(outputs).mean(0), confidence
 
     def _scale(self, features: Tensor) -> Tensor:
         """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm."""
@@ -229,13 +246,15 @@ class ThirdParty:
         local = cotangent[first : first + forget.shape[0]]
         active = switch.active  # before this step's Phi enters the mean: see PhiSwitch.active
         switch.update(phi)
-        return phi, active * surrogate(forget, local, ctx.world)
+        pull = surrogate(forget, local, ctx.world)
+        return phi, active * (pull + (phi - pull).detach())  # Phi in value, the pull in gradient
 
-    def _confidence(self, ctx: Context, third: Branches, bank: Bank | None, c: Tensor) -> tuple[Tensor, float]:
+    def _confidence(self, ctx: Context, third: list[Branches], bank: Bank | None, c: Tensor) -> tuple[Tensor, float]:
         sizes = gather_sizes(c.shape[0], c.device)
         share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, for uneven shares too
         if self.cfg.method.confidence == "entropy":
-            return share * entropy_confidence(ctx.objective.logits(third, bank)), 1.0
+            terms = [entropy_confidence(ctx.objective.logits(b, bank)) for b in third]
+            return share * torch.stack(terms).mean(), 1.0
         term, active = hinge_confidence(c, self.threshold.to(c))
         return share * term, float(all_reduce_mean(torch.as_tensor(share * active)))
 

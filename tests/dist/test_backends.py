@@ -1,7 +1,8 @@
 """Every backend on 2 processes, and in a world of 1, against plain torch on the same global batch.
 
 The ranks run this file as a script; one start per backend does everything that the tests below look at.
-Measured on CPUs with torch 2.14 and deepspeed 0.19.8: see MEASURED; the threshold leaves room for other sums.
+Measured on CPUs with torch 2.14 and deepspeed 0.19.8, for every backend: 4e-7 to 8e-7 of the update after one step
+and up to 2e-6 after four; the threshold leaves room for other orders of summation.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 SHARDED = ("fsdp2", "zero1", "zero2", "zero3")
 BACKENDS = ("ddp", *SHARDED)
-CASES = [("conv", 8), ("conv", 7), ("vit", 8), ("vit", 7)]  # 7: 3 images on one rank, 4 on the other
+CASES = [("conv", 8), ("conv", 7), ("vit", 8), ("vit", 7), ("frozen", 8)]  # 7: 3 images on one rank, 4 on the other
 CLIP = 0.5
 CLOSE = 3e-5  # float32, relative to the update
 PLAIN = RunConfig(threads=1)

@@ -15,7 +15,16 @@ from processes import launch
 from torch import Tensor, nn
 
 from distunlearn.engine import batchnorm
-from distunlearn.objectives.gather import all_gather_detached, all_reduce_mean, gather_sizes, get_rank, get_world, mean_scale
+from distunlearn.objectives.gather import (
+    all_gather_detached,
+    all_reduce_mean,
+    gather_sizes,
+    get_rank,
+    get_world,
+    mean_scale,
+)
+
+pytestmark = pytest.mark.slow
 
 C = 3
 WORLDS = (2, 4)
@@ -75,7 +84,7 @@ def results(kind: str, count: int, norm: nn.Module | None = None) -> dict[str, T
         out |= {f"parameter {i} {step}": all_reduce_mean(g) for i, g in enumerate(grads)}
         out[f"loss {step}"] = all_reduce_mean(loss)
     norm.eval()
-    out["eval"] = norm((3 + 2 * draw(*shape, seed=30))).detach()
+    out["eval"] = norm(3 + 2 * draw(*shape, seed=30)).detach()
     return out | {f"buffer {name}": value for name, value in norm.named_buffers()}
 
 

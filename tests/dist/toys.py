@@ -66,13 +66,18 @@ class Vit(nn.Module):
         return Output(embedding, self.predictor(embedding))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"conv": Conv, "vit": Vit}
+MODELS: dict[str, Callable[[], nn.Module]] = {"conv": Conv, "vit": Vit, "frozen": Conv}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
+    """ "frozen" is the convolutional encoder whose early layers are not trained, as under a foreign checkpoint."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name]()
+        model = MODELS[name]()
+    if name == "frozen":
+        model.conv.requires_grad_(False)
+        model.layer1.requires_grad_(False)
+    return model
 
 
 def optimizer_of(model: nn.Module, name: str = "sgd") -> torch.optim.Optimizer:

@@ -173,7 +173,8 @@ class Backend:
 
     def full_state(self) -> dict[str, Tensor]:
         """All parameters and buffers, whole, on the CPU, under the plain encoder's names. Collective."""
-        return {name: self._whole(value.detach()).to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+        state = self.model.state_dict()
+        return {name: self._whole(value.detach()).to("cpu", copy=True) for name, value in state.items()}
 
     def load_full_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `full_state`; every rank brings the same tensors. Collective."""

@@ -70,8 +70,8 @@ class FSDP2(Backend):
         plain = [n for n, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != self.world]
         if plain:
             raise ConfigError(
-                f"backend=fsdp2 left {len(plain)} of {len(parameters)} parameters unsharded ({plain[0]} is the first) in a "
-                f"world of {self.world}; set backend=ddp."
+                f"backend=fsdp2 left {len(plain)} of {len(parameters)} parameters unsharded in a world of {self.world} "
+                f"({plain[0]} is the first); set backend=ddp."
             )
         local = sum(p.to_local().numel() for p in parameters.values())
         total = sum(p.numel() for p in parameters.values())

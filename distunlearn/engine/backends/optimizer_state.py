@@ -8,6 +8,7 @@ from the configuration and the step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from distunlearn.errors import DataError
 
-__all__ = ["check_state", "collect_state", "spread_state"]
+__all__ = ["check_state", "collect_state", "is_per_weight", "spread_state"]
 
 
 def collect_state(
@@ -51,14 +52,14 @@ def spread_state(
     for name, entries in saved["state"].items():
         parameter = named[name]
         optimizer.state[parameter] = {
-            key: place(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else _copy(value)
+            key: place(value, parameter) if is_per_weight(value) else copy.deepcopy(value)
             for key, value in entries.items()
         }
 
 
-def _copy(value: Any) -> Any:
-    """Counters such as AdamW's `step` stay on the CPU, where torch makes them."""
-    return value.clone() if isinstance(value, Tensor) else value
+def is_per_weight(value: Any) -> bool:
+    """True for a tensor with an element per weight, False for a counter such as AdamW's `step`."""
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def check_state(
@@ -80,7 +81,7 @@ def check_state(
                 "encoder it was written with."
             )
         for key, value in entries.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) != shapes[name]:
+            if is_per_weight(value) and tuple(value.shape) != shapes[name]:
                 raise DataError(
                     f"the checkpoint's {key} of {name!r} has shape {tuple(value.shape)}, expected {shapes[name]}; "
                     "resume with the encoder it was written with."

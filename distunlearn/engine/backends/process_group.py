@@ -109,6 +109,11 @@ def _enter(world: int, device: torch.device) -> None:
                 f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set; start the processes by torchrun or "
                 "`accelerate launch`, or export all of these variables."
             )
+        if os.environ["MASTER_PORT"] == "0":  # every process would look for the others at a port of nobody, for hours
+            raise ConfigError(
+                "MASTER_PORT is 0, expected a port number; use torchrun --standalone, which chooses a free one, or "
+                "--master_port with a number."
+            )
         rank = _number("RANK", 0)
         if rank >= world:
             raise ConfigError(f"RANK is {rank}, expected less than WORLD_SIZE={world}; correct the variables.")

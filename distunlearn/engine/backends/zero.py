@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.optimizer_state import check_state
+from distunlearn.engine.backends.optimizer_state import check_state, is_per_weight
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.errors import ConfigError, NumericsError
 
@@ -127,14 +127,14 @@ class Zero(Backend):
         if self.stage == 3 and self.world > 1 and any(
             p.ds_tensor.numel() >= p.ds_numel for p in self._named.values() if p.ds_numel > 1
         ):
-            raise ConfigError("backend=zero3 left a parameter unsharded, expected a part on each rank; set backend=fsdp2.")
+            raise ConfigError("backend=zero3 left a weight whole, expected a part on each rank; set backend=fsdp2.")
 
     @staticmethod
     def _size(parameter: nn.Parameter) -> int:
         return getattr(parameter, "ds_numel", parameter.numel())
 
     def _flats(self) -> list[Tensor]:
-        """This rank's parts of the float32 weights, one flat tensor per group; the optimizer's state is keyed by them."""
+        """This rank's parts of the float32 weights, a flat tensor per group; the keys of the optimizer's state."""
         zero = self._engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
@@ -207,7 +207,7 @@ class Zero(Backend):
         for name, parameter in self._named.items() if entries else ():
             # Counters are common to all parameters: each has been stepped equally often.
             state[name] = {
-                key: self._whole_entry(parameter, key) if _is_flat(value) else copy.deepcopy(value)
+                key: self._whole_entry(parameter, key) if is_per_weight(value) else copy.deepcopy(value)
                 for key, value in entries.items()
             }
         return {"optimizer": type(self.optimizer).__name__, "state": state}
@@ -223,11 +223,12 @@ class Zero(Backend):
         sample = next(iter(saved.values()))
         for flat in self._flats():  # what DeepSpeed would make in its first step
             self.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if _is_flat(value) else copy.deepcopy(value) for key, value in sample.items()
+                key: torch.zeros_like(flat) if is_per_weight(value) else copy.deepcopy(value)
+                for key, value in sample.items()
             }
         for name, entries in saved.items():
             for key, value in entries.items():
-                if _is_flat(value):
+                if is_per_weight(value):
                     part, start = self._part(self._named[name], key)
                     part.copy_(value.flatten()[start : start + part.numel()])
 
@@ -241,9 +242,9 @@ class Zero(Backend):
             place = parameter._hp_mapping
             if place is None:  # all of it lies on other ranks
                 return torch.empty(0, device=self.device), 0
-            flat = self._flats()[place.param_group_index]
+            flat = self.optimizer.state[self._flats()[place.param_group_index]][key]
             inside = place.hp_fragment_address
-            return self.optimizer.state[flat][key].narrow(0, inside.start, inside.numel), place.lp_fragment_address.start
+            return flat.narrow(0, inside.start, inside.numel), place.lp_fragment_address.start
         from deepspeed.utils import safe_get_local_optimizer_state
 
         part = safe_get_local_optimizer_state(parameter, key)
@@ -256,8 +257,3 @@ class Zero(Backend):
         whole[start : start + part.numel()] = part
         dist.all_reduce(whole)  # the parts do not overlap
         return whole.view(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", copy=True)
-
-
-def _is_flat(value: Any) -> bool:
-    """True for a tensor with an element per weight, False for a counter."""
-    return isinstance(value, Tensor) and value.dim() > 0
