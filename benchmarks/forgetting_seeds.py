@@ -84,8 +84,12 @@ def pooled(runs: list[Run]) -> list[dict]:
     """One row per attack and utility: mean over seeds, pooled interval, verdict by the gates of the config."""
     cfg = load_config(None, runs[0].folder / "run.yaml", [])
     gates, draws = cfg.audit.gates, cfg.audit.bootstrap
-    scores = [{name: load_scores(r.folder / "audit", name) for name in ("original", "unlearned", "retrained")} for r in runs]
-    sizes = [[sum(row["role"] == role for row in s["original"].values()) for role in ("forget", "holdout")] for s in scores]
+    scores = [
+        {name: load_scores(r.folder / "audit", name) for name in ("original", "unlearned", "retrained")} for r in runs
+    ]
+    sizes = [
+        [sum(row["role"] == role for row in s["original"].values()) for role in ("forget", "holdout")] for s in scores
+    ]
     drawn = [draw_images(*size, draws, r.seed) for size, r in zip(sizes, runs, strict=True)]
     rows = []
     for attack in ATTACKS:
@@ -207,15 +211,24 @@ def document(title: str, runs: list[Run], controls: list[Run], command: str) -> 
             f"## {recipe}, pooled over seeds {seeds}",
             "Attacks: AUC(unlearned) − AUC(retrained). Utility: accuracy(unlearned) − accuracy(original). "
             "90 % intervals from paired bootstrap draws, averaged over the seeds.",
-            table(["figure", "mean: original / unlearned / retrained", "difference", "margin", "verdict", "why not a pass"], rows),
+            table(
+                [
+                    "figure",
+                    "mean: original / unlearned / retrained",
+                    "difference",
+                    "margin",
+                    "verdict",
+                    "why not a pass",
+                ],
+                rows,
+            ),
         ]
-    parts += [
-        "## All attacks",
-        table(["run", "method", "attack", "original", "unlearned", "retrained", "gap, 90 % interval", "verdict", "why not a pass"],
-              attack_rows([*runs, *controls])),
-        "## Raw summaries",
-        *(f"<details><summary>{r.command()}</summary>\n\n```json\n{json.dumps(r.summary)}\n```\n\n</details>" for r in [*runs, *controls]),
-    ]  # fmt: skip
+    columns = ["run", "method", "attack", "original", "unlearned", "retrained"]
+    header = [*columns, "gap, 90 % interval", "verdict", "why not a pass"]
+    parts += ["## All attacks", table(header, attack_rows([*runs, *controls])), "## Raw summaries"]
+    for r in [*runs, *controls]:
+        raw = json.dumps(r.summary)
+        parts.append(f"<details><summary>{r.command()}</summary>\n\n```json\n{raw}\n```\n\n</details>")
     return "\n\n".join(parts) + "\n"
 
 

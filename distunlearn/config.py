@@ -68,7 +68,7 @@ class EncoderConfig:
     image_size: PositiveInt = 32  # side of the square input, pixels
     in_chans: Literal[1, 3] = 1
     stem: Literal["standard", "deep"] = "deep"  # ResNets; deep: three 3x3; small images: also args.output_stride=8
-    args: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model (channels, layers, patch_size ...)
+    args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model (channels, layers, patch_size ...)
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
     checkpoint: str | None = None  # .safetensors or .pth (weights only): a foreign original encoder
 
@@ -204,7 +204,7 @@ class RunConfig:
 
     recipe: str = "digits"
     seed: NonNegativeInt = 0
-    reuse: str | None = None  # a finished run whose shards, original and retrained encoder are taken over (settings must agree)
+    reuse: str | None = None  # a finished run whose shards, original and retrained encoder are taken over
     backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     precision: Literal["fp32", "bf16"] = "fp32"
     sync_batchnorm: bool = True  # batch statistics over the global batch, whatever the number of processes

@@ -211,9 +211,7 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
     if backend.is_main and cfg.reuse:
         _take_over(cfg, out)
     backend.barrier()
-    store = ImageStore(
-        manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels
-    )
+    store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels)
     ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main)
     with Telemetry(out, backend.is_main) as telemetry:
         try:
@@ -247,7 +245,9 @@ def _check_coverage(session) -> None:
     entry = METHODS[session.cfg.method.name]
     forgets = entry.build is not None and entry.build(session.cfg).forgets
     if found.used_as_retain:
-        raise CoverageError(f"{found.used_as_retain} of {found.requested} forget images entered a loss as retain images.")
+        raise CoverageError(
+            f"{found.used_as_retain} of {found.requested} forget images entered a loss as retain images."
+        )
     if forgets and found.consumed_min < 1:
         missed = sum(count == 0 for count in found.counts.values())
         raise CoverageError(

@@ -1,9 +1,9 @@
 """AUC, its bootstrap, and the few other figures of a membership attack; exact for ties, in float64.
 
 An attack is scored on positives (forget) and negatives (holdout). AUC is the probability that a positive
-scores above a negative, ties counted half (Mann and Whitney, Ann. Math. Stat. 18, 1947). The bootstrap
-(Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 16) resamples *images*, not scores: one draw of images is used for
-every attack and every encoder, so that differences between encoders are paired.
+scores above a negative, ties counted half (Mann and Whitney, Ann. Math. Stat. 18, 1947). The bootstrap (Efron and
+Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 16) resamples *images*, not scores: one draw
+of images is used for every attack and every encoder, so that differences between encoders are paired.
 
 Shapes: n = positives, m = negatives, B = bootstrap draws.
 """
@@ -161,7 +161,7 @@ def tpr_at_fpr(comparison: Comparison, rate: float) -> float | None:
 def ks_p_value(comparison: Comparison) -> float | None:
     """Two-sided Kolmogorov-Smirnov p-value of "both sides have one distribution".
 
-    Over k parts, which share their positives and so are dependent: Bonferroni's min(1, k min p). None for an empty side.
+    Over k parts, which share their positives: Bonferroni's min(1, k min p). None for an empty side.
     """
     found = []
     for part in comparison.parts:

@@ -1,7 +1,8 @@
 """audit/summary.json: every figure of the audit, with intervals, gaps to the retrained encoder, and verdicts.
 
 Attacks, gaps and utility are functions of the raw scores that `write_audit` saves beside the summary, so that
-these figures can be computed again. Differences between encoders are paired: one draw of images serves all encoders and attacks.
+these figures can be computed again. Differences between encoders are paired: one draw of images serves all
+encoders and attacks.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals import Signals
-from distunlearn.audit.statistics import Comparison, Draws, auc, auc_bootstrap, draw_images, percentile_interval
+from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
 __all__ = ["describe", "two_sample"]
 

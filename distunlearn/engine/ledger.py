@@ -59,7 +59,12 @@ class Ledger:
         self._write({"event": "start", "phase": phase, "step": step, "attempt": attempt, **facts})
 
     def step(
-        self, phase: str, step: int, consumed: Mapping[str, Sequence[str]], forget: frozenset[str], names: str = "forget"
+        self,
+        phase: str,
+        step: int,
+        consumed: Mapping[str, Sequence[str]],
+        forget: frozenset[str],
+        names: str = "forget",
     ) -> None:
         """Ids that entered the loss at `step`, by role, over all ranks.
 
@@ -127,7 +132,9 @@ def read_ledger(path: Path) -> list[dict]:
             torn = number
             continue
         if torn is not None and line.get("event") != "start":
-            raise DataError(f"{path}: line {torn} is damaged in the middle of an attempt; the ledger was changed by hand.")
+            raise DataError(
+                f"{path}: line {torn} is damaged in the middle of an attempt; the ledger was changed by hand."
+            )
         torn = None
         lines.append(line)
     return lines

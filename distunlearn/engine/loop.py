@@ -22,7 +22,7 @@ from distunlearn.data.stream import RoleFeeder
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, write_json
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.optim import learning_rate, make_optimizer
+from distunlearn.engine.optim import learning_rate
 from distunlearn.engine.telemetry import Telemetry
 from distunlearn.errors import DataError, NumericsError
 from distunlearn.methods.base import Context, Method

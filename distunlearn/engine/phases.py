@@ -108,9 +108,16 @@ def training_digest(session: Session, phase: str) -> str:
     samples = [(i, session.manifest.by_id[i].sha256) for i in sorted(session.manifest.ids(roles))]
     foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
     return _digest(
-        phase=phase, seed=cfg.seed, precision=cfg.precision, sync=cfg.sync_batchnorm,
-        encoder=dataclasses.replace(cfg.encoder, checkpoint=None), objective=cfg.objective, views=cfg.views,
-        pretrain=cfg.pretrain, samples=samples, **({"checkpoint": file_sha256(Path(foreign))} if foreign else {}),
+        phase=phase,
+        seed=cfg.seed,
+        precision=cfg.precision,
+        sync=cfg.sync_batchnorm,
+        encoder=dataclasses.replace(cfg.encoder, checkpoint=None),
+        objective=cfg.objective,
+        views=cfg.views,
+        pretrain=cfg.pretrain,
+        samples=samples,
+        **({"checkpoint": file_sha256(Path(foreign))} if foreign else {}),
     )
 
 
@@ -118,8 +125,12 @@ def unlearn_digest(session: Session) -> str:
     """What decides the weights of the unlearned encoder."""
     cfg = session.cfg
     return _digest(
-        original=training_digest(session, "pretrain"), retain=training_digest(session, "retrain"),
-        unlearn=cfg.unlearn, method=cfg.method, constraint=cfg.constraint, data=session.manifest.fingerprint,
+        original=training_digest(session, "pretrain"),
+        retain=training_digest(session, "retrain"),
+        unlearn=cfg.unlearn,
+        method=cfg.method,
+        constraint=cfg.constraint,
+        data=session.manifest.fingerprint,
     )
 
 
@@ -174,7 +185,13 @@ def unlearn(session: Session) -> Path:
 
 
 def _train(
-    session: Session, name: str, folder: Path, method: Method | None, digest: str, start: Path | None, steps: str = "pretrain"
+    session: Session,
+    name: str,
+    folder: Path,
+    method: Method | None,
+    digest: str,
+    start: Path | None,
+    steps: str = "pretrain",
 ) -> None:
     if is_done(folder, digest):
         return
@@ -194,14 +211,29 @@ def _train(
         if momentum is not None:
             momentum.model = backend.synchronise(momentum.model)
         ctx = Context(
-            cfg=cfg, objective=make_objective(cfg.objective), model=model, forward=forward, device=backend.device,
-            momentum=momentum, queue=queue, original=_original(session, start), rank=backend.rank, world=backend.world,
+            cfg=cfg,
+            objective=make_objective(cfg.objective),
+            model=model,
+            forward=forward,
+            device=backend.device,
+            momentum=momentum,
+            queue=queue,
+            original=_original(session, start),
+            rank=backend.rank,
+            world=backend.world,
         )
         feeders = _feeders(session, method)
         total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
         phase = Phase(
-            name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
-            sample=session.sample, forget_ids=frozenset(session.manifest.ids("forget")), digest=digest,
+            name=name,
+            folder=folder,
+            steps=total,
+            optim=optim,
+            method=method,
+            feeders=feeders,
+            sample=session.sample,
+            forget_ids=frozenset(session.manifest.ids("forget")),
+            digest=digest,
             names_forget="" if name == "pretrain" else "forget",
         )
         facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry))
@@ -231,7 +263,9 @@ def _finish(
         plain = build_model(session.cfg, session.num_classes)
         plain.load_state_dict(state)
         export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
-        write_json(folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts})
+        write_json(
+            folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts}
+        )
     backend.release()
     backend.barrier()
 
@@ -313,8 +347,14 @@ def _feeders(session: Session, method: Method) -> dict[str, RoleFeeder]:
     cfg, backend = session.cfg, session.backend
     return {
         name: RoleFeeder(
-            session.store, session.manifest, FEEDER_ROLES[name], seed=cfg.seed, batch=size, rank=backend.rank,
-            world=backend.world, by_offset=name == "forget",
+            session.store,
+            session.manifest,
+            FEEDER_ROLES[name],
+            seed=cfg.seed,
+            batch=size,
+            rank=backend.rank,
+            world=backend.world,
+            by_offset=name == "forget",
         )
         for name, size in method.batch_sizes(cfg).items()
     }

@@ -96,7 +96,8 @@ class ThirdParty:
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
                 bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self.cfg.unlearn.retain_batch), epoch))
-                features = [self._features(ctx, self._pairs(ctx, _at(b, epoch)), bank, draw) for b in (calibration, third)]
+                seen = (self._pairs(ctx, _at(b, epoch)) for b in (calibration, third))
+                features = [self._features(ctx, pairs, bank, draw) for pairs in seen]
             (g_c, o_c, c_c), (g_t, o_t, _) = features
             self.spread_gradient.update(g_t)
             self.spread_output.update(o_t)
@@ -251,7 +252,7 @@ class ThirdParty:
 
     def _confidence(self, ctx: Context, third: list[Branches], bank: Bank | None, c: Tensor) -> tuple[Tensor, float]:
         sizes = gather_sizes(c.shape[0], c.device)
-        share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, for uneven shares too
+        share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, uneven or not
         if self.cfg.method.confidence == "entropy":
             terms = [entropy_confidence(ctx.objective.logits(b, bank)) for b in third]
             return share * torch.stack(terms).mean(), 1.0
@@ -279,7 +280,7 @@ class ThirdParty:
 
 
 def _embedding_agreement(b: Branches) -> Tensor:
-    """Cosine between the backbone's embeddings of both views, [n]; with one online branch the other is the momentum's."""
+    """Cosine between the backbone's embeddings of both views, [n]; with one online branch, to the momentum's."""
     other = b.embedding[1] if len(b.embedding) > 1 else b.target_embedding[0]
     return (normalise(b.embedding[0]) * normalise(other)).sum(-1)
 

@@ -44,7 +44,13 @@ def test_too_few_images_or_no_interval_conclude_nothing():
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(-0.02, 0.01, "pass"), (0.0, 0.0, "pass"), (-0.025, 0.0, "inconclusive"), (-0.08, -0.0251, "fail"), (0.1, 0.2, "pass")],
+    [
+        (-0.02, 0.01, "pass"),
+        (0.0, 0.0, "pass"),
+        (-0.025, 0.0, "inconclusive"),
+        (-0.08, -0.0251, "fail"),
+        (0.1, 0.2, "pass"),
+    ],
 )
 def test_no_loss_looks_down_only(low, high, expected):
     assert no_loss((low + high) / 2, low, high, 0.025, images=100).verdict == expected

@@ -16,7 +16,11 @@ from distunlearn.objectives import Bank, Branches, make_objective
 from distunlearn.objectives.bank import normalise
 
 RESNET = EncoderConfig(
-    name="resnet18", image_size=16, in_chans=1, stem="deep", args={"stem_width": 4, "channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1]}
+    name="resnet18",
+    image_size=16,
+    in_chans=1,
+    stem="deep",
+    args={"stem_width": 4, "channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1]},
 )
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", image_size=16, in_chans=1, stem="standard",
@@ -46,7 +50,13 @@ def setting(encoder: EncoderConfig, name: str, n: int = 5):
         outs = [model(view[rows]) for view in views[: objective.branches]]
         part = None if target is None else target[: objective.branches, rows]
         labels = (torch.arange(n) % 4)[rows]
-        return Branches(torch.stack([o.output for o in outs]), torch.stack([o.hidden for o in outs]), part, labels, torch.arange(n)[rows])
+        return Branches(
+            torch.stack([o.output for o in outs]),
+            torch.stack([o.hidden for o in outs]),
+            part,
+            labels,
+            torch.arange(n)[rows],
+        )
 
     return model, objective, views[: objective.branches], branches, bank
 

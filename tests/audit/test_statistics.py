@@ -88,7 +88,9 @@ def test_draws_are_reproducible_and_depend_on_the_seed():
 
 def test_tpr_at_low_fpr_is_read_off_the_roc_curve():
     positives, negatives = scores(300, 1000, shift=1.0)
-    false, true, _ = roc_curve(np.r_[np.ones(300), np.zeros(1000)], np.r_[positives, negatives], drop_intermediate=False)
+    false, true, _ = roc_curve(
+        np.r_[np.ones(300), np.zeros(1000)], np.r_[positives, negatives], drop_intermediate=False
+    )
     assert tpr_at_fpr(Comparison.of(positives, negatives), 0.01) == pytest.approx(true[false <= 0.01].max(), abs=1e-12)
 
 

@@ -14,7 +14,9 @@ from distunlearn.audit import ATTACKS, summarise, write_audit
 from distunlearn.audit.summary import ENCODERS, load_scores
 from distunlearn.config import AuditConfig, GatesConfig, RunConfig
 
-CFG = RunConfig(audit=AuditConfig(bootstrap=400, gates=GatesConfig(view_agreement=0.1, attack=0.12, utility_points=8.0)))
+CFG = RunConfig(
+    audit=AuditConfig(bootstrap=400, gates=GatesConfig(view_agreement=0.1, attack=0.12, utility_points=8.0))
+)
 COST = {"pretrain_images": 10, "unlearn_images": 2, "retrain_images": 8, "unlearn_seconds": 1.0, "retrain_seconds": 4.0}
 COVERED = {"requested": 60, "consumed_min": 1, "consumed_max": 2, "used_as_retain": 0}
 STRONG, NONE = 1.2, 0.0

@@ -310,7 +310,7 @@ def test_scalars_mean_one_thing(text, value):
 
 @pytest.mark.parametrize(
     "value",
-    ["1e-3", "yes", "no", "010", "12:30", "2024-01-01", "null", "~", "", "a: b", "# a", " a ", "-", "=", "<<", "'", "\\",
+    ["1e-3", "yes", "no", "010", "12:30", "2024-01-01", "null", "~", "", "a: b", "# a", " a ", "-", "=", "<<", "'", "\\",  # noqa: E501
      "a\nb", "é", "true", "1_0", "!x", "&x", "*x", "[", 1e-5, 1e22, 0.1, -3, None, True, [], {}, {"1": [None]}],
 )  # fmt: skip
 def test_what_is_dumped_reads_back(value):
@@ -411,7 +411,8 @@ def test_cross_checks_of_a_config_made_in_python():
 def test_the_resolved_config_reads_back_to_the_same_digest(tmp_path):
     path = tmp_path / "run.yaml"
     for name in recipes.RECIPES:
-        cfg = load("pretrain.lr=3e-5", "data.forget=0.1", "data.root='1e-3'", "encoder.args.a=[1, x, null]", recipe=name)
+        values = ("pretrain.lr=3e-5", "data.forget=0.1", "data.root='1e-3'", "encoder.args.a=[1, x, null]")
+        cfg = load(*values, recipe=name)
         save_config(cfg, path)
         again = load_config(None, path, [])
         assert field_diff(cfg, again) == {} and digest(cfg) == digest(again)

@@ -2,8 +2,7 @@
 
 The first 20 losses agree within 1e-5, at small learning rates. Measured in pretraining: 2e-7 under every backend, with
 AdamW for SimCLR and MoCo, and with SGD for BYOL, whose tiny gradients AdamW scales up to full steps (2.4e-5 after 20
-of them). The loss of unlearning is a sum of large terms of either sign that passes through zero: its differences are
-taken relative to its largest value, and the gradient norms, which do not pass through zero, speak beside it.
+of them).
 
 At the recipes' own rates float32 rounding grows about tenfold a step in the first steps, whatever causes it: one
 process whose first weights are changed in the last bit drifts from itself just as far. There is nothing to compare.
@@ -79,12 +78,10 @@ def check(out: Path, expected: Path, phase: str) -> None:
     """Two processes wrote `out`, and it tells of the training that one process wrote into `expected`."""
     worlds = [line["world"] for line in read_ledger(out / "ledger.jsonl") if line["event"] == "start"]
     assert worlds == [2]
-    mine, theirs = logged(out, phase), logged(expected, phase)
+    losses = deviation(logged(out, phase), logged(expected, phase))
     norms = deviation(logged(out, phase, "grad_norm"), logged(expected, phase, "grad_norm"))
-    off = max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(abs(loss) for loss in theirs)
-    print(f"{phase}: losses {deviation(mine, theirs):.1e}, of the largest {off:.1e}, gradient norms {norms:.1e}")
-    assert (deviation(mine, theirs) if phase == "pretrain" else off) <= CLOSE
-    assert norms <= 10 * CLOSE
+    print(f"{phase}: losses {losses:.1e}, gradient norms {norms:.1e}")
+    assert losses <= CLOSE and norms <= 10 * CLOSE
 
 
 @pytest.fixture(scope="module")

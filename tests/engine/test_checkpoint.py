@@ -75,4 +75,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 def test_weight_decay_spares_vectors():
     layer = torch.nn.Linear(3, 2)
     groups = make_optimizer("adamw", layer.parameters(), 0.1, 0.5).param_groups
-    assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [(0.5, [(2, 3)]), (0.0, [(2,)])]
+    assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
+        (0.5, [(2, 3)]),
+        (0.0, [(2,)]),
+    ]

@@ -35,7 +35,11 @@ def arguments(out: Path, *settings: str, verb: str = "run") -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.exists() else {}
+    return (
+        {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        if folder.exists()
+        else {}
+    )
 
 
 def refused(capsys, out: Path, *settings: str, code: int, verb: str = "run") -> str:
@@ -184,7 +188,9 @@ def png_that_claims(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
 
 
 def image_folder(root: Path, count: int = 101) -> None:
@@ -209,7 +215,10 @@ def test_an_image_of_60000_x_60000_pixels(tmp_path, capsys):
 def test_the_command_line_itself_ends_with_the_code(tmp_path):
     """The same through a process: what a shell script sees."""
     done = subprocess.run(
-        [sys.executable, "-m", "distunlearn", *arguments(tmp_path / "run", "seed=-1")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "distunlearn", *arguments(tmp_path / "run", "seed=-1")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
 

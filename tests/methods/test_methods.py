@@ -116,7 +116,9 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
 
     def gradient(loss):
         parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-        return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(parts, weights, strict=True)])
+        return torch.cat(
+            [(torch.zeros_like(w) if g is None else g).flatten() for g, w in zip(parts, weights, strict=True)]
+        )
 
     restore = kept(ctx)
     utility = Contrastive("again", "retain").loss(ctx, {"retain": BATCHES["retain"]}).loss
@@ -140,7 +142,9 @@ def test_a_step_along_the_gradient_lowers_the_distance():
     method, ctx = started(cfg)
     restore = kept(ctx)
     optimizer = torch.optim.SGD(ctx.model.parameters(), lr=1e-4)
-    task = ThirdParty(replace(cfg, method=replace(cfg.method, gradient_weight=0.0, output_weight=0.0, confidence_weight=0.0)))
+    task = ThirdParty(
+        replace(cfg, method=replace(cfg.method, gradient_weight=0.0, output_weight=0.0, confidence_weight=0.0))
+    )
     task.load_state_dict(method.state_dict())
     before = method.loss(ctx, BATCHES)
     before.loss.backward()

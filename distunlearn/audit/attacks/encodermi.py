@@ -21,7 +21,7 @@ __all__ = ["encodermi_vector"]
 
 
 def encodermi_vector(signals: Signals, seed: int) -> Attacked:
-    """classifier on sorted cosines between the embeddings of views, fitted on retain against half of the holdout, crosswise"""
+    """classifier on sorted cosines between embeddings of views, fitted on retain and half of the holdout, crosswise"""
     features = np.sort(signals.embedding_cosines, axis=1)
     retain, forget, holdout = (signals.of(role) for role in ("retain", "forget", "holdout"))
     half = np.random.default_rng([seed, 0xE4]).permutation(len(holdout)) % 2
@@ -41,7 +41,7 @@ def encodermi_vector(signals: Signals, seed: int) -> Attacked:
 
 
 def _fit_and_score(features: np.ndarray, members: np.ndarray, strangers: np.ndarray) -> np.ndarray:
-    """Log odds [n] of being a member; the classes are weighted equally. Too few images to fit: all 0, which is chance."""
+    """Log odds [n] of being a member, both classes weighted alike; all 0, which is chance, with too few to fit."""
     if len(members) < 2 or len(strangers) < 2:
         return np.zeros(len(features))
     rows = np.concatenate([members, strangers])

@@ -3,9 +3,11 @@
     score_i = mean over pairs a < b of cos(z(view_a), z(view_b))
 
 with z the head's output, where the training objective itself pulled views together, and so the strongest place to
-look; `encodermi_vector` looks at the backbone's embeddings, which is what an exported encoder gives away. Source: the threshold form, EncoderMI-T, of Liu, Jia, Qu and Gong, "EncoderMI:
-Membership Inference against Pre-trained Encoders in Contrastive Learning", CCS 2021 (arXiv 2108.11023). An
-AUC stands for every threshold, so no shadow encoder is needed to choose one.
+look; `encodermi_vector` looks at the backbone's embeddings, which is what an exported encoder gives away.
+
+Source: the threshold form, EncoderMI-T, of Liu, Jia, Qu and Gong, "EncoderMI: Membership Inference against
+Pre-trained Encoders in Contrastive Learning", CCS 2021 (arXiv 2108.11023). An AUC stands for every threshold, so no
+shadow encoder is needed to choose one.
 """
 
 from __future__ import annotations
