@@ -1,7 +1,8 @@
 """Named recipes: functions that return a RunConfig, derived from one another.
 
 Embedded recipes use scikit-learn's digits (8 x 8 pixels, shown to the encoder at 32 x 32) and encoders that
-two CPU cores train in a few minutes. Settings of forgetting were chosen on seeds 10, 11 and 12. Change single values with `--set`, or derive a function of your own.
+two CPU cores train in a few minutes. Settings of forgetting were chosen on seeds 10, 11 and 12. Change single values
+with `--set`, or derive a function of your own.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from distunlearn.constraints.distances import DISTANCES, permutation_test, surro
 from distunlearn.constraints.head import gradient_features, head_gradients, sketch_matrices
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
+from distunlearn.errors import NumericsError
 from distunlearn.methods.base import Context, StepOutput, concat_batches, embed
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
 from distunlearn.objectives.bank import Bank, normalise
@@ -168,6 +169,7 @@ class ThirdParty:
         self.spread_gradient.update(all_gather_uneven(g_t))
         self.spread_output.update(all_gather_uneven(o_t))
         phi_g, gradient_term = self._match(ctx, self._scale(g_f), self._scale(g_t), self.switch_gradient)
+        pull = self._require_pull(gradient_term, forget_part) if ctx.step == 0 else None
         phi_o, output_term = self._match(ctx, self._scale_out(o_f), self._scale_out(o_t), self.switch_output)
         confidence_term, active = self._confidence(ctx, third_part, bank, c_t)
         total = (
@@ -190,10 +192,30 @@ class ThirdParty:
             "third_party_confidence": float(c_t.detach().mean()),
             "hinge_active_share": active,
         }
+        if pull is not None:
+            metrics["constraint_gradient"] = pull
         if weights.distill_weight:
             metrics["drift"] = float(drift.detach())
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
+
+    def _require_pull(self, term: Tensor, forget: list[Branches]) -> float:
+        """Norm of the constraint's gradient at the head's inputs and outputs for this rank's forget images.
+
+        Raises:
+            NumericsError: it is 0 where there are images: the run would forget nothing and not notice.
+        """
+        if not len(forget[0].output[0]):
+            return 0.0
+        places = [place for b in forget for place in (b.output, b.hidden)]
+        parts = torch.autograd.grad(term, places, retain_graph=True, allow_unused=True)
+        norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
+        if norm == 0:
+            raise NumericsError(
+                "the gradient constraint has no gradient at the first step, expected one above 0; the encoder's "
+                "per-sample gradients vanish: raise objective.temperature or use an encoder that is not collapsed."
+            )
+        return norm
 
     def _drift(self, ctx: Context, retain: Batch, retained: Branches) -> Tensor:
         """How far the retain embeddings have turned from the original encoder's, on the same views; in [0, 2]."""

@@ -76,6 +76,8 @@ def test_metrics_show_a_live_constraint(finished):
     steps = [row["values"] for row in rows if row["phase"] == "unlearn" and "loss" in row["values"]]
     assert len(steps) == 6
     assert all(math.isfinite(values["loss"]) for values in steps)
+    assert steps[0]["constraint_gradient"] > 0
+    assert any(values["phi_gradient"] != 0 for values in steps)
 
 
 def test_export_loads_with_timm_alone(finished):

@@ -137,6 +137,18 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
     assert float(out.loss.detach()) == pytest.approx(expected, rel=1e-4)  # the objective's value, not the surrogate's
 
 
+def test_a_constraint_without_gradient_stops_the_run():
+    cfg = config()
+    method, ctx = started(cfg)
+    assert method.loss(ctx, BATCHES).metrics["constraint_gradient"] > 0
+    with torch.no_grad():  # a collapsed head: every output is the same, whatever goes in
+        ctx.model.last_linear.weight.zero_()
+        for parameter in ctx.model.projector.body.parameters():
+            parameter.zero_()
+    with pytest.raises(NumericsError, match="no gradient at the first step"):
+        method.loss(ctx, BATCHES)
+
+
 def test_a_step_along_the_gradient_lowers_the_distance():
     cfg = config(confidence_weight=0.0)
     method, ctx = started(cfg)
