@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -249,7 +250,9 @@ def main() -> None:
             run(recipe, seed, chosen.runs, chosen.settings, method)
             for recipe in chosen.recipes for seed in chosen.seeds for method in ("none", "random_init")
         ]  # fmt: skip
-    command = " ".join(["python", "benchmarks/forgetting_seeds.py", *sys.argv[1:]])
+    settings = [part for value in chosen.settings for part in ("--set", value)]
+    seeds = ["--seeds", *map(str, chosen.seeds), *settings, *(["--controls"] if chosen.controls else [])]
+    command = shlex.join(["python", "benchmarks/forgetting_seeds.py", *chosen.recipes, *seeds])
     text = document(chosen.title, runs, controls, command)
     if chosen.document:
         chosen.document.write_text(text, encoding="utf-8")
