@@ -343,7 +343,7 @@ def test_bytes_that_are_no_text_are_refused():
         (["data.forget=ids.xlsx"], "a file of ids (.txt, .csv, .jsonl)"),
         (["pretrain.batch=701"], "larger than data.members=700"),
         (["unlearn.retain_batch=501"], "the 500 images to retain"),
-        (["unlearn.third_party_batch=201"], "larger than data.third_party=200"),
+        (["unlearn.third_party_batch=301"], "larger than data.third_party=300"),
         (["pretrain.batch=1"], "at least 2"),
         (["encoder.name=vit_tiny_patch16_224"], "set encoder.stem=standard"),
         (["encoder.name=' '"], "encoder.name is empty"),
