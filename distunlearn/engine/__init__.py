@@ -1,0 +1,1 @@
+"""How training runs: backends, loop, phases, checkpoints, ledger, telemetry."""
