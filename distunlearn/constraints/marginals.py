@@ -30,7 +30,7 @@ def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
 
     x: [n, k], y: [m, k]. Both quantile functions are steps; between two neighbouring steps of either the integrand is
     constant, so the integral is a finite sum, exact for n != m (Villani, "Topics in Optimal Transportation", 2003,
-    eq. 2.48). Differentiable almost everywhere; where two sorted values meet the derivative is 0.
+    theorem 2.18). Differentiable almost everywhere; where two sorted values meet the derivative is 0.
     """
     n, m = x.shape[0], y.shape[0]
     # Levels in units of 1 / (n m), as whole numbers: i/n = j/m must be one step, not two that rounding keeps apart.
@@ -48,7 +48,7 @@ def sliced_wasserstein_distance(
         SW(X, Y) = mean_d W1(t_d.X, t_d.Y),     t_d uniform on the unit sphere, drawn from (seed, step)
 
     Source: Rabin, Peyre, Delon and Bernot, "Wasserstein barycenter and its application to texture mixing", SSVM
-    2011, section 2.2; with order 1 instead of 2, so that one outlier does not decide the derivative. In one
+    2011; with order 1 instead of 2, so that one outlier does not decide the derivative. In one
     dimension it is W1 itself.
 
     Args:
@@ -70,7 +70,7 @@ def quantile_distance(x: Tensor, y: Tensor, *, seed: int = 0, step: int = 0) -> 
 
         Q(X, Y) = sum_k mean_u (quantile_{x,k}(u) - quantile_{y,k}(u))^2,     u = 0.05, 0.10 ... 0.95
 
-    A discrete form of W2^2 between the marginals (Villani 2003, eq. 2.47, with the integral taken at fixed levels);
+    A discrete form of W2^2 between the marginals (Villani 2003, theorem 2.18, the integral taken at fixed levels);
     quantiles by linear interpolation (Hyndman and Fan, The American Statistician 50, 1996, definition 7). Sees the
     marginals alone: samples that differ in how features go together are at distance 0.
 
@@ -92,7 +92,7 @@ def moments_distance(x: Tensor, y: Tensor, *, seed: int = 0, step: int = 0) -> T
         M(X, Y) = sum_k (mean_x - mean_y)^2 + (sd_x - sd_y)^2
 
     W2^2 between normal distributions with these means and uncorrelated features (Dowson and Landau, J. Multivariate
-    Analysis 12, 1982, eq. 4). Standard deviations with n - 1; one that is 0 has derivative 0. Sees nothing else
+    Analysis 12, 1982). Standard deviations with n - 1; one that is 0 has derivative 0. Sees nothing else
     of the distributions, and one outlier can move it far.
 
     Args:

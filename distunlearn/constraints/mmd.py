@@ -15,11 +15,11 @@ phi(x).phi(x) = 1 whatever w is, so the pairs of a sample with itself are remove
 which makes the cost O(n D) instead of O(n^2). For given frequencies the estimate and its derivative are unbiased, as
 they are for the energy distance; frequencies drawn anew at every step average to the Gaussian kernel.
 
-Bandwidth: s is the median distance within the *pooled* sample (the median heuristic, Gretton et al., section 8), held
-still: no gradient passes. Pooled, it does not tell x from y, and at equal distributions estimate and derivative stay
+Bandwidth: s is the median distance within the *pooled* sample (the median heuristic of Gretton et al.), held still: no
+gradient passes. Pooled, it does not tell x from y, and at equal distributions estimate and derivative stay
 exactly unbiased. A median over the third-party side alone would follow that side's chance width, and the derivative
-would shrink x's spread: at 16 samples a side the mean over 3,000 batches is five standard errors off (a test shows
-it). A bandwidth given by the caller leaves the estimate unbiased at any two distributions.
+would shrink x's spread: at 4 samples a side the mean over 3,000 batches is more than five standard errors off, which a
+test shows. A bandwidth given by the caller leaves the estimate unbiased at any two distributions.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ For queries x (already divided by the temperature) and keys q, with s_ik = x_i.q
 
 (the running softmax of Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). A forward pass keeps LSE, one number a
 query; the backward pass computes every tile again and turns it into probabilities, as FlashAttention does (Dao et al.,
-arXiv 2205.14135, algorithm 4). Four products of a tile instead of the plain form's three; the tile stays in the cache.
+arXiv 2205.14135, algorithm 4). That makes four products of a tile instead of the plain form's three; but a tile stays
+in the cache, which more than pays on a CPU (benchmarks/results/2026-11-25-infonce.md).
 
 `TiledInfoNCE` takes the keys as one block, or as W blocks that travel round a ring of ranks (the ring of Inf-CL,
-Cheng et al., arXiv 2410.17243, section 3); its key gradients travel with them. `SoftmaxMean` is the bank's: constant
+Cheng et al., arXiv 2410.17243); its key gradients travel with them. `SoftmaxMean` is the bank's: constant
 keys, and a derivative that can itself be differentiated once. Neither can be differentiated further (raises).
 
 Shapes: n = queries, K = keys of all ranks, D = dim.
@@ -183,7 +184,8 @@ class TiledInfoNCE(torch.autograd.Function):
         queries, keys, lse = ctx.saved_tensors
         needs_keys = ctx.needs_input_grad[1]
         sizes, tiles = ctx.sizes, _Tiles(queries, ctx.tile_bytes)
-        grad_queries, grad_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+        grad_queries = torch.zeros_like(queries)
+        grad_keys = torch.zeros_like(keys) if needs_keys else None
         for hop, (first, block) in enumerate(_ring(keys, sizes)):
             for rows, part, tile in tiles.of(block, first, ctx.columns):
                 tile.sub_(lse[rows].unsqueeze(1)).exp_().mul_(grad[rows].unsqueeze(1))
@@ -195,7 +197,7 @@ class TiledInfoNCE(torch.autograd.Function):
             if needs_keys and sizes is not None and len(sizes) > 1:
                 # The gradient follows its block; after the last hop it is home.
                 grad_keys = RingPass(grad_keys, sizes[(get_rank() - hop - 1) % len(sizes)]).wait()
-        return grad_queries, grad_keys if needs_keys else None, None, None, None
+        return grad_queries, grad_keys, None, None, None
 
 
 class SoftmaxMean(torch.autograd.Function):
