@@ -85,6 +85,7 @@ class ObjectiveConfig:
     output_dim: PositiveInt = 64
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the momentum encoder, per step
     queue_size: PositiveInt = 512  # moco only
+    similarity_mib: PositiveFloat = 1024.0  # for one copy of a process's similarities; above it tile by tile, exactly
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ __all__ = ["AVAILABLE", "PATH_KEYS", "cross_checks", "forget_is_file"]
 # Settings whose names are fixed by the design but of which this version offers only some.
 AVAILABLE: dict[str, tuple[str, ...]] = {
     "constraint.evaluator": ("head",),
-    "constraint.distance": ("energy",),
 }
 
 PATH_KEYS = ("reuse", "data.root", "data.shards", "data.third_party_root", "encoder.checkpoint")

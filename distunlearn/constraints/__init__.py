@@ -3,7 +3,10 @@
 | module | what it holds |
 |---|---|
 | `head` | per-sample gradient of the last linear layer in closed form: norms and sketches |
-| `distances` | two-sample distances (U-statistics), their exact gradient over shards, permutation test |
+| `distances` | two-sample distances by name, energy distance, exact gradient over shards, permutation test |
+| `mmd` | maximum mean discrepancy with random Fourier features |
+| `marginals` | sliced Wasserstein, quantile matching, moments |
+| `samples` | what the distances share |
 | `confidence` | lowering the confidence on third-party samples: hinge, entropy |
 | `running` | running spread of features, and the switch that turns the term off at its target |
 """

@@ -1,4 +1,10 @@
-"""Distances between two sets of per-sample features, unbiased, and exact over shards.
+"""Distances between two sets of per-sample features, exact over shards.
+
+| name | estimate | bias at equal distributions | where |
+|---|---|---|---|
+| `energy` | U-statistic | none | here |
+| `mmd` | U-statistic on random Fourier features | none for a given bandwidth | `mmd` |
+| `sliced_wasserstein`, `quantile`, `moments` | plug-in | positive, shrinks x's spread | `marginals` |
 
 Energy distance (Szekely and Rizzo, "Energy statistics", J. Stat. Plan. Inference 143, 2013, eq. 5.1)
 
@@ -18,52 +24,72 @@ Shapes: n, m = samples, k = features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distunlearn.constraints.marginals import moments_distance, quantile_distance, sliced_wasserstein_distance
+from distunlearn.constraints.mmd import mmd_distance
+from distunlearn.constraints.samples import check_samples, pairwise
+
 __all__ = ["DISTANCES", "Distance", "energy_distance", "permutation_test", "surrogate", "value_and_cotangent"]
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+
+class Distance(Protocol):
+    """A distance of two samples [n, k] and [m, k], a scalar, differentiable in the first.
+
+    What it draws at random is a pure function of (seed, step), so that all ranks draw alike.
+    """
+
+    def __call__(self, x: Tensor, y: Tensor, *, seed: int = 0, step: int = 0) -> Tensor: ...
 
 
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+def energy_distance(x: Tensor, y: Tensor, *, seed: int = 0, step: int = 0) -> Tensor:
     """Energy distance of two samples as a U-statistic, a scalar, differentiable in both.
 
     Args:
-        x: [n, k], y: [m, k], n, m >= 2.
+        x: [n, k], y: [m, k], n, m >= 2. seed, step: not used; every distance takes them.
 
     Coinciding points have distance 0 with derivative 0.
 
     Raises:
         ValueError: fewer than two samples on a side, or other shapes.
     """
-    _check_samples(x, y)
+    check_samples(x, y)
     n, m = x.shape[0], y.shape[0]
-    between = _pairwise(x, y).mean()
-    within_x = _pairwise(x, x).sum() / (n * (n - 1))
-    within_y = _pairwise(y, y).sum() / (m * (m - 1))
+    between = pairwise(x, y).mean()
+    within_x = pairwise(x, x).sum() / (n * (n - 1))
+    within_y = pairwise(y, y).sum() / (m * (m - 1))
     return 2 * between - within_x - within_y
 
 
-DISTANCES: dict[str, Distance] = {"energy": energy_distance}
+DISTANCES: dict[str, Distance] = {
+    "energy": energy_distance,
+    "mmd": mmd_distance,
+    "sliced_wasserstein": sliced_wasserstein_distance,
+    "quantile": quantile_distance,
+    "moments": moments_distance,
+}
 
 
-def value_and_cotangent(distance: Distance, x_global: Tensor, y_global: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_cotangent(
+    distance: Distance, x_global: Tensor, y_global: Tensor, *, seed: int = 0, step: int = 0
+) -> tuple[Tensor, Tensor]:
     """Phi(x, y) and dPhi/dx, both without graph.
 
     Args:
         distance: one of `DISTANCES`.
         x_global: features of all ranks, [n, k]. y_global: what they are compared with, [m, k]; gets no gradient.
+        seed, step: of what the distance draws; the same on all ranks, another step every step.
 
     Returns:
         Scalar and [n, k]; the same on all ranks if the inputs are.
     """
     with torch.enable_grad():
         leaf = x_global.detach().requires_grad_()
-        phi = distance(leaf, y_global.detach())
+        phi = distance(leaf, y_global.detach(), seed=seed, step=step)
         (cotangent,) = torch.autograd.grad(phi, leaf)
     return phi.detach(), cotangent
 
@@ -95,12 +121,12 @@ def permutation_test(x: Tensor, y: Tensor, num: int, seed: int) -> float:
     Raises:
         ValueError: as `energy_distance`, or num < 1.
     """
-    _check_samples(x, y)
+    check_samples(x, y)
     if num < 1:
         raise ValueError(f"a permutation test needs at least 1 permutation, got {num}")
     n, m = x.shape[0], y.shape[0]
     pooled = torch.cat([x, y]).detach().double()
-    distances = _pairwise(pooled, pooled).cpu().numpy()
+    distances = pairwise(pooled, pooled).cpu().numpy()
     first = np.zeros((num + 1, n + m))
     first[0, :n] = 1  # row 0: the labels as they are
     order = np.random.default_rng(np.random.Philox(key=seed)).permuted(np.tile(np.arange(n + m), (num, 1)), axis=1)
@@ -122,17 +148,3 @@ def _energy_of_labels(distances: np.ndarray, first: np.ndarray) -> np.ndarray:
     between = towards_first.sum(1) - within_x
     within_y = distances.sum() - within_x - 2 * between
     return 2 * between / (n * m) - within_x / (n * (n - 1)) - within_y / (m * (m - 1))
-
-
-def _pairwise(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances [n, m], from differences: the matrix-product form loses close pairs in float32."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x, y = x.float(), y.float()
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _check_samples(x: Tensor, y: Tensor) -> None:
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"two samples [n, k] and [m, k] are compared, got {list(x.shape)} and {list(y.shape)}")
-    if min(x.shape[0], y.shape[0]) < 2:
-        raise ValueError(f"a distance of two samples needs at least 2 of each, got {x.shape[0]} and {y.shape[0]}")

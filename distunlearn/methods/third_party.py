@@ -11,9 +11,10 @@ hides how alike the gradients of a memorised image's views are), reached in clos
 (`constraints/head.py`) and described by (log norm, sketch over the third-party's spread); o_i is (view
 agreement of the outputs, closeness to the bank, loss, view agreement of the embeddings): the last because an
 exported encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the
-energy distance as a U-statistic. Where a permutation test says that third-party and calibration samples differ
-under the original encoder, their distance is the target Phi*, and the term is on while its running mean is above it,
-so that a third party of another distribution does not over-correct; else Phi* is 0 and the term stays on.
+distance `constraint.distance`, by default the energy distance as a U-statistic. Where a permutation test says that
+third-party and calibration samples differ under the original encoder, their distance is the target Phi*, and the
+term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
+else Phi* is 0 and the term stays on.
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
 Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
@@ -107,7 +108,7 @@ class ThirdParty:
                 "output": (self._scale_out(o_c), self._scale_out(o_t)),
             }
             for name, (x, y) in pairs.items():
-                phis[name].append(self.distance(x, y))
+                phis[name].append(self.distance(x, y, seed=self.cfg.seed, step=draw))
                 if draw == 0:
                     p_values[name] = permutation_test(x, y, PERMUTATIONS, self.cfg.seed)
             confidences.append(c_c)
@@ -263,7 +264,8 @@ class ThirdParty:
         """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (`surrogate`)."""
         sizes = gather_sizes(forget.shape[0], forget.device)
         phi, cotangent = value_and_cotangent(
-            self.distance, all_gather_detached(forget, sizes), all_gather_uneven(third)
+            self.distance, all_gather_detached(forget, sizes), all_gather_uneven(third),
+            seed=self.cfg.seed, step=ctx.step,
         )
         first = sum(sizes[: ctx.rank])
         local = cotangent[first : first + forget.shape[0]]

@@ -32,4 +32,4 @@ def make_objective(cfg: ObjectiveConfig) -> Objective:
         near = difflib.get_close_matches(str(cfg.name), OBJECTIVES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "choose one of them"
         raise ConfigError(f"objective.name is '{cfg.name}' where one of {', '.join(OBJECTIVES)} is expected; {hint}")
-    return OBJECTIVES[cfg.name](cfg.temperature)
+    return OBJECTIVES[cfg.name](cfg.temperature, max(1, round(cfg.similarity_mib * 2**20)))

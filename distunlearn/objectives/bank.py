@@ -14,6 +14,13 @@ after InfoNCE, van den Oord et al. 2018, eq. 4, in the two-view form of NT-Xent)
 Shapes: n = images, D = output dim, K = bank rows; leading dimensions (branches V) are free.
 A bank row is masked (similarity -inf) if it is not valid or is the query's own image, by id.
 With every row masked the positive is alone: l = 0, c = 1 and the gradient is 0.
+
+Where the similarities [..., n, K] would take more than `budget` bytes, they are computed tile by tile (`tiles`). With
+L^a = LSE(u_a.Q / tau) and r^a = softmax(u_a.Q / tau).Q over the bank alone, and 1 - p^a_0 = sigmoid(L^a - s0):
+
+    l = 1/2 [ softplus(L^a - s0) + softplus(L^b - s0) ],    sum_k p^a_k q_k = sigmoid(L^a - s0) r^a
+
+The same values to rounding. The tiled l can be differentiated once, bank_delta once as well.
 """
 
 from __future__ import annotations
@@ -22,8 +29,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from distunlearn.objectives.gather import all_gather_uneven, gather_ids
+from distunlearn.objectives.tiles import DEFAULT_BUDGET, TILE_BYTES, Columns, SoftmaxMean
 
 __all__ = [
     "Bank",
@@ -34,12 +43,16 @@ __all__ = [
     "full_precision",
     "normalise",
     "pair_logits",
+    "query_infonce",
     "through_normalisation",
 ]
 
 # |z| is taken as sqrt(|z|^2 + EPS^2): smooth, so that an output of exactly zero has finite derivatives of
 # all orders, and invisible at double precision as soon as |z| > 1.
 EPS = 1e-8
+
+# softplus(x) is taken as x above this: the difference, e^-x, is below the last digit of float64.
+SOFTPLUS_LINEAR = 50.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,29 +129,57 @@ def pair_logits(u: Tensor, partner: Tensor, bank: Bank, query_ids: Tensor | None
         return torch.cat([positive, negatives], dim=-1) / bank.temperature
 
 
-def bank_infonce(u_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = None) -> Tensor:
+def query_infonce(
+    u: Tensor, partner: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET
+) -> Tensor:
+    """LSE(s0, u.Q / tau) - s0 of the query side alone, [..., n] >= 0. u, partner: [..., n, D] normalised."""
+    if _exceeds(u, bank, budget):
+        return softplus(_margin(u, partner, bank, query_ids, budget)[0], threshold=SOFTPLUS_LINEAR)
+    logits = pair_logits(u, partner, bank, query_ids)
+    # s0 is subtracted before the exponentials: a well-learned pair has l near 0, which LSE(...) - s0 would round away.
+    return (logits - logits[..., :1]).logsumexp(-1)
+
+
+def bank_infonce(
+    u_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET
+) -> Tensor:
     """l of the module's formula, symmetric in a and b. u_a, u_b: [..., n, D] normalised. Returns [..., n] >= 0."""
+    if _exceeds(u_a, bank, budget):
+        sides = ((u_a, u_b), (u_b, u_a))
+        return sum(query_infonce(u, partner, bank, query_ids, budget) for u, partner in sides) / 2
     logits_a = pair_logits(u_a, u_b, bank, query_ids)
     logits_b = pair_logits(u_b, u_a, bank, query_ids)
-    positive = logits_a[..., :1]
-    # s0 is subtracted before the exponentials: a well-learned pair has l near 0, which LSE(...) - s0 would round away.
+    positive = logits_a[..., :1]  # one number for both sides, subtracted before the exponentials as above
     return ((logits_a - positive).logsumexp(-1) + (logits_b - positive).logsumexp(-1)) / 2
 
 
-def confidence(u_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = None) -> Tensor:
+def confidence(
+    u_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET
+) -> Tensor:
     """Probability in (0, 1] of finding the partner among the bank, averaged over both directions. [..., n]."""
+    if _exceeds(u_a, bank, budget):
+        sides = ((u_a, u_b), (u_b, u_a))
+        return sum((-_margin(u, partner, bank, query_ids, budget)[0]).sigmoid() for u, partner in sides) / 2
     p_a = pair_logits(u_a, u_b, bank, query_ids).softmax(-1)
     p_b = pair_logits(u_b, u_a, bank, query_ids).softmax(-1)
     return (p_a[..., 0] + p_b[..., 0]) / 2
 
 
-def bank_delta(z_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = None) -> Tensor:
+def bank_delta(
+    z_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET
+) -> Tensor:
     """Closed form of dl/dz_a, u_b held: exact, and differentiable in z_a and (if it has a graph) u_b.
 
     z_a: [..., n, D] raw outputs. u_b: [..., n, D] normalised partners. Returns [..., n, D].
     l is symmetric, so dl/dz_b is bank_delta(z_b, u_a, ...).
     """
     u_a = normalise(z_a)
+    if _exceeds(u_a, bank, budget):
+        margin_a, mean_a = _margin(u_a, u_b, bank, query_ids, budget)
+        margin_b, _ = _margin(u_b, u_a, bank, query_ids, budget)
+        missed_a, missed_b = (margin.sigmoid().unsqueeze(-1) for margin in (margin_a, margin_b))
+        grad_u = (missed_a * mean_a - (missed_a + missed_b) * u_b) / (2 * bank.temperature)
+        return through_normalisation(z_a, grad_u)
     p_a = pair_logits(u_a, u_b, bank, query_ids).softmax(-1)[..., 1:]
     p_b = pair_logits(u_b, u_a, bank, query_ids).softmax(-1)[..., 1:]
     # 1 - p_0 as the sum of the other probabilities: exact to the last digit even where p_0 rounds to 1.
@@ -148,7 +189,9 @@ def bank_delta(z_a: Tensor, u_b: Tensor, bank: Bank, query_ids: Tensor | None = 
     return through_normalisation(z_a, grad_u)
 
 
-def bank_density(u: Tensor, bank: Bank, query_ids: Tensor | None = None) -> Tensor:
+def bank_density(
+    u: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET
+) -> Tensor:
     """How close a sample is to its nearest bank keys: tau * log mean_k exp(u.q_k / tau), masked rows left out.
 
     A soft maximum of cosines in [-1, 1] that does not grow with the size of the bank; 0 where all rows are
@@ -156,6 +199,10 @@ def bank_density(u: Tensor, bank: Bank, query_ids: Tensor | None = None) -> Tens
     """
     if bank.keys.shape[0] == 0:
         return u.new_zeros(u.shape[:-1])
+    if _exceeds(u, bank, budget):
+        lse, _ = _softmax_mean(u, bank, query_ids, budget)
+        count = _num_counted(u, bank, query_ids)
+        return (bank.temperature * (lse - count.clamp_min(1).to(u.dtype).log())).masked_fill(count == 0, 0.0)
     with full_precision(u):
         logits = u @ bank.keys.to(u.dtype).T / bank.temperature
     masked = bank.masked(query_ids)
@@ -165,3 +212,34 @@ def bank_density(u: Tensor, bank: Bank, query_ids: Tensor | None = None) -> Tens
     kept = logits.masked_fill(masked & ~empty.unsqueeze(-1), -torch.inf)
     count = (~masked).sum(-1).clamp_min(1).to(u.dtype)
     return (bank.temperature * (kept.logsumexp(-1) - count.log())).masked_fill(empty, 0.0)
+
+
+def _exceeds(u: Tensor, bank: Bank, budget: int) -> bool:
+    """Whether the similarities of queries u [..., n, D] to the bank would take more than `budget` bytes."""
+    return u.shape[:-1].numel() * (1 + bank.keys.shape[0]) * u.element_size() > budget
+
+
+def _softmax_mean(u: Tensor, bank: Bank, query_ids: Tensor | None, budget: int) -> tuple[Tensor, Tensor]:
+    """L [..., n] (-inf where all rows are masked) and r [..., n, D] (0 there) of the module's text, in tiles."""
+    flat = (u / bank.temperature).flatten(0, -2)
+    ids = None if query_ids is None else query_ids.expand(u.shape[:-1]).flatten()
+    columns = Columns(None, query_ids=ids, key_ids=None if ids is None else bank.ids, valid=bank.valid)
+    with full_precision(u):
+        lse, mean = SoftmaxMean.apply(flat, bank.keys.to(u.dtype), columns, min(budget, TILE_BYTES))
+    return lse.view(u.shape[:-1]), mean.view(u.shape)
+
+
+def _margin(u: Tensor, partner: Tensor, bank: Bank, query_ids: Tensor | None, budget: int) -> tuple[Tensor, Tensor]:
+    """L - s0 and r."""
+    lse, mean = _softmax_mean(u, bank, query_ids, budget)
+    return lse - (u * partner).sum(-1) / bank.temperature, mean
+
+
+def _num_counted(u: Tensor, bank: Bank, query_ids: Tensor | None) -> Tensor:
+    """Bank rows that count for each query, [..., n], without an [n, K] mask."""
+    ids = bank.ids if bank.valid is None else bank.ids[bank.valid]
+    if query_ids is None:
+        return torch.full(u.shape[:-1], ids.shape[0], device=u.device)
+    ordered = ids.sort().values
+    own = torch.searchsorted(ordered, query_ids, right=True) - torch.searchsorted(ordered, query_ids)
+    return (ids.shape[0] - own).expand(u.shape[:-1])

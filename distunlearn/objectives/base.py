@@ -19,6 +19,7 @@ from distunlearn.objectives.bank import (
     normalise,
     pair_logits,
 )
+from distunlearn.objectives.tiles import DEFAULT_BUDGET
 
 __all__ = ["Branches", "MomentumObjective", "Objective"]
 
@@ -73,6 +74,7 @@ class Objective(Protocol):
     views: ClassVar[int]  # random views drawn per image
     branches: ClassVar[int]  # V, online branches
     temperature: float
+    budget: int  # bytes that one copy of the similarities may take; above it they are computed tile by tile
 
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Training loss of this rank: the mean over ranks is the loss of the global batch, in value and gradient."""
@@ -93,7 +95,10 @@ class Objective(Protocol):
         """c_i in (0, 1], [n]: how surely the sample's partner (or class) is told from all others."""
 
     def logits(self, b: Branches, bank: Bank | None) -> Tensor:
-        """[V, n, 1 + K] (-inf where masked) or [V, n, classes]: what the confidence is the softmax of."""
+        """[V, n, 1 + K] (-inf where masked) or [V, n, classes]: what the confidence is the softmax of.
+
+        Always the whole matrix, whatever the budget.
+        """
 
     def output_features(self, b: Branches, bank: Bank | None) -> Tensor:
         """Agreement between the views and closeness to the bank (or certainty), [n, 2], for output alignment."""
@@ -113,9 +118,9 @@ class MomentumObjective:
     d l_i / d z_v is the closed form of branch v divided by V.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, budget: int = DEFAULT_BUDGET) -> None:
         assert temperature > 0, "the temperature is positive"
-        self.temperature = temperature
+        self.temperature, self.budget = temperature, budget
 
     def _pair(self, b: Branches) -> tuple[Tensor, Tensor]:
         """Online raw outputs and normalised, detached partners, both [V, n, D]."""
@@ -131,17 +136,17 @@ class MomentumObjective:
     def per_sample_loss(self, b: Branches, bank: Bank) -> Tensor:
         """l_i, [n]."""
         z, key = self._pair(b)
-        return bank_infonce(normalise(z), key, bank, b.ids).mean(0)
+        return bank_infonce(normalise(z), key, bank, b.ids, self.budget).mean(0)
 
     def per_sample_delta(self, b: Branches, bank: Bank) -> Tensor:
         """d l_i / d output, [V, n, D]."""
         z, key = self._pair(b)
-        return bank_delta(z, key, bank, b.ids) / self.branches
+        return bank_delta(z, key, bank, b.ids, self.budget) / self.branches
 
     def confidence(self, b: Branches, bank: Bank) -> Tensor:
         """c_i, [n]."""
         z, key = self._pair(b)
-        return confidence(normalise(z), key, bank, b.ids).mean(0)
+        return confidence(normalise(z), key, bank, b.ids, self.budget).mean(0)
 
     def logits(self, b: Branches, bank: Bank) -> Tensor:
         """Query side [s0, u.Q / tau], [V, n, 1 + K]."""
@@ -152,4 +157,4 @@ class MomentumObjective:
         """(u . key, soft maximum of u . Q), both cosines averaged over branches, [n, 2]."""
         z, key = self._pair(b)
         u = normalise(z)
-        return torch.stack([(u * key).sum(-1).mean(0), bank_density(u, bank, b.ids).mean(0)], dim=-1)
+        return torch.stack([(u * key).sum(-1).mean(0), bank_density(u, bank, b.ids, self.budget).mean(0)], dim=-1)

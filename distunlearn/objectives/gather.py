@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "RingPass",
     "all_gather_detached",
     "all_gather_uneven",
     "all_gather_with_grad",
@@ -147,3 +148,29 @@ def all_reduce_mean(x: Tensor) -> Tensor:
         return total
     dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total / world
+
+
+class RingPass:
+    """A block under way to the next rank (rank + 1, round the ring), another one arriving from the previous.
+
+    Starts at once and does not wait, so that a rank can compute with the block it still holds; do not write to that
+    block before `wait`. All ranks pass in the same order. Nothing is sent where a block has no rows. No gradient.
+    """
+
+    def __init__(self, block: Tensor, incoming_rows: int) -> None:
+        """block: [n, ...] to send. incoming_rows: n of the block that arrives, otherwise of the same shape."""
+        world, rank = get_world(), get_rank()
+        self.outgoing = block.detach().contiguous()  # kept until it is sent
+        self.incoming = self.outgoing.new_empty(incoming_rows, *block.shape[1:])
+        transfers = []
+        if block.shape[0]:
+            transfers.append(dist.P2POp(dist.isend, self.outgoing, (rank + 1) % world))
+        if incoming_rows:
+            transfers.append(dist.P2POp(dist.irecv, self.incoming, (rank - 1) % world))
+        self.under_way = dist.batch_isend_irecv(transfers) if transfers else []
+
+    def wait(self) -> Tensor:
+        """The block that arrived, [incoming_rows, ...]."""
+        for work in self.under_way:
+            work.wait()
+        return self.incoming

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distunlearn.objectives.bank import Bank, normalise, pair_logits
+from distunlearn.objectives.bank import Bank, normalise, query_infonce
 from distunlearn.objectives.base import Branches, MomentumObjective
 from distunlearn.objectives.gather import gather_sizes, mean_scale
 
@@ -40,6 +40,5 @@ class MoCo(MomentumObjective):
         """Cross-entropy of the key among key and queue. bank: `KeyQueue.bank(temperature)`; a collective call."""
         assert bank is not None, "moco needs the queue as its bank"
         z, key = self._pair(b)
-        logits = pair_logits(normalise(z[0]), key[0], bank, b.ids)
-        losses = (logits - logits[:, :1]).logsumexp(-1)
+        losses = query_infonce(normalise(z[0]), key[0], bank, b.ids, self.budget)
         return losses.sum() * mean_scale(gather_sizes(b.num_samples, z.device))

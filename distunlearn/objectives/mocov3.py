@@ -15,15 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distunlearn.objectives.bank import Bank, full_precision, normalise
+from distunlearn.objectives.bank import Bank, normalise
 from distunlearn.objectives.base import Branches, MomentumObjective
-from distunlearn.objectives.gather import all_gather_detached, gather_sizes, get_rank, mean_scale
+from distunlearn.objectives.gather import gather_sizes, get_rank, mean_scale
+from distunlearn.objectives.infonce import infonce
+from distunlearn.objectives.tiles import Columns
 
 __all__ = ["MoCoV3"]
 
 
 class MoCoV3(MomentumObjective):
-    """Branch 0: query a with key b; branch 1: query b with key a. temperature: tau > 0."""
+    """Branch 0: query a with key b; branch 1: query b with key a. temperature: tau > 0. budget: see `infonce`."""
 
     name = "mocov3"
     needs_momentum = True
@@ -37,10 +39,6 @@ class MoCoV3(MomentumObjective):
         """Symmetrised contrastive loss over the global keys; the bank is not used; a collective call."""
         z, key = self._pair(b)
         sizes = gather_sizes(b.num_samples, z.device)
-        everyone = all_gather_detached(key.transpose(0, 1).contiguous(), sizes).transpose(0, 1)  # [2, N, D]
         own = torch.arange(b.num_samples, device=z.device) + sum(sizes[: get_rank()])
-        with full_precision(key):
-            logits = normalise(z) @ everyone.transpose(1, 2) / self.temperature  # [2, n, N]
-        positive = logits.gather(2, own.expand(2, -1).unsqueeze(2)).squeeze(2)
-        losses = logits.logsumexp(2) - positive
+        losses = infonce(normalise(z), key, Columns(own), self.temperature, sizes, budget=self.budget)  # [2, n]
         return 2 * self.temperature * losses.sum() * mean_scale(sizes)

@@ -21,35 +21,36 @@ from distunlearn.objectives.bank import (
     bank_density,
     bank_infonce,
     confidence,
-    full_precision,
     normalise,
     pair_logits,
 )
 from distunlearn.objectives.base import Branches, paired_keys
-from distunlearn.objectives.gather import all_gather_with_grad, gather_sizes, get_rank, mean_scale
+from distunlearn.objectives.gather import gather_sizes, get_rank, mean_scale
+from distunlearn.objectives.infonce import Form, infonce
+from distunlearn.objectives.tiles import DEFAULT_BUDGET, Columns
 
 __all__ = ["SimCLR", "nt_xent"]
 
 
-def nt_xent(output: Tensor, temperature: float) -> Tensor:
+def nt_xent(
+    output: Tensor, temperature: float | Tensor, budget: int = DEFAULT_BUDGET, form: Form | None = None
+) -> Tensor:
     """NT-Xent of this rank's pairs [2, n, D] (raw) against the global batch; a scalar.
 
-    The mean over ranks is the loss of the global batch, in value and gradient. A collective call.
+    The mean over ranks is the loss of the global batch, in value and gradient. A collective call. Other
+    arguments: see `infonce`.
     """
     u = normalise(output).transpose(0, 1)  # [n, 2, D]: image by image, so rows 2i and 2i + 1 are a pair
     sizes = gather_sizes(u.shape[0], u.device)
-    everyone = all_gather_with_grad(u.contiguous(), sizes).flatten(0, 1)  # [2N, D]
     mine = u.flatten(0, 1)  # [2n, D]
     own = torch.arange(mine.shape[0], device=u.device) + 2 * sum(sizes[: get_rank()])
-    with full_precision(u):
-        logits = mine @ everyone.T / temperature
-    logits = logits.scatter(1, own.unsqueeze(1), -torch.inf)  # k != i
-    positive = logits.gather(1, (own ^ 1).unsqueeze(1)).squeeze(1)
-    return (logits.logsumexp(1) - positive).sum() * mean_scale(sizes) / 2
+    columns = Columns(positive=own ^ 1, own=own)  # k != i
+    losses = infonce(mine, mine, columns, temperature, [2 * size for size in sizes], budget=budget, form=form)
+    return losses.sum() * mean_scale(sizes) / 2
 
 
 class SimCLR:
-    """Two online views, each other's partner. temperature: tau > 0."""
+    """Two online views, each other's partner. temperature: tau > 0. budget: bytes, see `infonce`."""
 
     name = "simclr"
     needs_momentum = False
@@ -59,9 +60,9 @@ class SimCLR:
     views = 2
     branches = 2
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, budget: int = DEFAULT_BUDGET) -> None:
         assert temperature > 0, "the temperature is positive"
-        self.temperature = temperature
+        self.temperature, self.budget = temperature, budget
 
     def _views(self, b: Branches) -> Tensor:
         assert b.output.shape[0] == 2, "simclr has 2 online branches"
@@ -70,7 +71,7 @@ class SimCLR:
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """NT-Xent; the bank is not used."""
         assert b.output.shape[0] == 2, "simclr has 2 online branches"
-        return nt_xent(b.output, self.temperature)
+        return nt_xent(b.output, self.temperature, self.budget)
 
     def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor]:
         """Normalised, detached embeddings of both views [2n, D] and ids [2n], image by image."""
@@ -79,16 +80,16 @@ class SimCLR:
     def per_sample_loss(self, b: Branches, bank: Bank) -> Tensor:
         """l_i, [n]."""
         u = self._views(b)
-        return bank_infonce(u[0], u[1], bank, b.ids)
+        return bank_infonce(u[0], u[1], bank, b.ids, self.budget)
 
     def per_sample_delta(self, b: Branches, bank: Bank) -> Tensor:
         """d l_i / d output, [2, n, D]."""
-        return bank_delta(b.output, self._views(b).flip(0), bank, b.ids)
+        return bank_delta(b.output, self._views(b).flip(0), bank, b.ids, self.budget)
 
     def confidence(self, b: Branches, bank: Bank) -> Tensor:
         """c_i, [n]."""
         u = self._views(b)
-        return confidence(u[0], u[1], bank, b.ids)
+        return confidence(u[0], u[1], bank, b.ids, self.budget)
 
     def logits(self, b: Branches, bank: Bank) -> Tensor:
         """[s0, u.Q / tau] of both views, [2, n, 1 + K]."""
@@ -98,4 +99,4 @@ class SimCLR:
     def output_features(self, b: Branches, bank: Bank) -> Tensor:
         """(u_a . u_b, soft maximum of u . Q averaged over the views), both cosines, [n, 2]."""
         u = self._views(b)
-        return torch.stack([(u[0] * u[1]).sum(-1), bank_density(u, bank, b.ids).mean(0)], dim=-1)
+        return torch.stack([(u[0] * u[1]).sum(-1), bank_density(u, bank, b.ids, self.budget).mean(0)], dim=-1)

@@ -19,6 +19,7 @@ from distunlearn.errors import DataError
 from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.gather import gather_sizes, mean_scale
+from distunlearn.objectives.tiles import DEFAULT_BUDGET
 
 __all__ = ["Supervised"]
 
@@ -46,7 +47,7 @@ def _labels(b: Branches) -> Tensor:
 
 
 class Supervised:
-    """Two views, each classified. temperature: kept for a uniform constructor, not used."""
+    """Two views, each classified. temperature, budget: kept for a uniform constructor, not used."""
 
     name = "supervised"
     needs_momentum = False
@@ -56,8 +57,8 @@ class Supervised:
     views = 2
     branches = 2
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: float = 1.0, budget: int = DEFAULT_BUDGET) -> None:
+        self.temperature, self.budget = temperature, budget
 
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Mean cross-entropy; a collective call. Raises DataError for missing or impossible labels."""

@@ -331,7 +331,6 @@ def test_bytes_that_are_no_text_are_refused():
     ("overrides", "expected"),
     [
         (["constraint.evaluator=ghost_norm"], "constraint.evaluator=ghost_norm is not available in this version"),
-        (["constraint.distance=mmd"], "constraint.distance=mmd is not available in this version"),
         (["data.source=cifar10"], "needs data.root"),
         (["data.third_party_source=fasion_mnist"], "did you mean fashion_mnist?"),
         (["data.third_party_source=stl10"], "needs data.third_party_root"),

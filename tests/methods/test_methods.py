@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distunlearn.config import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
-from distunlearn.constraints.distances import energy_distance
+from distunlearn.constraints.distances import DISTANCES, energy_distance
 from distunlearn.data.schedule import Batch
 from distunlearn.data.views import id_hashes
 from distunlearn.encoders.model import MomentumEncoder, build_model
@@ -147,6 +147,26 @@ def test_a_constraint_without_gradient_stops_the_run():
             parameter.zero_()
     with pytest.raises(NumericsError, match="no gradient at the first step"):
         method.loss(ctx, BATCHES)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_every_distance_is_drawn_anew_at_every_step(name):
+    """The value that is logged is the distance of the method's own features, drawn for this seed and this step."""
+    cfg = config()
+    cfg = replace(cfg, seed=3, constraint=replace(cfg.constraint, distance=name))
+    method, ctx = started(cfg)
+    features = []
+
+    def remember(ctx, pairs, bank, draw, inner=method._features):
+        features.append(inner(ctx, pairs, bank, draw)[0].detach())
+        return inner(ctx, pairs, bank, draw)
+
+    ctx.step, method._features = 7, remember
+    found = method.loss(ctx, BATCHES).metrics["phi_gradient"]
+    forget, third = (method._scale(rows) for rows in features)
+    assert found == pytest.approx(float(DISTANCES[name](forget, third, seed=3, step=7)), rel=1e-5)
+    other = float(DISTANCES[name](forget, third, seed=3, step=8))
+    assert (abs(other - found) > 1e-5) == (name in ("mmd", "sliced_wasserstein"))
 
 
 def test_a_step_along_the_gradient_lowers_the_distance():

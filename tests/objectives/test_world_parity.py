@@ -6,8 +6,6 @@ a folder. N = global images, W = world; rank r holds the images `share(N, r, W)`
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from objective_worlds import launch
 
-import distunlearn
 from distunlearn.objectives import OBJECTIVES, Bank, Branches
 from distunlearn.objectives.gather import (
     all_gather_detached,
@@ -153,30 +151,6 @@ def main(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def launch(world: int, folder: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
-    root = str(Path(distunlearn.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    codes = [process.returncode for process in ranks]
-    assert codes == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def ranks_of(tmp_path_factory):
     """world -> results by rank; the processes of a world run once."""
@@ -184,7 +158,7 @@ def ranks_of(tmp_path_factory):
 
     def results(world: int) -> list[dict[str, dict[str, torch.Tensor]]]:
         if world not in done:
-            done[world] = launch(world, tmp_path_factory.mktemp(f"world-{world}"))
+            done[world] = launch(__file__, world, tmp_path_factory.mktemp(f"world-{world}"))
         return done[world]
 
     return results
