@@ -39,7 +39,7 @@ from distunlearn.constraints.evaluators import Constrained, make_evaluator
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, StepOutput, embed
+from distunlearn.methods.base import Context, StepOutput, embed, view_pair
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
 from distunlearn.objectives.bank import Bank, normalise
 from distunlearn.objectives.base import Branches
@@ -67,7 +67,7 @@ class ThirdParty:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        self.evaluator = make_evaluator(cfg, self._look)
+        self.evaluator = make_evaluator(cfg, self._look, view_pair)
         self.distance = DISTANCES[cfg.constraint.distance]
         self.spread_gradient = RunningSpread(cfg.constraint.spread_momentum)
         self.spread_output = RunningSpread(cfg.constraint.spread_momentum)
