@@ -38,8 +38,8 @@ _PROBE_STREAM = 0x70726F6265  # keeps these random numbers apart from all others
 Layer = nn.Linear | nn.Conv2d
 
 
-def probed_layers(model: nn.Module, pattern: str = "") -> dict[str, Layer]:
-    """Trained linear and convolutional layers of `model` whose name the regular expression finds, by name.
+def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Layer]:
+    """Trained linear and convolutional layers of `model` whose name the regular expression finds, by name; None: all.
 
     Layers that compute something else than their class (weight standardisation, padding of their own) are left out,
     for the probe would not be a change of their weight.
@@ -50,12 +50,12 @@ def probed_layers(model: nn.Module, pattern: str = "") -> dict[str, Layer]:
     found: dict[str, Layer] = {}
     for name, layer in model.named_modules():
         own = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
-        if own and layer.weight.requires_grad and re.search(pattern, name):
+        if own and layer.weight.requires_grad and re.search(pattern or "", name):
             found[name] = layer
     if not found:
         raise ConfigError(
-            f"constraint.layers={pattern!r} finds no trained nn.Linear or nn.Conv2d of the encoder; expected part of a "
-            "layer's name; leave it empty for all layers."
+            f"constraint.layers={pattern} finds no trained nn.Linear or nn.Conv2d of the encoder; expected part of a "
+            "layer's name; set it to null for all layers."
         )
     for name, layer in found.items():
         if isinstance(layer, nn.Conv2d) and (

@@ -156,19 +156,22 @@ class Sketch(_Probing):
 
 
 class DoubleBackward(_Probing):
-    """The features of `sketch`, differentiated by a second backward pass: the reference, for whole weights only."""
+    """The features of `sketch`, differentiated by a second backward pass: the reference, for whole weights only.
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`.
+    Raises:
+        ConfigError: the backend shards weights.
+    """
 
-        Raises:
-            ConfigError: the weights are sharded.
-        """
-        if ctx.cfg.backend in ("fsdp2", "zero3"):
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        super().__init__(cfg, look)
+        if cfg.backend in ("fsdp2", "zero3"):
             raise ConfigError(
                 f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
-                f"backend={ctx.cfg.backend}; set constraint.evaluator=sketch."
+                f"backend={cfg.backend}; set constraint.evaluator=sketch."
             )
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """See `Evaluator.constrain`."""
         probes, count = draw_probes(self.cfg, ctx, ctx.step), len(forget)
         sketches, pairs = self._sketches(ctx, concat_batches(forget, third), bank, probes, exact=True)
         own = sketches[:count]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sliced", "direction"]
 
-RHO = {"fp32": 1e-3, "bf16": 1e-1}
+RHO = {"fp32": 3e-3, "bf16": 1e-1}
 
 _DIRECTION_STREAM = 0x736C69636564
 
