@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 from small import at, config, constrained, context, cosine, features_of, reference, relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distunlearn.constraints import evaluators
 from distunlearn.constraints.evaluators import base, extra_images
@@ -231,3 +232,28 @@ def test_double_backward_refuses_sharded_weights(backend):
     cfg = replace(config("vit", "double_backward"), backend=backend)
     with pytest.raises(ConfigError, match=f"backend={backend}; set constraint.evaluator=sketch"):
         small.evaluator(cfg)
+
+
+class Kernels(TorchDispatchMode):
+    """Names of all operators that are dispatched within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["head", *PROBING, "input_gp", "double_backward"])
+def test_attention_stays_fused_but_for_double_backward(name):
+    """By the kernels that run: fused attention forward and backward, or its parts in plain operators."""
+    cfg = config("vit", name)
+    ctx = context(cfg, torch.float32)
+    keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
+    with Kernels() as seen:
+        small.gradient(ctx, small.evaluator(cfg).constrain(ctx, *roles, keys, small.match).term)
+    fused = any("flash_attention" in kernel and "backward" in kernel for kernel in seen.names)
+    in_parts = any("_safe_softmax" in kernel for kernel in seen.names)
+    assert (fused, in_parts) == ((False, True) if name == "double_backward" else (True, False))
