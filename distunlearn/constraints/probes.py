@@ -130,8 +130,9 @@ class ProbeSet:
         The block must last until the end of the backward pass if that pass runs parts of the forward again
         (activation checkpointing); else the end of the forward is enough.
         """
+        moved = None if signs is None else signs.nonzero().flatten()
         handles = [
-            layer.register_forward_hook(self._hook(index, core, rows, signs))
+            layer.register_forward_hook(self._hook(index, core, rows, signs, moved))
             for index, (layer, core) in enumerate(zip(self.layers.values(), cores, strict=True))
         ]
         try:
@@ -140,22 +141,27 @@ class ProbeSet:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, index: int, core: Tensor, rows: Tensor, signs: Tensor | None):
+    def _hook(self, index: int, core: Tensor, rows: Tensor, signs: Tensor | None, moved: Tensor | None):
+        """moved: the rows whose sign is not 0; no work is done for the others."""
+
         def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             assert x.shape[0] == len(rows), "one sample index per row of the forward"
+            chosen = core.to(x.dtype)[rows]
+            if moved is not None:
+                x = x[moved]
+                chosen = chosen[moved] * signs.to(x.dtype)[moved, None, None]
             inner, outer = self.ins[index].to(x.dtype), self.outs[index].to(x.dtype)
             if isinstance(layer, nn.Linear):
-                small = F.linear(x, inner).reshape(len(rows), -1, self.k_in).transpose(1, 2)
+                small = F.linear(x, inner).reshape(len(x), -1, self.k_in).transpose(1, 2)
             else:
                 small = F.conv2d(x, inner, None, layer.stride, layer.padding, layer.dilation).flatten(2)
-            # Out of place below: the layer's own output may be needed as it is by its backward, or be a view.
-            chosen = core.to(x.dtype)[rows]
-            if signs is not None:
-                chosen = chosen * signs.to(x.dtype)[:, None, None]
-            added = outer @ (chosen @ small)  # [R, d, T]
+            added = outer @ (chosen @ small)  # [rows, d, T]
             if isinstance(layer, nn.Linear):
                 added = added.transpose(1, 2)
-            return output + added.reshape(output.shape)
+            # Out of place: the layer's own output may be needed as it is by its backward, or be a view.
+            if moved is None:
+                return output + added.reshape(output.shape)
+            return output.index_add(0, moved, added.reshape(len(x), *output.shape[1:]).to(output.dtype))
 
         return add
