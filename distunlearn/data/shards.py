@@ -27,7 +27,7 @@ from distunlearn.data.schedule import permutation
 from distunlearn.data.sources import Source, open_sources
 from distunlearn.errors import DataError
 
-__all__ = ["file_sha256", "prepare_shards", "read_sample", "verify_shards", "write_shards"]
+__all__ = ["file_sha256", "prepare_shards", "read_sample", "sync_path", "verify_shards", "write_shards"]
 
 _GROUPS = {
     "members": ("retain", "forget"),
@@ -80,7 +80,7 @@ def write_shards(
         with _partial_folder(folder) as partial:
             manifest = _write_all(sources, roles, partial, samples_per_shard, seed, progress)
             manifest.save(partial)
-            _sync_folder(partial)
+            sync_path(partial)
             _put_in_place(partial, folder, manifest, replace)
     except OSError as error:
         reason = error.strerror or error
@@ -269,7 +269,7 @@ def _put_in_place(partial: Path, folder: Path, manifest: Manifest, replace: bool
             os.rename(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(folder.parent)
+    sync_path(folder.parent)
 
 
 def _check_replaceable(folder: Path, manifest: Manifest, replace: bool) -> None:
@@ -287,8 +287,9 @@ def _check_replaceable(folder: Path, manifest: Manifest, replace: bool) -> None:
         raise DataError(f"{folder} holds shards of another selection; give another folder or remove that one.")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file or a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distunlearn.config import EncoderConfig
+from distunlearn.data.shards import sync_path
 from distunlearn.encoders.backbone import create_args, input_size
 from distunlearn.encoders.weights import check_finite
 
@@ -42,7 +43,7 @@ def export_backbone(backbone: nn.Module, encoder: EncoderConfig, folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
-    _sync(folder)
+    sync_path(folder)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -84,15 +85,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary)
+        sync_path(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

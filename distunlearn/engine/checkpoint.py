@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distunlearn.data.shards import file_sha256
+from distunlearn.data.shards import file_sha256, sync_path
 from distunlearn.errors import DataError
 
 __all__ = ["Checkpoint", "latest_checkpoint", "save_checkpoint", "write_json", "write_tensors"]
@@ -45,30 +45,22 @@ class Checkpoint:
         return torch.load(self.folder / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Atomic, synced, strict JSON (NaN and infinity are refused by `json`)."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync_path(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Atomic, synced safetensors file; tensors are cloned so that shared storage is legal."""
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, temporary)
-    _sync(temporary)
+    sync_path(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def save_checkpoint(
@@ -87,18 +79,18 @@ def save_checkpoint(
     temporary.mkdir()
     write_tensors(temporary / "state.safetensors", tensors)
     torch.save(optimizer, temporary / "optimizer.pt")
-    _sync(temporary / "optimizer.pt")
+    sync_path(temporary / "optimizer.pt")
     files = {p.name: file_sha256(p) for p in sorted(temporary.iterdir())}
     write_json(temporary / "COMMIT.json", {"step": step, "files": files, **facts})
     if final.exists():
         shutil.rmtree(final)  # a checkpoint that did not verify, being written anew
     os.replace(temporary, final)
-    _sync(folder)
+    sync_path(folder)
     pointer = folder / ".LATEST.tmp"
     pointer.write_text(final.name + "\n", encoding="utf-8")
-    _sync(pointer)
+    sync_path(pointer)
     os.replace(pointer, folder / "LATEST")
-    _sync(folder)
+    sync_path(folder)
     for old in _steps(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
