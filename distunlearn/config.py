@@ -169,6 +169,10 @@ class ConstraintConfig:
     distance: Literal["energy", "mmd", "sliced_wasserstein", "quantile", "moments"] = "energy"
     sketch_out: PositiveInt = 8  # rows of the Kronecker sketch (output side)
     sketch_in: PositiveInt = 8
+    layers: str | None = None  # regular expression found in the names of the layers that are probed; null: all
+    rho: PositiveFloat | None = None  # step of finite differences; null: the evaluator's own for the precision
+    check_every: PositiveInt = 100  # steps between comparisons of finite differences at rho and rho / 2
+    center: Literal[0, 1] = 1  # input_gp only: gradient norm that the penalty pulls to
     spread_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running estimate of the third-party's spread
     phi_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running mean that switches the term
 

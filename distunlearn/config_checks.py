@@ -16,12 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from distunlearn.config import DataConfig, RunConfig
 
-__all__ = ["AVAILABLE", "PATH_KEYS", "cross_checks", "forget_is_file"]
-
-# Settings whose names are fixed by the design but of which this version offers only some.
-AVAILABLE: dict[str, tuple[str, ...]] = {
-    "constraint.evaluator": ("head",),
-}
+__all__ = ["PATH_KEYS", "cross_checks", "forget_is_file"]
 
 PATH_KEYS = ("reuse", "data.root", "data.shards", "data.third_party_root", "encoder.checkpoint")
 
@@ -29,13 +24,14 @@ SOURCES: tuple[str, ...] = get_args(get_type_hints(DataConfig)["source"])
 ROOTLESS = ("digits", "fashion_mnist")  # sources that know where their files are
 ID_FILES = (".txt", ".csv", ".jsonl")
 CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
 RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
 
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_available, _seed, _text, _sources, _forget, _sizes, _encoder, _views, _objective)
+    checks = (_seed, _text, _sources, _forget, _sizes, _encoder, _views, _objective, _constraint)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     return problems
@@ -44,13 +40,6 @@ def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
 def forget_is_file(forget: int | float | str) -> bool:
     """Whether `data.forget` names a file of ids."""
     return isinstance(forget, str) and not forget.startswith("class:")
-
-
-def _available(cfg: RunConfig) -> Iterator[str]:
-    for key, offered in AVAILABLE.items():
-        value = _value(cfg, key)
-        if value not in offered:
-            yield f"{key}={value} is not available in this version; set it to {' or '.join(offered)}"
 
 
 def _seed(cfg: RunConfig) -> Iterator[str]:
@@ -159,6 +148,19 @@ def _objective(cfg: RunConfig) -> Iterator[str]:
     largest = max(cfg.pretrain.batch, cfg.unlearn.retain_batch)
     if objective.name == "moco" and objective.queue_size < largest:
         yield f"objective.queue_size={objective.queue_size} is smaller than a batch of {largest}; enlarge the queue"
+
+
+def _constraint(cfg: RunConfig) -> Iterator[str]:
+    constraint = cfg.constraint
+    try:
+        re.compile(constraint.layers or "")
+    except re.error as error:
+        yield f"constraint.layers is {constraint.layers!r}, which is no regular expression ({error}); correct it"
+    if constraint.evaluator == "double_backward" and cfg.backend in SHARDED and cfg.method.name == "third_party":
+        yield (
+            f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
+            f"backend={cfg.backend}; set constraint.evaluator=sketch, or backend=ddp"
+        )
 
 
 def _processes(cfg: RunConfig, world: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from distunlearn.errors import ConfigError, DataError, DistunlearnError
 __all__ = ["make_plan"]
 
 MIB = 1 << 20
+ROLES = ("forget", "third_party")  # feeders of the images that an evaluator sees
 
 
 def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
 
 def images_per_step(cfg: RunConfig, method: str | None) -> int:
     """Images through an encoder per step: views of every feeder, momentum keys included (method None: pretraining)."""
+    from distunlearn.constraints.evaluators import extra_images
     from distunlearn.methods import METHODS, Contrastive
     from distunlearn.objectives import make_objective
 
@@ -114,6 +116,9 @@ def images_per_step(cfg: RunConfig, method: str | None) -> int:
     if method == "third_party":
         images += views * (cfg.method.view_pairs - 1) * (sizes["forget"] + sizes["third_party"])
         images += objective.branches * sizes["retain"] if cfg.method.distill_weight else 0
+        images += cfg.method.view_pairs * extra_images(
+            cfg.constraint.evaluator, objective.branches, objective.needs_momentum, *map(sizes.get, ROLES)
+        )
     return images
 
 

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal, Union
 from pydantic.fields import FieldInfo
 
 from distunlearn.config import RunConfig
-from distunlearn.config_checks import AVAILABLE
 
 HEAD = """\
 # Configuration
@@ -68,6 +67,7 @@ MEANINGS = {
     "method.confidence_weight": "of the term that lowers the confidence on third-party images",
     "method.confidence": "form of that term",
     "constraint.distance": "two-sample distance; `energy` and `mmd` are unbiased, the others not",
+    "constraint.evaluator": "how per-sample gradients are reached: see the [method page](method.md)",
     "constraint.sketch_in": "columns of the Kronecker sketch (input side)",
     "audit.bootstrap": "draws behind every interval",
 }
@@ -94,9 +94,6 @@ def page() -> str:
             key = f"{prefix}.{field.name}" if prefix else field.name
             meaning = comments.get(field.name) or MEANINGS.get(key, "")
             meaning = re.sub(r"\bNone\b", "`null`", meaning).replace("<out>", "the run directory")
-            if key in AVAILABLE:
-                only = f"this version offers {' and '.join(f'`{name}`' for name in AVAILABLE[key])} only"
-                meaning = f"{meaning}; {only}" if meaning else only
             cells = (f"`{key}`", kind(hints[field.name]), default(field), meaning)
             parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         parts[-1] += "\n"

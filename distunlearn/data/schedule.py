@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Batch", "Cycle", "permutation", "random_words", "rank_slice"]
+__all__ = ["Batch", "Cycle", "concat_batches", "permutation", "random_words", "rank_slice"]
 
 # splitmix64, the constants of Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -38,6 +38,20 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def part(self, rows: slice) -> Batch:
+        """Some consecutive rows."""
+        return Batch(self.ids[rows], self.images[rows], self.epochs[rows], self.labels[rows])
+
+
+def concat_batches(first: Batch, second: Batch) -> Batch:
+    """One batch of both, in this order (one forward for forget and third-party: the same code path for both)."""
+    return Batch(
+        ids=[*first.ids, *second.ids],
+        images=torch.cat([first.images, second.images]),
+        epochs=np.concatenate([first.epochs, second.epochs]),
+        labels=torch.cat([first.labels, second.labels]),
+    )
 
 
 def random_words(n: int, *key: int | str) -> np.ndarray:

@@ -11,6 +11,7 @@ and `done.json`, written last: a phase with a done.json of the same digest is no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -221,6 +222,8 @@ def _train(
             original=_original(session, start),
             rank=backend.rank,
             world=backend.world,
+            plain_forward=backend.plain_forward(),
+            note=functools.partial(session.telemetry.note, name),
         )
         feeders = _feeders(session, method)
         total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)

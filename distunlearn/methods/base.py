@@ -13,23 +13,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distunlearn.config import RunConfig
-from distunlearn.data.schedule import Batch
+from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.data.views import id_hashes, make_view
 from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, MomentumEncoder, batchnorm_mode
 from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = ["Context", "Method", "StepOutput", "concat_batches", "embed"]
+__all__ = ["Context", "Method", "StepOutput", "concat_batches", "embed", "view_pair"]
+
+
+def _silent(text: str) -> None:
+    """Where nobody listens to notes."""
 
 
 @dataclass
 class Context:
-    """All that a method may use at a step. `forward` is the wrapped encoder, `model` the plain one."""
+    """All that a method may use at a step. `forward` is the wrapped encoder, `model` the plain one.
+
+    plain_forward: the same encoder in the same precision past the wrapper that averages gradients over ranks, for
+        passes whose gradients reach no weight; None: `forward` has no such wrapper.
+    """
 
     cfg: RunConfig
     objective: Objective
@@ -43,6 +50,13 @@ class Context:
     world: int = 1
     step: int = 0
     images: int = 0  # images passed through an encoder by this rank: every view, every extra forward
+    plain_forward: Callable[[Tensor], EncoderOutput] | None = None
+    note: Callable[[str], None] = _silent  # one line for people
+
+    @property
+    def first_pass(self) -> Callable[[Tensor], EncoderOutput]:
+        """What a pass goes through that is differentiated by itself, before the step's one backward."""
+        return self.plain_forward or self.forward
 
     @property
     def view_seed(self) -> int:
@@ -90,6 +104,15 @@ class Method(Protocol):
         ...
 
 
+def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
+    """Two random views of a batch on the encoder's device, float [n, C, S, S] each; `pair` gives others."""
+    images = batch.images.to(ctx.device, non_blocking=True)
+    return [
+        make_view(images, ctx.cfg.views, seed=ctx.view_seed, epochs=batch.epochs, ids=batch.ids, view=view)
+        for view in (2 * pair, 2 * pair + 1)
+    ]
+
+
 def embed(
     ctx: Context,
     batch: Batch,
@@ -98,6 +121,8 @@ def embed(
     network: nn.Module | Callable[[Tensor], EncoderOutput] | None = None,
     momentum: bool = True,
     pair: int = 0,
+    copies: Tensor | None = None,
+    views: list[Tensor] | None = None,
 ) -> Branches:
     """Two random views of a batch through the encoder, as the branches of the objective.
 
@@ -108,18 +133,17 @@ def embed(
         network: another encoder than the one being trained (the original, for calibration).
         momentum: False leaves out the momentum branch even where the objective has one.
         pair: which pair of views; every number gives other views of the same epoch.
+        copies: int64 [r], rows of the batch in the order in which the encoder sees them, some several times; the
+            branches have one row for each. None: every row once. Momentum targets are computed once per image.
+        views: the two views, if they are not those of `pair`.
     """
-    cfg = ctx.cfg
-    images = batch.images.to(ctx.device, non_blocking=True)
-    views = [
-        make_view(images, cfg.views, seed=ctx.view_seed, epochs=batch.epochs, ids=batch.ids, view=view)
-        for view in (2 * pair, 2 * pair + 1)
-    ]
+    views = view_pair(ctx, batch, pair) if views is None else views
     n = len(batch.ids)
     online = views[:1] if ctx.objective.branches == 1 else views
-    ctx.images += n * len(online)
+    shown = online if copies is None else [view[copies] for view in online]
+    ctx.images += sum(len(view) for view in shown)
     with batchnorm_mode(ctx.model, batchnorm):
-        out = (network or ctx.forward)(torch.cat(online))
+        out = (network or ctx.forward)(torch.cat(shown))
     shape = (len(online), n, -1)
     target = target_embedding = None
     if momentum and ctx.momentum is not None:
@@ -130,23 +154,18 @@ def embed(
             keys = ctx.momentum(torch.cat(keyed))
         target, target_embedding = keys.projection.view(shape), keys.embedding.view(shape)
     labels = batch.labels.to(ctx.device) if batch.labels is not None else None
+    ids = torch.from_numpy(id_hashes(batch.ids)).to(ctx.device)
+    if copies is not None:
+        shape = (len(online), len(copies), -1)
+        ids, labels = ids[copies], None if labels is None else labels[copies]
+        if target is not None:
+            target, target_embedding = target[:, copies], target_embedding[:, copies]
     return Branches(
         output=out.output.view(shape),
         hidden=out.hidden.view(shape),
         target=target,
         labels=labels,
-        ids=torch.from_numpy(id_hashes(batch.ids)).to(ctx.device),
+        ids=ids,
         embedding=out.embedding.view(shape),
         target_embedding=target_embedding,
     )
-
-
-def concat_batches(first: Batch, second: Batch) -> Batch:
-    """One batch of both, in this order (one forward for forget and third-party: the same code path for both)."""
-    return Batch(
-        ids=[*first.ids, *second.ids],
-        images=torch.cat([first.images, second.images]),
-        epochs=np.concatenate([first.epochs, second.epochs]),
-        labels=torch.cat([first.labels, second.labels]),
-    )
-

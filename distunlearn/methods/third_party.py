@@ -7,8 +7,8 @@
     [ + distill_weight    * mean over retain views of 1 - cos(embedding, the original encoder's embedding) ]
 
 g_i is the gradient of the bank loss of sample i, averaged over `view_pairs` pairs of views (one pair is noisy, and
-hides how alike the gradients of a memorised image's views are), reached in closed form at the last linear layer
-(`constraints/head.py`) and described by (log norm, sketch over the third-party's spread); o_i is (view
+hides how alike the gradients of a memorised image's views are), reached by one of `constraints/evaluators` (default:
+in closed form at the last linear layer) and described by (log norm, sketch over the third-party's spread); o_i is (view
 agreement of the outputs, closeness to the bank, loss, view agreement of the embeddings): the last because an
 exported encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the
 distance `constraint.distance`, by default the energy distance as a U-statistic. Where a permutation test says that
@@ -25,7 +25,9 @@ Guarantee: empirical.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +36,11 @@ from torch import Tensor
 from distunlearn.config import RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.distances import DISTANCES, permutation_test, surrogate, value_and_cotangent
-from distunlearn.constraints.head import gradient_features, head_gradients, sketch_matrices
+from distunlearn.constraints.evaluators import Constrained, make_evaluator
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, StepOutput, concat_batches, embed
+from distunlearn.methods.base import Context, StepOutput, embed, view_pair
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
 from distunlearn.objectives.bank import Bank, normalise
 from distunlearn.objectives.base import Branches
@@ -66,6 +68,7 @@ class ThirdParty:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
+        self.evaluator = make_evaluator(cfg, self._look, view_pair)
         self.distance = DISTANCES[cfg.constraint.distance]
         self.spread_gradient = RunningSpread(cfg.constraint.spread_momentum)
         self.spread_output = RunningSpread(cfg.constraint.spread_momentum)
@@ -98,16 +101,15 @@ class ThirdParty:
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
                 bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self.cfg.unlearn.retain_batch), epoch))
-                seen = (self._pairs(ctx, _at(b, epoch)) for b in (calibration, third))
-                features = [self._features(ctx, pairs, bank, draw) for pairs in seen]
-            (g_c, o_c, c_c), (g_t, o_t, _) = features
-            self.spread_gradient.update(g_t)
+                found = [self.evaluator.features(ctx, _at(b, epoch), bank, draw) for b in (calibration, third)]
+                (o_c, c_c), (o_t, _) = (self._outputs(ctx, pairs, bank) for _, pairs in found)
+            g_c, g_t = (features for features, _ in found)
             self.spread_output.update(o_t)
-            pairs = {
-                "gradient": (self._scale(g_c), self._scale(g_t)),
-                "output": (self._scale_out(o_c), self._scale_out(o_t)),
-            }
-            for name, (x, y) in pairs.items():
+            compared = {"output": (self._scale_out(o_c), self._scale_out(o_t))}
+            if g_t is not None:
+                self.spread_gradient.update(g_t)
+                compared["gradient"] = (self._scale(g_c), self._scale(g_t))
+            for name, (x, y) in compared.items():
                 phis[name].append(self.distance(x, y, seed=self.cfg.seed, step=draw))
                 if draw == 0:
                     p_values[name] = permutation_test(x, y, PERMUTATIONS, self.cfg.seed)
@@ -115,6 +117,8 @@ class ThirdParty:
         self.threshold = torch.cat(confidences).quantile(self.cfg.method.confidence_quantile)
         figures = {"confidence_threshold": float(self.threshold)}
         for name, switch in (("gradient", self.switch_gradient), ("output", self.switch_output)):
+            if not phis[name]:  # a penalty compares no distributions and has no target
+                continue
             measured = float(torch.stack(phis[name]).mean())
             differs = p_values[name] <= SIGNIFICANCE and self.cfg.method.target == "calibrated"
             switch.set_target(measured if differs else 0.0)
@@ -133,10 +137,9 @@ class ThirdParty:
         keys = ctx.objective.bank_keys(embed(ctx, retain, batchnorm="eval"))
         return Bank(*keys, ctx.objective.temperature)
 
-    def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
-        """The batch in `view_pairs` pairs of views, with running statistics."""
-        pairs = range(self.cfg.method.view_pairs)
-        return [self._with_pseudo_labels(embed(ctx, batch, batchnorm="eval", pair=pair)) for pair in pairs]
+    def _look(self, ctx: Context, batch: Batch, **how: Any) -> Branches:
+        """The batch with running statistics, as all per-sample quantities see it."""
+        return self._with_pseudo_labels(embed(ctx, batch, batchnorm="eval", **how))
 
     def _label_by_original(self, ctx: Context, *batches: Batch) -> None:
         """Supervised: strangers have no label of their own; theirs is what the original encoder predicts."""
@@ -162,20 +165,17 @@ class ThirdParty:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
         task, retained = utility(ctx, retain)  # first: the batch statistics change the buffers the second forward saves
         bank = retain_bank(ctx, retained)
-        pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
-        count = len(forget.ids)
-        forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
-        g_f, o_f, _ = self._features(ctx, forget_part, bank, ctx.step)
-        g_t, o_t, c_t = self._features(ctx, third_part, bank, ctx.step)
-        self.spread_gradient.update(all_gather_uneven(g_t))
+        match = functools.partial(self._match_gradients, ctx)
+        found = self.evaluator.constrain(ctx, forget, third, bank, match)
+        pull = self._require_pull(found) if ctx.step == 0 else None
+        o_f, _ = self._outputs(ctx, found.forget, bank)
+        o_t, c_t = self._outputs(ctx, found.third, bank)
         self.spread_output.update(all_gather_uneven(o_t))
-        phi_g, gradient_term = self._match(ctx, self._scale(g_f), self._scale(g_t), self.switch_gradient)
-        pull = self._require_pull(gradient_term, forget_part) if ctx.step == 0 else None
         phi_o, output_term = self._match(ctx, self._scale_out(o_f), self._scale_out(o_t), self.switch_output)
-        confidence_term, active = self._confidence(ctx, third_part, bank, c_t)
+        confidence_term, active = self._confidence(ctx, found.third, bank, c_t)
         total = (
             task
-            + weights.gradient_weight * gradient_term
+            + weights.gradient_weight * found.term
             + weights.output_weight * output_term
             + weights.confidence_weight * confidence_term
         )
@@ -185,13 +185,14 @@ class ThirdParty:
         enqueue(ctx, retained)
         metrics = {
             "utility": float(task.detach()),
-            "phi_gradient": float(phi_g),
+            "phi_gradient": float(found.phi),
             "phi_output": float(phi_o),
             "gradient_term_on": float(self.switch_gradient.active),
             "output_term_on": float(self.switch_output.active),
             "confidence_term": float(confidence_term.detach()),
             "third_party_confidence": float(c_t.detach().mean()),
             "hinge_active_share": active,
+            **found.metrics,
         }
         if pull is not None:
             metrics["constraint_gradient"] = pull
@@ -200,16 +201,15 @@ class ThirdParty:
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
 
-    def _require_pull(self, term: Tensor, forget: list[Branches]) -> float:
-        """Norm of the constraint's gradient at the head's inputs and outputs for this rank's forget images.
+    def _require_pull(self, found: Constrained) -> float:
+        """Norm of the constraint's gradient where it enters the encoder, for this rank's forget images.
 
         Raises:
             NumericsError: it is 0 where there are images: the run would forget nothing and not notice.
         """
-        if not len(forget[0].output[0]):
+        if not found.places[0].numel():
             return 0.0
-        places = [place for b in forget for place in (b.output, b.hidden)]
-        parts = torch.autograd.grad(term, places, retain_graph=True, allow_unused=True)
+        parts = torch.autograd.grad(found.term, found.places, retain_graph=True, allow_unused=True)
         norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
         if norm == 0:
             raise NumericsError(
@@ -225,20 +225,9 @@ class ThirdParty:
         cosines = (normalise(retained.embedding) * normalise(before.embedding)).sum(-1).mean(0)
         return (1 - cosines).sum() * mean_scale(gather_sizes(cosines.shape[0], cosines.device))
 
-    def _features(
-        self, ctx: Context, pairs: list[Branches], bank: Bank | None, draw: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Per sample, averaged over its pairs: (log norm, sketch) [n, 1 + k^2], outputs [n, q], confidence [n].
-
-        The gradient of the averaged loss is one gradient over the branches of all pairs.
-        """
-        objective, shape = ctx.objective, self.cfg.constraint
-        deltas = [objective.per_sample_delta(b, bank) / len(pairs) for b in pairs]
-        gradients = head_gradients(torch.cat([b.hidden for b in pairs]), torch.cat(deltas))
-        out_matrix, in_matrix = sketch_matrices(
-            self.cfg.seed, draw, deltas[0].shape[-1], pairs[0].hidden.shape[-1], shape.sketch_out, shape.sketch_in,
-            device=gradients.delta.device, dtype=gradients.delta.dtype,
-        )
+    def _outputs(self, ctx: Context, pairs: list[Branches], bank: Bank | None) -> tuple[Tensor, Tensor]:
+        """Per sample, averaged over its pairs: outputs [n, q] and confidence [n]."""
+        objective = ctx.objective
         outputs = [
             torch.cat(
                 [
@@ -250,12 +239,17 @@ class ThirdParty:
             for b in pairs
         ]
         confidence = torch.stack([objective.confidence(b, bank) for b in pairs]).mean(0)
-        return gradient_features(gradients, out_matrix, in_matrix), torch.stack(outputs).mean(0), confidence
+        return torch.stack(outputs).mean(0), confidence
+
+    def _match_gradients(self, ctx: Context, forget: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
+        """`_match` of gradient features as the evaluator gives them; the third party's set the scale."""
+        self.spread_gradient.update(all_gather_uneven(third))
+        return self._match(ctx, self._scale(forget), self._scale(third), self.switch_gradient)
 
     def _scale(self, features: Tensor) -> Tensor:
-        """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm."""
+        """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm (or number) before it."""
         scaled = self.spread_gradient.scale(features)
-        return torch.cat([scaled[:, :1], scaled[:, 1:] / (features.shape[1] - 1) ** 0.5], dim=1)
+        return torch.cat([scaled[:, :1], scaled[:, 1:] / max(1, features.shape[1] - 1) ** 0.5], dim=1)
 
     def _scale_out(self, features: Tensor) -> Tensor:
         return self.spread_output.scale(features)

@@ -224,10 +224,10 @@ def test_a_file_must_hold_settings(write):
 
 def test_all_problems_are_reported_together(write):
     file = write("pretrain:\n  lrr: 1\nbackend: dpp\n")
-    message = refusal("views.hue=0.1", "unlearn.steps=0", "constraint.evaluator=sketch", file=file)
+    message = refusal("views.hue=0.1", "unlearn.steps=0", "constraint.layers=(", file=file)
     assert message.startswith("5 problems in the configuration:")
     assert message.count("\n  - ") == 5
-    for part in ("pretrain.lrr", "ddp?", "views.hue", "unlearn.steps", "constraint.evaluator"):
+    for part in ("pretrain.lrr", "ddp?", "views.hue", "unlearn.steps", "constraint.layers"):
         assert part in message
 
 
@@ -330,7 +330,8 @@ def test_bytes_that_are_no_text_are_refused():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["constraint.evaluator=ghost_norm"], "constraint.evaluator=ghost_norm is not available in this version"),
+        (["constraint.layers=("], "which is no regular expression"),
+        (["constraint.evaluator=double_backward", "backend=fsdp2"], "set constraint.evaluator=sketch, or backend=ddp"),
         (["data.source=cifar10"], "needs data.root"),
         (["data.third_party_source=fasion_mnist"], "did you mean fashion_mnist?"),
         (["data.third_party_source=stl10"], "needs data.third_party_root"),

@@ -109,10 +109,9 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
     weights = list(ctx.model.parameters())
     features = []
 
-    def remember(ctx, pairs, bank, draw, inner=method._features):
-        found = inner(ctx, pairs, bank, draw)
-        features.append(found[0])
-        return found
+    def remember(ctx, pairs, bank, draw, inner=method.evaluator._describe):
+        features.append(inner(ctx, pairs, bank, draw))
+        return features[-1]
 
     def gradient(loss):
         parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
@@ -124,7 +123,7 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
     utility = Contrastive("again", "retain").loss(ctx, {"retain": BATCHES["retain"]}).loss
     task = gradient(utility)
     restore()
-    method._features = remember
+    method.evaluator._describe = remember
     out = method.loss(ctx, BATCHES)
     forget, third = (method._scale(found) for found in features)
     held = task + gradient(energy_distance(forget, third.detach()))
@@ -157,11 +156,11 @@ def test_every_distance_is_drawn_anew_at_every_step(name):
     method, ctx = started(cfg)
     features = []
 
-    def remember(ctx, pairs, bank, draw, inner=method._features):
-        features.append(inner(ctx, pairs, bank, draw)[0].detach())
+    def remember(ctx, pairs, bank, draw, inner=method.evaluator._describe):
+        features.append(inner(ctx, pairs, bank, draw).detach())
         return inner(ctx, pairs, bank, draw)
 
-    ctx.step, method._features = 7, remember
+    ctx.step, method.evaluator._describe = 7, remember
     found = method.loss(ctx, BATCHES).metrics["phi_gradient"]
     forget, third = (method._scale(rows) for rows in features)
     assert found == pytest.approx(float(DISTANCES[name](forget, third, seed=3, step=7)), rel=1e-5)

@@ -126,6 +126,13 @@ class Backend:
 
         return forward
 
+    def plain_forward(self) -> Forward:
+        """The prepared encoder past any wrapper that averages gradients, for passes whose gradients reach no weight.
+
+        Under ZeRO and FSDP2 it is what `prepare` returned: there the module itself gathers its weights.
+        """
+        return self._in_precision(self.model)
+
     def release(self) -> None:
         """Let go of the prepared encoder, so that another can be prepared; without one it does nothing."""
         self._forget()

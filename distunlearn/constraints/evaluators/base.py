@@ -1,0 +1,179 @@
+"""The interface of the evaluators, and what those with signed copies share.
+
+An evaluator reaches the per-sample gradients g_i, describes them by features and gives the term whose gradient is
+that of Phi. It runs the forwards of forgotten and third-party images itself, because how often, and with what added
+to the activations, is what evaluators differ in. All passes use running statistics in batch norms: with batch
+statistics a sample's loss would depend on its batch mates and on its own signed copies.
+
+Shapes: n = samples, k = features, V = branches, N = forget and third-party samples of this rank, forget first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distunlearn.constraints.patterns import partners, shared_pattern
+from distunlearn.data.schedule import Batch
+from distunlearn.errors import ConfigError
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+from distunlearn.objectives.gather import all_reduce_mean
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.methods.base import Context
+
+__all__ = [
+    "Constrained",
+    "Evaluator",
+    "Look",
+    "Match",
+    "StepCheck",
+    "default_rho",
+    "grad_wanted",
+    "joined",
+    "mean_loss",
+    "reuse_targets",
+    "shared",
+    "signed_copies",
+    "unused_layer",
+    "without_graph",
+]
+
+# look(ctx, batch, pair=, copies=, network=, momentum=, views=): `embed` with running statistics, labels settled.
+Look = Callable[..., Branches]
+# match(forget [n, k] with graph, third [m, k]) -> Phi without graph, and the local term with Phi's gradient.
+Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+CHECKED_CHANGE = 0.05  # a finite difference that changes by more than this with half the step is not to be trusted
+CALIBRATION_CHUNK = 256  # images of one first pass over a whole role
+
+
+class Constrained(NamedTuple):
+    """What one step of an evaluator gives.
+
+    phi: distance or penalty, a scalar without graph.
+    term: scalar of the same value (0 while the term is off); its gradient, averaged over ranks, is that of Phi.
+    forget, third: branches with graph, by pair of views, for all terms on outputs. Where an evaluator shows forgotten
+        images only as signed copies, both copies are listed: their mean is the output, up to the square of the step.
+    metrics: figures to log.
+    places: tensors of the forgotten images through which the term's gradient reaches the encoder; without a gradient
+        at any of them nothing would be forgotten.
+    """
+
+    phi: Tensor
+    term: Tensor
+    forget: list[Branches]
+    third: list[Branches]
+    metrics: dict[str, float]
+    places: list[Tensor]
+
+
+class Evaluator(Protocol):
+    """One way to reach per-sample gradients; stateless but for warnings already given."""
+
+    def features(
+        self, ctx: Context, batch: Batch, bank: Bank | None, draw: int
+    ) -> tuple[Tensor | None, list[Branches]]:
+        """Description of every sample's gradient, [n, k] (None: this evaluator compares no distributions), and the
+        branches it was made from; both may lack a graph. `draw` numbers the random projections.
+        """
+        ...
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """The constraint of one step. Collective: all ranks call it together."""
+        ...
+
+
+def mean_loss(ctx: Context, pairs: list[Branches], bank: Bank | None) -> Tensor:
+    """l_i averaged over the pairs of views, [n], at least float32."""
+    return torch.stack([ctx.objective.per_sample_loss(b, bank) for b in pairs]).mean(0)
+
+
+def reuse_targets(shown: Branches, first: Branches, copies: Tensor) -> Branches:
+    """`shown`, embedded without a momentum branch, with the targets that an earlier pass found for the same views."""
+    if first.target is None:
+        return shown
+    return shown._replace(target=first.target[:, copies], target_embedding=first.target_embedding[:, copies])
+
+
+def signed_copies(forget: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of a batch in the order forget (+), forget (-), third-party, and the sign of each (third-party: 0).
+
+    Both copies of a sample are rows of one forward, so that what they have in common cancels inside the products
+    that make the weights' gradient, before any rounding of a reduction.
+    """
+    first, rest = torch.arange(forget, device=device), torch.arange(forget, total, device=device)
+    signs = torch.cat([torch.ones(forget), -torch.ones(forget), torch.zeros(total - forget)]).to(device)
+    return torch.cat([first, first, rest]), signs
+
+
+def without_graph(branches: Branches) -> Branches:
+    """The same values, detached."""
+    return Branches(*(None if value is None else value.detach() for value in branches))
+
+
+def joined(parts: Sequence[Branches]) -> Branches:
+    """Branches of consecutive parts of a batch, as those of the whole."""
+    by_branch = {"output", "hidden", "target", "embedding", "target_embedding"}
+    merged = {
+        name: None if values[0] is None else torch.cat(values, dim=1 if name in by_branch else 0)
+        for name, values in zip(Branches._fields, zip(*parts, strict=True), strict=True)
+    }
+    return Branches(**merged)
+
+
+def unused_layer(name: str) -> ConfigError:
+    """The error for a layer that the per-sample loss does not reach through the layer's own forward."""
+    return ConfigError(
+        f"the encoder's layer {name} takes no part in the per-sample loss as a layer of its own and cannot be probed; "
+        "leave it out by constraint.layers, or set constraint.evaluator=head."
+    )
+
+
+def shared(ctx: Context, count: int, total: int) -> AbstractContextManager[None]:
+    """Within it, both copies of each of the first `count` samples of `signed_copies` have one pattern of units."""
+    return shared_pattern(ctx.model, partners(count, total, ctx.objective.branches, ctx.device))
+
+
+class StepCheck:
+    """Compares finite differences at the step rho and at rho / 2, and says once when they disagree."""
+
+    def __init__(self, cfg: RunConfig, rho: float) -> None:
+        self.every, self.rho = cfg.constraint.check_every, rho
+        self._warned = False
+
+    def due(self, step: int) -> bool:
+        """True at the first step and at every `constraint.check_every`-th."""
+        return step % self.every == 0
+
+    def compare(self, ctx: Context, whole: Tensor, half: Tensor) -> dict[str, float]:
+        """Relative change between the differences of this rank's samples, [n] each, over all ranks. Collective."""
+        whole, half = whole.detach().double(), half.detach().double()
+        squares = torch.stack([(whole - half).square().sum(), half.square().sum()])
+        moved, size = all_reduce_mean(squares).sqrt().tolist()
+        change = moved / size if size > 0 else 0.0
+        if not change <= CHECKED_CHANGE and not self._warned:
+            self._warned = True
+            ctx.note(
+                f"warning: the finite difference of constraint.evaluator={ctx.cfg.constraint.evaluator} changes by "
+                f"{change if math.isfinite(change) else math.inf:.0%} when its step {self.rho:g} is halved, expected "
+                f"at most {CHECKED_CHANGE:.0%}; set constraint.rho, or use constraint.evaluator=head."
+            )
+        return {"step_size_change": change}
+
+
+def default_rho(cfg: RunConfig, table: dict[str, float]) -> float:
+    """`constraint.rho`, or the evaluator's own step for the run's precision."""
+    return table[cfg.precision] if cfg.constraint.rho is None else cfg.constraint.rho
+
+
+def grad_wanted(fn: Any) -> Any:
+    """Decorator: run with gradients on, wherever the caller is (calibration is not differentiated)."""
+    return torch.enable_grad()(fn)

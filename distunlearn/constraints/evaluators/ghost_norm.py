@@ -1,0 +1,113 @@
+"""`ghost_norm`: the exact norm of every sample's gradient over the weights of the whole network.
+
+A first pass gives the norms n_i (see `constraints/ghost.py`). Phi compares the ln n_i; with w_i = dPhi / d n_i, the
+second pass shows every forgotten image with the weights moved by +rho and by -rho along its own gradient, and
+sum_i w_i [l_i(+) - l_i(-)] / 2 rho has the gradient of Phi up to O(rho^2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distunlearn.constraints.evaluators.base import (
+    CALIBRATION_CHUNK,
+    Constrained,
+    Look,
+    Match,
+    StepCheck,
+    default_rho,
+    grad_wanted,
+    joined,
+    mean_loss,
+    reuse_targets,
+    shared,
+    signed_copies,
+    unused_layer,
+    without_graph,
+)
+from distunlearn.constraints.ghost import GhostGradients, Recorder
+from distunlearn.constraints.head import NORM_FLOOR
+from distunlearn.constraints.probes import probed_layers
+from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.methods.base import Context
+
+__all__ = ["GhostNorm"]
+
+RHO = {"fp32": 3e-3, "bf16": 3e-2}  # length of a step in the space of all weights
+
+
+class GhostNorm:
+    """Features ln max(n_i, floor), [n, 1]."""
+
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        self.cfg, self.look = cfg, look
+        self.rho = default_rho(cfg, RHO)
+        self.check = StepCheck(cfg, self.rho)
+
+    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.features`; without graph, and a part of the batch at a time."""
+        found = []
+        for start in range(0, len(batch), CALIBRATION_CHUNK):
+            gradients, pairs = self._gradients(ctx, batch.part(slice(start, start + CALIBRATION_CHUNK)), bank)
+            found.append((_describe(gradients.norm()), pairs))
+        return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """See `Evaluator.constrain`."""
+        batch, count = concat_batches(forget, third), len(forget)
+        gradients, seen = self._gradients(ctx, batch, bank)
+        norms = gradients.norm()
+        leaf = norms[:count].detach().requires_grad_()
+        phi, goal = match(_describe(leaf), _describe(norms[count:]))
+        (weight,) = torch.autograd.grad(goal, leaf)
+
+        def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
+            """w_i [l_i(+) - l_i(-)] / 2 rho of this rank's samples, and what signed copies and third-party gave."""
+            copies, signs = signed_copies(count, len(batch), ctx.device)
+            factors = rho * signs.to(norms.dtype) / norms[copies].clamp_min(NORM_FLOOR)
+            branches = ctx.objective.branches
+            with gradients.armed(copies.repeat(branches), factors.repeat(branches)), shared(ctx, count, len(copies)):
+                shown = [
+                    self.look(ctx, batch, pair=pair, copies=copies, network=network, momentum=False)
+                    for pair in range(self.cfg.method.view_pairs)
+                ]
+            shown = [reuse_targets(b, first, copies) for b, first in zip(shown, seen, strict=True)]
+            plus, minus = ([b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count)))
+            difference = (mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank)) / (2 * rho)
+            return weight * difference, plus + minus, [b.part(slice(2 * count, None)) for b in shown]
+
+        pulls, both, strangers = differences(self.rho)
+        metrics = {}
+        if self.check.due(ctx.step):
+            with torch.no_grad():
+                half, *_ = differences(self.rho / 2, ctx.first_pass)
+            metrics = self.check.compare(ctx, pulls, half)
+        pull = pulls.sum()
+        return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
+
+    @grad_wanted
+    def _gradients(self, ctx: Context, batch: Batch, bank: Bank | None) -> tuple[GhostGradients, list[Branches]]:
+        """Gradients of all samples of a batch, and the branches they come from; without graph."""
+        recorder = Recorder(probed_layers(ctx.model, self.cfg.constraint.layers))
+        with recorder.recording():
+            pairs = [
+                self.look(ctx, batch, pair=pair, network=ctx.first_pass) for pair in range(self.cfg.method.view_pairs)
+            ]
+        total = mean_loss(ctx, pairs, bank).sum()
+        try:
+            gradients = recorder.gradients(total, len(batch))
+        except KeyError as error:
+            raise unused_layer(error.args[0]) from error
+        return gradients, [without_graph(b) for b in pairs]
+
+
+def _describe(norms: Tensor) -> Tensor:
+    return norms.clamp_min(NORM_FLOOR).log()[:, None]

@@ -1,0 +1,55 @@
+"""`head`: the gradient of the head's last linear layer, in closed form (see `constraints/head.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distunlearn.constraints.evaluators.base import Constrained, Look, Match
+from distunlearn.constraints.head import gradient_features, head_gradients, sketch_matrices
+from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.methods.base import Context
+
+__all__ = ["Head"]
+
+
+class Head:
+    """Features (log norm, sketch), [n, 1 + k_out * k_in]: exact, first-order, no pass beside the forward itself."""
+
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        self.cfg, self.look = cfg, look
+
+    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.features`; the graph is that of the forward, if one is kept."""
+        pairs = self._pairs(ctx, batch)
+        return self._describe(ctx, pairs, bank, draw), pairs
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """See `Evaluator.constrain`."""
+        pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
+        count = len(forget)
+        forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
+        phi, term = match(*(self._describe(ctx, part, bank, ctx.step) for part in (forget_part, third_part)))
+        places = [place for b in forget_part for place in (b.output, b.hidden)]
+        return Constrained(phi, term, forget_part, third_part, {}, places)
+
+    def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
+        return [self.look(ctx, batch, pair=pair) for pair in range(self.cfg.method.view_pairs)]
+
+    def _describe(self, ctx: Context, pairs: list[Branches], bank: Bank | None, draw: int) -> Tensor:
+        """The gradient of the loss averaged over pairs is one gradient over the branches of all pairs."""
+        shape = self.cfg.constraint
+        deltas = [ctx.objective.per_sample_delta(b, bank) / len(pairs) for b in pairs]
+        gradients = head_gradients(torch.cat([b.hidden for b in pairs]), torch.cat(deltas))
+        out_matrix, in_matrix = sketch_matrices(
+            self.cfg.seed, draw, deltas[0].shape[-1], pairs[0].hidden.shape[-1], shape.sketch_out, shape.sketch_in,
+            device=gradients.delta.device, dtype=gradients.delta.dtype,
+        )  # fmt: skip
+        return gradient_features(gradients, out_matrix, in_matrix)

@@ -1,0 +1,180 @@
+"""`sketch` and `double_backward`: sketches of the gradients of many layers, through probes.
+
+`sketch` takes two first-order passes. The first one finds the sketches S_i as gradients of zero cores; Phi and its
+derivative V_i = dPhi/dS_i follow from their values. The second one shows every forgotten image twice, with +e V_i and
+-e V_i added to the activations (see `constraints/probes.py`), and
+
+    sum_i [l_i(+e_i V_i) - l_i(-e_i V_i)] / 2 e_i,    e_i = rho / |V_i|,
+
+has the gradient of sum_i <V_i, S_i>, hence of Phi, up to O(rho^2). Third-party images get no gradient from Phi and
+therefore no copies. `double_backward` differentiates the first pass itself: exact, the reference that the other is
+measured by, and impossible where weights are sharded.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distunlearn.constraints.evaluators.base import (
+    CALIBRATION_CHUNK,
+    Constrained,
+    Look,
+    Match,
+    StepCheck,
+    default_rho,
+    grad_wanted,
+    joined,
+    mean_loss,
+    reuse_targets,
+    shared,
+    signed_copies,
+    unused_layer,
+    without_graph,
+)
+from distunlearn.constraints.head import NORM_FLOOR
+from distunlearn.constraints.probes import ProbeSet, probed_layers
+from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.errors import ConfigError
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.methods.base import Context
+
+__all__ = ["DoubleBackward", "Sketch", "describe", "draw_probes"]
+
+RHO = {"fp32": 1e-3, "bf16": 3e-2}
+
+
+def draw_probes(cfg: RunConfig, ctx: Context, draw: int) -> ProbeSet:
+    """The probes of one step on the layers that the config chooses.
+
+    Raises:
+        ConfigError: see `probed_layers`.
+    """
+    layers = probed_layers(ctx.model, cfg.constraint.layers)
+    dtype = next(ctx.model.parameters()).dtype
+    sizes = (cfg.constraint.sketch_out, cfg.constraint.sketch_in)
+    return ProbeSet(layers, *sizes, cfg.seed, draw, device=ctx.device, dtype=dtype)
+
+
+def describe(sketches: Tensor) -> Tensor:
+    """(ln max(|S_i|, floor), S_i): [n, L, k_out, k_in] -> [n, 1 + L * k_out * k_in]."""
+    flat = sketches.flatten(1)
+    log_norm = 0.5 * flat.square().sum(1, keepdim=True).clamp_min(NORM_FLOOR * NORM_FLOOR).log()
+    return torch.cat([log_norm, flat], dim=1)
+
+
+class _Probing:
+    """The first pass: sketches of all samples of a batch."""
+
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        self.cfg, self.look = cfg, look
+
+    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.features`; without graph, and a part of the batch at a time."""
+        probes, found = draw_probes(self.cfg, ctx, draw), []
+        for start in range(0, len(batch), CALIBRATION_CHUNK):
+            piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
+            sketches, pairs = self._sketches(ctx, piece, bank, probes)
+            found.append((describe(sketches), [without_graph(b) for b in pairs]))
+        return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
+
+    @grad_wanted
+    def _sketches(
+        self, ctx: Context, batch: Batch, bank: Bank | None, probes: ProbeSet, exact: bool = False
+    ) -> tuple[Tensor, list[Branches]]:
+        """S [n, L, k_out, k_in] and the branches they come from; with a graph of second order if `exact`."""
+        leaves = probes.leaves(len(batch))
+        rows = torch.arange(len(batch), device=ctx.device).repeat(ctx.objective.branches)
+        attention = sdpa_kernel(SDPBackend.MATH) if exact else nullcontext()  # fused kernels differentiate once
+        network = ctx.forward if exact else ctx.first_pass  # what the optimizer sees, or not
+        with probes.armed(leaves, rows), attention:
+            pairs = [
+                self.look(ctx, batch, pair=pair, network=network) for pair in range(self.cfg.method.view_pairs)
+            ]
+            total = mean_loss(ctx, pairs, bank).sum()
+            sketches = torch.autograd.grad(total, leaves, create_graph=exact, allow_unused=True)
+        for name, sketch in zip(probes.layers, sketches, strict=True):
+            if sketch is None:
+                raise unused_layer(name)
+        return torch.stack(sketches, dim=1), pairs
+
+
+class Sketch(_Probing):
+    """Features (log |S|, S) over the chosen layers, differentiated by signed copies of the forgotten images."""
+
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        super().__init__(cfg, look)
+        self.rho = default_rho(cfg, RHO)
+        self.check = StepCheck(cfg, self.rho)
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """See `Evaluator.constrain`."""
+        batch, count = concat_batches(forget, third), len(forget)
+        probes = draw_probes(self.cfg, ctx, ctx.step)
+        sketches, seen = self._sketches(ctx, batch, bank, probes)
+        seen = [without_graph(b) for b in seen]
+        leaf = sketches[:count].detach().requires_grad_()
+        phi, goal = match(describe(leaf), describe(sketches[count:]))
+        (cotangent,) = torch.autograd.grad(goal, leaf)
+        size = cotangent.flatten(1).norm(dim=1)
+        unit = cotangent / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None, None]
+
+        def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
+            """e_i <V_i, S_i> / rho of this rank's samples, and what the signed copies and third-party gave."""
+            copies, signs = signed_copies(count, len(batch), ctx.device)
+            branches = ctx.objective.branches
+            rows = copies.clamp_max(count - 1).repeat(branches)  # third-party: any core, its sign is 0
+            with probes.armed((rho * unit).unbind(1), rows, signs.repeat(branches)), shared(ctx, count, len(copies)):
+                shown = [
+                    reuse_targets(
+                        self.look(ctx, batch, pair=pair, copies=copies, network=network, momentum=False), first, copies
+                    )
+                    for pair, first in enumerate(seen)
+                ]
+            plus, minus = (
+                [b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count))
+            )
+            difference = (mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank)) / (2 * rho)
+            return size * difference, plus + minus, [b.part(slice(2 * count, None)) for b in shown]
+
+        pulls, both, strangers = differences(self.rho)
+        metrics = {}
+        if self.check.due(ctx.step):
+            with torch.no_grad():
+                half, *_ = differences(self.rho / 2, ctx.first_pass)
+            metrics = self.check.compare(ctx, pulls, half)
+        pull = pulls.sum()
+        return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
+
+
+class DoubleBackward(_Probing):
+    """The features of `sketch`, differentiated by a second backward pass: the reference, for whole weights only.
+
+    Raises:
+        ConfigError: the backend shards weights.
+    """
+
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        super().__init__(cfg, look)
+        if cfg.backend in ("fsdp2", "zero3"):
+            raise ConfigError(
+                f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
+                f"backend={cfg.backend}; set constraint.evaluator=sketch."
+            )
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """See `Evaluator.constrain`."""
+        probes, count = draw_probes(self.cfg, ctx, ctx.step), len(forget)
+        sketches, pairs = self._sketches(ctx, concat_batches(forget, third), bank, probes, exact=True)
+        own = sketches[:count]
+        phi, term = match(describe(own), describe(sketches[count:]))
+        parts = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
+        return Constrained(phi, term, *parts, {}, [own])

@@ -1,0 +1,123 @@
+"""`sliced`: one random direction of weight space per step, in which gradients are compared as numbers.
+
+    s_i = [l_i(+rho U) - l_i(-rho U)] / 2 rho  =  <U, S_i> + O(rho^2)
+
+with one U for all samples, drawn anew each step (see `constraints/probes.py`). Values and gradients come from the same
+forward, so that Phi of the s_i is an ordinary loss. Distributions that agree in every direction agree (Cramer and
+Wold, 1936); over the steps, A, B and U take many. Third-party images, which Phi does not move, are shown without graph.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distunlearn.constraints.evaluators.base import (
+    CALIBRATION_CHUNK,
+    Constrained,
+    Look,
+    Match,
+    StepCheck,
+    default_rho,
+    joined,
+    mean_loss,
+    reuse_targets,
+    shared,
+    signed_copies,
+)
+from distunlearn.constraints.evaluators.sketch import draw_probes
+from distunlearn.constraints.probes import ProbeSet
+from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.methods.base import Context
+
+__all__ = ["Sliced", "direction"]
+
+RHO = {"fp32": 3e-3, "bf16": 1e-1}
+
+_DIRECTION_STREAM = 0x736C69636564
+
+
+def direction(probes: ProbeSet, seed: int, draw: int) -> list[Tensor]:
+    """U: a random core [1, k_out, k_in] per layer, of norm 1 all together; a pure function of (seed, draw)."""
+    bits = np.random.Philox(key=np.array([seed, draw], dtype=np.uint64), counter=[0, 0, 0, _DIRECTION_STREAM])
+    drawn = np.random.Generator(bits).standard_normal(probes.shape)
+    whole = torch.from_numpy(drawn / np.linalg.norm(drawn)).to(probes.ins[0])
+    return list(whole[:, None])
+
+
+class Sliced:
+    """Features s_i, [n, 1]."""
+
+    def __init__(self, cfg: RunConfig, look: Look) -> None:
+        self.cfg, self.look = cfg, look
+        self.rho = default_rho(cfg, RHO)
+        self.check = StepCheck(cfg, self.rho)
+
+    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.features`; without graph, and a part of the batch at a time."""
+        probes, found = draw_probes(self.cfg, ctx, draw), []
+        core = direction(probes, self.cfg.seed, draw)
+        for start in range(0, len(batch), CALIBRATION_CHUNK):
+            piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
+            with torch.no_grad():
+                shown = self._shown(ctx, piece, len(piece), probes, core, self.rho)
+                values, both = self._values(ctx, shown, len(piece), bank, self.rho)
+            found.append((values[:, None], both))
+        return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
+
+    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
+        """See `Evaluator.constrain`."""
+        count, probes = len(forget), draw_probes(self.cfg, ctx, ctx.step)
+        core = direction(probes, self.cfg.seed, ctx.step)
+        shown = self._shown(ctx, concat_batches(forget, third), count, probes, core, self.rho)
+        values, both = self._values(ctx, shown, count, bank, self.rho)
+        strangers = [b.part(slice(2 * count, None)) for b in shown]
+        with torch.no_grad():
+            still = self._shown(ctx, third, len(third), probes, core, self.rho, strangers)
+            others, _ = self._values(ctx, still, len(third), bank, self.rho)
+        phi, term = match(values[:, None], others[:, None])
+        metrics = {}
+        if self.check.due(ctx.step):
+            with torch.no_grad():
+                first = both[: len(shown)]
+                again = self._shown(ctx, forget, count, probes, core, self.rho / 2, first)
+                half, _ = self._values(ctx, again, count, bank, self.rho / 2)
+            metrics = self.check.compare(ctx, values, half)
+        return Constrained(phi, term, both, strangers, metrics, [values])
+
+    def _shown(
+        self, ctx: Context, batch: Batch, count: int, probes: ProbeSet, core: list[Tensor], rho: float,
+        targets: list[Branches] | None = None,
+    ) -> list[Branches]:
+        """Signed copies of the first `count` images, then the others, by pair of views.
+
+        targets: branches of the same images, whose momentum targets are taken over; None: they are computed.
+        """
+        copies, signs = signed_copies(count, len(batch), ctx.device)
+        branches = ctx.objective.branches
+        rows = torch.zeros_like(copies).repeat(branches)
+        moved = [rho * part for part in core]
+        with probes.armed(moved, rows, signs.repeat(branches)), shared(ctx, count, len(copies)):
+            shown = [
+                self.look(ctx, batch, pair=pair, copies=copies, momentum=targets is None)
+                for pair in range(self.cfg.method.view_pairs)
+            ]
+        if targets is None:
+            return shown
+        return [reuse_targets(b, first, copies) for b, first in zip(shown, targets, strict=True)]
+
+    @staticmethod
+    def _values(
+        ctx: Context, shown: list[Branches], count: int, bank: Bank | None, rho: float
+    ) -> tuple[Tensor, list[Branches]]:
+        """s_i of the first `count` images, [count], and both copies of them: all with +, then all with -."""
+        plus, minus = ([b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count)))
+        return (mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank)) / (2 * rho), plus + minus

@@ -1,0 +1,167 @@
+"""Probes: per-sample, low-rank directions in weight space, added to activations and never to weights.
+
+At a probed layer with weight W, each row x of sample i becomes
+
+    y = W x + sign * B C_i (A x)          A [k_in, p], B [d, k_out] random, C_i [k_out, k_in] the sample's core
+
+which is the forward of a weight W + sign * B C_i A that only sample i sees. So for a loss l_i of sample i alone
+
+    d l_i / d C_i at C = 0   =   B^T G_i A^T = S_i,   G_i = d l_i / d W       the sketch of its gradient
+    [l_i(+e V) - l_i(-e V)] / 2 e   =   <V, S_i> + O(e^2)                     with a gradient as exact
+
+and no optimizer, shard or reducer ever sees a changed weight. For a convolution, A is a convolution with the layer's
+own kernel, stride, padding and dilation to k_in channels, C_i and B are 1 x 1; p = in_channels * kernel area.
+
+Sources: Choe et al. (LoGra), arXiv 2405.13954, section 3.1, for the sketch as a bottleneck of zero weight; the layout
+for convolutions is that of LogIX's LoRA modules. The signed use, which differentiates the sketch, is ours.
+
+Shapes: n = samples, R = rows of one forward (a sample may have several: branches, copies), T = tokens or positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distunlearn.errors import ConfigError
+
+__all__ = ["ProbeSet", "probed_layers"]
+
+_PROBE_STREAM = 0x70726F6265  # keeps these random numbers apart from all others of the same seed
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Layer]:
+    """Trained linear and convolutional layers of `model` whose name the regular expression finds, by name; None: all.
+
+    Layers that compute something else than their class (weight standardisation, padding of their own) are left out,
+    for the probe would not be a change of their weight.
+
+    Raises:
+        ConfigError: no layer is found, or one that probes cannot follow (grouped, or not padded with zeros).
+    """
+    found: dict[str, Layer] = {}
+    for name, layer in model.named_modules():
+        own = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+        if own and layer.weight.requires_grad and re.search(pattern or "", name):
+            found[name] = layer
+    if not found:
+        raise ConfigError(
+            f"constraint.layers={pattern} finds no trained nn.Linear or nn.Conv2d of the encoder; expected part of a "
+            "layer's name; set it to null for all layers."
+        )
+    for name, layer in found.items():
+        if isinstance(layer, nn.Conv2d) and (
+            layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        ):
+            raise ConfigError(
+                f"the convolution {name} is grouped or not padded by a number of zeros, which per-sample probes cannot "
+                "follow; choose other layers by constraint.layers, or set constraint.evaluator=head."
+            )
+    return found
+
+
+class ProbeSet:
+    """The probes of one step on some layers of a model; nothing of it is a parameter or a buffer.
+
+    Args:
+        layers: by name, in one order on all ranks; see `probed_layers`.
+        k_out, k_in: size of every core.
+        seed, step: A and B of the i-th layer are a pure function of (seed, step, i), hence alike on all ranks. Their
+            entries have variance 1 / k_in and 1 / k_out, so that E |B^T G A^T|^2 = |G|^2.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, Layer],
+        k_out: int,
+        k_in: int,
+        seed: int,
+        step: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.layers = layers
+        self.k_out, self.k_in = k_out, k_in
+        self.ins: list[Tensor] = []  # A, [k_in, p] or [k_in, C, kernel]
+        self.outs: list[Tensor] = []  # B, [d, k_out]
+        for index, layer in enumerate(layers.values()):
+            bits = np.random.Philox(
+                key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, _PROBE_STREAM]
+            )
+            generator = np.random.Generator(bits)
+            # Sizes from the layer's attributes: a sharded weight has another shape.
+            if isinstance(layer, nn.Linear):
+                width, shape = layer.out_features, (k_in, layer.in_features)
+            else:
+                width, shape = layer.out_channels, (k_in, layer.in_channels, *layer.kernel_size)
+            inner = torch.from_numpy(generator.standard_normal(shape) / k_in**0.5)
+            outer = torch.from_numpy(generator.standard_normal((width, k_out)) / k_out**0.5)
+            self.ins.append(inner.to(device, dtype))
+            self.outs.append(outer.to(device, dtype))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, k_out, k_in): what the cores of one sample look like."""
+        return len(self.layers), self.k_out, self.k_in
+
+    def leaves(self, count: int) -> list[Tensor]:
+        """Zero cores of `count` samples, a leaf [count, k_out, k_in] per layer, whose gradients are the sketches."""
+        template = self.ins[0]
+        return [template.new_zeros(count, self.k_out, self.k_in).requires_grad_() for _ in self.layers]
+
+    @contextmanager
+    def armed(self, cores: Sequence[Tensor], rows: Tensor, signs: Tensor | None = None) -> Iterator[None]:
+        """Within the block every forward of the model adds the probes.
+
+        Args:
+            cores: [n, k_out, k_in] per layer, in the order of `layers`.
+            rows: int64 [R], the sample that each row of the forward belongs to.
+            signs: [R], factors of the rows (+1, -1; 0 for a row without probe); None: 1.
+
+        The block must last until the end of the backward pass if that pass runs parts of the forward again
+        (activation checkpointing); else the end of the forward is enough.
+        """
+        moved = None if signs is None else signs.nonzero().flatten()
+        handles = [
+            layer.register_forward_hook(self._hook(index, core, rows, signs, moved))
+            for index, (layer, core) in enumerate(zip(self.layers.values(), cores, strict=True))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, index: int, core: Tensor, rows: Tensor, signs: Tensor | None, moved: Tensor | None):
+        """moved: the rows whose sign is not 0; no work is done for the others."""
+
+        def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            assert x.shape[0] == len(rows), "one sample index per row of the forward"
+            chosen = core.to(x.dtype)[rows]
+            if moved is not None:
+                x = x[moved]
+                chosen = chosen[moved] * signs.to(x.dtype)[moved, None, None]
+            inner, outer = self.ins[index].to(x.dtype), self.outs[index].to(x.dtype)
+            if isinstance(layer, nn.Linear):
+                small = F.linear(x, inner).reshape(len(x), -1, self.k_in).transpose(1, 2)
+            else:
+                small = F.conv2d(x, inner, None, layer.stride, layer.padding, layer.dilation).flatten(2)
+            added = outer @ (chosen @ small)  # [rows, d, T]
+            if isinstance(layer, nn.Linear):
+                added = added.transpose(1, 2)
+            # Out of place: the layer's own output may be needed as it is by its backward, or be a view.
+            if moved is None:
+                return output + added.reshape(output.shape)
+            return output.index_add(0, moved, added.reshape(len(x), *output.shape[1:]).to(output.dtype))
+
+        return add

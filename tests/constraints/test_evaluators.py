@@ -1,0 +1,259 @@
+"""Evaluators against plain double backward over one image at a time: order, precision, objectives, wrong uses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import replace
+
+import pytest
+import small
+import torch
+from small import at, config, constrained, context, cosine, features_of, reference, relative
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distunlearn.constraints import evaluators
+from distunlearn.constraints.evaluators import base, extra_images
+from distunlearn.errors import ConfigError
+
+PROBING = ("sketch", "sliced", "ghost_norm")
+ENCODERS = ("vit", "resnet")
+CASES = [(e, n, "simclr", 1) for e in ENCODERS for n in PROBING]
+CASES += [("resnet", "sketch", "moco", 2), ("vit", "ghost_norm", "moco", 2), ("resnet", "sliced", "byol", 1)]
+CASES += [("vit", "sketch", "mocov3", 1), ("resnet", "ghost_norm", "supervised", 1)]
+
+
+@functools.cache
+def expected(encoder: str, name: str, objective: str = "simclr", pairs: int = 1):
+    """(Phi, its gradient) in float64, by no code of the evaluators."""
+    ctx = context(config(encoder, name, objective, pairs))
+    return reference(ctx, *features_of(name, ctx))
+
+
+@pytest.mark.parametrize(("encoder", "name", "objective", "pairs"), CASES)
+def test_the_error_falls_with_the_square_of_the_step(encoder, name, objective, pairs):
+    phi, exact = expected(encoder, name, objective, pairs)
+    errors = []
+    for rho in (1e-3, 1e-4):
+        cfg = config(encoder, name, objective, pairs, rho=rho)
+        found, gradient = constrained(cfg, context(cfg))
+        assert float(found.phi) == pytest.approx(float(phi), abs=1e-4 if name == "sliced" else 1e-10)
+        assert float(found.term.detach()) == pytest.approx(float(found.phi), rel=1e-12)
+        errors.append(relative(gradient, exact))
+    assert 50 <= errors[0] / errors[1] <= 200
+    assert errors[1] <= 1e-6
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(("objective", "pairs"), [("simclr", 1), ("moco", 2), ("byol", 1), ("supervised", 1)])
+def test_double_backward_is_exact(encoder, objective, pairs):
+    phi, exact = expected(encoder, "double_backward", objective, pairs)
+    cfg = config(encoder, "double_backward", objective, pairs)
+    found, gradient = constrained(cfg, context(cfg))
+    assert float(found.phi) == pytest.approx(float(phi), abs=1e-12)
+    assert relative(gradient, exact) <= 1e-10
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("name", PROBING)
+def test_float32_at_the_default_step(encoder, name):
+    cfg = config(encoder, name)
+    _, gradient = constrained(cfg, context(cfg, torch.float32))
+    assert relative(gradient.double(), expected(encoder, name)[1]) <= 2e-3
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_bf16_at_the_default_step(encoder):
+    cfg = replace(config(encoder, "sketch"), precision="bf16")
+    _, gradient = constrained(cfg, context(cfg, torch.float32, autocast=True))
+    assert cosine(gradient.double(), expected(encoder, "sketch")[1]) >= 0.99
+
+
+def error_of(name: str, encoder: str = "resnet", looking=small.look) -> float:
+    cfg = config(encoder, name, rho=1e-4)
+    _, gradient = constrained(cfg, context(cfg), looking)
+    return relative(gradient, expected(encoder, name)[1])
+
+
+@pytest.mark.parametrize("name", PROBING)
+def test_negative_control_one_sign_for_both_copies(name, monkeypatch):
+    module = getattr(evaluators, name)
+    right = base.signed_copies
+    monkeypatch.setattr(module, "signed_copies", lambda *args: (right(*args)[0], right(*args)[1].abs()))
+    assert error_of(name) > 0.5
+
+
+def test_negative_control_batch_statistics_over_both_copies():
+    """Against double backward with batch statistics too: the copies change one another's statistics."""
+
+    def in_train_mode(ctx, images, **how):
+        return small.embed(ctx, images, batchnorm="train", **how)
+
+    ctx = context(config("resnet", "double_backward"))
+    state = {n: b.clone() for n, b in ctx.model.named_buffers()}
+    _, exact = constrained(ctx.cfg, ctx, in_train_mode)
+    for n, b in ctx.model.named_buffers():
+        b.copy_(state[n])
+    cfg = config("resnet", "sketch", rho=1e-4)
+    _, gradient = constrained(cfg, ctx, in_train_mode)
+    assert relative(gradient, exact) > 0.1
+
+
+@pytest.mark.parametrize("name", PROBING)
+def test_negative_control_dropout(name):
+    def with_dropout(ctx, images, **how):
+        drop = ctx.model.backbone.register_forward_hook(lambda m, a, out: torch.nn.functional.dropout(out, 0.2))
+        try:
+            return small.look(ctx, images, **how)
+        finally:
+            drop.remove()
+
+    torch.manual_seed(0)
+    assert error_of(name, looking=with_dropout) > 0.5
+
+
+def test_negative_control_patterns_of_their_own(monkeypatch):
+    """Without the common pattern a jump at a kink, divided by the step, drowns the gradient."""
+    cfg = config("resnet", "sketch", rho=1e-3)
+    exact = expected("resnet", "sketch")[1]
+    assert relative(constrained(cfg, context(cfg))[1], exact) < 1e-4
+    monkeypatch.setattr(
+        base, "partners", lambda count, total, branches, device: torch.arange(branches * total, device=device)
+    )
+    assert relative(constrained(cfg, context(cfg))[1], exact) > 0.1
+
+
+@pytest.mark.parametrize("name", PROBING)
+def test_negative_control_probes_that_end_before_the_forward(name, monkeypatch):
+    """Without anything added both copies are alike, and what is left of the gradient is none of it."""
+    from distunlearn.constraints.ghost import GhostGradients
+    from distunlearn.constraints.probes import ProbeSet
+
+    kind = GhostGradients if name == "ghost_norm" else ProbeSet
+    right = kind.armed
+
+    @contextlib.contextmanager
+    def early(self, cores, rows, signs=None):
+        with contextlib.nullcontext() if signs is not None or name == "ghost_norm" else right(self, cores, rows):
+            yield
+
+    monkeypatch.setattr(kind, "armed", early)
+    assert error_of(name, "vit") > 0.9
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("center", [0, 1])
+def test_input_penalty_against_double_backward(encoder, center):
+    cfg = config(encoder, "input_gp", center=center)
+    ctx = context(cfg)
+    gp = small.evaluator(cfg)
+    forget, third = small.batch("forget"), small.batch("third_party")
+    mixed = gp._interpolates(ctx, forget, third, 0, 0)
+    own, other = (small.views(ctx, b) for b in (forget, third))
+    rows = torch.arange(len(forget)) % len(third)
+    share = (mixed[0] - other[0][rows]).flatten(1).norm(dim=1) / (own[0] - other[0][rows]).flatten(1).norm(dim=1)
+    assert ((0 <= share) & (share <= 1)).all() and len(share.unique()) == len(share)
+    leaves = [x.clone().requires_grad_() for x in mixed]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        losses = ctx.objective.per_sample_loss(small.look(ctx, forget, views=leaves), small.bank(ctx))
+        slopes = torch.stack(torch.autograd.grad(losses.sum(), leaves, create_graph=True)).square().sum((0, 2, 3, 4))
+        penalty = (slopes.sqrt() - center).square().mean()
+        exact = small.gradient(ctx, penalty)
+    errors = []
+    for rho in (1e-2, 1e-3):
+        found, gradient = constrained(at(cfg, rho=rho), ctx)
+        assert float(found.phi) == pytest.approx(float(penalty.detach()), rel=1e-10)
+        errors.append(relative(gradient, exact))
+    assert 50 <= errors[0] / errors[1] <= 200 and errors[1] <= 1e-5
+    single = replace(cfg, precision="fp32")
+    _, gradient = constrained(single, context(single, torch.float32))
+    assert relative(gradient.double(), exact) <= 2e-3
+
+
+def test_the_step_is_checked_and_a_bad_one_reported_once():
+    notes: list[str] = []
+    for rho, bad in ((1e-3, False), (3.0, True)):
+        cfg = config("vit", "sketch", rho=rho, check_every=2)
+        ctx = context(cfg)
+        ctx.note = notes.append
+        it, keys = small.evaluator(cfg), small.bank(ctx)
+        figures = []
+        for step in range(3):
+            ctx.step = step
+            found = it.constrain(ctx, small.batch("forget"), small.batch("third_party"), keys, small.match)
+            figures.append(found.metrics)
+        changes = [f.get("step_size_change") for f in figures]
+        assert changes[1] is None and (changes[0] > 0.05) is bad and (changes[2] > 0.05) is bad
+        assert len(notes) == bad
+    assert "constraint.rho" in notes[0] and "sketch" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["head", *PROBING, "input_gp", "double_backward"])
+@pytest.mark.parametrize("objective", ["simclr", "moco", "byol"])
+def test_every_image_through_an_encoder_is_counted(name, objective):
+    cfg = config("resnet", name, objective, pairs=2)
+    ctx = context(cfg)
+    ctx.step, keys = 1, small.bank(ctx)  # no step check
+    ctx.images = 0
+    small.evaluator(cfg).constrain(ctx, small.batch("forget"), small.batch("third_party"), keys, small.match)
+    branches, momentum, images = ctx.objective.branches, ctx.momentum is not None, 4 + 5
+    expected = branches * images * (2 if momentum else 1) + extra_images(name, branches, momentum, 4, 5)
+    assert ctx.images == 2 * expected
+
+
+@pytest.mark.parametrize("name", ["head", *PROBING, "double_backward"])
+def test_features_of_a_whole_role_are_those_of_its_parts(name, monkeypatch):
+    """Calibration takes a role a part at a time, and describes it as training does."""
+    cfg = config("vit", name, "moco")
+    ctx = context(cfg)
+    seen: list[torch.Tensor] = []
+
+    def remember(forget, third):
+        seen.extend([forget.detach(), third.detach()])
+        return small.match(forget, third)
+
+    it, keys, third = small.evaluator(cfg), small.bank(ctx), small.batch("third_party")
+    it.constrain(ctx, small.batch("forget"), third, keys, remember)
+    with torch.no_grad():
+        whole, branches = it.features(ctx, third, keys, 0)
+    tolerance = 1e-5 if name == "sliced" else 1e-10
+    torch.testing.assert_close(whole, seen[1], rtol=tolerance, atol=tolerance)
+    assert not whole.requires_grad and all(len(b.ids) == 5 for b in branches)
+    for module in (evaluators.sketch, evaluators.sliced, evaluators.ghost_norm):
+        monkeypatch.setattr(module, "CALIBRATION_CHUNK", 2)
+    with torch.no_grad():
+        parts, again = it.features(ctx, third, keys, 0)
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(again[0].output, branches[0].output, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_double_backward_refuses_sharded_weights(backend):
+    cfg = replace(config("vit", "double_backward"), backend=backend)
+    with pytest.raises(ConfigError, match=f"backend={backend}; set constraint.evaluator=sketch"):
+        small.evaluator(cfg)
+
+
+class Kernels(TorchDispatchMode):
+    """Names of all operators that are dispatched within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["head", *PROBING, "input_gp", "double_backward"])
+def test_attention_stays_fused_but_for_double_backward(name):
+    """By the kernels that run: fused attention forward and backward, or its parts in plain operators."""
+    cfg = config("vit", name)
+    ctx = context(cfg, torch.float32)
+    keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
+    with Kernels() as seen:
+        small.gradient(ctx, small.evaluator(cfg).constrain(ctx, *roles, keys, small.match).term)
+    fused = any("flash_attention" in kernel and "backward" in kernel for kernel in seen.names)
+    in_parts = any("_safe_softmax" in kernel for kernel in seen.names)
+    assert (fused, in_parts) == ((False, True) if name == "double_backward" else (True, False))

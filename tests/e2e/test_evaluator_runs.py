@@ -1,0 +1,48 @@
+"""Every evaluator in a whole unlearning run on the embedded digits: it starts, trains, counts and ends."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+
+PLAIN = 6 * (32 + 8 + 8) * 2  # views of six steps, without what evaluators add
+EXTRA = {"sketch": 6 * 2 * (2 * 8 + 8), "sliced": 6 * 2 * (8 + 2 * 8), "input_gp": 6 * 2 * 3 * 8}
+EXTRA["ghost_norm"] = EXTRA["sketch"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Shards, original and retrained encoder, which all evaluators share."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    done = tiny.run(out)
+    assert done.returncode in (0, 6, 7), done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("evaluator", ["sketch", "sliced", "ghost_norm", "input_gp", "double_backward"])
+def test_a_run_with_each_evaluator(prepared, tmp_path, evaluator):
+    out = tmp_path / "run"
+    done = tiny.run(out, f"constraint.evaluator={evaluator}", "constraint.check_every=3", f"reuse={prepared}")
+    assert done.returncode in (0, 6, 7), done.stderr[-3000:]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["values"] for row in rows if row["phase"] == "unlearn" and "loss" in row["values"]]
+    assert len(steps) == 6 and all(math.isfinite(values["loss"]) for values in steps)
+    assert steps[0]["constraint_gradient"] > 0
+    assert [("step_size_change" in values) for values in steps] == [
+        evaluator != "double_backward" and step % 3 == 0 for step in range(6)
+    ]
+    summary = json.loads((out / "audit/summary.json").read_text())
+    assert summary["coverage"]["requested"] == 24 and summary["coverage"]["consumed_min"] == 2
+    assert summary["cost"]["unlearn_images"] >= PLAIN + EXTRA.get(evaluator, 0)
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["phases"]["unlearn"]["images"] == PLAIN + EXTRA.get(evaluator, 0)
+
+
+def test_double_backward_is_refused_for_sharded_weights_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    done = tiny.run(out, "constraint.evaluator=double_backward", "backend=fsdp2")
+    assert done.returncode == 2 and "set constraint.evaluator=sketch" in done.stderr
+    assert not out.exists()
