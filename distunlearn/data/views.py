@@ -73,11 +73,16 @@ def uniforms(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int, draws
     Raises:
         ValueError: wrong lengths, types or signs.
     """
+    return torch.from_numpy(_uniforms(seed, epochs, ids, view, draws))
+
+
+def _uniforms(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int, draws: int) -> np.ndarray:
+    """`uniforms` without a tensor: tensors without values (of a cost estimate) cannot be read."""
     if draws < 0:
         raise ValueError(f"draws is {draws}, it must be >= 0")
     counters = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     bits = _finalise(_keys(seed, epochs, ids, view)[:, None] + counters)
-    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def make_view(
@@ -102,7 +107,7 @@ def make_view(
     _check_colour(cfg, channels)
     if len(ids) != n:
         raise ValueError(f"{n} images came with {len(ids)} ids")
-    u = uniforms(seed, epochs, ids, view, len(_DRAWS)).numpy().astype(np.float64)
+    u = _uniforms(seed, epochs, ids, view, len(_DRAWS)).astype(np.float64)
     params = _parameters(cfg, dict(zip(_DRAWS, u.T, strict=True)))
     x = _to_unit(images)
     if n == 0:
