@@ -61,7 +61,8 @@ class Bench:
     def _batch(self, role: str, count: int) -> Batch:
         size = self.cfg.encoder.image_size
         images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-        return Batch([f"{role}-{i}" for i in range(count)], images, np.zeros(count, dtype=np.int64), torch.zeros(count).long())
+        epochs, labels = np.zeros(count, dtype=np.int64), torch.zeros(count, dtype=torch.int64)
+        return Batch([f"{role}-{i}" for i in range(count)], images, epochs, labels)
 
     def _forward(self, images: Tensor) -> EncoderOutput:
         """As `Backend` runs it: autocast around the forward alone."""

@@ -4,9 +4,10 @@ For a linear layer with inputs a_t and output gradients delta_t (t over tokens, 
 
     G_i = sum_t delta_t a_t^T,      |G_i|^2 = sum_{s,t} (delta_s . delta_t) (a_s . a_t)
 
-by Gram matrices [T, T] where these are smaller than G_i itself, else from G_i (Li et al., arXiv 2110.05679, eq. 4, and
-the choice between both: Bu et al., arXiv 2205.10683). A convolution is linear in its unfolded patches. Biases and
-normalisation layers are left out.
+by Gram matrices [T, T], or from G_i itself (Li et al., arXiv 2110.05679, eq. 4, and the choice between both: Bu et
+al., arXiv 2205.10683). Norm, storage and product with G_i cost T (p + d) numbers a token by the first way and p d by
+the second, so the smaller of both decides. A convolution is linear in its unfolded patches; G_i itself is found, and
+multiplied with, by grouped convolutions without unfolding. Biases and normalisation layers are left out.
 
 The norm n_i = |(G_i)_layers| has the derivative <G_i / n_i, dG_i>, with the direction held (envelope theorem). The
 ghost probe adds exactly this direction to the weights that sample i sees, by activations alone:
@@ -15,12 +16,13 @@ ghost probe adds exactly this direction to the weights that sample i sees, by ac
 
 so that [l_i(+) - l_i(-)] / 2 rho has the gradient of n_i up to O(rho^2). The probe is ours.
 
-Shapes: n = samples, V = rows of a forward per sample (row v * n + i is sample i), T = tokens or positions.
+Shapes: n = samples, V = rows of a forward per sample (row v * n + i is sample i), T = tokens or positions, p and d =
+columns and rows of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distunlearn.constraints.probes import Layer
+from distunlearn.constraints.probes import Layer, moved_rows
 
 __all__ = ["GhostGradients", "Recorder"]
 
@@ -50,6 +52,12 @@ def tokens(layer: Layer, y: Tensor) -> Tensor:
 def by_sample(x: Tensor, count: int) -> Tensor:
     """[V * n, T, p] -> [n, V * T, p]."""
     return x.reshape(-1, count, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+
+def by_row(x: Tensor, rows: int) -> Tensor:
+    """Inverse of `by_sample`: [n, V * T, d] -> [V * n, T, d], where V * n = rows."""
+    count = x.shape[0]
+    return x.unflatten(1, (rows // count, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class Recorder:
@@ -78,78 +86,142 @@ class Recorder:
 
         return keep
 
-    def gradients(self, total: Tensor, count: int) -> GhostGradients:
-        """Per-sample gradients of `total` = sum_i l_i, as factors; its graph is used up.
+    def gradients(self, total: Tensor, count: int, kept: int | None = None) -> GhostGradients:
+        """Per-sample gradients of `total` = sum_i l_i, as norms and factors; its graph and the records are used up.
 
         Args:
             count: n; every forward had its rows branch by branch, n each.
+            kept: how many samples, from the first on, the factors are kept of; None: all.
 
         Raises:
             KeyError: a layer that was never called; the message is its name.
         """
         flat = [output for name in self.layers for output in self._outputs[name]]
-        grads = iter(torch.autograd.grad(total, flat, allow_unused=True))
-        parts: dict[str, _Factors] = {}
+        deltas = list(torch.autograd.grad(total, flat, allow_unused=True))[::-1]
+        del flat
+        kept = count if kept is None else kept
+        parts: dict[str, _Gram | _Whole] = {}
+        squares: list[Tensor] = []
         for name, layer in self.layers.items():
-            deltas = [next(grads) for _ in self._outputs[name]]
-            if not deltas or any(delta is None for delta in deltas):
+            own = [deltas.pop() for _ in self._outputs.pop(name)]
+            if not own or any(delta is None for delta in own):
                 raise KeyError(name)
-            a = torch.cat([by_sample(columns(layer, x), count) for x in self._inputs[name]], dim=1)
-            d = torch.cat([by_sample(tokens(layer, delta), count) for delta in deltas], dim=1)
-            parts[name] = _Factors.made(a, d)
-        return GhostGradients(self.layers, parts)
+            whole = _factors(layer, self._inputs.pop(name), own, count)
+            squares.append(whole.squared_norm())
+            parts[name] = whole.first(kept)
+        return GhostGradients(self.layers, parts, torch.stack(squares).sum(0).clamp_min(0).sqrt(), kept)
 
 
 @dataclass(frozen=True, eq=False)
-class _Factors:
-    """G_i of one layer: as a [n, T, p] and delta [n, T, d], or as itself, [n, d, p], where that is smaller."""
+class _Gram:
+    """G_i of one layer as a [n, T, p] and delta [n, T, d], T over all rows of a sample."""
 
-    a: Tensor | None
-    delta: Tensor | None
-    whole: Tensor | None
+    layer: Layer
+    a: Tensor
+    delta: Tensor
 
-    @classmethod
-    def made(cls, a: Tensor, delta: Tensor) -> _Factors:
-        if a.dtype in (torch.float16, torch.bfloat16) or delta.dtype != a.dtype:
-            a, delta = a.float(), delta.float()
-        if 2 * a.shape[1] ** 2 <= a.shape[2] * delta.shape[2]:
-            return cls(a, delta, None)
-        return cls(None, None, delta.transpose(1, 2) @ a)
+    def first(self, count: int) -> _Gram:
+        """Those of the first samples, in storage of their own."""
+        return self if count == len(self.a) else _Gram(self.layer, self.a[:count].clone(), self.delta[:count].clone())
 
     def squared_norm(self) -> Tensor:
         """|G_i|^2, [n]."""
-        if self.whole is not None:
-            return self.whole.square().sum((1, 2))
         return ((self.a @ self.a.transpose(1, 2)) * (self.delta @ self.delta.transpose(1, 2))).sum((1, 2))
 
-    def times(self, x: Tensor, rows: Tensor) -> Tensor:
-        """G_{rows} x for every row of x [R, T, p]: [R, T, d]."""
-        if self.whole is not None:
-            return x @ self.whole[rows].transpose(1, 2).to(x.dtype)
-        return (x @ self.a[rows].transpose(1, 2).to(x.dtype)) @ self.delta[rows].to(x.dtype)
+    def times(self, x: Tensor) -> Tensor:
+        """G_i x for every input of the layer, rows of the samples in turn: [V * n, ...] as the layer's output."""
+        moved = by_sample(columns(self.layer, x), len(self.a))
+        added = (moved @ self.a.transpose(1, 2).to(x.dtype)) @ self.delta.to(x.dtype)
+        return _as_output(self.layer, by_row(added, len(x)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """G_i of one layer as itself, [n, *weight]."""
+
+    layer: Layer
+    matrix: Tensor
+
+    def first(self, count: int) -> _Whole:
+        """Those of the first samples, in storage of their own."""
+        return self if count == len(self.matrix) else _Whole(self.layer, self.matrix[:count].clone())
+
+    def squared_norm(self) -> Tensor:
+        """|G_i|^2, [n]."""
+        return self.matrix.flatten(1).square().sum(1)
+
+    def times(self, x: Tensor) -> Tensor:
+        """See `_Gram.times`."""
+        layer, count, matrix = self.layer, len(self.matrix), self.matrix.to(x.dtype)
+        if isinstance(layer, nn.Linear):
+            return _as_output(layer, by_row(by_sample(columns(layer, x), count) @ matrix.transpose(1, 2), len(x)))
+        side_by_side = x.reshape(-1, count * x.shape[1], *x.shape[2:])
+        out = F.conv2d(
+            side_by_side, matrix.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, groups=count
+        )
+        return out.reshape(len(x), layer.out_channels, *out.shape[2:])
+
+
+def _as_output(layer: Layer, y: Tensor) -> Tensor:
+    """[R, T, d], T flat, in an order that reshapes to the layer's output."""
+    return y if isinstance(layer, nn.Linear) else y.transpose(1, 2)
+
+
+def _factors(layer: Layer, inputs: list[Tensor], deltas: list[Tensor], count: int) -> _Gram | _Whole:
+    """From what went into every forward and what came back, the cheaper form of G_i; half precision is widened."""
+    if inputs[0].dtype in (torch.float16, torch.bfloat16) or deltas[0].dtype != inputs[0].dtype:
+        inputs, deltas = [x.float() for x in inputs], [delta.float() for delta in deltas]
+    weight = (
+        (layer.out_features, layer.in_features)
+        if isinstance(layer, nn.Linear)
+        else (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    )
+    d, p = weight[0], torch.Size(weight[1:]).numel()
+    rows = sum(delta.numel() // (count * d) for delta in deltas)  # T
+    by_gram = rows * (p + d) <= p * d
+    if by_gram or isinstance(layer, nn.Linear):
+        a = torch.cat([by_sample(columns(layer, x), count) for x in inputs], dim=1)
+        delta = torch.cat([by_sample(tokens(layer, delta), count) for delta in deltas], dim=1)
+        return _Gram(layer, a, delta) if by_gram else _Whole(layer, delta.transpose(1, 2) @ a)
+    side = [
+        torch.cat([x.reshape(-1, count * x.shape[1], *x.shape[2:]) for x in parts]) for parts in (inputs, deltas)
+    ]  # [V, n * C, H, W]: the samples are groups of channels, whose own weight gradient is G_i
+    matrix = nn.grad.conv2d_weight(
+        side[0], (count * d, *weight[1:]), side[1], layer.stride, layer.padding, layer.dilation, groups=count
+    )
+    return _Whole(layer, matrix.view(count, *weight))
 
 
 class GhostGradients:
-    """The per-sample gradients of a set of layers; make it with `Recorder`."""
+    """Per-sample gradients of some layers as factors; made by `Recorder.gradients`, without any graph."""
 
-    def __init__(self, layers: dict[str, Layer], parts: dict[str, _Factors]) -> None:
-        self.layers, self._parts = layers, parts
+    def __init__(
+        self, layers: dict[str, Layer], parts: dict[str, _Gram | _Whole], norms: Tensor, kept: int
+    ) -> None:
+        self.layers, self._parts, self._norms, self.kept = layers, parts, norms, kept
 
     def norm(self) -> Tensor:
-        """n_i = |d l_i / d (weights of all layers)|, [n]."""
-        squares = [part.squared_norm() for part in self._parts.values()]
-        return torch.stack(squares).sum(0).clamp_min(0).sqrt()
+        """n_i over all layers, [n]."""
+        return self._norms
 
     @contextmanager
-    def armed(self, rows: Tensor, factors: Tensor) -> Iterator[None]:
-        """Within the block row r of every forward sees the weights W + factors_r * G_{rows_r}.
+    def armed(self, signs: Sequence[float], steps: Tensor) -> Iterator[None]:
+        """Within the block row r of every forward sees the weights W + signs_r * steps_i * G_i.
 
-        rows: int64 [R], the sample of each row. factors: [R]; sign * rho / n_i makes a step of length rho.
+        signs: one per row, 0 for a row that is left as it is; see `moved_rows`. The other rows are the kept samples
+        in turn, i = 0 .. kept - 1, once or several times. steps: [kept]; rho / n_i makes a step of length rho.
         It must span the backward where that runs the forward again, as `ProbeSet.armed`.
         """
+        moved = moved_rows(signs, steps.device)
+        taken = [sign for sign in signs if sign]
+        assert self.kept == 0 or len(taken) % self.kept == 0, "every kept sample moves in as many rows"
+        factors = torch.tensor(taken, dtype=steps.dtype, device=steps.device)
+        if self.kept:
+            factors = factors * steps.repeat(len(taken) // self.kept)
         handles = [
-            layer.register_forward_hook(self._hook(part, rows, factors))
+            layer.register_forward_hook(self._hook(part, len(signs), moved, factors))
             for layer, part in zip(self.layers.values(), self._parts.values(), strict=True)
+            if taken
         ]
         try:
             yield
@@ -158,13 +230,14 @@ class GhostGradients:
                 handle.remove()
 
     @staticmethod
-    def _hook(part: _Factors, rows: Tensor, factors: Tensor):
+    def _hook(part: _Gram | _Whole, rows: int, moved: Tensor | None, factors: Tensor):
         def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            assert args[0].shape[0] == len(rows), "one sample index per row of the forward"
-            x = columns(layer, args[0])
-            added = part.times(x, rows) * factors.to(x.dtype)[:, None, None]
-            if isinstance(layer, nn.Conv2d):
-                added = added.transpose(1, 2)
-            return output + added.reshape(output.shape)
+            x = args[0]
+            assert x.shape[0] == rows, "one sign per row of the forward"
+            x = x if moved is None else x.index_select(0, moved)
+            added = part.times(x).reshape(len(x), *output.shape[1:])
+            added = added * factors.to(x.dtype).view(-1, *[1] * (output.dim() - 1))
+            # Out of place: the layer's own output may be needed as it is by its backward, or be a view.
+            return output + added if moved is None else output.index_add(0, moved, added.to(output.dtype))
 
         return add

@@ -10,7 +10,8 @@ and a max-pooling takes from both the element that is largest at the midpoint. T
 to O(e^2), so the difference is that of a smooth function, and its limit that of double backward, which knows no kinks
 either. The technique is ours. It reaches nn.ReLU and nn.MaxPool2d as modules.
 
-Shapes: R = rows of one forward.
+Shapes: R = V * total rows of one forward, V branches after one another; in each first `count` rows with +, then the
+same samples with -, then rows without a copy.
 """
 
 from __future__ import annotations
@@ -22,30 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["partners", "shared_pattern"]
-
-
-def partners(count: int, total: int, branches: int, device: torch.device) -> Tensor:
-    """int64 [R]: the row of a sample's other signed copy, for rows that have none their own.
-
-    Args:
-        count: samples with two copies: rows 0 .. count - 1 with +, count .. 2 * count - 1 with -.
-        total: rows of one branch, copies included; branches follow one another, R = branches * total.
-    """
-    own = torch.arange(total, device=device)
-    other = torch.cat([own[count : 2 * count], own[:count], own[2 * count :]])
-    return torch.cat([branch * total + other for branch in range(branches)])
+__all__ = ["shared_pattern"]
 
 
 @contextmanager
-def shared_pattern(model: nn.Module, partner: Tensor) -> Iterator[None]:
-    """Within the block, forwards of `model` use common patterns; see the module's text. partner: int64 [R]."""
+def shared_pattern(model: nn.Module, count: int, total: int) -> Iterator[None]:
+    """Within the block, forwards of `model` use common patterns; see the module's text.
+
+    count: samples with two copies. total: rows of one branch, copies included.
+    """
     handles = []
     for module in model.modules():
         if type(module) is nn.ReLU:
-            handles += _hold_relu(module, partner)
+            handles += _hold_relu(module, count, total)
         elif type(module) is nn.MaxPool2d:
-            handles.append(module.register_forward_hook(_pool(partner)))
+            handles.append(module.register_forward_hook(_pool(count, total)))
     try:
         yield
     finally:
@@ -53,32 +45,42 @@ def shared_pattern(model: nn.Module, partner: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def _middle(x: Tensor, partner: Tensor) -> Tensor:
-    """The midpoint of both copies, alike to the last digit for either."""
-    assert x.shape[0] == len(partner), "one partner per row of the forward"
-    still = x.detach()
-    return (still + still[partner]) / 2
+def _copies(x: Tensor, count: int, total: int) -> tuple[Tensor, Tensor]:
+    """Views of the rows with + and of those with -, [V, count, ...]."""
+    assert x.shape[0] % total == 0, "whole branches of one forward"
+    by_branch = x.unflatten(0, (-1, total))
+    return by_branch[:, :count], by_branch[:, count : 2 * count]
 
 
-def _hold_relu(module: nn.ReLU, partner: Tensor) -> list:
+def _hold_relu(module: nn.ReLU, count: int, total: int) -> list:
     kept: list[Tensor] = []
 
     def before(module: nn.ReLU, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         kept.append(args[0])
-        return (args[0].detach().clone() if module.inplace else args[0].detach(),)  # its own result is not used
+        return (args[0].detach()[:0],)  # its own result is not used
 
     def after(module: nn.ReLU, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = kept.pop()
-        return x * (_middle(x, partner) > 0)
+        active = x.detach() > 0
+        (plus, minus), both = _copies(x.detach(), count, total), _copies(active, count, total)
+        common = plus + minus > 0
+        for own in both:
+            own.copy_(common)
+        return torch.where(active, x, 0)
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _pool(partner: Tensor):
+def _pool(count: int, total: int):
     def after(module: nn.MaxPool2d, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
+        still = x.detach().clone()
+        plus, minus = _copies(still, count, total)
+        middle = (plus + minus) / 2
+        for own in (plus, minus):
+            own.copy_(middle)
         _, where = F.max_pool2d(
-            _middle(x, partner), module.kernel_size, module.stride, module.padding, module.dilation,
+            still, module.kernel_size, module.stride, module.padding, module.dilation,
             ceil_mode=module.ceil_mode, return_indices=True,
         )  # fmt: skip
         return x.flatten(2).gather(2, where.flatten(2)).view(output.shape)

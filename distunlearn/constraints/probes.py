@@ -21,8 +21,9 @@ Shapes: n = samples, R = rows of one forward (a sample may have several: branche
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 
 from distunlearn.errors import ConfigError
 
-__all__ = ["ProbeSet", "probed_layers"]
+__all__ = ["ProbeSet", "moved_rows", "probed_layers"]
 
 _PROBE_STREAM = 0x70726F6265  # keeps these random numbers apart from all others of the same seed
 
@@ -66,6 +67,12 @@ def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Lay
                 "follow; choose other layers by constraint.layers, or set constraint.evaluator=head."
             )
     return found
+
+
+def moved_rows(signs: Sequence[float], device: torch.device | str) -> Tensor | None:
+    """int64: the rows whose sign is not 0; None if that is all of them. A plain sequence is read without the device."""
+    rows = [row for row, sign in enumerate(signs) if sign]
+    return None if len(rows) == len(signs) else torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 class ProbeSet:
@@ -119,49 +126,98 @@ class ProbeSet:
         return [template.new_zeros(count, self.k_out, self.k_in).requires_grad_() for _ in self.layers]
 
     @contextmanager
-    def armed(self, cores: Sequence[Tensor], rows: Tensor, signs: Tensor | None = None) -> Iterator[None]:
+    def armed(self, cores: Sequence[Tensor], rows: Tensor, signs: Sequence[float] | None = None) -> Iterator[None]:
         """Within the block every forward of the model adds the probes.
 
         Args:
             cores: [n, k_out, k_in] per layer, in the order of `layers`.
             rows: int64 [R], the sample that each row of the forward belongs to.
-            signs: [R], factors of the rows (+1, -1; 0 for a row without probe); None: 1.
+            signs: R factors of the rows (+1, -1; 0 for a row without probe, which costs nothing); None: 1.
 
         The block must last until the end of the backward pass if that pass runs parts of the forward again
         (activation checkpointing); else the end of the forward is enough.
         """
-        moved = None if signs is None else signs.nonzero().flatten()
-        handles = [
-            layer.register_forward_hook(self._hook(index, core, rows, signs, moved))
-            for index, (layer, core) in enumerate(zip(self.layers.values(), cores, strict=True))
-        ]
+        signs = [1.0] * len(rows) if signs is None else [float(sign) for sign in signs]
+        assert len(signs) == len(rows), "one sign per row"
+        moved = moved_rows(signs, rows.device)
+        taken = rows if moved is None else rows[moved]
+        factors = torch.tensor([sign for sign in signs if sign], device=rows.device)
+        chosen = [core.index_select(0, taken) * factors.to(core)[:, None, None] for core in cores]
+        with self._hooked(lambda index: self._add(index, chosen[index], len(rows), moved)):
+            yield
+
+    @contextmanager
+    def listening(self, leaves: Sequence[Tensor], rows: Tensor) -> Iterator[None]:
+        """As `armed` with cores of value 0 (`leaves`), for their gradients alone: nothing is added to activations.
+
+        The gradients may be differentiated again.
+        """
+        with self._hooked(lambda index: self._listen(index, leaves[index], rows)):
+            yield
+
+    @contextmanager
+    def _hooked(self, make: Callable[[int], Callable]) -> Iterator[None]:
+        handles = [layer.register_forward_hook(make(index)) for index, layer in enumerate(self.layers.values())]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, index: int, core: Tensor, rows: Tensor, signs: Tensor | None, moved: Tensor | None):
-        """moved: the rows whose sign is not 0; no work is done for the others."""
+    def _add(self, index: int, chosen: Tensor, rows: int, moved: Tensor | None) -> Callable:
+        """The hook of `armed`. chosen: the core of every row that moves, signed."""
 
         def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
-            assert x.shape[0] == len(rows), "one sample index per row of the forward"
-            chosen = core.to(x.dtype)[rows]
+            assert x.shape[0] == rows, "one sample index per row of the forward"
             if moved is not None:
-                x = x[moved]
-                chosen = chosen[moved] * signs.to(x.dtype)[moved, None, None]
-            inner, outer = self.ins[index].to(x.dtype), self.outs[index].to(x.dtype)
-            if isinstance(layer, nn.Linear):
-                small = F.linear(x, inner).reshape(len(x), -1, self.k_in).transpose(1, 2)
-            else:
-                small = F.conv2d(x, inner, None, layer.stride, layer.padding, layer.dilation).flatten(2)
-            added = outer @ (chosen @ small)  # [rows, d, T]
+                x = x.index_select(0, moved)
+            added = self.outs[index].to(x.dtype) @ (chosen.to(x.dtype) @ self._reduced(index, layer, x))  # [rows, d, T]
             if isinstance(layer, nn.Linear):
                 added = added.transpose(1, 2)
+            added = added.reshape(len(x), *output.shape[1:])
             # Out of place: the layer's own output may be needed as it is by its backward, or be a view.
-            if moved is None:
-                return output + added.reshape(output.shape)
-            return output.index_add(0, moved, added.reshape(len(x), *output.shape[1:]).to(output.dtype))
+            return output + added if moved is None else output.index_add(0, moved, added.to(output.dtype))
 
         return add
+
+    def _listen(self, index: int, leaf: Tensor, rows: Tensor) -> Callable:
+        """The hook of `listening`."""
+
+        def listen(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            assert x.shape[0] == len(rows), "one sample index per row of the forward"
+            small = self._reduced(index, layer, x)
+            return _Listener.apply(output, leaf, small, self.outs[index], rows, isinstance(layer, nn.Conv2d))
+
+        return listen
+
+    def _reduced(self, index: int, layer: Layer, x: Tensor) -> Tensor:
+        """A x: [R, k_in, T]."""
+        inner = self.ins[index].to(x.dtype)
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, inner).reshape(len(x), -1, self.k_in).transpose(1, 2)
+        return F.conv2d(x, inner, None, layer.stride, layer.padding, layer.dilation).flatten(2)
+
+
+class _Listener(torch.autograd.Function):
+    """y -> y + B C (A x) at C = 0. Of its derivatives only those by y and C are not 0: no other is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, leaf: Tensor, small: Tensor, outer: Tensor, rows: Tensor, channels_first: bool
+    ) -> Tensor:
+        """y: [R, d, H, W] if channels_first, else [R, ..., d]; leaf: C [n, k_out, k_in]; small: A x [R, k_in, T]."""
+        ctx.save_for_backward(small, outer, rows)
+        ctx.leaf = leaf.shape, leaf.dtype
+        ctx.channels_first = channels_first
+        return y.clone()  # not y itself: what follows may write into it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """S_i = sum over rows of sample i of (B^T delta) (A x)^T; of operators that can be differentiated again."""
+        small, outer, rows = ctx.saved_tensors
+        shape, dtype = ctx.leaf
+        delta = grad.flatten(2) if ctx.channels_first else grad.reshape(len(grad), -1, len(outer)).transpose(1, 2)
+        own = (outer.T.to(grad.dtype) @ delta).to(dtype) @ small.transpose(1, 2).to(dtype)  # [R, k_out, k_in]
+        return grad, own.new_zeros(shape).index_add(0, rows, own), None, None, None, None

@@ -79,7 +79,7 @@ def error_of(name: str, encoder: str = "resnet", looking=small.look) -> float:
 def test_negative_control_one_sign_for_both_copies(name, monkeypatch):
     module = getattr(evaluators, name)
     right = base.signed_copies
-    monkeypatch.setattr(module, "signed_copies", lambda *args: (right(*args)[0], right(*args)[1].abs()))
+    monkeypatch.setattr(module, "signed_copies", lambda *args: (right(*args)[0], tuple(map(abs, right(*args)[1]))))
     assert error_of(name) > 0.5
 
 
@@ -117,9 +117,7 @@ def test_negative_control_patterns_of_their_own(monkeypatch):
     cfg = config("resnet", "sketch", rho=1e-3)
     exact = expected("resnet", "sketch")[1]
     assert relative(constrained(cfg, context(cfg))[1], exact) < 1e-4
-    monkeypatch.setattr(
-        base, "partners", lambda count, total, branches, device: torch.arange(branches * total, device=device)
-    )
+    monkeypatch.setattr(evaluators.sketch, "shared", lambda *args: contextlib.nullcontext())
     assert relative(constrained(cfg, context(cfg))[1], exact) > 0.1
 
 
@@ -130,14 +128,7 @@ def test_negative_control_probes_that_end_before_the_forward(name, monkeypatch):
     from distunlearn.constraints.probes import ProbeSet
 
     kind = GhostGradients if name == "ghost_norm" else ProbeSet
-    right = kind.armed
-
-    @contextlib.contextmanager
-    def early(self, cores, rows, signs=None):
-        with contextlib.nullcontext() if signs is not None or name == "ghost_norm" else right(self, cores, rows):
-            yield
-
-    monkeypatch.setattr(kind, "armed", early)
+    monkeypatch.setattr(kind, "armed", lambda *args: contextlib.nullcontext())
     assert error_of(name, "vit") > 0.9
 
 

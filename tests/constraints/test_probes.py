@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from distunlearn.constraints.ghost import Recorder
-from distunlearn.constraints.patterns import partners, shared_pattern
+from distunlearn.constraints.patterns import shared_pattern
 from distunlearn.constraints.probes import ProbeSet, probed_layers
 from distunlearn.errors import ConfigError
 
@@ -56,14 +56,14 @@ def test_gradients_of_cores_are_sketches_of_per_sample_gradients(encoder):
     kinds = {type(layer) for layer in probes.layers.values()}
     assert kinds == {nn.Linear, nn.Conv2d} and len(probes.layers) > 10
     leaves = probes.leaves(N)
-    with probes.armed(leaves, torch.arange(N).repeat(VIEWS)):
+    with probes.listening(leaves, torch.arange(N).repeat(VIEWS)):
         found = torch.autograd.grad(loss(model(images).output, weights), leaves)
     exact = per_sample(model, images, weights, probes.layers)
     for name, sketch, inner, outer in zip(probes.layers, found, probes.ins, probes.outs, strict=True):
         expected = outer.T @ exact[name].flatten(2) @ inner.flatten(1).T
         assert (sketch - expected).norm() <= 1e-12 * expected.norm(), name
     wrong = probes.leaves(N)
-    with probes.armed(wrong, torch.arange(N).repeat_interleave(VIEWS)):  # negative control: rows of other samples
+    with probes.listening(wrong, torch.arange(N).repeat_interleave(VIEWS)):  # negative control: rows of other samples
         found = torch.autograd.grad(loss(model(images).output, weights), wrong)
     assert (found[0] - outer.T @ exact[name].flatten(2) @ inner.flatten(1).T).norm() > 1e-2
 
@@ -75,8 +75,8 @@ def test_ghost_norms_are_those_of_per_sample_gradients(encoder):
     with recorder.recording():
         total = loss(model(images).output, weights)
     found = recorder.gradients(total, N)
-    kinds = {part.whole is None for part in found._parts.values()}
-    assert kinds == {True, False}  # both forms of the norm are at work
+    forms = {type(part).__name__ for part in found._parts.values()}
+    assert forms == {"_Gram", "_Whole"}  # both forms of the norm are at work
     exact = per_sample(model, images, weights, recorder.layers)
     expected = torch.stack([g.flatten(1).square().sum(1) for g in exact.values()]).sum(0).sqrt()
     assert (found.norm() - expected).abs().max() <= 1e-12 * expected.max()
@@ -102,22 +102,30 @@ def test_a_probed_row_sees_other_weights(layer):
     probes = ProbeSet({"it": layer}, 3, 2, seed=0, step=0, dtype=torch.float64)
     core = torch.randn(2, 3, 2, generator=g, dtype=torch.float64)
     change = probes.outs[0] @ core @ probes.ins[0].flatten(1)
-    with probes.armed([core], rows, signs):
+    with probes.armed([core], rows, signs.tolist()):
         found = layer(x)
     recorder = Recorder({"it": layer})
     with recorder.recording():
         total = (layer(x).square().flatten(1).sum(1) * torch.arange(1.0, 5.0)).sum()
-    ghost = recorder.gradients(total, 4)
-    with ghost.armed(torch.arange(4), signs):
-        stepped = layer(x)
+    ghost = recorder.gradients(total, 4, kept=3)
+    steps = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    with ghost.armed((1.0, -1.0, -0.5, 0.0, 1.0, 1.0, 0.0, 0.5), steps):  # the kept three twice, and rows without sign
+        stepped = layer(x[[0, 1, 2, 3, 0, 1, 0, 2]])
+    still = layer(x)
+    for at, row in ((3, 3), (6, 0)):
+        torch.testing.assert_close(stepped[at], still[row], rtol=0, atol=1e-14)
+    torch.testing.assert_close(stepped[4] - still[0], stepped[0] - still[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(stepped[7] - still[2], still[2] - stepped[2], rtol=1e-9, atol=1e-12)
     for row in range(4):
         def moved(by, row=row):
             changed = dict(layer.named_parameters()) | {"weight": layer.weight + by.view_as(layer.weight)}
             return functional_call(layer, changed, (x[row : row + 1],))
 
         torch.testing.assert_close(found[row : row + 1], moved(signs[row] * change[rows[row]]), rtol=1e-12, atol=1e-12)
-        weight = torch.autograd.grad(layer(x[row : row + 1]).square().sum() * (row + 1), layer.weight)[0]
-        torch.testing.assert_close(stepped[row : row + 1], moved(signs[row] * weight), rtol=1e-12, atol=1e-9)
+        if row < ghost.kept:
+            weight = torch.autograd.grad(layer(x[row : row + 1]).square().sum() * (row + 1), layer.weight)[0]
+            expected = moved(signs[row] * steps[row] * weight)
+            torch.testing.assert_close(stepped[row : row + 1], expected, rtol=1e-12, atol=1e-9)
 
 
 def test_random_matrices_are_alike_everywhere_new_every_step_and_keep_the_norm():
@@ -178,19 +186,17 @@ def test_probes_must_span_a_backward_that_runs_the_forward_again():
 def test_copies_share_the_pattern_of_their_midpoint():
     relu, pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
     x = torch.tensor([[0.3], [-0.2], [0.5], [-0.4], [0.1], [-1.0]])  # +, +, -, -, and two without a copy
-    partner = partners(2, 6, 1, torch.device("cpu"))
-    assert partner.tolist() == [2, 3, 0, 1, 4, 5]
     moved = torch.tensor([[0.3], [0.2], [-0.1], [-0.4], [0.1], [-1.0]]).requires_grad_()
-    with shared_pattern(relu, partner):
+    with shared_pattern(relu, 2, 6):
         out = relu(moved * 1)
     assert torch.equal(out.detach().flatten(), torch.tensor([0.3, 0.0, -0.1, 0.0, 0.1, 0.0]))
     out.sum().backward()
     assert moved.grad.flatten().tolist() == [1, 0, 1, 0, 1, 0]
-    with shared_pattern(relu, partner):
+    with shared_pattern(relu, 2, 6):
         same = relu(x.clone())
     assert same.flatten()[4:].tolist() == pytest.approx([0.1, 0.0])
     plus, minus = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[2.5, 1.0], [0.0, 0.0]])
-    with shared_pattern(pool, partners(1, 2, 1, torch.device("cpu"))):
+    with shared_pattern(pool, 1, 2):
         taken = pool(torch.stack([plus, minus])[:, None]).flatten()
     assert taken.tolist() == [1.0, 2.5]  # the midpoint is largest at the first element
     assert pool(plus[None, None]).item() == 2.0  # outside the block nothing is changed

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distunlearn.constraints.patterns import partners, shared_pattern
+from distunlearn.constraints.patterns import shared_pattern
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import ConfigError
 from distunlearn.objectives.bank import Bank
@@ -103,14 +103,16 @@ def reuse_targets(shown: Branches, first: Branches, copies: Tensor) -> Branches:
     return shown._replace(target=first.target[:, copies], target_embedding=first.target_embedding[:, copies])
 
 
-def signed_copies(forget: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def signed_copies(forget: int, total: int, device: torch.device) -> tuple[Tensor, tuple[float, ...]]:
     """Rows of a batch in the order forget (+), forget (-), third-party, and the sign of each (third-party: 0).
+
+    The signs are plain numbers, so that nothing must ask the device which rows are moved.
 
     Both copies of a sample are rows of one forward, so that what they have in common cancels inside the products
     that make the weights' gradient, before any rounding of a reduction.
     """
     first, rest = torch.arange(forget, device=device), torch.arange(forget, total, device=device)
-    signs = torch.cat([torch.ones(forget), -torch.ones(forget), torch.zeros(total - forget)]).to(device)
+    signs = (1.0,) * forget + (-1.0,) * forget + (0.0,) * (total - forget)
     return torch.cat([first, first, rest]), signs
 
 
@@ -139,7 +141,7 @@ def unused_layer(name: str) -> ConfigError:
 
 def shared(ctx: Context, count: int, total: int) -> AbstractContextManager[None]:
     """Within it, both copies of each of the first `count` samples of `signed_copies` have one pattern of units."""
-    return shared_pattern(ctx.model, partners(count, total, ctx.objective.branches, ctx.device))
+    return shared_pattern(ctx.model, count, total)
 
 
 class StepCheck:

@@ -56,14 +56,15 @@ class GhostNorm:
         """See `Evaluator.features`; without graph, and a part of the batch at a time."""
         found = []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
-            gradients, pairs = self._gradients(ctx, batch.part(slice(start, start + CALIBRATION_CHUNK)), bank)
+            piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
+            gradients, pairs = self._gradients(ctx, piece, bank, kept=0)
             found.append((_describe(gradients.norm()), pairs))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
         batch, count = concat_batches(forget, third), len(forget)
-        gradients, seen = self._gradients(ctx, batch, bank)
+        gradients, seen = self._gradients(ctx, batch, bank, kept=count)
         norms = gradients.norm()
         leaf = norms[:count].detach().requires_grad_()
         phi, goal = match(_describe(leaf), _describe(norms[count:]))
@@ -72,9 +73,8 @@ class GhostNorm:
         def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
             """w_i [l_i(+) - l_i(-)] / 2 rho of this rank's samples, and what signed copies and third-party gave."""
             copies, signs = signed_copies(count, len(batch), ctx.device)
-            factors = rho * signs.to(norms.dtype) / norms[copies].clamp_min(NORM_FLOOR)
-            branches = ctx.objective.branches
-            with gradients.armed(copies.repeat(branches), factors.repeat(branches)), shared(ctx, count, len(copies)):
+            steps = rho / norms[:count].clamp_min(NORM_FLOOR)
+            with gradients.armed(signs * ctx.objective.branches, steps), shared(ctx, count, len(copies)):
                 shown = [
                     self.look(ctx, batch, pair=pair, copies=copies, network=network, momentum=False)
                     for pair in range(self.cfg.method.view_pairs)
@@ -94,8 +94,10 @@ class GhostNorm:
         return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
 
     @grad_wanted
-    def _gradients(self, ctx: Context, batch: Batch, bank: Bank | None) -> tuple[GhostGradients, list[Branches]]:
-        """Gradients of all samples of a batch, and the branches they come from; without graph."""
+    def _gradients(
+        self, ctx: Context, batch: Batch, bank: Bank | None, kept: int
+    ) -> tuple[GhostGradients, list[Branches]]:
+        """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches; without graph."""
         recorder = Recorder(probed_layers(ctx.model, self.cfg.constraint.layers))
         with recorder.recording():
             pairs = [
@@ -103,7 +105,7 @@ class GhostNorm:
             ]
         total = mean_loss(ctx, pairs, bank).sum()
         try:
-            gradients = recorder.gradients(total, len(batch))
+            gradients = recorder.gradients(total, len(batch), kept)
         except KeyError as error:
             raise unused_layer(error.args[0]) from error
         return gradients, [without_graph(b) for b in pairs]

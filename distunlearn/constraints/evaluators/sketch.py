@@ -95,7 +95,7 @@ class _Probing:
         rows = torch.arange(len(batch), device=ctx.device).repeat(ctx.objective.branches)
         attention = sdpa_kernel(SDPBackend.MATH) if exact else nullcontext()  # fused kernels differentiate once
         network = ctx.forward if exact else ctx.first_pass  # what the optimizer sees, or not
-        with probes.armed(leaves, rows), attention:
+        with probes.listening(leaves, rows), attention:
             pairs = [
                 self.look(ctx, batch, pair=pair, network=network) for pair in range(self.cfg.method.view_pairs)
             ]
@@ -132,7 +132,7 @@ class Sketch(_Probing):
             copies, signs = signed_copies(count, len(batch), ctx.device)
             branches = ctx.objective.branches
             rows = copies.clamp_max(count - 1).repeat(branches)  # third-party: any core, its sign is 0
-            with probes.armed((rho * unit).unbind(1), rows, signs.repeat(branches)), shared(ctx, count, len(copies)):
+            with probes.armed((rho * unit).unbind(1), rows, signs * branches), shared(ctx, count, len(copies)):
                 shown = [
                     reuse_targets(
                         self.look(ctx, batch, pair=pair, copies=copies, network=network, momentum=False), first, copies

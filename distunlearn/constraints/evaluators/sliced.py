@@ -105,7 +105,7 @@ class Sliced:
         branches = ctx.objective.branches
         rows = torch.zeros_like(copies).repeat(branches)
         moved = [rho * part for part in core]
-        with probes.armed(moved, rows, signs.repeat(branches)), shared(ctx, count, len(copies)):
+        with probes.armed(moved, rows, signs * branches), shared(ctx, count, len(copies)):
             shown = [
                 self.look(ctx, batch, pair=pair, copies=copies, momentum=targets is None)
                 for pair in range(self.cfg.method.view_pairs)
