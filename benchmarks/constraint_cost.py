@@ -8,6 +8,7 @@ gives 1.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,8 +33,18 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# torch's own table lacks the fused attention of CPUs.
-MISSING = {
+def _convolution_backward(
+    grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, outputs: Any,
+    groups: int, mask: Any, *args: Any, out_shape: Any = None, **kwargs: Any,
+) -> int:
+    """Each of the two gradients takes as many operations as the forward."""
+    assert not transposed, "no encoder here has a transposed convolution"
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * (bool(mask[0]) + bool(mask[1]))
+
+
+# torch's own table lacks the fused attention of CPUs, and takes no notice of groups in the gradient of a weight.
+CORRECTED = {
+    ATEN.convolution_backward: _convolution_backward,
     ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -41,7 +52,7 @@ MISSING = {
 
 def flops(run: Callable[[], Any]) -> int:
     """Floating point operations of matrix products, convolutions and attention; one multiply-add is two."""
-    with FlopCounterMode(display=False, custom_mapping=MISSING) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
         run()
     return counter.get_total_flops()
 
