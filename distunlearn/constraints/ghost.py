@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distunlearn.constraints.probes import Layer, moved_rows
+from distunlearn.constraints.probes import Layer, added_to, moved_rows
 
 __all__ = ["GhostGradients", "Recorder"]
 
@@ -237,7 +237,6 @@ class GhostGradients:
             x = x if moved is None else x.index_select(0, moved)
             added = part.times(x).reshape(len(x), *output.shape[1:])
             added = added * factors.to(x.dtype).view(-1, *[1] * (output.dim() - 1))
-            # Out of place: the layer's own output may be needed as it is by its backward, or be a view.
-            return output + added if moved is None else output.index_add(0, moved, added.to(output.dtype))
+            return added_to(output, added, moved)
 
         return add

@@ -75,6 +75,18 @@ def moved_rows(signs: Sequence[float], device: torch.device | str) -> Tensor | N
     return None if len(rows) == len(signs) else torch.tensor(rows, dtype=torch.int64, device=device)
 
 
+def added_to(output: Tensor, added: Tensor, moved: Tensor | None) -> Tensor:
+    """`output` [R, ...] plus `added` at the rows `moved` (None: at all); half precision is widened to float32.
+
+    Rounding the sum to bf16 would lose most of a step of the finite difference, and round both copies differently.
+    Out of place: the layer's own output may be needed as it is by its backward, or be a view.
+    """
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
+    added = added.to(output.dtype)
+    return output + added if moved is None else output.index_add(0, moved, added)
+
+
 class ProbeSet:
     """The probes of one step on some layers of a model; nothing of it is a parameter or a buffer.
 
@@ -176,8 +188,7 @@ class ProbeSet:
             if isinstance(layer, nn.Linear):
                 added = added.transpose(1, 2)
             added = added.reshape(len(x), *output.shape[1:])
-            # Out of place: the layer's own output may be needed as it is by its backward, or be a view.
-            return output + added if moved is None else output.index_add(0, moved, added.to(output.dtype))
+            return added_to(output, added, moved)
 
         return add
 

@@ -41,7 +41,11 @@ class EncoderOutput(NamedTuple):
 
 
 class Head(nn.Module):
-    """Linear - BatchNorm - ReLU - Linear, or with `hidden_dim` None a single Linear: [n, in] -> ([n, Hd], [n, out])."""
+    """Linear - BatchNorm - ReLU - Linear, or with `hidden_dim` None a single Linear: [n, in] -> ([n, Hd], [n, out]).
+
+    Always in the precision of its weights: a loss that looks at small differences of outputs would look at the
+    rounding of bf16 instead, and a head is a small part of the work.
+    """
 
     def __init__(self, in_dim: int, hidden_dim: int | None, out_dim: int) -> None:
         super().__init__()
@@ -56,8 +60,9 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the result of the last linear layer."""
-        hidden = self.body(x)
-        return hidden, self.last(hidden)
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = self.body(x.to(self.last.weight.dtype))
+            return hidden, self.last(hidden)
 
 
 class ContrastiveModel(nn.Module):
