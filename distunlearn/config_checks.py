@@ -161,6 +161,11 @@ def _constraint(cfg: RunConfig) -> Iterator[str]:
             f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
             f"backend={cfg.backend}; set constraint.evaluator=sketch, or backend=ddp"
         )
+    if constraint.evaluator == "sliced" and cfg.precision == "bf16" and cfg.method.name == "third_party":
+        yield (
+            "constraint.evaluator=sliced compares gradients as single numbers, whose order the rounding of "
+            "precision=bf16 changes; set constraint.evaluator=sketch, or precision=fp32"
+        )
 
 
 def _processes(cfg: RunConfig, world: int) -> Iterator[str]:

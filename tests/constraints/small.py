@@ -31,6 +31,15 @@ ENCODERS = {
         name="vit_tiny_patch16_224", image_size=16, in_chans=1, stem="standard",
         args={"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"},
     ),
+    # Of ordinary width: what a step may be, and how large rounding is, depends on it.
+    "wide resnet": EncoderConfig(
+        name="resnet18", image_size=16, in_chans=1, stem="deep",
+        args={"output_stride": 8, "stem_width": 16, "channels": [32, 64, 128, 256]},
+    ),
+    "wide vit": EncoderConfig(
+        name="vit_tiny_patch16_224", image_size=16, in_chans=1, stem="standard",
+        args={"patch_size": 4, "depth": 6, "class_token": False, "global_pool": "avg"},
+    ),
 }  # fmt: skip
 SIZES = {"retain": 10, "forget": 4, "third_party": 5}
 

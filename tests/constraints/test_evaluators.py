@@ -12,12 +12,14 @@ import torch
 from small import at, config, constrained, context, cosine, features_of, reference, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distunlearn.config_checks import cross_checks
 from distunlearn.constraints import evaluators
 from distunlearn.constraints.evaluators import base, extra_images
 from distunlearn.errors import ConfigError
 
 PROBING = ("sketch", "sliced", "ghost_norm")
 ENCODERS = ("vit", "resnet")
+WIDE = ("wide vit", "wide resnet")
 CASES = [(e, n, "simclr", 1) for e in ENCODERS for n in PROBING]
 CASES += [("resnet", "sketch", "moco", 2), ("vit", "ghost_norm", "moco", 2), ("resnet", "sliced", "byol", 1)]
 CASES += [("vit", "sketch", "mocov3", 1), ("resnet", "ghost_norm", "supervised", 1)]
@@ -54,7 +56,7 @@ def test_double_backward_is_exact(encoder, objective, pairs):
     assert relative(gradient, exact) <= 1e-10
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", [*ENCODERS, *WIDE])
 @pytest.mark.parametrize("name", PROBING)
 def test_float32_at_the_default_step(encoder, name):
     cfg = config(encoder, name)
@@ -62,11 +64,32 @@ def test_float32_at_the_default_step(encoder, name):
     assert relative(gradient.double(), expected(encoder, name)[1]) <= 2e-3
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_bf16_at_the_default_step(encoder):
-    cfg = replace(config(encoder, "sketch"), precision="bf16")
+@pytest.mark.parametrize("encoder", [*ENCODERS, *WIDE])
+@pytest.mark.parametrize("name", ["sketch", "ghost_norm"])
+def test_bf16_at_the_default_step(encoder, name):
+    cfg = replace(config(encoder, name), precision="bf16")
     _, gradient = constrained(cfg, context(cfg, torch.float32, autocast=True))
-    assert cosine(gradient.double(), expected(encoder, "sketch")[1]) >= 0.99
+    assert cosine(gradient.double(), expected(encoder, name)[1]) >= 0.99
+
+
+def test_negative_control_a_step_too_long_for_ordinary_width():
+    """What a narrow network bears: the error is of third order in the step, and grows with the width."""
+    cosines = {}
+    for encoder in ("vit", "wide vit"):
+        cfg = replace(config(encoder, "ghost_norm", rho=3e-2), precision="bf16")
+        _, gradient = constrained(cfg, context(cfg, torch.float32, autocast=True))
+        cosines[encoder] = cosine(gradient.double(), expected(encoder, "ghost_norm")[1])
+    assert cosines["vit"] >= 0.99 > 0.9 > cosines["wide vit"]
+
+
+def test_bf16_is_refused_where_gradients_are_single_numbers():
+    cfg = replace(config("vit", "sliced"), precision="bf16")
+    with pytest.raises(ConfigError, match="precision=bf16; set precision=fp32, or constraint.evaluator=sketch"):
+        small.evaluator(cfg)
+    assert ["precision=bf16" in problem for problem in cross_checks(cfg)] == [True]
+    for allowed in (replace(cfg, precision="fp32"), at(cfg, evaluator="sketch")):
+        assert cross_checks(allowed) == []
+        small.evaluator(allowed)
 
 
 def error_of(name: str, encoder: str = "resnet", looking=small.look) -> float:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GhostNorm"]
 
-RHO = {"fp32": 3e-3, "bf16": 3e-2}  # length of a step in the space of all weights
+RHO = {"fp32": 5e-4, "bf16": 6e-3}  # length of a step in the space of all weights
 
 
 class GhostNorm:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DoubleBackward", "Sketch", "describe", "draw_probes"]
 
-RHO = {"fp32": 1e-3, "bf16": 3e-2}
+RHO = {"fp32": 5e-4, "bf16": 7e-3}
 
 
 def draw_probes(cfg: RunConfig, ctx: Context, draw: int) -> ProbeSet:

@@ -31,6 +31,7 @@ from distunlearn.constraints.evaluators.base import (
 from distunlearn.constraints.evaluators.sketch import draw_probes
 from distunlearn.constraints.probes import ProbeSet
 from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.errors import ConfigError
 from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sliced", "direction"]
 
-RHO = {"fp32": 3e-3, "bf16": 1e-1}
+RHO = {"fp32": 3e-3}
 
 _DIRECTION_STREAM = 0x736C69636564
 
@@ -54,9 +55,18 @@ def direction(probes: ProbeSet, seed: int, draw: int) -> list[Tensor]:
 
 
 class Sliced:
-    """Features s_i, [n, 1]."""
+    """Features s_i, [n, 1].
+
+    Raises:
+        ConfigError: precision=bf16. Phi of numbers goes by their order, and rounding changes it.
+    """
 
     def __init__(self, cfg: RunConfig, look: Look) -> None:
+        if cfg.precision not in RHO:
+            raise ConfigError(
+                f"constraint.evaluator=sliced cannot tell gradients apart in precision={cfg.precision}; set "
+                "precision=fp32, or constraint.evaluator=sketch."
+            )
         self.cfg, self.look = cfg, look
         self.rho = default_rho(cfg, RHO)
         self.check = StepCheck(cfg, self.rho)
