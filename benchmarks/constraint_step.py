@@ -72,11 +72,14 @@ class Bench:
             out = self.model(images)
         return EncoderOutput(*(part.float() for part in out))
 
-    def step(self, name: str) -> Callable[[], None]:
-        """A function that runs one step of `name` (of STEPS): loss and backward, gradients dropped before."""
+    def step(self, name: str, **constraint: int) -> Callable[[], None]:
+        """A function that runs one step of `name` (of STEPS): loss and backward, gradients dropped before.
+
+        constraint: settings of the constraint other than the defaults.
+        """
         cfg, method = self.cfg, Finetune()
         if name != "plain":
-            cfg = replace(cfg, constraint=ConstraintConfig(evaluator=name))
+            cfg = replace(cfg, constraint=ConstraintConfig(evaluator=name, **constraint))
             method = ThirdParty(cfg)
         ctx = Context(cfg, make_objective(cfg.objective), self.model, self._forward, self.device, step=1)
         batches = self.batches if name != "plain" else {"retain": self.batches["retain"]}

@@ -82,7 +82,7 @@ def context(cfg: RunConfig, dtype: torch.dtype = torch.float64, autocast: bool =
         if not autocast:
             return model(images.to(dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            out = model(images)
+            out = model(images.float())
         return EncoderOutput(*(part.float() for part in out))
 
     ctx.forward = forward

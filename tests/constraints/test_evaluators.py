@@ -182,6 +182,9 @@ def test_input_penalty_against_double_backward(encoder, center):
     single = replace(cfg, precision="fp32")
     _, gradient = constrained(single, context(single, torch.float32))
     assert relative(gradient.double(), exact) <= 2e-3
+    half = replace(cfg, precision="bf16")
+    _, gradient = constrained(half, context(half, torch.float32, autocast=True))
+    assert cosine(gradient.double(), exact) >= 0.99
 
 
 def test_the_step_is_checked_and_a_bad_one_reported_once():
