@@ -76,7 +76,7 @@ def measured(
         for number in range(rounds):
             for step in order.sample(list(runs), len(runs)):
                 bench.model.zero_grad(set_to_none=True)  # gradients of the step before are not this one's memory
-                found.setdefault(name, {}).setdefault(step, []).append(timed(runs[step], bench.device))
+                found.setdefault(name, {step: [] for step in runs})[step].append(timed(runs[step], bench.device))
             print(name, "round", number + 1, "of", rounds, flush=True)
     return found
 

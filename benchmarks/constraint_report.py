@@ -55,8 +55,8 @@ def counts(result: dict[str, Any]) -> str:
                 f"{own['live_bytes'] / plain['live_bytes']:.2f}", f"{own['live_bytes'] / double['live_bytes']:.2f}",
             ])  # fmt: skip
     header = [
-        "encoder", "step", "operations, 10^9", "to plain", "bound", "to double backward", "live memory, MiB", "to plain",
-        "to double backward",
+        "encoder", "step", "operations, 10^9", "to plain", "bound", "to double backward", "live memory, MiB",
+        "to plain", "to double backward",
     ]  # fmt: skip
     return table(header, rows)
 
@@ -84,7 +84,8 @@ def times(result: dict[str, Any]) -> str:
 
 def document(result: dict[str, Any]) -> str:
     own, retain = result["machine"], result["retain"]
-    hardware = f"{own['cpu']['model']}, {own['cpu']['cores']} cores, {own['memory_gib']} GiB, " + (own["gpu"] or "no GPU")
+    cpu, gpu = own["cpu"], own["gpu"] or "no GPU"
+    hardware = f"{cpu['model']}, {cpu['cores']} cores, {own['memory_gib']} GiB, {gpu}"
     missing = (
         "CUDA (`--device cuda --precision bf16`: ViT-B/16 and ResNet-50, fused attention, "
         "torch.cuda.max_memory_allocated): **not measured**."
@@ -97,9 +98,9 @@ def document(result: dict[str, Any]) -> str:
         for step, samples in steps.items()
     ]
     paragraphs = [
-        f"Date: {own['date']}. Commit {own['commit']}. Python {own['python']}, torch {own['torch']}, timm {own['timm']}. "
-        f"Hardware: {hardware}; one thread, load average {own['load_average']:.1f} at the start. The run took "
-        f"{result['minutes']:.1f} minutes.",
+        f"Date: {own['date']}. Commit {own['commit']}. Python {own['python']}, torch {own['torch']}, timm "
+        f"{own['timm']}. Hardware: {hardware}; one thread, load average {own['load_average']:.1f} at the start. "
+        f"The run took {result['minutes']:.1f} minutes.",
         f"Command: `{result['command']}`",
         "A step is loss and backward of the whole `third_party` method (SimCLR, one pair of views), without the "
         "optimizer, at a step that does not check its finite difference; `plain` is the contrastive step on the retain "
@@ -109,9 +110,9 @@ def document(result: dict[str, Any]) -> str:
         "## Operations and memory\n",
         "16 retain, 4 forgotten, 4 third-party images, in float32, counted on tensors without values. Operations are "
         "those of matrix products, convolutions and attention; one multiply-add is two. Live memory is the peak of all "
-        "tensors made within the step. With n constraint images to N retain images, half of them to forget, and without "
-        "the probes' own work, one expects `head` 1 + n/N = 1.50; `sliced` 1 + n/N + (n_t/N)(2/3) + n_f/N = 1.92; "
-        "`sketch` 1 + (2/3) n/N + 2 n_f/N + n_t/N = 2.08.",
+        "tensors made within the step. With n constraint images to N retain images, half of them to forget, and "
+        "without the probes' own work, one expects `head` 1 + n/N = 1.50; `sliced` 1 + n/N + (n_t/N)(2/3) + n_f/N = "
+        "1.92; `sketch` 1 + (2/3) n/N + 2 n_f/N + n_t/N = 2.08.",
         counts(result),
         "## Time\n",
         f"{retain} retain, {retain // 4} forgotten, {retain // 4} third-party images, {result['precision']}. Medians "

@@ -5,6 +5,7 @@
 | `head` | per-sample gradient of the last linear layer in closed form: norms and sketches |
 | `probes` | per-sample low-rank changes of weights by activations: sketches and signed copies |
 | `ghost` | exact per-sample gradient norms over many layers, and the step along each own gradient |
+| `rows` | adding to some rows of a layer's output without keeping more than a backward pass needs |
 | `patterns` | one pattern of active units for both signed copies of a sample |
 | `evaluators` | the ways to reach per-sample gradients behind one interface |
 | `distances` | two-sample distances by name, energy distance, exact gradient over shards, permutation test |

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distunlearn.constraints.probes import Layer, added_to, moved_rows
+from distunlearn.constraints.probes import Layer
+from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows
 
 __all__ = ["GhostGradients", "Recorder"]
 
@@ -156,9 +157,7 @@ class _Whole:
         if isinstance(layer, nn.Linear):
             return _as_output(layer, by_row(by_sample(columns(layer, x), count) @ matrix.transpose(1, 2), len(x)))
         side_by_side = x.reshape(-1, count * x.shape[1], *x.shape[2:])
-        out = F.conv2d(
-            side_by_side, matrix.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, groups=count
-        )
+        out = constant_conv2d(layer, side_by_side, matrix.flatten(0, 1), groups=count)
         return out.reshape(len(x), layer.out_channels, *out.shape[2:])
 
 

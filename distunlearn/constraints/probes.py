@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows
 from distunlearn.errors import ConfigError
 
-__all__ = ["ProbeSet", "moved_rows", "probed_layers"]
+__all__ = ["ProbeSet", "probed_layers"]
 
 _PROBE_STREAM = 0x70726F6265  # keeps these random numbers apart from all others of the same seed
 
@@ -67,24 +68,6 @@ def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Lay
                 "follow; choose other layers by constraint.layers, or set constraint.evaluator=head."
             )
     return found
-
-
-def moved_rows(signs: Sequence[float], device: torch.device | str) -> Tensor | None:
-    """int64: the rows whose sign is not 0; None if that is all of them. A plain sequence is read without the device."""
-    rows = [row for row, sign in enumerate(signs) if sign]
-    return None if len(rows) == len(signs) else torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def added_to(output: Tensor, added: Tensor, moved: Tensor | None) -> Tensor:
-    """`output` [R, ...] plus `added` at the rows `moved` (None: at all); half precision is widened to float32.
-
-    Rounding the sum to bf16 would lose most of a step of the finite difference, and round both copies differently.
-    Out of place: the layer's own output may be needed as it is by its backward, or be a view.
-    """
-    if output.dtype in (torch.float16, torch.bfloat16):
-        output = output.float()
-    added = added.to(output.dtype)
-    return output + added if moved is None else output.index_add(0, moved, added)
 
 
 class ProbeSet:
@@ -208,7 +191,7 @@ class ProbeSet:
         inner = self.ins[index].to(x.dtype)
         if isinstance(layer, nn.Linear):
             return F.linear(x, inner).reshape(len(x), -1, self.k_in).transpose(1, 2)
-        return F.conv2d(x, inner, None, layer.stride, layer.padding, layer.dilation).flatten(2)
+        return constant_conv2d(layer, x, inner).flatten(2)
 
 
 class _Listener(torch.autograd.Function):
