@@ -86,7 +86,7 @@ def document(result: dict[str, Any]) -> str:
     own, retain = result["machine"], result["retain"]
     cpu, gpu = own["cpu"], own["gpu"] or "no GPU"
     hardware = f"{cpu['model']}, {cpu['cores']} cores, {own['memory_gib']} GiB, {gpu}"
-    missing = (
+    unmeasured = (
         "CUDA (`--device cuda --precision bf16`: ViT-B/16 and ResNet-50, fused attention, "
         "torch.cuda.max_memory_allocated): **not measured**."
         if result["device"] == "cpu"
@@ -106,7 +106,7 @@ def document(result: dict[str, Any]) -> str:
         "optimizer, at a step that does not check its finite difference; `plain` is the contrastive step on the retain "
         "images alone. Forgotten and third-party images are a quarter of the retain images each. What is counted, and "
         "how: the scripts' texts.",
-        missing,
+        unmeasured,
         "## Operations and memory\n",
         "16 retain, 4 forgotten, 4 third-party images, in float32, counted on tensors without values. Operations are "
         "those of matrix products, convolutions and attention; one multiply-add is two. Live memory is the peak of all "
