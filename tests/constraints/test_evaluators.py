@@ -257,9 +257,12 @@ class Kernels(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.queries: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.add(str(function))
+        if "flash_attention" in str(function) and "backward" not in str(function):
+            self.queries.add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -274,3 +277,13 @@ def test_attention_stays_fused_but_for_double_backward(name):
     fused = any("flash_attention" in kernel and "backward" in kernel for kernel in seen.names)
     in_parts = any("_safe_softmax" in kernel for kernel in seen.names)
     assert (fused, in_parts) == ((False, True) if name == "double_backward" else (True, False))
+
+
+@pytest.mark.parametrize("name", ["sketch", "ghost_norm"])
+def test_attention_sees_bf16_although_probes_add_in_float32(name):
+    cfg = replace(config("vit", name), precision="bf16")
+    ctx = context(cfg, torch.float32, autocast=True)
+    keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
+    with Kernels() as seen:
+        small.gradient(ctx, small.evaluator(cfg).constrain(ctx, *roles, keys, small.match).term)
+    assert seen.queries == {torch.bfloat16}
