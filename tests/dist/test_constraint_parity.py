@@ -115,6 +115,7 @@ def _train(cfg: RunConfig, ctx: Context, steps: int, backward, update, state) ->
 @functools.cache
 def trained(encoder: str) -> dict[str, torch.Tensor]:
     """Weights after a short training in one process: fresh ones tell images apart by little more than rounding."""
+    torch.set_num_threads(1)  # as the ranks have: the training makes much of another order of rounding
     cfg = config(encoder, "head")
     model = build_model(cfg, None)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
