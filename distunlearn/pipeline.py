@@ -88,6 +88,7 @@ def report(run_dir: Path) -> Path:
 
 def run(cfg: RunConfig, out: Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
+    from distunlearn.engine.backends.process_group import wait_for_all
     from distunlearn.planning import make_plan
 
     planned = make_plan(cfg, out)
@@ -101,6 +102,7 @@ def run(cfg: RunConfig, out: Path) -> int:
     code = audit(out)
     if _is_main():
         report(out)
+    wait_for_all()  # a launcher ends all processes when the first leaves with a code, while this one still writes
     return code
 
 

@@ -21,7 +21,7 @@ from distunlearn.errors import ConfigError, RankLostError
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
 
-__all__ = ["Place", "join"]
+__all__ = ["Place", "join", "wait_for_all"]
 
 # How long a rank waits for the others. The main rank prepares data and audits alone, hence so long; a process
 # that dies is noticed at once, by its closed connection or by the launcher.
@@ -125,6 +125,12 @@ def _enter(world: int, device: torch.device) -> None:
                 "process runs and reaches MASTER_ADDR and MASTER_PORT."
             ) from error
     atexit.register(_leave)
+
+
+def wait_for_all() -> None:
+    """Return once all processes of the run have come here; at once where there is one. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def _leave() -> None:

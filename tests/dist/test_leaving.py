@@ -1,0 +1,50 @@
+"""Nobody leaves before the main process has written the report: launchers end all processes with the first."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import launch
+
+from distunlearn import pipeline
+from distunlearn.config_io import load_config
+from distunlearn.engine.backends import open_backend, process_group
+from distunlearn.engine.backends.process_group import wait_for_all
+
+INCONCLUSIVE = 7
+
+
+def main() -> None:
+    folder, waits = Path(sys.argv[1]), sys.argv[2] == "waits"
+    if not waits:
+        process_group.wait_for_all = lambda: None
+    started = []
+
+    def slow_report(out: Path) -> None:
+        time.sleep(2)
+        (out / "report.html").write_text("evidence")
+
+    pipeline.pretrain = lambda cfg, out: started.append(open_backend(cfg))
+    pipeline.unlearn = lambda cfg, out: started[0].barrier()
+    pipeline.audit = lambda out: INCONCLUSIVE
+    pipeline.report = slow_report
+    out = folder / "run"
+    code = pipeline.run(load_config("digits", None, ["backend=ddp", "threads=1"]), out)
+    rank = started[0].rank
+    torch.save({"code": code, "reported": (out / "report.html").exists()}, folder / f"rank-{rank}.pt")
+    wait_for_all()
+
+
+@pytest.mark.parametrize(("how", "expected"), [("waits", [True, True]), ("negative control", [True, False])])
+def test_the_report_is_written_before_any_process_leaves(tmp_path, how, expected):
+    ranks = launch(__file__, 2, tmp_path, how)
+    assert [r["code"] for r in ranks] == [INCONCLUSIVE] * 2
+    assert [r["reported"] for r in ranks] == expected
+
+
+if __name__ == "__main__":
+    main()
