@@ -114,6 +114,7 @@ class PretrainConfig:
 
     epochs: PositiveInt = 300
     batch: PositiveInt = 128  # images per global batch (two views each)
+    accumulate: PositiveInt = 1  # micro-batches a step: parts of the batch with losses of their own, less memory
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 2e-3
     weight_decay: NonNegativeFloat = 1e-4
@@ -132,6 +133,7 @@ class UnlearnConfig:
     retain_batch: PositiveInt = 128
     forget_batch: Annotated[int, Field(ge=2)] = 50
     third_party_batch: Annotated[int, Field(ge=2)] = 50
+    accumulate: PositiveInt = 1  # micro-batches a step, each with a part of all three batches
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 1e-4

@@ -34,6 +34,7 @@ def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     checks = (_seed, _text, _sources, _forget, _sizes, _encoder, _views, _objective, _constraint)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
+    problems.extend(_shares(cfg, world))
     return problems
 
 
@@ -173,14 +174,29 @@ def _processes(cfg: RunConfig, world: int) -> Iterator[str]:
         return
     if cfg.backend == "single":
         yield f"backend=single cannot use {world} processes; set backend=ddp or start one process"
-    sizes = {"pretrain.batch": cfg.pretrain.batch}
-    sizes |= {f"unlearn.{key}": getattr(cfg.unlearn, key) for key in ("retain_batch", "forget_batch")}
-    sizes["unlearn.third_party_batch"] = cfg.unlearn.third_party_batch
-    for key, size in sizes.items():
-        if size % world:
-            below, above = size // world * world, (size // world + 1) * world
+
+
+def _shares(cfg: RunConfig, world: int) -> Iterator[str]:
+    """Every batch divides into equal micro-batches, and those into equal shares of the processes.
+
+    A micro-batch has losses of its own: contrast and the distances between gradients need two images in each.
+    """
+    sizes = [("pretrain.batch", cfg.pretrain.batch, cfg.pretrain.accumulate)]
+    for key in ("retain_batch", "forget_batch", "third_party_batch"):
+        sizes.append((f"unlearn.{key}", getattr(cfg.unlearn, key), cfg.unlearn.accumulate))
+    for key, size, parts in sizes:
+        unit = parts * world
+        if size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
             nearest = f"{below} or {above}" if below else f"{above}"
-            yield f"{key}={size} cannot be shared equally by {world} processes; set it to {nearest}"
+            sharers = [f"{world} processes"] * (world > 1)
+            sharers += [f"{parts} micro-batches ({key.split('.')[0]}.accumulate)"] * (parts > 1)
+            yield f"{key}={size} cannot be shared equally by {' and '.join(sharers)}; set it to {nearest}"
+        elif parts > 1 and size // parts < 2:
+            yield (
+                f"{key}={size} leaves {size // parts} image to each of {key.split('.')[0]}.accumulate={parts} "
+                f"micro-batches, expected at least 2; lower {key.split('.')[0]}.accumulate"
+            )
 
 
 def _value(cfg: RunConfig, key: str) -> Any:

@@ -1,15 +1,15 @@
 """The training loop: the same for pretraining, retraining and every way to forget.
 
-Step = batches of the schedule -> loss of the method -> finite check over ranks -> backward -> optimizer
--> momentum encoder -> ledger, metrics, now and then a checkpoint. State at step k is (weights, optimizer,
-momentum encoder, queue, method, k): data order and views are pure functions of the step, so that a killed
-run, started again, ends in the same weights.
+Step = batches of the schedule -> loss of the method -> finite check over ranks -> backward (up to here once for each
+micro-batch) -> optimizer -> momentum encoder -> ledger, metrics, now and then a checkpoint. State at step k is
+(weights, optimizer, momentum encoder, queue, method, k): data order and views are pure functions of the step, so that
+a killed run, started again, ends in the same weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,27 @@ def train_phase(phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, te
     return runner.run()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What is left of a micro-batch after its backward."""
+
+    loss: Tensor
+    metrics: dict[str, float]
+    consumed: dict[str, list[str]]
+    ids: dict[str, list[str]]
+
+
+def _merged(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
+    """The ids of all micro-batches, by name."""
+    return {name: [i for part in parts for i in part[name]] for name in parts[0]}
+
+
+def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Every figure averaged over the micro-batches that have it."""
+    found = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 class _Runner:
     def __init__(self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry) -> None:
         self.phase, self.ctx, self.backend = phase, ctx, backend
@@ -111,31 +132,47 @@ class _Runner:
     def _step(self, step: int) -> dict[str, float]:
         phase, ctx, backend = self.phase, self.ctx, self.backend
         ctx.step = step
-        batches = {name: feeder.batch_at(step) for name, feeder in phase.feeders.items()}
         rate = learning_rate(step, phase.steps, phase.optim.lr, phase.optim.warmup)
         backend.set_learning_rate(rate)
-        out = phase.method.loss(ctx, batches)
-        self._require_finite(step, out.loss, "loss", batches)
-        backend.backward(out.loss)
+        parts = [self._micro_batch(step, micro) for micro in range(phase.optim.accumulate)]
+        ids = _merged([part.ids for part in parts])
         norm = backend.grad_norm()
-        self._require_finite(step, torch.as_tensor(norm), "gradient norm", batches)
+        self._require_finite(step, torch.as_tensor(norm), "gradient norm", ids)
         backend.step()
         if ctx.momentum is not None:
             backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
-        consumed = backend.gather_ids(out.consumed)
+        consumed = backend.gather_ids(_merged([part.consumed for part in parts]))
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
-        loss = float(all_reduce_mean(out.loss.detach()))
-        return {"loss": loss, "lr": rate, "grad_norm": float(norm), **out.metrics}
+        figures = _mean([{"loss": float(part.loss), **part.metrics} for part in parts])
+        return {"lr": rate, "grad_norm": float(norm), **self._over_ranks(figures)}
 
-    def _require_finite(self, step: int, value: Tensor, what: str, batches: Mapping[str, Batch]) -> None:
+    def _over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
+        """The mean of every figure over the ranks, which have the same ones and equal shares of the batches."""
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.ctx.device)
+        return dict(zip(figures, all_reduce_mean(values).tolist(), strict=True))
+
+    def _micro_batch(self, step: int, micro: int) -> _Part:
+        """Forward and backward of one part of the step's batches; the gradients of all parts are averaged."""
+        phase, ctx, backend = self.phase, self.ctx, self.backend
+        count = ctx.accumulate = phase.optim.accumulate
+        ctx.micro = micro
+        batches = {name: feeder.batch_at(ctx.draw) for name, feeder in phase.feeders.items()}
+        ids = {name: batch.ids for name, batch in batches.items()}
+        with backend.micro_batch(last=micro == count - 1):
+            out = phase.method.loss(ctx, batches)
+            self._require_finite(step, out.loss, "loss", ids)
+            backend.backward(out.loss / count)
+        return _Part(out.loss.detach(), out.metrics, out.consumed, ids)
+
+    def _require_finite(self, step: int, value: Tensor, what: str, ids: Mapping[str, list[str]]) -> None:
         """Every rank learns of the first value that is not finite before any rank updates."""
         if self.backend.all_finite(value):
             return
-        ids = self.backend.gather_ids({name: batch.ids for name, batch in batches.items()})
+        everyone = self.backend.gather_ids(ids)
         path = self.phase.folder / f"nan-step-{step:08d}.json"
         if self.backend.is_main:
             self.phase.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"phase": self.phase.name, "step": step, "what": what, "ids": ids})
+            write_json(path, {"phase": self.phase.name, "step": step, "what": what, "ids": everyone})
         raise NumericsError(
             f"{self.phase.name}: the {what} at step {step} is not finite; no weights were changed by this step, "
             f"and {path} names its samples; lower the learning rate or the method's weights."

@@ -16,6 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,9 +98,17 @@ class Trained:
 # -- digests ---------------------------------------------------------------------------------------------------------
 
 
+# Settings that came later, at the value that changes nothing: left out, so that older folders keep their digest.
+NEUTRAL = {"accumulate": 1}
+
+
 def _digest(**parts: object) -> str:
-    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}
+    plain = {k: _settings(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(part).items() if NEUTRAL.get(k) != v}
 
 
 def training_digest(session: Session, phase: str) -> str:
@@ -225,7 +234,7 @@ def _train(
             plain_forward=backend.plain_forward(),
             note=functools.partial(session.telemetry.note, name),
         )
-        feeders = _feeders(session, method)
+        feeders = _feeders(session, method, optim.accumulate)
         total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
         phase = Phase(
             name=name,
@@ -345,8 +354,11 @@ FEEDER_ROLES = {
 }
 
 
-def _feeders(session: Session, method: Method) -> dict[str, RoleFeeder]:
-    """One feeder per batch the method asks for: retain and third-party stream, forget is read by offset."""
+def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, RoleFeeder]:
+    """One feeder per batch the method asks for: retain and third-party stream, forget is read by offset.
+
+    They serve micro-batches: number step * accumulate + m holds the m-th part of the rows that the step's batch has.
+    """
     cfg, backend = session.cfg, session.backend
     return {
         name: RoleFeeder(
@@ -354,7 +366,7 @@ def _feeders(session: Session, method: Method) -> dict[str, RoleFeeder]:
             session.manifest,
             FEEDER_ROLES[name],
             seed=cfg.seed,
-            batch=size,
+            batch=size // accumulate,
             rank=backend.rank,
             world=backend.world,
             by_offset=name == "forget",

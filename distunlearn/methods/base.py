@@ -49,6 +49,8 @@ class Context:
     rank: int = 0
     world: int = 1
     step: int = 0
+    micro: int = 0  # which micro-batch of the step, of `accumulate`
+    accumulate: int = 1
     images: int = 0  # images passed through an encoder by this rank: every view, every extra forward
     plain_forward: Callable[[Tensor], EncoderOutput] | None = None
     note: Callable[[str], None] = _silent  # one line for people
@@ -57,6 +59,11 @@ class Context:
     def first_pass(self) -> Callable[[Tensor], EncoderOutput]:
         """What a pass goes through that is differentiated by itself, before the step's one backward."""
         return self.plain_forward or self.forward
+
+    @property
+    def draw(self) -> int:
+        """Number of this micro-batch since the start: what random directions are keyed by, new for every loss."""
+        return self.step * self.accumulate + self.micro
 
     @property
     def view_seed(self) -> int:
@@ -76,6 +83,8 @@ class StepOutput:
 class Method(Protocol):
     """A way to train or to forget.
 
+    With gradient accumulation `loss` is called for every micro-batch of a step, each with its part of the batches.
+
     roles: the roles whose batches `loss` receives, each mapped to the config's global batch size.
     forgets: True where every forget id must be consumed at least once (else the run has no coverage).
     """
@@ -92,7 +101,7 @@ class Method(Protocol):
         ...
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
-        """Loss of one step."""
+        """Loss of one micro-batch, which is the whole step without gradient accumulation."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class ThirdParty:
         for draw in range(CALIBRATION_DRAWS):
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
-                bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self.cfg.unlearn.retain_batch), epoch))
+                bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self._bank_images), epoch))
                 found = [self.evaluator.features(ctx, _at(b, epoch), bank, draw) for b in (calibration, third)]
                 (o_c, c_c), (o_t, _) = (self._outputs(ctx, pairs, bank) for _, pairs in found)
             g_c, g_t = (features for features, _ in found)
@@ -125,10 +125,14 @@ class ThirdParty:
             figures |= {f"phi_star_{name}": switch.target, f"calibration_p_{name}": p_values[name]}
         return figures
 
+    @property
+    def _bank_images(self) -> int:
+        return self.cfg.unlearn.retain_batch // self.cfg.unlearn.accumulate
+
     def _calibration_bank(self, ctx: Context, retain: Batch) -> Bank | None:
         """Bank of the original encoder's retain keys, alike on every rank (a queue holds them already).
 
-        As many images as a step has: confidences fall with the size of the bank.
+        As many images as a micro-batch has: confidences fall with the size of the bank.
         """
         if ctx.queue is not None:
             return ctx.queue.bank(ctx.objective.temperature)
@@ -259,7 +263,7 @@ class ThirdParty:
         sizes = gather_sizes(forget.shape[0], forget.device)
         phi, cotangent = value_and_cotangent(
             self.distance, all_gather_detached(forget, sizes), all_gather_uneven(third),
-            seed=self.cfg.seed, step=ctx.step,
+            seed=self.cfg.seed, step=ctx.draw,
         )
         first = sum(sizes[: ctx.rank])
         local = cotangent[first : first + forget.shape[0]]

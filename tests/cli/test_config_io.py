@@ -390,6 +390,19 @@ def test_batches_are_shared_equally():
     assert "backend=single cannot use 2 processes" in refusal(world=2)
 
 
+def test_micro_batches_are_equal_and_hold_images_to_compare():
+    even = ["unlearn.retain_batch=120", "unlearn.forget_batch=60", "unlearn.third_party_batch=60"]
+    load(*even, "unlearn.accumulate=4", "pretrain.accumulate=4")
+    load(*even, "backend=ddp", "unlearn.accumulate=2", world=2)
+    assert refusal("pretrain.accumulate=3") == (
+        "pretrain.batch=128 cannot be shared equally by 3 micro-batches (pretrain.accumulate); set it to 126 or 129"
+    )
+    both = refusal(*even, "backend=ddp", "unlearn.accumulate=4", "unlearn.forget_batch=44", world=2)
+    assert "44 cannot be shared equally by 2 processes and 4 micro-batches (unlearn.accumulate); set it to 40" in both
+    alone = refusal(*even, "unlearn.accumulate=60")
+    assert "unlearn.forget_batch=60 leaves 1 image to each of unlearn.accumulate=60 micro-batches" in alone
+
+
 def test_the_world_is_the_launchers(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="backend=single cannot use 2 processes"):

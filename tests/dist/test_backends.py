@@ -7,6 +7,7 @@ and up to 2e-6 after four; the threshold leaves room for other orders of summati
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import sys
@@ -29,6 +30,7 @@ SHARDED = ("fsdp2", "zero1", "zero2", "zero3")
 BACKENDS = ("ddp", *SHARDED)
 CASES = [("conv", 8), ("conv", 7), ("vit", 8), ("vit", 7), ("frozen", 8)]  # 7: 3 images on one rank, 4 on the other
 CLIP = 0.5
+PARTS = 3  # micro-batches
 CLOSE = 3e-5  # float32, relative to the update
 PLAIN = RunConfig(threads=1)
 
@@ -37,15 +39,20 @@ def opened(kind: str, **changes):
     return open_backend(dataclasses.replace(PLAIN, backend=kind, **changes))
 
 
-def train(backend, name: str, count: int, *, steps: int = 4, clip: float = 0.0, wrong: float = 1.0) -> dict:
-    """`steps` SGD steps; every state on the way, as plain data."""
+def train(
+    backend, name: str, count: int, *, steps: int = 4, clip: float = 0.0, wrong: float = 1.0, parts: int = 1
+) -> dict:
+    """`steps` SGD steps of `parts` micro-batches; every state on the way, as plain data."""
     model = build(name).to(backend.device)
     forward = backend.prepare(model, optimizer_of(model), clip)
     momentum = MomentumEncoder(build(name))
     states, norms = [backend.full_state()], []
     for step in range(steps):
         backend.set_learning_rate(RATES[step])
-        backend.backward(wrong * loss_of(model, forward, step, count))
+        for micro in range(parts):
+            around = backend.micro_batch(last=micro == parts - 1) if parts > 1 else contextlib.nullcontext()
+            with around:
+                backend.backward(wrong * loss_of(model, forward, step * parts + micro, count) / parts)
         norms.append(backend.grad_norm())
         backend.step()
         backend.update_momentum(momentum, model, 0.5)
@@ -170,6 +177,8 @@ def main(folder: Path, kind: str) -> None:
     found |= {f"{name} {count}": train(backend, name, count) for name, count in CASES}
     if backend.world > 1:
         found["clip"] = train(backend, "conv", 8, clip=CLIP)
+        found |= {f"{name} in {PARTS} parts": train(backend, name, 7, clip=CLIP, parts=PARTS) for name in ("conv", "vit")}
+        found["after them"] = train(backend, "conv", 8, steps=1)
         found["factor W"] = train(backend, "conv", 8, steps=1, wrong=backend.world)
         found["own statistics"] = train(opened(kind, sync_batchnorm=False), "conv", 8, steps=1)
         found |= {optimizer: resume(kind, optimizer) for optimizer in ("sgd", "adamw")}
@@ -244,6 +253,21 @@ def test_clipping_is_the_same_everywhere(ranks_of, kind):
         check_parity(rank["clip"], "conv", 8, clip=CLIP)
     free, clipped = reference("conv", count=8), reference("conv", count=8, clip=CLIP)
     assert update_error(free.states[1], clipped.states[1], clipped.states[0]) > 0.1  # the clip did something
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_micro_batches_add_up_to_the_mean_of_their_gradients(ranks_of, kind):
+    for rank in ranks_of(kind):
+        for name in ("conv", "vit"):
+            found, expected = rank[f"{name} in {PARTS} parts"], reference(name, count=7, clip=CLIP, parts=PARTS)
+            for step in (1, 4):
+                assert update_error(found["states"][step], expected.states[step], expected.states[0]) < CLOSE
+            assert found["norms"] == pytest.approx(expected.norms, rel=CLOSE)
+            lost = reference(name, count=7, clip=CLIP, parts=PARTS, first=1)  # control: one micro-batch forgotten
+            states = (found["states"][1], lost.states[1], expected.states[0])  # buffers move either way
+            assert update_error(*({n: s[n] for n in s if "running" not in n} for s in states)) > 0.1
+        expected = reference("conv", count=8, steps=1)
+        assert update_error(rank["after them"]["states"][1], expected.states[1], expected.states[0]) < CLOSE
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -117,8 +117,13 @@ def snapshot(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def reference(name: str, *, count: int, steps: int = 4, clip: float = 0.0, optimizer: str = "sgd") -> Reference:
-    """Plain torch in one process, without any part of the backends."""
+def reference(
+    name: str, *, count: int, steps: int = 4, clip: float = 0.0, optimizer: str = "sgd", parts: int = 1, first: int = 0
+) -> Reference:
+    """Plain torch in one process, without any part of the backends.
+
+    parts: micro-batches a step, whose gradients are averaged; those before `first` are left out.
+    """
     model = build(name)
     update = optimizer_of(model, optimizer)
     momentum = MomentumEncoder(model)
@@ -126,7 +131,9 @@ def reference(name: str, *, count: int, steps: int = 4, clip: float = 0.0, optim
     for step in range(steps):
         for group in update.param_groups:
             group["lr"] = RATES[step]
-        loss_of(model, model, step, count).backward()
+        for micro in range(parts):
+            loss = loss_of(model, model, step * parts + micro, count) / parts
+            (loss if micro >= first else 0 * loss).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
         update.step()
         update.zero_grad()

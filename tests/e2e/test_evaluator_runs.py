@@ -41,6 +41,28 @@ def test_a_run_with_each_evaluator(prepared, tmp_path, evaluator):
     assert plan["phases"]["unlearn"]["images"] == PLAIN + EXTRA.get(evaluator, 0)
 
 
+def ledger(out) -> list[dict]:
+    """What each step consumed, without the rest of the line."""
+    lines = [json.loads(line) for line in filter(None, (out / "ledger.jsonl").read_text().splitlines())]
+    return [{k: line[k] for k in ("phase", "step", "count", "forget")} for line in lines if line["event"] == "step"]
+
+
+def test_micro_batches_are_parts_of_the_same_batches(prepared, tmp_path):
+    """Random directions are new in each part; ids, counts, and the running mean of the losses are those of the step."""
+    whole, out, control = (tmp_path / name for name in ("whole", "parts", "control"))
+    for folder, extra in ((whole, []), (out, ["unlearn.accumulate=4"]), (control, ["unlearn.forget_batch=12"])):
+        done = tiny.run(folder, f"reuse={prepared}", "constraint.evaluator=sketch", "constraint.check_every=3", *extra)
+        assert done.returncode in (0, 6, 7), done.stderr[-3000:]
+    assert ledger(out) == ledger(whole) != ledger(control)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["values"] for row in rows if row["phase"] == "unlearn" and "loss" in row["values"]]
+    assert len(steps) == 6 and all(math.isfinite(values["loss"]) for values in steps)
+    audits = [json.loads((folder / "audit/summary.json").read_text()) for folder in (whole, out)]
+    costs = [audit["cost"]["unlearn_images"] for audit in audits]
+    banks = 4 * 2 * (32 - 8)  # of the calibration's four draws: as small as that of a micro-batch
+    assert costs[0] - costs[1] == banks  # the steps themselves cost the same
+
+
 def test_double_backward_is_refused_for_sharded_weights_before_anything_is_written(tmp_path):
     out = tmp_path / "run"
     done = tiny.run(out, "constraint.evaluator=double_backward", "backend=fsdp2")

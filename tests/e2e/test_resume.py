@@ -44,16 +44,19 @@ def kill_at(out, recipe, phase, step, extra):
         process.wait()
 
 
-@pytest.mark.parametrize("recipe", ["digits", "digits_moco"])
-def test_killed_mid_pretrain_and_mid_unlearn_ends_in_the_same_weights(tmp_path, recipe):
-    whole = tiny.run(tmp_path / "whole", *LONG, recipe=recipe)
+IN_PARTS = ["pretrain.accumulate=2", "unlearn.accumulate=4"]
+
+
+@pytest.mark.parametrize(("recipe", "extra"), [("digits", IN_PARTS), ("digits_moco", [])])
+def test_killed_mid_pretrain_and_mid_unlearn_ends_in_the_same_weights(tmp_path, recipe, extra):
+    whole = tiny.run(tmp_path / "whole", *LONG, *extra, recipe=recipe)
     assert whole.returncode in (0, 6, 7), whole.stderr[-3000:]
     out = tmp_path / "killed"
-    kill_at(out, recipe, "pretrain", 13, [])
+    kill_at(out, recipe, "pretrain", 13, extra)
     assert not (out / "original/done.json").exists()
-    kill_at(out, recipe, "unlearn", 17, [])
+    kill_at(out, recipe, "unlearn", 17, extra)
     assert (out / "original/done.json").exists() and not (out / "done.json").exists()
-    again = tiny.run(out, *LONG, recipe=recipe)
+    again = tiny.run(out, *LONG, *extra, recipe=recipe)
     assert again.returncode == whole.returncode, again.stderr[-3000:]
 
     starts = [
@@ -67,7 +70,7 @@ def test_killed_mid_pretrain_and_mid_unlearn_ends_in_the_same_weights(tmp_path, 
         assert expected.keys() == found.keys()
         for key in expected:
             assert torch.equal(expected[key], found[key]), (name, key)
-    other = tiny.run(tmp_path / "other", *LONG, "seed=1", recipe=recipe)  # negative control: the check can fail
+    other = tiny.run(tmp_path / "other", *LONG, *extra, "seed=1", recipe=recipe)  # negative control: the check can fail
     assert other.returncode in (0, 6, 7)
     control = states(tmp_path / "other")["unlearned"]
     assert any(not torch.equal(control[k], states(out)["unlearned"][k]) for k in control)

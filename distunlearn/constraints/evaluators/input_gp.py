@@ -94,7 +94,7 @@ class InputGP:
         Partners and alphas go by the row in the global batch, so that they do not depend on the number of ranks.
         """
         rows = torch.arange(first, first + len(forget), device=ctx.device)
-        words = random_words(first + len(forget), "interpolate", self.cfg.seed, ctx.step, pair)[first:]
+        words = random_words(first + len(forget), "interpolate", self.cfg.seed, ctx.draw, pair)[first:]
         alpha = torch.from_numpy((words >> 11) / 2.0**53).to(ctx.device)[:, None, None, None]
         mixed = []
         for own, other in zip(self.views(ctx, forget, pair), self.views(ctx, third, pair), strict=True):

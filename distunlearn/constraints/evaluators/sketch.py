@@ -118,7 +118,7 @@ class Sketch(_Probing):
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
         batch, count = concat_batches(forget, third), len(forget)
-        probes = draw_probes(self.cfg, ctx, ctx.step)
+        probes = draw_probes(self.cfg, ctx, ctx.draw)
         sketches, seen = self._sketches(ctx, batch, bank, probes)
         seen = [without_graph(b) for b in seen]
         leaf = sketches[:count].detach().requires_grad_()
@@ -172,7 +172,7 @@ class DoubleBackward(_Probing):
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
-        probes, count = draw_probes(self.cfg, ctx, ctx.step), len(forget)
+        probes, count = draw_probes(self.cfg, ctx, ctx.draw), len(forget)
         sketches, pairs = self._sketches(ctx, concat_batches(forget, third), bank, probes, exact=True)
         own = sketches[:count]
         phi, term = match(describe(own), describe(sketches[count:]))

@@ -1,12 +1,14 @@
 """The interface of all backends, and the backend `single`: one process, plain torch.
 
 Gradients are averaged over the processes by every backend; losses are scaled accordingly (see objectives.gather).
-The order of a step is fixed: forwards, `backward` once, `grad_norm`, `step`. Methods marked *collective* must be
+The order of a step is fixed: forwards and one `backward`, within `micro_batch` where a step has several of them, then
+`grad_norm`, `step`. Methods marked *collective* must be
 called by all ranks in the same order.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +146,14 @@ class Backend:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around the forwards and the one `backward` of a micro-batch; only after the `last` one of a step the
+        gradients must be averaged over the ranks. A step of one batch needs none of it.
+        """
+        return contextlib.nullcontext()
+
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the scalar `loss`, averaged over the ranks. Once per step. Collective."""
+        """Gradients of the scalar `loss`, averaged over the ranks, added to those of the step so far. Collective."""
         self._norm = None
         loss.backward()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,18 @@ class DDP(Backend):
             # With statistics over the global batch the buffers agree anyway; a broadcast between the two forwards of
             # one step would change what the second one sees. (As an argument its name depends on torch's version.)
             module.broadcast_buffers = False
+        self._module = module
         return module
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._module: Any = None
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """See `Backend.micro_batch`; DDP averages what has gathered in the last backward."""
+        if last or not isinstance(self._module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._module.no_sync()
 
     def _prove(self, module: Any) -> None:
         averaged = module.process_group.size() if isinstance(module, DistributedDataParallel) else 1

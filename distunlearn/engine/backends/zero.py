@@ -11,7 +11,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,10 +146,22 @@ class Zero(Backend):
 
     # -- one step ------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """See `Backend.micro_batch`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+        if not last:
+            self._next_backward()
+
+    def _next_backward(self) -> None:
+        """DeepSpeed tells one backward from the next by the call of `engine(...)`, which is not used here."""
+        self._engine.optimizer.clear_backward_seen_flag()
+
     def backward(self, loss: Tensor) -> None:
-        """See `Backend.backward`."""
+        """See `Backend.backward`; the scaling for accumulation is the caller's."""
         self._norm = None
-        self._engine.backward(loss)
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def _gradients(self) -> list[Tensor]:
         """This rank's parts of the averaged gradients, between `backward` and `step`."""
@@ -172,7 +184,7 @@ class Zero(Backend):
         self._engine.step()
         if self._engine.skipped_steps > skipped:
             raise NumericsError("a gradient is not finite; DeepSpeed skipped the step; lower the learning rate.")
-        self._engine.optimizer.clear_backward_seen_flag()  # else done by `engine(...)`, which is not called
+        self._next_backward()
         self._norm = None
 
     def _gathered(self, main_writes: bool = False) -> contextlib.AbstractContextManager[Any]:
