@@ -214,6 +214,8 @@ class RunConfig:
     reuse: str | None = None  # a finished run whose shards, original and retrained encoder are taken over
     backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False  # blocks keep their inputs alone and run forward again in the backward
+    compile: bool = False  # blocks through torch.compile, except in passes that hook into them
     sync_batchnorm: bool = True  # batch statistics over the global batch, whatever the number of processes
     threads: NonNegativeInt = 0  # CPU threads per process; 0: as many as there are cores, shared by the processes
     data: DataConfig = field(default_factory=DataConfig)

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from distunlearn.constraints.probes import Layer
 from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows
+from distunlearn.encoders.recompute import recomputing
 
 __all__ = ["GhostGradients", "Recorder"]
 
@@ -81,8 +82,9 @@ class Recorder:
 
     def _hook(self, name: str):
         def keep(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            self._inputs[name].append(args[0].detach())
-            self._outputs[name].append(output)
+            if not recomputing():
+                self._inputs[name].append(args[0].detach())
+                self._outputs[name].append(output)
             return output.clone()  # what follows may write into its input, and the gradient is asked for here
 
         return keep
@@ -209,7 +211,7 @@ class GhostGradients:
 
         signs: one per row, 0 for a row that is left as it is; see `moved_rows`. The other rows are the kept samples
         in turn, i = 0 .. kept - 1, once or several times. steps: [kept]; rho / n_i makes a step of length rho.
-        It must span the backward where that runs the forward again, as `ProbeSet.armed`.
+        A forward that the backward repeats gets them too: see `encoders.recompute`.
         """
         moved = moved_rows(signs, steps.device)
         taken = [sign for sign in signs if sign]

@@ -129,8 +129,7 @@ class ProbeSet:
             rows: int64 [R], the sample that each row of the forward belongs to.
             signs: R factors of the rows (+1, -1; 0 for a row without probe, which costs nothing); None: 1.
 
-        The block must last until the end of the backward pass if that pass runs parts of the forward again
-        (activation checkpointing); else the end of the forward is enough.
+        A forward that the backward repeats (activation checkpointing) gets them too: see `encoders.recompute`.
         """
         signs = [1.0] * len(rows) if signs is None else [float(sign) for sign in signs]
         assert len(signs) == len(rows), "one sign per row"

@@ -9,6 +9,7 @@ called by all ranks in the same order.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distunlearn.encoders.blocks import blocks, replace_forward
+from distunlearn.encoders.compiled import compiled
+from distunlearn.encoders.recompute import checkpointed
 from distunlearn.engine.backends.optimizer_state import collect_state, spread_state
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.engine.batchnorm import convert
@@ -42,6 +46,7 @@ class Backend:
     def _forget(self) -> None:
         self.model: nn.Module | None = None  # as the methods see it, with the names of the plain encoder
         self.optimizer: torch.optim.Optimizer | None = None
+        self._undo: list[Callable[[], None]] = []
         self.clip = 0.0
         self._norm: float | None = None
 
@@ -109,7 +114,16 @@ class Backend:
         self.model = self.synchronise(model)
         self.optimizer, self.clip = optimizer, clip
         module = self._wrap()
+        self._change_blocks()
         return self._in_precision(module)
+
+    def _change_blocks(self) -> None:
+        """Compile blocks, and let them recompute their activations, where the run asks for it."""
+        for part in blocks(self.model):
+            if self.cfg.compile:
+                self._undo.append(replace_forward(part, functools.partial(compiled, part)))
+            if self.cfg.activation_checkpointing:
+                self._undo.append(replace_forward(part, functools.partial(checkpointed, part)))
 
     def _wrap(self) -> Callable[[Tensor], Any]:
         """Spread `self.model` and `self.optimizer`; returns what runs the forward."""
@@ -137,6 +151,8 @@ class Backend:
 
     def release(self) -> None:
         """Let go of the prepared encoder, so that another can be prepared; without one it does nothing."""
+        for undo in reversed(self._undo):
+            undo()
         self._forget()
 
     # -- one step ------------------------------------------------------------------------------------------------

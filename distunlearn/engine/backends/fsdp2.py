@@ -6,7 +6,6 @@ gloo and NCCL.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,29 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from distunlearn.encoders.blocks import shard_units
 from distunlearn.engine.backends.base import Backend
 from distunlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from distunlearn.encoders.model import MomentumEncoder
 
-__all__ = ["FSDP2", "shard_units"]
-
-REPEATED = ("blocks", "layers", "stages")  # containers of a transformer's or a ConvNeXt's repeated parts
-RESNET_STAGE = re.compile(r"layer\d+")
-
-
-def shard_units(model: nn.Module) -> list[nn.Module]:
-    """Parts that are gathered and freed one at a time: blocks of a ViT, stages of a ResNet; inner ones first."""
-    units = []
-    for module in model.modules():
-        for name, child in module.named_children():
-            if name in REPEATED and isinstance(child, nn.Sequential | nn.ModuleList):
-                units.extend(child.children())
-            elif RESNET_STAGE.fullmatch(name) and isinstance(child, nn.Sequential):
-                units.append(child)
-    return [unit for unit in reversed(units) if any(True for _ in unit.parameters())]
-
+__all__ = ["FSDP2"]
 
 class FSDP2(Backend):
     """Parameters are DTensors split along their first dimension; buffers are whole on every rank."""

@@ -1,0 +1,211 @@
+"""Activation checkpointing and torch.compile change neither loss, nor gradients, nor running statistics.
+
+The whole loss of `third_party`, every evaluator, in float64, against the same encoder without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from method_batches import batch, in_float64
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import CheckpointError
+
+from distunlearn.config import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.constraints import ghost
+from distunlearn.encoders import compiled as compiling
+from distunlearn.encoders import recompute
+from distunlearn.encoders.blocks import blocks, replace_forward
+from distunlearn.encoders.model import MomentumEncoder, build_model
+from distunlearn.methods import Context
+from distunlearn.methods.third_party import ThirdParty
+from distunlearn.objectives import make_objective
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from constraint_cost import LiveBytes  # noqa: E402
+
+EVALUATORS = ("head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward")
+ENCODERS = {
+    "resnet": EncoderConfig(
+        name="resnet18", image_size=16, in_chans=1, stem="deep",
+        args={"stem_width": 4, "channels": [4, 6, 8, 8], "layers": [1, 1, 1, 1]},
+    ),
+    "vit": EncoderConfig(
+        name="vit_tiny_patch16_224", image_size=16, in_chans=1, stem="standard",
+        args={"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"},
+    ),
+}  # fmt: skip
+EQUAL = 1e-11  # of the norm of all gradients; recomputed products are the same products
+
+
+def config(encoder: str, evaluator: str, objective: str) -> RunConfig:
+    return RunConfig(
+        encoder=ENCODERS[encoder],
+        objective=ObjectiveConfig(name=objective, hidden_dim=10, output_dim=6, temperature=0.5, queue_size=32),
+        unlearn=UnlearnConfig(retain_batch=12, forget_batch=6, third_party_batch=8),
+        method=MethodConfig(view_pairs=1, distill_weight=0.0),
+        constraint=ConstraintConfig(evaluator=evaluator, sketch_out=3, sketch_in=2, check_every=1),
+    )
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """The same tracing and the same bypass without a compiler of C++; a list with an entry for every compiled call."""
+    made: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        run = aot_eager(graph, inputs)
+
+        def call(*args):
+            made.append(len(args))
+            return run(*args)
+
+        return call
+
+    monkeypatch.setattr(compiling, "COMPILER", counting)
+    yield made
+    torch._dynamo.reset()
+
+
+FEATURES = {"checkpointing": (recompute, "checkpointed"), "compile": (compiling, "compiled")}
+
+
+def trained(encoder: str, evaluator: str, *features: str, objective: str = "byol") -> dict[str, torch.Tensor]:
+    """Two steps' loss and gradients, and the buffers after them."""
+    cfg = config(encoder, evaluator, objective)
+    model = build_model(cfg, None).double()
+    momentum = MomentumEncoder(model)
+    momentum.model.double()
+    for part in blocks(model):
+        for feature in features:
+            module, name = FEATURES[feature]
+            replace_forward(part, functools.partial(getattr(module, name), part))
+    ctx = Context(cfg, make_objective(cfg.objective), model, model, torch.device("cpu"), momentum)
+    method, found = ThirdParty(cfg), {}
+    with in_float64():
+        method.start(ctx, batch)
+        for ctx.step in range(2):
+            model.zero_grad()
+            out = method.loss(ctx, {role: batch(role) for role in ("retain", "forget", "third_party")})
+            out.loss.backward()
+            found |= {f"{ctx.step} {name}": p.grad.clone() for name, p in model.named_parameters()}
+            found[f"{ctx.step} loss"] = out.loss.detach()
+    return found | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
+
+
+@functools.cache
+def plain(encoder: str, evaluator: str) -> dict[str, torch.Tensor]:
+    return trained(encoder, evaluator)
+
+
+def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    off = torch.cat([(found[k] - expected[k]).double().flatten() for k in expected]).norm()
+    return float(off / torch.cat([expected[k].double().flatten() for k in expected]).norm())
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("features", [("checkpointing",), ("compile",), ("compile", "checkpointing")])
+def test_nothing_changes(encoder, evaluator, features, calls):
+    expected = plain(encoder, evaluator)
+    assert difference(trained(encoder, evaluator, *features), expected) < EQUAL
+    assert bool(calls) == ("compile" in features)
+
+
+# -- negative controls: what each precaution is for ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("encoder", "evaluator"), [("vit", "sketch"), ("resnet", "ghost_norm")])
+def test_a_repetition_without_the_hooks_of_then_is_another_forward(encoder, evaluator, monkeypatch):
+    monkeypatch.setattr(recompute, "_contexts", lambda part: (nullcontext(), nullcontext()))
+    try:
+        found = trained(encoder, evaluator, "checkpointing")
+    except CheckpointError:  # other tensors were kept
+        return
+    assert difference(found, plain(encoder, evaluator)) > 1e-4
+
+
+def test_a_repetition_that_keeps_running_statistics_counts_them_twice(monkeypatch):
+    monkeypatch.setattr(recompute, "_BatchNorm", ())
+    found, expected = trained("resnet", "head", "checkpointing"), plain("resnet", "head")
+    counts = [name for name in expected if name.endswith("num_batches_tracked")]
+    assert sum(int(found[n]) for n in counts) > sum(int(expected[n]) for n in counts)
+
+
+def test_a_record_of_the_repetition_would_be_taken_for_a_forward_of_its_own(monkeypatch):
+    monkeypatch.setattr(ghost, "recomputing", lambda: False)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):  # the gradient of another layer
+        trained("vit", "ghost_norm", "checkpointing")
+
+
+def hooked_output(ones: torch.Tensor) -> torch.Tensor:
+    """What a compiled block gives to a hook that came after the first call."""
+    part = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    replace_forward(part, functools.partial(compiling.compiled, part))
+    without = part(ones)
+    with part[0].register_forward_hook(lambda module, args, output: output + 1):
+        return (part(ones) - without).detach()
+
+
+def test_compiled_code_does_not_see_hooks_and_is_left_for_them(monkeypatch, calls):
+    ones = torch.ones(1, 2)
+    assert hooked_output(ones).norm() > 0.01 and len(calls) == 1
+    monkeypatch.setattr(compiling, "_hooks", lambda modules: [])
+    assert hooked_output(ones).norm() == 0 and len(calls) == 3
+
+
+# -- what they are for -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_block_is_reached_and_given_back(encoder):
+    model = build_model(config(encoder, "head", "simclr"), None)
+    parts = blocks(model)
+    assert len(parts) == {"resnet": 4, "vit": 2}[encoder]
+    assert not any(a is not b and a in set(b.modules()) for a in parts for b in parts)
+    before = [part.forward for part in parts]
+    undo = [replace_forward(part, functools.partial(recompute.checkpointed, part)) for part in parts]
+    undo += [replace_forward(part, functools.partial(recompute.checkpointed, part)) for part in parts]
+    assert all("forward" in part.__dict__ for part in parts)
+    for take_back in reversed(undo):
+        take_back()
+    assert [part.forward for part in parts] == before and not any("forward" in part.__dict__ for part in parts)
+
+
+def kept(model: nn.Module, images: torch.Tensor) -> int:
+    """Bytes that a forward's graph holds on to, without weights: what stays alive of what the forward made."""
+    with LiveBytes() as live:
+        out = model(images)
+        after = live.now
+    del out
+    return after
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_checkpointing_keeps_a_fraction_of_the_activations(encoder):
+    sizes = {"resnet": {"layers": [3, 3, 3, 3]}, "vit": {"depth": 12}}[encoder]
+    deep = replace(ENCODERS[encoder], args={**ENCODERS[encoder].args, **sizes})
+    model = build_model(replace(config(encoder, "head", "simclr"), encoder=deep), None)
+    images = torch.randn(16, 1, 16, 16)
+    plainly = kept(model, images)
+    for part in blocks(model):
+        replace_forward(part, functools.partial(recompute.checkpointed, part))
+    share = {"resnet": 0.75, "vit": 0.3}[encoder]  # stem and heads, which keep theirs, are much of a small ResNet
+    assert kept(model, images) < share * plainly
+
+
+def test_a_forward_without_gradients_is_not_checkpointed():
+    part = nn.Sequential(nn.Linear(2, 2))
+    replace_forward(part, functools.partial(recompute.checkpointed, part))
+    with mock.patch.object(recompute, "checkpoint", side_effect=AssertionError), torch.no_grad():
+        part(torch.ones(1, 2))
