@@ -17,8 +17,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 __all__ = ["checkpointed", "recomputing"]
@@ -44,14 +45,34 @@ def recomputing() -> bool:
 def checkpointed(part: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     """A forward for `part` that keeps only its inputs; `plain` is the present one. Without gradients it is `plain`."""
 
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, _Last.apply, plain(*args, **kwargs))
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         # Without early stop a repetition runs to its end, so that hooks that come in pairs stay paired.
         with set_checkpoint_early_stop(False):
-            return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: _contexts(part), **kwargs)
+            return checkpoint(marked, *args, use_reentrant=False, context_fn=lambda: _contexts(part), **kwargs)
 
     return forward
+
+
+class _Last(torch.autograd.Function):
+    """The last operator of a block, which does nothing but ask for a kept tensor, and so lets the block repeat its
+    forward before the backward of any layer has begun. ZeRO-3 would else gather the weights of the last layer for its
+    backward, see them used in the repetition and free them too early.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return grad
 
 
 def _contexts(part: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -1,0 +1,187 @@
+"""Evaluator x backend x feature: every pair of choices in CI, all of them under the marker `matrix`.
+
+    pytest -m matrix tests/dist/test_matrix.py       with DISTUNLEARN_MATRIX=FILE.json the errors are written there
+
+A cell is a short training on 2 processes (`single`: on one) with checkpointing, compilation, bf16 or micro-batches,
+compared with plain torch in one process without checkpointing and compilation. The ranks run this file as a script.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import random
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from constraint_training import ENCODERS, EVALUATORS, Case, errors, plain, runs_on, sharded, warm, within
+from processes import launch
+
+from distunlearn.encoders import compiled
+from distunlearn.objectives.gather import get_rank, get_world
+
+pytestmark = pytest.mark.slow
+
+BACKENDS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+OBJECTIVES = ("simclr", "moco", "byol")
+FACTORS = {
+    "backend": BACKENDS, "evaluator": EVALUATORS, "encoder": tuple(ENCODERS), "objective": OBJECTIVES,
+    "batchnorm": (True, False), "checkpointing": (False, True), "compile": (False, True), "bf16": (False, True),
+    "accumulate": (1, 2),
+}  # fmt: skip
+FEATURES = ({}, {"checkpointing": True}, {"compile": True}, {"bf16": True},
+            {"checkpointing": True, "compile": True, "bf16": True, "accumulate": 2})  # fmt: skip
+STEPS = 4
+Cell = tuple[str, Case]  # backend, training
+
+
+def precision_of(kind: str, case: Case) -> torch.dtype:
+    """float64, where nothing hides behind rounding; DeepSpeed keeps float32, and bf16 is what it is."""
+    return torch.float32 if kind.startswith("zero") or case.bf16 else torch.float64
+
+
+# -- which cells -----------------------------------------------------------------------------------------------------
+
+
+def pairs_of(choice: dict) -> set[tuple]:
+    return set(itertools.combinations(sorted((k, str(v)) for k, v in choice.items()), 2))
+
+
+def cell_of(choice: dict) -> Cell:
+    return choice["backend"], Case(**{k: v for k, v in choice.items() if k != "backend"})
+
+
+@functools.cache
+def feasible() -> list[tuple[Cell, set[tuple]]]:
+    """Every combination of choices that a run accepts, with the pairs in it."""
+    found = []
+    for values in itertools.product(*FACTORS.values()):
+        choice = dict(zip(FACTORS, values, strict=True))
+        kind, case = cell_of(choice)
+        if runs_on(case, kind):
+            found.append(((kind, case), pairs_of(choice)))
+    return found
+
+
+@functools.cache
+def covering() -> list[Cell]:
+    """Few cells in which every pair of choices occurs that can occur: greedily, the same ones every time."""
+    everything = feasible()
+    missing = set().union(*(pairs for _, pairs in everything))
+    order, chosen = random.Random(0), []
+    while missing:
+        tried = order.sample(everything, 400)
+        cell, pairs = max(tried, key=lambda item: len(item[1] & missing))
+        if pairs & missing:
+            chosen.append(cell)
+            missing -= pairs
+        elif len(missing) < 20:  # few are left: look for one of them
+            cell, pairs = next(item for item in everything if item[1] & missing)
+            chosen.append(cell)
+            missing -= pairs
+    return chosen
+
+
+def every_cell(kind: str) -> list[Case]:
+    """Evaluator x encoder x batch norm x feature; the objectives take turns."""
+    objective = itertools.cycle(OBJECTIVES)
+    cells = [
+        Case(evaluator, encoder, next(objective), batchnorm, **feature)
+        for evaluator, encoder, batchnorm, feature in itertools.product(EVALUATORS, ENCODERS, (True, False), FEATURES)
+    ]
+    return [case for case in cells if runs_on(case, kind)]
+
+
+# -- running them ----------------------------------------------------------------------------------------------------
+
+
+def main(folder: Path, kind: str, cells: Path) -> None:
+    compiled.COMPILER = "aot_eager"  # the same tracing without a compiler of C++
+    cases = [Case(**values) for values in json.loads(cells.read_text())]
+    for case in cases:
+        warm(case)  # before there are other processes
+    results = []
+    for case in cases:
+        results.append(sharded(case, kind, precision_of(kind, case), STEPS))
+        torch._dynamo.reset()
+    torch.save({"results": results, "world": get_world()}, folder / f"rank-{get_rank()}.pt")
+
+
+@functools.cache
+def reference(case: Case, dtype: torch.dtype) -> list[dict]:
+    return plain(case, dtype, STEPS)["states"]
+
+
+def plainly(case: Case, dtype: torch.dtype) -> list[dict]:
+    return reference(replace(case, checkpointing=False, compile=False), dtype)
+
+
+def run(kind: str, cases: list[Case], folder: Path, timeout: float) -> list[dict]:
+    """What was found of every cell, the worse rank's errors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cells.json").write_text(json.dumps([asdict(case) for case in cases]))
+    world = 1 if kind == "single" else 2
+    ranks = launch(__file__, world, folder, kind, str(folder / "cells.json"), timeout=timeout)
+    assert [rank["world"] for rank in ranks] == [world] * world
+    found = []
+    for index, case in enumerate(cases):
+        dtype = precision_of(kind, case)
+        pairs = [errors(rank["results"][index]["states"], plainly(case, dtype)) for rank in ranks]
+        first, last = (max(pair) for pair in zip(*pairs, strict=True))
+        found.append({
+            "backend": kind, **asdict(case), "dtype": str(dtype).removeprefix("torch."), "first": first, "last": last,
+            "ok": within((first, last), case, dtype, STEPS), "attention": ranks[0]["results"][index]["attention"],
+        })
+    return found
+
+
+def failed(found: list[dict]) -> list[dict]:
+    return [cell for cell in found if not cell["ok"]]
+
+
+def test_the_covering_array_holds_every_pair_that_a_run_accepts():
+    cells = covering()
+    wanted = set().union(*(pairs for _, pairs in feasible()))
+    held = [pairs_of({"backend": kind, **asdict(case)}) for kind, case in cells]
+    assert set().union(*held) == wanted
+    assert set().union(*held[:-1]) != wanted  # control: the last one was chosen for a pair that no other has
+    assert len(cells) < 60
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_every_pair_of_choices(kind, tmp_path):
+    cases = [case for backend, case in covering() if backend == kind]
+    assert len(cases) >= len(EVALUATORS) - (kind in ("fsdp2", "zero3"))
+    found = run(kind, cases, tmp_path, timeout=280)
+    print(json.dumps(found))
+    assert not failed(found)
+    for cell in found:
+        if cell["encoder"] == "vit":
+            assert ("math" in cell["attention"]) == (cell["evaluator"] == "double_backward"), cell
+            assert "flash" in cell["attention"]
+    case = cases[0]  # control: the same training with another constraint is told apart
+    dtype = precision_of(kind, case)
+    other = replace(case, evaluator="sketch" if case.evaluator != "sketch" else "head")
+    assert not within(errors(plainly(other, dtype), plainly(case, dtype)), case, dtype, STEPS)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_all_of_them(kind, tmp_path):
+    found = run(kind, every_cell(kind), tmp_path, timeout=7000)
+    if "DISTUNLEARN_MATRIX" in os.environ:
+        path = Path(os.environ["DISTUNLEARN_MATRIX"])
+        before = json.loads(path.read_text()) if path.exists() else {"cells": []}
+        cells = [cell for cell in before["cells"] if cell["backend"] != kind] + found
+        path.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+    assert not failed(found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
