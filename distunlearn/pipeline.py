@@ -88,10 +88,13 @@ def report(run_dir: Path) -> Path:
 
 def run(cfg: RunConfig, out: Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
+    from distunlearn.encoders.compiled import require_compiler
     from distunlearn.engine.backends.process_group import wait_for_all
     from distunlearn.planning import make_plan
 
     planned = make_plan(cfg, out)
+    if cfg.compile:
+        require_compiler()
     if _is_main():
         _refuse_other_settings(cfg, out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind

@@ -7,6 +7,8 @@ the passes of the constraint that go through hooks. Blocks of one kind share the
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["COMPILER", "compiled"]
+from distunlearn.errors import ConfigError
+
+__all__ = ["COMPILER", "compiled", "require_compiler"]
 
 COMPILER = "inductor"  # the compiler's backend, as torch.compile names it
 
@@ -23,7 +27,8 @@ def compiled(part: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     """A forward for `part` that runs compiled where it may; made when the backend has placed its hooks."""
     # The compiler looks at `.grad` of the block's inputs, in passing.
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
-    fast = torch.compile(plain, backend=COMPILER)
+    # One graph for every shape: a forward that is repeated must find the graph it used, not a newer, more general one.
+    fast = torch.compile(plain, backend=COMPILER, dynamic=False)
     modules = list(part.modules())
     sealed = _hooks(modules)
 
@@ -32,6 +37,33 @@ def compiled(part: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
         return run(*args, **kwargs)
 
     return forward
+
+
+def require_compiler() -> None:
+    """Raise before anything is computed where torch.compile would fail in the first step.
+
+    Raises:
+        ConfigError: the compiler that torch generates code for is missing (C++ on a CPU, triton on a GPU).
+    """
+    if COMPILER != "inductor":
+        return
+    if torch.cuda.is_available():
+        missing = None if importlib.util.find_spec("triton") else "triton cannot be imported"
+    else:
+        missing = _without_cxx()
+    if missing:
+        raise ConfigError(f"compile=true needs a compiler, but {missing}; install it, or set compile=false.")
+
+
+def _without_cxx() -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler is found (g++ or clang++, or the one that CXX names)"
+    return None if shutil.which(compiler) else f"{compiler} is not found"
 
 
 def _hooks(modules: list[nn.Module]) -> list[int]:

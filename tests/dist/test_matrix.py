@@ -12,9 +12,11 @@ import functools
 import itertools
 import json
 import os
+import platform
 import random
 import sys
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,8 @@ FACTORS = {
 FEATURES = ({}, {"checkpointing": True}, {"compile": True}, {"bf16": True},
             {"checkpointing": True, "compile": True, "bf16": True, "accumulate": 2})  # fmt: skip
 STEPS = 4
+COMMAND = "DISTUNLEARN_MATRIX=FILE OMP_NUM_THREADS=1 pytest -m matrix tests/dist/test_matrix.py"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 Cell = tuple[str, Case]  # backend, training
 
 
@@ -170,6 +174,19 @@ def test_every_pair_of_choices(kind, tmp_path):
     assert not within(errors(plainly(other, dtype), plainly(case, dtype)), case, dtype, STEPS)
 
 
+def test_the_documented_matrix_is_this_one_and_has_no_failed_cell():
+    result = json.loads(max(RESULTS.glob("*-matrix.json")).read_text())
+    measured = ("dtype", "first", "last", "ok", "attention")
+    cells = [{k: v for k, v in cell.items() if k not in measured} for cell in result["cells"]]
+    assert cells == [{"backend": kind, **asdict(case)} for kind in BACKENDS for case in every_cell(kind)]
+    assert not failed(result["cells"])
+
+
+def one_cell_a_line(facts: dict, cells: list[dict]) -> str:
+    head = json.dumps(facts, indent=1).removesuffix("\n}")
+    return head + ',\n "cells": [\n' + ",\n".join("  " + json.dumps(cell) for cell in cells) + "\n ]\n}\n"
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -179,7 +196,10 @@ def test_all_of_them(kind, tmp_path):
         path = Path(os.environ["DISTUNLEARN_MATRIX"])
         before = json.loads(path.read_text()) if path.exists() else {"cells": []}
         cells = [cell for cell in before["cells"] if cell["backend"] != kind] + found
-        path.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+        versions = {name: metadata.version(name) for name in ("torch", "deepspeed", "timm")}
+        hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a process"
+        facts = {"command": COMMAND, "steps": STEPS, "world": 2, "versions": versions, "hardware": hardware}
+        path.write_text(one_cell_a_line(facts, cells))
     assert not failed(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import types
 from pathlib import Path
@@ -16,14 +17,35 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-@pytest.fixture(scope="module")
-def maker() -> types.ModuleType:
-    """docs/make_configuration.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+def script(name: str) -> types.ModuleType:
+    """docs/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def maker() -> types.ModuleType:
+    """docs/make_configuration.py as a module."""
+    return script("make_configuration")
+
+
+def test_matrix_page_is_what_the_script_prints() -> None:
+    committed = (ROOT / "docs" / "matrix.md").read_text(encoding="utf-8")
+    assert committed == script("make_matrix").page(), "run: python docs/make_matrix.py > docs/matrix.md"
+
+
+def test_a_failed_cell_shows_on_the_matrix_page(tmp_path: Path) -> None:
+    maker = script("make_matrix")
+    result = json.loads(maker.newest().read_text(encoding="utf-8"))
+    assert "0 of them beyond" in maker.page()
+    result["cells"][0] |= {"ok": False, "first": 0.5}
+    path = tmp_path / "2026-01-01-matrix.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    page = maker.page(path)
+    assert "1 of them beyond" in page and "**5e-01" in page
 
 
 def test_configuration_page_is_what_the_script_prints(maker: types.ModuleType) -> None:

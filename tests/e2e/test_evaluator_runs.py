@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 PLAIN = 6 * (32 + 8 + 8) * 2  # views of six steps, without what evaluators add
 EXTRA = {"sketch": 6 * 2 * (2 * 8 + 8), "sliced": 6 * 2 * (8 + 2 * 8), "input_gp": 6 * 2 * 3 * 8}
@@ -61,6 +64,39 @@ def test_micro_batches_are_parts_of_the_same_batches(prepared, tmp_path):
     costs = [audit["cost"]["unlearn_images"] for audit in audits]
     banks = 4 * 2 * (32 - 8)  # of the calibration's four draws: as small as that of a micro-batch
     assert costs[0] - costs[1] == banks  # the steps themselves cost the same
+
+
+def weights(out) -> dict:
+    return load_file(out / "training_state.safetensors")
+
+
+def test_activation_checkpointing_changes_no_bit(prepared, tmp_path):
+    for name, extra in (("plain", []), ("checkpointing", ["activation_checkpointing=true"]), ("control", ["seed=1"])):
+        reuse = [] if name == "control" else [f"reuse={prepared}"]
+        done = tiny.run(tmp_path / name, *reuse, "constraint.evaluator=ghost_norm", *extra)
+        assert done.returncode in (0, 6, 7), done.stderr[-3000:]
+    expected, found, control = (weights(tmp_path / name) for name in ("plain", "checkpointing", "control"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not all(torch.equal(control[key], expected[key]) for key in expected)
+
+
+def test_a_compiled_run_or_the_reason_why_not(prepared, tmp_path):
+    """Where there is a compiler the loss of the first step is that of the plain run, to rounding."""
+    settings = [f"reuse={prepared}", "constraint.evaluator=sketch", "unlearn.steps=3"]
+    refused = tiny.run(tmp_path / "refused", *settings, "compile=true", CXX="no-such-compiler")
+    assert refused.returncode == 2 and "set compile=false" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "refused").exists()
+    compiled = tiny.run(tmp_path / "compiled", *settings, "compile=true")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        assert compiled.returncode == 2
+        return
+    assert compiled.returncode in (0, 6, 7), compiled.stderr[-3000:]
+    assert tiny.run(tmp_path / "plain", *settings).returncode in (0, 6, 7)
+    first = {}
+    for name in ("compiled", "plain"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        first[name] = next(r["values"]["loss"] for r in rows if r["phase"] == "unlearn" and "loss" in r["values"])
+    assert first["compiled"] == pytest.approx(first["plain"], rel=1e-4)
 
 
 def test_double_backward_is_refused_for_sharded_weights_before_anything_is_written(tmp_path):

@@ -21,18 +21,19 @@ def settings(*extra: str) -> list[str]:
     return [part for value in (*TINY, *extra) for part in ("--set", value)]
 
 
-def environment() -> dict[str, str]:
+def environment(**extra: str) -> dict[str, str]:
     """One thread, no network, warnings as they come."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **extra, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def command(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def command(*args: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python -m distunlearn ARGS`, output captured."""
     return subprocess.run(
-        [sys.executable, "-m", "distunlearn", *args], capture_output=True, text=True, timeout=timeout, env=environment()
-    )
+        [sys.executable, "-m", "distunlearn", *args], capture_output=True, text=True, timeout=timeout,
+        env=environment(**variables),
+    )  # fmt: skip
 
 
-def run(out: Path, *extra: str, recipe: str = "digits") -> subprocess.CompletedProcess[str]:
+def run(out: Path, *extra: str, recipe: str = "digits", **variables: str) -> subprocess.CompletedProcess[str]:
     """A tiny `run` into `out`."""
-    return command("run", recipe, "--out", str(out), *settings(*extra))
+    return command("run", recipe, "--out", str(out), *settings(*extra), **variables)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distunlearn.encoders.compiled import require_compiler
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.process_group import join
 from distunlearn.errors import ConfigError
@@ -25,11 +26,13 @@ def open_backend(cfg: RunConfig) -> Backend:
     May be called once per verb: the process group is made by the first call and destroyed at exit.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, a GPU or package is missing, or `single` was given
-            several processes.
+        ConfigError: the launcher's variables are incomplete, a GPU, package or compiler is missing, or `single` was
+            given several processes.
         RankLostError: the other processes did not come, or not all of them.
     """
     place = join(cfg)
+    if cfg.compile:
+        require_compiler()
     if cfg.backend == "single":
         return Backend(cfg, place)
     if cfg.backend == "ddp":

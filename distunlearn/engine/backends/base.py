@@ -153,6 +153,8 @@ class Backend:
         """Let go of the prepared encoder, so that another can be prepared; without one it does nothing."""
         for undo in reversed(self._undo):
             undo()
+        if self._undo and self.cfg.compile:
+            torch._dynamo.reset()  # the code is of this encoder; the next one would count as a change of it
         self._forget()
 
     # -- one step ------------------------------------------------------------------------------------------------

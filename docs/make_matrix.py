@@ -1,0 +1,131 @@
+"""Print docs/matrix.md, made from the newest benchmarks/results/*-matrix.json, which the tests wrote.
+
+    DISTUNLEARN_MATRIX=benchmarks/results/DATE-matrix.json OMP_NUM_THREADS=1 pytest -m matrix tests/dist/test_matrix.py
+    python docs/make_matrix.py > docs/matrix.md
+
+A test compares the committed page with what this prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distunlearn.config import ConstraintConfig, RunConfig
+from distunlearn.config_checks import cross_checks
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+HEAD = """\
+# Evaluators, backends and features
+
+What the tests ran, and how far it was from plain torch in one process without activation checkpointing and
+compilation. This page is made by `python docs/make_matrix.py > docs/matrix.md` from
+[{name}](../benchmarks/results/{name}); do not edit it by hand.
+
+A cell is a training of {steps} SGD steps by the whole loss of `third_party` on a small ResNet or ViT, on {world}
+processes (`single`: one) over gloo, with uneven shares. Differences are relative to the update of the weights: after the first
+step, which is the gradient, and after the last. `single`, `ddp` and `fsdp2` ran in float64, where nothing hides behind
+rounding; DeepSpeed keeps float32, where a ResNet in one process is as far from itself when its starting weights change
+by half a unit in the last place. bf16 is compared with bf16. torch.compile ran with its tracing backend, without
+generated machine code. GPUs, NCCL and more than {world} processes: not measured here.
+
+{cells} cells, {bad} of them beyond their limit. {versions}
+"""
+LIMITS = """\
+Limits: float64 1e-9 after the first and 1e-8 after the last step; float32 2e-6 and 3e-5 for `head` and `input_gp`,
+2e-4 for the others, or twice what half a unit in the last place does to one process; bf16 0.1 and 0.5.
+"""
+FEATURES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "plain": lambda c: not (c["checkpointing"] or c["compile"] or c["bf16"]) and c["accumulate"] == 1,
+    "activation checkpointing": lambda c: c["checkpointing"] and not c["bf16"],
+    "torch.compile": lambda c: c["compile"] and not c["bf16"],
+    "bf16": lambda c: c["bf16"] and not c["compile"],
+    "all, with micro-batches": lambda c: c["accumulate"] > 1,
+    "batch norm": lambda c: c["batchnorm"] and not c["bf16"],
+    "without batch norm": lambda c: not c["batchnorm"] and not c["bf16"],
+}
+OF_BACKENDS = {
+    "float64: single, ddp, fsdp2": lambda c: c["dtype"] == "float64",
+    "float32 and bf16: zero1, zero2, zero3, and bf16 everywhere": lambda c: c["dtype"] == "float32",
+}
+
+
+def newest() -> Path:
+    """The latest result by its date."""
+    return max(RESULTS.glob("*-matrix.json"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def worst(cells: list[dict[str, Any]]) -> str:
+    """Largest differences after the first and the last step; a cell beyond its limit is named."""
+    if not cells:
+        return "refused"
+    text = f"{max(c['first'] for c in cells):.0e} / {max(c['last'] for c in cells):.0e}"
+    return text if all(c["ok"] for c in cells) else f"**{text}**"
+
+
+def attention(cells: list[dict[str, Any]]) -> str:
+    """Which attention operators torch dispatched to in the first step."""
+    kinds = {"fused only" if c["attention"] == ["flash"] else "unfused too" for c in cells if c["encoder"] == "vit"}
+    assert len(kinds) == 1, kinds
+    return kinds.pop()
+
+
+def refusals() -> list[str]:
+    """What a run says at its start where an evaluator cannot work."""
+    found = []
+    for evaluator, backend, precision in (("double_backward", "fsdp2", "fp32"), ("double_backward", "zero3", "fp32"),
+                                          ("sliced", "ddp", "bf16")):  # fmt: skip
+        cfg = RunConfig(backend=backend, precision=precision, constraint=ConstraintConfig(evaluator=evaluator))
+        found += [f"* {problem}." for problem in cross_checks(dataclasses.replace(cfg, threads=1))]
+    return found
+
+
+def page(path: Path | None = None) -> str:
+    """The text of docs/matrix.md."""
+    path = path or newest()
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cells = result["cells"]
+    evaluators = list(dict.fromkeys(c["evaluator"] for c in cells))
+    backends = list(dict.fromkeys(c["backend"] for c in cells))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    bad = sum(not c["ok"] for c in cells)
+    parts = [
+        HEAD.format(name=path.name, steps=result["steps"], world=result["world"], cells=len(cells), bad=bad,
+                    versions=f"{versions}; {result['hardware']}."),
+        LIMITS,
+        "## By backend\n\nWorst of all encoders, objectives and features, without bf16, first / last step.\n",
+        table(["evaluator", *backends], [
+            [f"`{e}`", *(worst([c for c in cells if (c["evaluator"], c["backend"], c["bf16"]) == (e, b, False)])
+                         for b in backends)]
+            for e in evaluators
+        ]),
+    ]  # fmt: skip
+    for title, chosen in OF_BACKENDS.items():
+        parts.append(f"## By feature, {title}\n")
+        rows = []
+        for e in evaluators:
+            own = [c for c in cells if c["evaluator"] == e and chosen(c)]
+            if own:
+                rows.append([f"`{e}`", *(worst_or_none([c for c in own if has(c)]) for has in FEATURES.values()),
+                             attention(own)])  # fmt: skip
+        parts.append(table(["evaluator", *FEATURES, "attention"], rows))
+    parts.append("## What says so at the start\n")
+    parts.append("\n".join(refusals()) + "\n")
+    return "\n".join(parts)
+
+
+def worst_or_none(cells: list[dict[str, Any]]) -> str:
+    """As `worst`, where a feature may be without cells of this precision."""
+    return worst(cells) if cells else "see the other table"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
