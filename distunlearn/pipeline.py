@@ -57,8 +57,10 @@ def unlearn(cfg: RunConfig, out: Path) -> None:
         _check_coverage(session)
 
 
-def audit(run_dir: Path) -> int:
+def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
     """Train the retrained reference where it is missing, attack all three encoders, judge the gates.
+
+    cfg: settings of this attempt, where keys that change no result differ from those saved; None: the saved ones.
 
     Returns:
         0 if every gate passes, 6 if one fails, 7 if none fails but one is inconclusive.
@@ -68,7 +70,7 @@ def audit(run_dir: Path) -> int:
     """
     from distunlearn.engine import phases
 
-    cfg = saved_config(run_dir)
+    cfg = cfg or saved_config(run_dir)
     with _session(cfg, run_dir) as session:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
             _check_coverage(session)
@@ -102,7 +104,7 @@ def run(cfg: RunConfig, out: Path) -> int:
         write_plan(planned, out)
     pretrain(cfg, out)
     unlearn(cfg, out)
-    code = audit(out)
+    code = audit(out, cfg)
     if _is_main():
         report(out)
     wait_for_all()  # a launcher ends all processes when the first leaves with a code, while this one still writes
@@ -117,12 +119,15 @@ def shards_folder(cfg: RunConfig, out: Path) -> Path:
     if cfg.data.shards:
         return Path(cfg.data.shards).expanduser()
     if cfg.reuse:
-        return shards_folder(saved_config(Path(cfg.reuse)), Path(cfg.reuse))
+        return shards_folder(saved_config(Path(cfg.reuse), world=1), Path(cfg.reuse))
     return Path(out) / "shards"
 
 
-def saved_config(run_dir: Path) -> RunConfig:
+def saved_config(run_dir: Path, world: int | None = None) -> RunConfig:
     """The resolved config of a run directory.
+
+    world: number of processes it is to run on now; None: what the launcher announced. 1 where it is only looked at,
+        for a run may reuse or continue one that had another number of processes.
 
     Raises:
         DataError: there is none.
@@ -130,7 +135,7 @@ def saved_config(run_dir: Path) -> RunConfig:
     path = Path(run_dir) / "run.yaml"
     if not path.exists():
         raise DataError(f"{run_dir} is not a run directory (run.yaml is missing); give the --out folder of a run.")
-    return load_config(None, path, [])
+    return load_config(None, path, [], world=world)
 
 
 def _check_shards(cfg: RunConfig, folder: Path) -> None:
@@ -155,7 +160,7 @@ def _refuse_other_settings(cfg: RunConfig, out: Path) -> None:
     path = out / "run.yaml"
     if not path.exists():
         return
-    differences = field_diff(load_config(None, path, []), cfg)
+    differences = field_diff(saved_config(out, world=1), cfg)
     differences = {k: v for k, v in differences.items() if k not in FREE_KEYS}
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(differences.items())[:5])
@@ -184,7 +189,8 @@ def verify(cfg: RunConfig, manifest: Manifest) -> None:
 _VERIFIED: set[tuple[str, str]] = set()
 
 FREE_KEYS = (
-    "backend", "threads", "data.cache_mib", "data.verify", "data.shards", "data.root", "data.third_party_root", "reuse",
+    "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
+    "data.root", "data.third_party_root", "reuse",
 )  # fmt: skip
 
 

@@ -26,11 +26,11 @@ compilation. This page is made by `python docs/make_matrix.py > docs/matrix.md` 
 [{name}](../benchmarks/results/{name}); do not edit it by hand.
 
 A cell is a training of {steps} SGD steps by the whole loss of `third_party` on a small ResNet or ViT, on {world}
-processes (`single`: one) over gloo, with uneven shares. Differences are relative to the update of the weights: after the first
-step, which is the gradient, and after the last. `single`, `ddp` and `fsdp2` ran in float64, where nothing hides behind
-rounding; DeepSpeed keeps float32, where a ResNet in one process is as far from itself when its starting weights change
-by half a unit in the last place. bf16 is compared with bf16. torch.compile ran with its tracing backend, without
-generated machine code. GPUs, NCCL and more than {world} processes: not measured here.
+processes (`single`: one) over gloo, with uneven shares. Differences are relative to the update of the weights: after
+the first step, which is the gradient, and after the last. `single`, `ddp` and `fsdp2` ran in float64, where nothing
+hides behind rounding; DeepSpeed keeps float32, where a ResNet in one process is as far from itself when its starting
+weights change by half a unit in the last place. bf16 is compared with bf16. torch.compile ran with its tracing
+backend, without generated machine code. GPUs, NCCL and more than {world} processes: not measured here.
 
 {cells} cells, {bad} of them beyond their limit. {versions}
 """

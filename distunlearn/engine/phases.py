@@ -108,7 +108,7 @@ def _digest(**parts: object) -> str:
 
 
 def _settings(part: Any) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(part).items() if NEUTRAL.get(k) != v}
+    return {k: v for k, v in dataclasses.asdict(part).items() if k not in NEUTRAL or NEUTRAL[k] != v}
 
 
 def training_digest(session: Session, phase: str) -> str:

@@ -1,0 +1,54 @@
+"""Runs that look at the settings of another run: what that one could not do now is its own affair."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from distunlearn import pipeline
+from distunlearn.config import EncoderConfig, PretrainConfig, RunConfig
+from distunlearn.config_io import load_config, save_config
+from distunlearn.engine import phases
+from distunlearn.errors import ConfigError
+
+EVEN = ["backend=ddp", "unlearn.forget_batch=64", "unlearn.third_party_batch=64"]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    """The folder of a run that one process made, with batches that two cannot share."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    save_config(replace(RunConfig(), unlearn=replace(RunConfig().unlearn, forget_batch=63)), folder / "run.yaml")
+    return folder
+
+
+def test_two_processes_may_reuse_what_one_made(alone, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = load_config("digits", None, [*EVEN, f"reuse={alone}"])
+    assert pipeline.shards_folder(cfg, alone.parent / "run") == alone / "shards"
+    with pytest.raises(ConfigError, match="backend=single cannot use 2 processes"):
+        pipeline.saved_config(alone)  # control: to run it now is another matter
+
+
+def test_a_folder_may_be_continued_with_other_processes_and_features(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    pipeline._claim(load_config("digits", None, []), out)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    even = ["backend=ddp", "activation_checkpointing=true"]
+    shared = load_config("digits", None, even)
+    pipeline._claim(shared, out)
+    assert pipeline.saved_config(out, world=1).backend == "single"  # the first attempt's
+    with pytest.raises(ConfigError, match="unlearn.lr"):
+        pipeline._claim(load_config("digits", None, [*even, "unlearn.lr=0.5"]), out)
+
+
+def test_digests_leave_out_what_changes_nothing_and_no_more():
+    """Folders written before a setting existed stay valid."""
+    assert phases._settings(EncoderConfig()) == asdict(EncoderConfig())  # None is a value
+    plain = asdict(PretrainConfig())
+    assert plain.pop("accumulate") == 1
+    assert phases._settings(PretrainConfig()) == plain
+    assert phases._settings(PretrainConfig(accumulate=2)) == plain | {"accumulate": 2}
