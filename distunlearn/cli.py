@@ -157,6 +157,23 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Purge:
+    """Take the forgotten images out of the run's shards, for good; without --apply only say what would happen."""
+
+    run_dir: RunDir
+    apply: Annotated[bool, tyro.conf.arg(help="rewrite the shards", help_behavior_hint="")] = False
+
+    def __call__(self) -> int:
+        import json
+
+        from distunlearn import pipeline
+
+        if _is_main():
+            print(json.dumps(pipeline.purge(self.run_dir, apply=self.apply), indent=2))
+        return 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Resolve and check everything, print steps, memory and coverage as JSON, touch nothing."""
 
@@ -212,7 +229,7 @@ class Doctor:
         return 0
 
 
-VERBS = (Prepare, Pretrain, Unlearn, Audit, Report, Run, Plan, List, Doctor)
+VERBS = (Prepare, Pretrain, Unlearn, Audit, Report, Run, Purge, Plan, List, Doctor)
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor)
 

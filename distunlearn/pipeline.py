@@ -81,6 +81,41 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
     return VERDICT_CODES[verdict]
 
 
+def purge(run_dir: Path, apply: bool = False) -> dict:
+    """Take the images that the run forgot out of its shards; without `apply` only say what would happen.
+
+    After it the run's report can still be made, but none of its encoders can be trained or audited again.
+
+    Returns:
+        plain JSON: what is, or would be, removed; with `apply` it is also kept as `purge.json` in the run directory.
+
+    Raises:
+        DataError: the run has not forgotten yet, was not audited, or its shards are not as the manifest says.
+    """
+    from distunlearn.data.manifest import Manifest
+    from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
+    from distunlearn.engine.checkpoint import write_json
+
+    cfg, folder = saved_config(run_dir, world=1), Path(run_dir)
+    for name, verb in (("done.json", "unlearn"), ("audit/summary.json", "audit")):
+        if not (folder / name).exists():
+            raise DataError(
+                f"{folder} has no {name}, so its images are still needed; finish the run ({verb}) before purging them."
+            )
+    shards = shards_folder(cfg, folder)
+    facts: dict = {"applied": apply, "shards_folder": str(shards)}
+    done = purged_before(shards)
+    if done is None:
+        manifest = Manifest.load(shards)
+        ids = manifest.ids("forget")
+        facts["ids_sha256"] = ids_digest(ids)
+        done = purge_shards(shards, ids) if apply else plan_purge(manifest, ids)
+    facts |= done.facts()
+    if apply and ("ids_sha256" in facts or not (folder / "purge.json").exists()):
+        write_json(folder / "purge.json", facts)
+    return facts
+
+
 def report(run_dir: Path) -> Path:
     """Write `report.html` from what the audit saved."""
     from distunlearn.report import write_report
@@ -178,6 +213,12 @@ def _claim(cfg: RunConfig, out: Path) -> None:
 def verify(cfg: RunConfig, manifest: Manifest) -> None:
     """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process."""
     from distunlearn.data.shards import verify_shards
+
+    if "purged" in manifest.info:
+        raise DataError(
+            f"{manifest.folder} holds shards from which {manifest.info['purged']['images']} forgotten images were "
+            "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
+        )
 
     key = (str(manifest.folder), manifest.fingerprint)
     deep = cfg.data.verify == "digest" and _is_main() and key not in _VERIFIED

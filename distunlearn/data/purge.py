@@ -1,0 +1,270 @@
+"""Shards without the images that were forgotten: a new folder is built, proven, and exchanged for the old one.
+
+Samples that stay keep their bytes: members are copied as they are, headers included, and shards that hold no forgotten
+image are linked, not copied. Whoever opens the folder at any moment, a kill included, finds the old set or the new one.
+
+What purging does not reach: the source of the images, other copies of the shards, encoders trained on them, and what a
+file system or a disk keeps of deleted files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distunlearn.data.manifest import Manifest, Sample, Shard
+from distunlearn.data.shards import file_sha256, read_sample, sync_path, verify_shards
+from distunlearn.errors import DataError
+
+__all__ = ["Purge", "ids_digest", "plan_purge", "purge_shards", "purged_before"]
+
+_END = 2 * tarfile.BLOCKSIZE  # zeros that end an archive
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+_AT_CWD = -100
+
+
+@dataclass(frozen=True)
+class Purge:
+    """What a purge removes, or removed.
+
+    images: forgotten images in the shards. copies: other images with the very bytes of one of them, which stay.
+    shards: shards to rewrite. emptied: shards that vanish because nothing is left in them. bytes_before, bytes_after:
+    of all shards. before, after: sha256 of the manifest (`after` None before it is done).
+    """
+
+    images: int
+    copies: int
+    shards: int
+    emptied: int
+    bytes_before: int
+    bytes_after: int | None
+    before: str
+    after: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purge:
+    """What `purge_shards` would do; nothing is written.
+
+    Raises:
+        DataError: no id is in the shards (they may have been purged before), or nothing would be left.
+    """
+    gone = {i for i in ids if i in manifest.by_id}
+    if not gone:
+        purged = manifest.info.get("purged")
+        known = f"; {purged['images']} images were purged from them before" if purged else ""
+        raise DataError(
+            f"none of the {len(ids)} images to purge is in {manifest.folder}{known}; there is nothing to do."
+        )
+    if len(gone) == len(manifest):
+        raise DataError(f"all {len(gone)} images of {manifest.folder} are to be purged; delete the folder instead.")
+    digests = {manifest.by_id[i].sha256 for i in gone}
+    touched = {manifest.by_id[i].shard for i in gone}
+    return Purge(
+        images=len(gone),
+        copies=sum(s.sha256 in digests and s.id not in gone for s in manifest.samples),
+        shards=len(touched),
+        emptied=sum(all(s.id in gone for s in manifest.in_shard(name)) for name in touched),
+        bytes_before=sum(shard.bytes for shard in manifest.shard_files.values()),
+        bytes_after=None,
+        before=manifest.fingerprint,
+    )
+
+
+def purged_before(folder: str | Path) -> Purge | None:
+    """The record of the last purge, if it left nothing to forget; what a kill after it left beside the folder goes.
+
+    Raises:
+        DataError: another process works on the folder.
+    """
+    manifest = Manifest.load(folder)
+    history = manifest.info.get("purged")
+    if history is None or manifest.ids("forget"):
+        return None
+    with _work_folder(Path(folder).resolve()):
+        size = sum(shard.bytes for shard in manifest.shard_files.values())
+        return Purge(history["images"], history["copies"], 0, 0, size, size, history["manifests"][-1],
+                     manifest.fingerprint)  # fmt: skip
+
+
+def purge_shards(folder: str | Path, ids: Collection[str]) -> Purge:
+    """Replace the shards and the manifest in `folder` by ones without the images `ids`; all of it or nothing.
+
+    Raises:
+        DataError: as `plan_purge`; a shard differs from the manifest; another process works on the folder; or the
+            result still holds one of the images (nothing is replaced then).
+    """
+    folder = Path(folder).resolve()
+    try:
+        with _work_folder(folder) as work:
+            manifest = Manifest.load(folder)
+            planned = plan_purge(manifest, ids)
+            verify_shards(manifest, deep=True)
+            gone = {i for i in ids if i in manifest.by_id}
+            made = _write(manifest, gone, work, planned)
+            _prove(made, manifest, gone)
+            _exchange(work, folder)
+    except OSError as error:
+        raise DataError(
+            f"the shards in {folder} cannot be purged ({error.strerror or error}); they are as they were."
+        ) from error
+    return replace(planned, bytes_after=sum(s.bytes for s in made.shard_files.values()), after=made.fingerprint)
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """A locked, empty folder beside `folder`. What a killed purge left, which may be the old set, is removed."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder of shards; give the run directory of a finished run.")
+    work = folder.with_name(f".{folder.name}.purging")
+    lock = folder.with_name(f".{folder.name}.purge-lock")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another purge works on {folder}; wait for it to end.") from error
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir()
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _write(manifest: Manifest, gone: set[str], work: Path, planned: Purge) -> Manifest:
+    """The new shards and their manifest, durable, in `work`."""
+    samples: list[Sample] = []
+    files: dict[str, Shard] = {}
+    for name, shard in manifest.shard_files.items():
+        inside = manifest.in_shard(name)
+        kept = [sample for sample in inside if sample.id not in gone]
+        source, target = manifest.shard_path(name), work / name
+        if len(kept) == len(inside):
+            _link(source, target)
+            files[name] = shard
+            samples += kept
+        elif kept:
+            moved = _rewrite(source, target, {s.offset for s in inside if s.id in gone})
+            samples += [replace(s, offset=moved[s.offset]) for s in kept]
+            files[name] = Shard(target.stat().st_size, file_sha256(target), len(kept))
+    before = manifest.info.get("purged", {"images": 0, "manifests": []})
+    history = {
+        "images": before["images"] + planned.images,
+        "copies": planned.copies,
+        "manifests": [*before["manifests"], manifest.fingerprint],
+    }
+    made = Manifest(work, samples, files, {**manifest.info, "purged": history})
+    made.save(work)
+    sync_path(work)
+    return made
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+        sync_path(target)
+
+
+def _rewrite(source: Path, target: Path, gone: set[int]) -> dict[int, int]:
+    """Copy a tar file without the samples whose image data starts at one of `gone`; returns {old: new} data offsets.
+
+    A sample is a run of members of one key (name up to the first dot of its last part), as webdataset groups them.
+    """
+    with tarfile.open(source, "r:") as tar:
+        members = tar.getmembers()
+    keys = [_key(member.name) for member in members]
+    dropped = {key for key, member in zip(keys, members, strict=True) if member.offset_data in gone}
+    moved: dict[int, int] = {}
+    with source.open("rb") as old, target.open("wb") as new:
+        for key, member in zip(keys, members, strict=True):
+            if key in dropped:
+                continue
+            moved[member.offset_data] = new.tell() + member.offset_data - member.offset
+            old.seek(member.offset)
+            blocks = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            _copy(old, new, member.offset_data - member.offset + blocks)
+        new.write(bytes(_END))
+        new.write(bytes(-new.tell() % tarfile.RECORDSIZE))
+        new.flush()
+        os.fsync(new.fileno())
+    return moved
+
+
+def _key(name: str) -> str:
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
+
+
+def _copy(old: Any, new: Any, count: int) -> None:
+    while count:
+        piece = old.read(min(count, 1 << 20))
+        if not piece:
+            raise DataError(f"{old.name} ends within a member; run prepare again.")
+        new.write(piece)
+        count -= len(piece)
+
+
+def _prove(made: Manifest, old: Manifest, gone: set[str]) -> None:
+    """The new set, read from the disk: the samples that stay, with their bytes and nothing of the others.
+
+    Raises:
+        DataError: it is not so.
+    """
+    found = Manifest.load(made.folder)
+    expected = [s.id for s in old.samples if s.id not in gone]
+    if [s.id for s in found.samples] != expected:
+        raise DataError(f"the purged manifest of {old.folder} does not list what should stay; nothing was changed.")
+    verify_shards(found, deep=True)
+    for name in found.shard_files:
+        if found.shard_files[name] == old.shard_files[name]:
+            continue  # the very file
+        for sample in found.in_shard(name):
+            read_sample(found, sample.id)  # the digest is that of before
+        left = gone & _ids_in(found.shard_path(name))
+        if left:
+            raise DataError(f"the purged shard {name} still names {len(left)} purged images; nothing was changed.")
+    if len(found.samples) + len(gone) != len(old.samples):
+        raise DataError(f"the purge of {old.folder} lost images that should stay; nothing was changed.")
+
+
+def _ids_in(path: Path) -> set[str]:
+    """Ids that the json members of a tar file name."""
+    found = set()
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                content = json.loads(tar.extractfile(member).read())
+                found.add(content.get("id") if isinstance(content, dict) else None)
+    return found
+
+
+def _exchange(work: Path, folder: Path) -> None:
+    """Let both names change places in one step; `work` then holds the old set, which the caller removes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_CWD, os.fsencode(work), _AT_CWD, os.fsencode(folder), _EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)}: the file system cannot exchange two folders in one step")
+    sync_path(folder.parent)
+
+
+def ids_digest(ids: Collection[str]) -> str:
+    """sha256 of the sorted ids, one a line: names a list of images without naming an image."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
