@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import tyro
 
 from distunlearn import __version__
-from distunlearn.errors import ConfigError, DistunlearnError
+from distunlearn.errors import ConfigError, DistunlearnError, StoppedError
 from distunlearn.text import printable
 
 if TYPE_CHECKING:
@@ -255,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except DistunlearnError as error:
         _complain(error)
+        if isinstance(error, StoppedError):
+            _leave_together()
         return error.exit_code
     except KeyboardInterrupt:
         if _is_main():
@@ -269,6 +271,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return EXIT_INTERNAL
     return code
+
+
+def _leave_together() -> None:
+    """All ranks stop alike; a launcher would end the main process, before it has said why, with the first to leave."""
+    from distunlearn.engine.backends.process_group import wait_for_all
+
+    wait_for_all()
 
 
 def _unknown_verb(name: str) -> int:
@@ -329,10 +338,10 @@ def _is_main() -> bool:
 
 
 def _complain(error: DistunlearnError) -> None:
-    """One line on stderr. A bad config is the same on all ranks and said once; other errors may strike one rank."""
+    """One line on stderr. A bad config and a stop are the same on all ranks and said once; others may strike one."""
     if _is_main():
-        print(f"error: {error}", file=sys.stderr)
-    elif not isinstance(error, ConfigError):
+        print(str(error) if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, ConfigError | StoppedError):
         print(f"rank {_rank()}: error: {error}", file=sys.stderr)
 
 

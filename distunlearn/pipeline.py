@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from distunlearn.config import RunConfig
 from distunlearn.config_io import field_diff, load_config, save_config
-from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, CoverageError, DataError
+from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, CoverageError, DataError, StoppedError
 
 if TYPE_CHECKING:
     from distunlearn.data.manifest import Manifest
 
-__all__ = ["audit", "plan", "prepare", "pretrain", "report", "run", "unlearn"]
+__all__ = ["audit", "plan", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
@@ -75,6 +75,9 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
             _check_coverage(session)
         phases.retrain(session)
+        if session.stop.agreed(session.backend):
+            reason = session.stop.honoured(session.backend)
+            raise StoppedError(f"stopped by {reason} before the audit; the same command goes on from there.")
         verdict = _audit(session) if session.backend.is_main else None
         session.backend.barrier()
         verdict = session.backend.broadcast_object(verdict)
@@ -249,6 +252,7 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
     from distunlearn.engine.checkpoint import write_json
     from distunlearn.engine.ledger import Ledger
     from distunlearn.engine.phases import Session
+    from distunlearn.engine.stopping import StopRequest
     from distunlearn.engine.telemetry import Telemetry
 
     out = Path(out)
@@ -265,9 +269,9 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
     backend.barrier()
     store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels)
     ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main)
-    with Telemetry(out, backend.is_main) as telemetry:
+    with Telemetry(out, backend.is_main) as telemetry, StopRequest(out) as stop:
         try:
-            yield Session(cfg, out, manifest, store, backend, ledger, telemetry)
+            yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop)
         finally:
             ledger.close()
 

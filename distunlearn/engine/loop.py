@@ -23,8 +23,9 @@ from distunlearn.engine.backends import Backend
 from distunlearn.engine.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, write_json
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.optim import learning_rate
+from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
-from distunlearn.errors import DataError, NumericsError
+from distunlearn.errors import DataError, NumericsError, StoppedError
 from distunlearn.methods.base import Context, Method
 from distunlearn.objectives.gather import all_reduce_mean
 
@@ -58,15 +59,18 @@ class PhaseResult:
     started: dict[str, float]
 
 
-def train_phase(phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry) -> PhaseResult:
-    """Run `phase` from its newest checkpoint, or from step 0, to its end.
+def train_phase(
+    phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest
+) -> PhaseResult:
+    """Run `phase` from its newest checkpoint, or from step 0, to its end or to a stop.
 
     Raises:
         NumericsError: a loss or gradient is not finite on any rank; nothing is updated, and
             `nan-step-XXXXXXXX.json` in the phase's folder names the samples.
         DataError: no checkpoint verifies, or they belong to another configuration.
+        StoppedError: `stop` was asked for, on any rank; the state is saved.
     """
-    runner = _Runner(phase, ctx, backend, ledger, telemetry)
+    runner = _Runner(phase, ctx, backend, ledger, telemetry, stop)
     return runner.run()
 
 
@@ -92,9 +96,12 @@ def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class _Runner:
-    def __init__(self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry) -> None:
+    def __init__(
+        self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest
+    ) -> None:
         self.phase, self.ctx, self.backend = phase, ctx, backend
-        self.ledger, self.telemetry = ledger, telemetry
+        self.ledger, self.telemetry, self.stop = ledger, telemetry, stop
+        self.saved = 0  # steps done when the state was saved last
         self.folder = phase.folder / "checkpoints"
         self.attempt = 1
         self.elapsed = 0.0
@@ -114,6 +121,8 @@ class _Runner:
                 self.telemetry.log(phase.name, first, {f"start/{k}": v for k, v in self.started.items()})
         with self.telemetry.progress(phase.name, phase.steps, first) as progress:
             for step in range(first, phase.steps):
+                if self.stop.agreed(self.backend):
+                    self._leave(step, clock)
                 metrics = self._step(step)
                 self.telemetry.log(phase.name, step + 1, metrics)
                 progress.update(step + 1, loss=metrics["loss"], images=ctx.images * ctx.world)
@@ -126,6 +135,21 @@ class _Runner:
         self.ledger.done(phase.name, phase.steps, images=images)
         self.ledger.sync()
         return PhaseResult(phase.steps, images, self.elapsed, self.attempt, self.started)
+
+    def _leave(self, step: int, clock: float) -> None:
+        """Save the state after `step` steps and end.
+
+        Raises:
+            StoppedError: always.
+        """
+        self.elapsed += time.monotonic() - clock
+        if step != self.saved and self.backend.is_prepared:
+            self._save(step)
+        reason = self.stop.honoured(self.backend)
+        raise StoppedError(
+            f"{self.phase.name} was stopped by {reason} after step {step} of {self.phase.steps}, and its state is "
+            "saved; the same command goes on from there."
+        )
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -200,6 +224,7 @@ class _Runner:
             }
             save_checkpoint(self.folder, step, tensors, optimizer, facts)
         self.backend.barrier()
+        self.saved = step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
         if checkpoint is None:
@@ -226,6 +251,7 @@ class _Runner:
         self.elapsed = facts["seconds"]
         self.attempt = facts["attempt"] + 1
         self.started = facts["started"]
+        self.saved = checkpoint.step
         self.telemetry.note(self.phase.name, f"goes on from step {checkpoint.step} (attempt {self.attempt})")
         return checkpoint.step
 

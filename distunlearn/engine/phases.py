@@ -36,6 +36,7 @@ from distunlearn.engine.checkpoint import write_json, write_tensors
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
 from distunlearn.errors import DataError
 from distunlearn.methods import METHODS, Context, Contrastive, Method
@@ -60,6 +61,7 @@ class Session:
     backend: Backend
     ledger: Ledger
     telemetry: Telemetry
+    stop: StopRequest
 
     @property
     def num_classes(self) -> int | None:
@@ -248,7 +250,7 @@ def _train(
             digest=digest,
             names_forget="" if name == "pretrain" else "forget",
         )
-        facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry))
+        facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry, session.stop))
     _finish(session, name, folder, digest, model, trained, facts)
 
 

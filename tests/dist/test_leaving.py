@@ -30,7 +30,7 @@ def main() -> None:
 
     pipeline.pretrain = lambda cfg, out: started.append(open_backend(cfg))
     pipeline.unlearn = lambda cfg, out: started[0].barrier()
-    pipeline.audit = lambda out: INCONCLUSIVE
+    pipeline.audit = lambda out, cfg: INCONCLUSIVE
     pipeline.report = slow_report
     out = folder / "run"
     code = pipeline.run(load_config("digits", None, ["backend=ddp", "threads=1"]), out)
