@@ -191,6 +191,8 @@ class Zero(Backend):
         """Within it all weights are whole; with `main_writes` the main rank's changes reach the shards."""
         if self.stage < 3:
             return contextlib.nullcontext()
+        # A gradient taken without `backward` leaves weights gathered where a layer's input needs none.
+        self._engine.optimizer.parameter_offload.release_backward_leftovers()
         parameters = list(self.model.parameters())
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if main_writes else None)
 
