@@ -20,6 +20,7 @@ import tyro
 
 from distunlearn import __version__
 from distunlearn.errors import ConfigError, DistunlearnError, StoppedError
+from distunlearn.submit import Job
 from distunlearn.text import printable
 
 if TYPE_CHECKING:
@@ -157,6 +158,43 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Submit:
+    """Give a run to SLURM, as a job that saves at signals and asks for itself again; --dry-run prints the script."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+    job: Annotated[Job, tyro.conf.arg(name="")] = Job()
+    dry_run: Annotated[bool, tyro.conf.arg(help="print the script", help_behavior_hint="")] = False
+
+    def __call__(self) -> int:
+        from distunlearn.config_io import load_config
+        from distunlearn.submit import script, submit
+
+        if not self.job.check():  # else `script` says it all
+            load_config(self.recipe, self.config, list(self.overrides), world=self.job.nodes * self.job.tasks)
+        text = script(self.job, self.recipe, self.out, self.config, self.overrides)
+        print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Status:
+    """Print where a run stands, from its directory, as JSON."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        import json
+
+        from distunlearn.status import run_status
+
+        print(json.dumps(run_status(self.run_dir), indent=2))
+        return 0
+
+
+@dataclass(frozen=True)
 class Purge:
     """Take the forgotten images out of the run's shards, for good; without --apply only say what would happen."""
 
@@ -229,9 +267,9 @@ class Doctor:
         return 0
 
 
-VERBS = (Prepare, Pretrain, Unlearn, Audit, Report, Run, Purge, Plan, List, Doctor)
+VERBS = (Prepare, Pretrain, Unlearn, Audit, Report, Run, Submit, Status, Purge, Plan, List, Doctor)
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
-ONLY_PRINT = (Plan, List, Doctor)
+ONLY_PRINT = (Plan, List, Doctor, Status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -118,8 +118,8 @@ def page(path: Path | None = None) -> str:
     bad = sum(not c["ok"] for c in cells)
     floor = sum(c["rounding"] is not None for c in cells)
     parts = [
-        HEAD.format(name=path.name, steps=result["steps"], world=result["world"], cells=len(cells), bad=bad, floor=floor,
-                    versions=f"{versions}; {result['hardware']}."),
+        HEAD.format(name=path.name, steps=result["steps"], world=result["world"], cells=len(cells), bad=bad,
+                    floor=floor, versions=f"{versions}; {result['hardware']}."),
         LIMITS,
         "## By backend\n\nWorst of all encoders, objectives and features, without bf16, first / last step.\n",
         table(["evaluator", *backends], [
