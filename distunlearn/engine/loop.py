@@ -113,7 +113,7 @@ class _Runner:
         for name in rejected:
             self.telemetry.note(phase.name, f"checkpoint {name} does not match its COMMIT.json and is passed over")
         first = self._restore(checkpoint)
-        self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world)
+        self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps)
         clock = time.monotonic()
         if checkpoint is None:
             self.started = phase.method.start(ctx, phase.sample)
@@ -121,7 +121,7 @@ class _Runner:
                 self.telemetry.log(phase.name, first, {f"start/{k}": v for k, v in self.started.items()})
         with self.telemetry.progress(phase.name, phase.steps, first) as progress:
             for step in range(first, phase.steps):
-                if self.stop.agreed(self.backend):
+                if step > first and self.stop.agreed(self.backend):  # every attempt gets on by a step
                     self._leave(step, clock)
                 metrics = self._step(step)
                 self.telemetry.log(phase.name, step + 1, metrics)
