@@ -34,15 +34,15 @@ def test_status_follows_a_run(tmp_path):
     assert tiny.command("unlearn", "digits", "--out", str(out), *tiny.settings()).returncode == 75
     unlearn = status(out)["phases"]["unlearn"]
     assert (unlearn["state"], unlearn["steps"], unlearn["of"], unlearn["checkpoint"]) == ("stopped", 1, 6, 1)
-    newest = out / "checkpoints" / "step-00000001"
-    assert newest.is_dir(), sorted(newest.parent.iterdir())
-    next(newest.glob("*.safetensors")).write_bytes(b"torn")
+    (out / "stop").touch()
+    assert tiny.command("unlearn", "digits", "--out", str(out), *tiny.settings()).returncode == 75
+    next((out / "checkpoints" / "step-00000002").glob("*.safetensors")).write_bytes(b"torn")
     unlearn = status(out)["phases"]["unlearn"]
-    assert unlearn["checkpoint"] is None and len(unlearn["rejected_checkpoints"]) == 1
+    assert unlearn["checkpoint"] == 1 and unlearn["rejected_checkpoints"] == ["step-00000002"]
 
     assert tiny.run(out).returncode in (0, 6, 7)
     found = status(out)
-    assert found["phases"]["unlearn"]["attempts"] == 2 and found["phases"]["unlearn"]["steps"] == 6
+    assert found["phases"]["unlearn"]["attempts"] == 3 and found["phases"]["unlearn"]["steps"] == 6
     assert found["next"] is None and found["report"] and found["audit"]["verdict"] in ("pass", "fail", "inconclusive")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert status(out) == found and {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
