@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import tyro
 
 from distunlearn import __version__
-from distunlearn.errors import ConfigError, DistunlearnError, StoppedError
+from distunlearn.errors import ConfigError, DistunlearnError, RankLostError, StoppedError
 from distunlearn.submit import Job
 from distunlearn.text import printable
 
@@ -278,6 +278,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # same cores, training on 2 threads was 4 times slower for it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone. Without this the interpreter would complain once more when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_STOPPED if args and NAMES.get(args[0], Plan) not in ONLY_PRINT and "--help" not in args else 0
+    return code
+
+
+def _main(args: list[str]) -> int:
     if args == ["--version"]:
         print(f"distunlearn {__version__}")
         return 0
@@ -289,8 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb is None:
         return parsing.code
     try:
-        code = verb()
-        sys.stdout.flush()
+        return verb()
     except DistunlearnError as error:
         _complain(error)
         if isinstance(error, StoppedError):
@@ -301,14 +312,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:
-        # The reader has gone. Without this the interpreter would complain once more when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if isinstance(verb, ONLY_PRINT) else EXIT_STOPPED
-    except Exception:
-        traceback.print_exc()
-        return EXIT_INTERNAL
-    return code
+        raise
+    except Exception as error:
+        from distunlearn.engine.backends.process_group import lost_rank
+
+        lost = lost_rank(error)
+        if lost is None:
+            traceback.print_exc()
+            return EXIT_INTERNAL
+        print(f"error: {lost}", file=sys.stderr)  # by every rank: the main one may be the lost one
+        return RankLostError.exit_code
 
 
 def _leave_together() -> None:

@@ -6,6 +6,7 @@ repeated: what is finished is checked and kept, what was interrupted goes on fro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -250,6 +251,7 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
     from distunlearn.doctor import environment
     from distunlearn.engine.backends import open_backend
     from distunlearn.engine.checkpoint import write_json
+    from distunlearn.engine.lease import Lease
     from distunlearn.engine.ledger import Ledger
     from distunlearn.engine.phases import Session
     from distunlearn.engine.stopping import StopRequest
@@ -259,21 +261,27 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
     backend = open_backend(cfg)
     manifest = Manifest.load(shards_folder(cfg, out))
     verify(cfg, manifest)
-    if backend.is_main:
-        _claim(cfg, out)
-        if not (out / "env.json").exists():
-            write_json(out / "env.json", environment())
-    backend.barrier()
-    if backend.is_main and cfg.reuse:
-        _take_over(cfg, out)
-    backend.barrier()
-    store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels)
-    ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main)
-    with Telemetry(out, backend.is_main) as telemetry, StopRequest(out) as stop:
-        try:
-            yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop)
-        finally:
-            ledger.close()
+    with contextlib.ExitStack() as stack:
+        may_write = None
+        if backend.is_main:
+            _claim(cfg, out)
+            lease = Lease(out)
+            stack.callback(lease.release)
+            may_write = lease.check
+            if not (out / "env.json").exists():
+                write_json(out / "env.json", environment())
+        backend.barrier()
+        if backend.is_main and cfg.reuse:
+            _take_over(cfg, out)
+        backend.barrier()
+        store = ImageStore(
+            manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels
+        )
+        ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
+        stack.callback(ledger.close)
+        telemetry = stack.enter_context(Telemetry(out, backend.is_main))
+        stop = stack.enter_context(StopRequest(out))
+        yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop)
 
 
 def _take_over(cfg: RunConfig, out: Path) -> None:
@@ -341,6 +349,7 @@ def _audit(session) -> str:
     }
     covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
     summary, scores = summarise(signals, cfg, cost=cost, coverage=covered)
+    session.ledger.may_write()
     write_audit(out / "audit", summary, scores)
     return summary["gates"]["verdict"]
 

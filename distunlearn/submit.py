@@ -166,13 +166,13 @@ rm -f "$out/stop" # of an attempt that was killed before it could stop
 # DISTUNLEARN_MASTER_ADDR is for nodes whose names do not resolve.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null | head -n 1)
 export MASTER_ADDR="${{DISTUNLEARN_MASTER_ADDR:-${{first:-$(hostname)}}}}"
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+attempt=$((${{SLURM_RESTART_COUNT:-0}} + 1))
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 31 * attempt) % 20000)) # an orphan may still hold the last one
 
 steps() {{ # trained so far: attempts that add none are not repeated
     if [ -e "$out/ledger.jsonl" ]; then grep -c '"event":"step"' "$out/ledger.jsonl" || true; else echo 0; fi
 }}
 before=$(steps)
-attempt=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 # Every line of the log, which all attempts share, says whose it is; signals to the job do not end this helper.
 exec > >(trap '' USR1 TERM; exec sed -u "s/^/[$attempt] /") 2>&1
 lines=$!

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Any], facts: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    may_write: Callable[[], None] | None = None,
 ) -> Path:
     """Commit the state before step `step`; older checkpoints than the last `KEEP` are removed afterwards.
 
     Args:
         folder: the phase's `checkpoints/`.
         facts: plain JSON kept in COMMIT.json (config digest, world, images, seconds, attempt).
+        may_write: asked before the first byte and again before the commit; raises where the directory belongs to
+            another attempt.
     """
+    if may_write is not None:
+        may_write()
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.tmp"
@@ -82,6 +91,8 @@ def save_checkpoint(
     sync_path(temporary / "optimizer.pt")
     files = {p.name: file_sha256(p) for p in sorted(temporary.iterdir())}
     write_json(temporary / "COMMIT.json", {"step": step, "files": files, **facts})
+    if may_write is not None:
+        may_write()
     if final.exists():
         shutil.rmtree(final)  # a checkpoint that did not verify, being written anew
     os.replace(temporary, final)

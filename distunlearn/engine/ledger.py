@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,10 @@ class Coverage:
 class Ledger:
     """Writer; only the main rank writes. Lines are flushed at once and synced to disk with each checkpoint."""
 
-    def __init__(self, path: Path, *, is_main: bool = True) -> None:
+    def __init__(self, path: Path, *, is_main: bool = True, may_write: Callable[[], None] | None = None) -> None:
+        """may_write: asked before every line; raises where the directory belongs to another attempt."""
         self.path = Path(path)
+        self.may_write = may_write or _always
         self._file = None
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +102,14 @@ class Ledger:
     def _write(self, line: dict[str, object]) -> None:
         if self._file is None:
             return
+        self.may_write()
         line["time"] = round(time.time(), 3)
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._file.flush()
+
+
+def _always() -> None:
+    pass
 
 
 def _end_torn_line(path: Path) -> None:

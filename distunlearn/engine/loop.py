@@ -222,7 +222,7 @@ class _Runner:
                 "attempt": self.attempt,
                 "started": self.started,
             }
-            save_checkpoint(self.folder, step, tensors, optimizer, facts)
+            save_checkpoint(self.folder, step, tensors, optimizer, facts, self.ledger.may_write)
         self.backend.barrier()
         self.saved = step
 

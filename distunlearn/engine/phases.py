@@ -273,10 +273,12 @@ def _finish(
         tensors = {f"model.{k}": v for k, v in state.items()}
         tensors |= {f"momentum.{k}": v for k, v in trained.momentum.state_dict().items()} if trained.momentum else {}
         tensors |= {f"queue.{k}": v for k, v in trained.queue.state_dict().items()} if trained.queue else {}
+        session.ledger.may_write()
         write_tensors(folder / STATE, tensors)
         plain = build_model(session.cfg, session.num_classes)
         plain.load_state_dict(state)
         export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
+        session.ledger.may_write()
         write_json(
             folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts}
         )

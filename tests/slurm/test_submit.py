@@ -95,7 +95,7 @@ def test_a_rank_finds_the_others(tmp_path, stubs):
     text = script(Job(tasks=2), None, tmp_path / "run", python=stubs.python)
     stubs.run(text, {"code": 0})
     expected = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    assert stubs.rank()["variables"] == {**expected, "MASTER_ADDR": "first-node", "MASTER_PORT": "24711"}
+    assert stubs.rank()["variables"] == {**expected, "MASTER_ADDR": "first-node", "MASTER_PORT": "24742"}
     stubs.run(text, {"code": 0}, DISTUNLEARN_MASTER_ADDR="10.0.0.1")
     assert stubs.rank()["variables"]["MASTER_ADDR"] == "10.0.0.1"
     (stubs.folder / "scontrol").write_text("#!/bin/bash\nexit 127\n")
@@ -130,6 +130,7 @@ def test_a_warned_run_asks_for_itself_again(tmp_path, stubs):
     assert not (tmp_path / "run" / "stop").exists()
     assert "[1] job 4711 on n[1-2], 0 steps in the ledger" in said and "[1] ended with 75, 1 steps" in said
     _, said = stubs.run(text, WAITS, signal.SIGUSR1, SLURM_RESTART_COUNT="1")
+    assert stubs.rank()["variables"]["MASTER_PORT"] == "24773"  # an orphan of the first attempt may hold its own
     assert "[2] job 4711 on n[1-2], 1 steps in the ledger" in said and stubs.requeued() == ["4711"] * 2
     stubs.run(text, WAITS, signal.SIGUSR1, SLURM_ARRAY_JOB_ID="4700", SLURM_ARRAY_TASK_ID="2")
     assert stubs.requeued()[-1] == "4700_2"

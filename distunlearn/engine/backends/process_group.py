@@ -21,7 +21,10 @@ from distunlearn.errors import ConfigError, RankLostError
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
 
-__all__ = ["Place", "join", "wait_for_all"]
+__all__ = ["Place", "join", "lost_rank", "wait_for_all"]
+
+# What gloo says where another process has gone; it has no error class of its own.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 
 # How long a rank waits for the others. The main rank prepares data and audits alone, hence so long; a process
 # that dies is noticed at once, by its closed connection or by the launcher.
@@ -131,6 +134,22 @@ def wait_for_all() -> None:
     """Return once all processes of the run have come here; at once where there is one. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """A sentence for an error that another process's end caused in a collective operation; None: another error."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    chain: BaseException | None = error
+    while chain is not None:
+        text = str(chain)
+        if isinstance(chain, dist.DistError) or ("gloo" in text and any(sign in text for sign in GONE)):
+            return (
+                f"rank {dist.get_rank()} of {dist.get_world_size()} lost another one, which ended or no longer "
+                "answers; see what that rank said first; the same command goes on from the last checkpoint."
+            )
+        chain = chain.__cause__ or chain.__context__
+    return None
 
 
 def _leave() -> None:
