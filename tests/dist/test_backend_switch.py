@@ -1,0 +1,84 @@
+"""A checkpoint that two processes wrote under ddp goes on under another backend, and another number of processes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import environment
+from test_launchers import PLAIN, SETTINGS, TORCHRUN, accelerated, deviation, execute, logged
+
+from distunlearn.engine import checkpoint
+from distunlearn.engine.ledger import read_ledger
+
+pytestmark = pytest.mark.slow
+
+CLOSE = 1e-4  # of the loss, over the whole curve
+FEW = "pretrain.checkpoint_every=1000"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    execute(PLAIN, "prepare", "digits", out)
+    execute(TORCHRUN, "pretrain", "digits", out, "backend=ddp", FEW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(whole, tmp_path_factory) -> Path:
+    """Asked to stop in the middle of pretraining."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    settings = (*SETTINGS, "backend=ddp", f"data.shards={whole / 'shards'}", FEW)
+    chosen = [part for value in settings for part in ("--set", value)]
+    with open(out.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(
+            [*TORCHRUN, "pretrain", "digits", "--out", str(out), *chosen], stdout=log, stderr=log, env=environment()
+        )
+    deadline = time.monotonic() + 200
+    while not (out / "ledger.jsonl").exists() or '"step":6,' not in (out / "ledger.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, out.with_suffix(".log").read_text()
+        time.sleep(0.005)
+    (out / "stop").touch()
+    process.wait(timeout=100)
+    step = checkpoint.latest_checkpoint(out / "original" / "checkpoints")[0].step
+    assert 6 < step < 20 and not (out / "original" / "done.json").exists()
+    return out
+
+
+def go_on(stopped: Path, whole: Path, out: Path, backend: str) -> float:
+    """The largest difference of the losses from those of the run that was left alone."""
+    shutil.copytree(stopped, out)
+    launcher = PLAIN if backend == "single" else TORCHRUN if backend == "ddp" else accelerated(backend)
+    execute(launcher, "pretrain", "digits", out, f"backend={backend}", f"data.shards={whole / 'shards'}", FEW)
+    starts = [line for line in read_ledger(out / "ledger.jsonl") if line["event"] == "start"]
+    assert [line["world"] for line in starts] == [2, 1 if backend == "single" else 2] and starts[1]["step"] > 6
+    return deviation(logged(out, "pretrain"), logged(whole, "pretrain"))
+
+
+@pytest.mark.parametrize("backend", ["single", "fsdp2", "zero3"])
+def test_it_loses_what_the_uninterrupted_run_loses(stopped, whole, tmp_path, backend):
+    found = go_on(stopped, whole, tmp_path / "run", backend)
+    print(f"{backend}: {found:.1e}")
+    assert found <= CLOSE
+
+
+def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path, monkeypatch):
+    """AdamW that starts anew in the middle takes larger steps: the comparison sees an optimizer state that was lost."""
+    changed = tmp_path / "changed"
+    shutil.copytree(stopped, changed)
+    folder = changed / "original" / "checkpoints"
+    newest = checkpoint.latest_checkpoint(folder)[0]
+    optimizer = newest.optimizer()
+    for entries in optimizer["state"].values():
+        for value in entries.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    facts = {key: value for key, value in newest.facts.items() if key not in ("step", "files")}
+    checkpoint.save_checkpoint(folder, newest.step, newest.tensors(), optimizer, facts)
+    assert go_on(changed, whole, tmp_path / "run", "single") > 10 * CLOSE
