@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -14,8 +15,12 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "local" / "cluster.sh"
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody listens on."""
-    for first in range(27817, 29000, count):
+    """The first of `count` neighbouring ports that nobody listens on.
+
+    Other ones for every process: what lives on of an earlier cluster would report its old jobs to this one.
+    """
+    start = 21000 + 4 * (os.getpid() % 2000)
+    for first in range(start, start + 400, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
             for offset, each in enumerate(sockets):
