@@ -58,7 +58,7 @@ def test_a_dead_owner_and_a_number_used_again_are_no_owners(tmp_path):
     process.kill()
     process.communicate()
     Lease(tmp_path)
-    rewrite(tmp_path, pid=os.getppid())  # alive, but not the process that claimed
+    rewrite(tmp_path, pid=os.getppid(), born=1)  # alive, but not the process that claimed
     Lease(tmp_path).release()
 
 
