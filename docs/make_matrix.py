@@ -32,8 +32,10 @@ the first step, which is the gradient, and after the last. `single`, `ddp` and `
 hides behind rounding; DeepSpeed keeps float32. bf16 is compared with bf16. torch.compile ran with its tracing
 backend, without generated machine code. GPUs, NCCL and more than {world} processes: not measured here.
 
-{cells} cells, {bad} of them beyond their limit, {floor} judged by the rounding of one process.
+{cells} cells: {within} within the stated limits; {floor} beyond them, but within what rounding does to one process
+(listed below); {bad} beyond both.
 {versions}
+{note}
 """
 LIMITS = """\
 Limits: float64 1e-9 after the first and 1e-8 after the last step; float32 2e-6 and 3e-5 for `head` and `input_gp`,
@@ -116,10 +118,12 @@ def page(path: Path | None = None) -> str:
     backends = list(dict.fromkeys(c["backend"] for c in cells))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     bad = sum(not c["ok"] for c in cells)
-    floor = sum(c["rounding"] is not None for c in cells)
+    floor = sum(c["rounding"] is not None and c["ok"] for c in cells)
+    within = len(cells) - sum(c["rounding"] is not None or not c["ok"] for c in cells)
+    note = textwrap.fill(result.get("note", ""), 118)
     parts = [
-        HEAD.format(name=path.name, steps=result["steps"], world=result["world"], cells=len(cells), bad=bad,
-                    floor=floor, versions=f"{versions}; {result['hardware']}."),
+        HEAD.format(name=path.name, steps=result["steps"], world=result["world"], cells=len(cells), within=within,
+                    floor=floor, bad=bad, versions=f"{versions}; {result['hardware']}.", note=note),
         LIMITS,
         "## By backend\n\nWorst of all encoders, objectives and features, without bf16, first / last step.\n",
         table(["evaluator", *backends], [

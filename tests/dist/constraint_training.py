@@ -306,7 +306,7 @@ def within(found: tuple[float, float], case: Case, dtype: torch.dtype, steps: in
         return True
     if dtype == torch.float64:
         return False
-    # Never so far that a wrong constraint would pass: see the control in test_matrix.py.
+    # The caps keep a cell that is mostly rounding from passing at any distance.
     allowed = (min(max(s, 2 * r), cap) for s, r, cap in zip(stated, rounding(case, steps), (0.1, 1.0), strict=True))
     return all(error <= limit for error, limit in zip(found, allowed, strict=True))
 

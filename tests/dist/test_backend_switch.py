@@ -68,7 +68,7 @@ def test_it_loses_what_the_uninterrupted_run_loses(stopped, whole, tmp_path, bac
     assert found <= CLOSE
 
 
-def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path, monkeypatch):
+def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path):
     """AdamW that starts anew in the middle takes larger steps: the comparison sees an optimizer state that was lost."""
     changed = tmp_path / "changed"
     shutil.copytree(stopped, changed)

@@ -40,12 +40,14 @@ def test_matrix_page_is_what_the_script_prints() -> None:
 def test_a_failed_cell_shows_on_the_matrix_page(tmp_path: Path) -> None:
     maker = script("make_matrix")
     result = json.loads(maker.newest().read_text(encoding="utf-8"))
-    assert "0 of them beyond" in maker.page()
+    stated = sum(cell["rounding"] is None for cell in result["cells"])
+    assert f"{stated} within the stated limits" in maker.page() and "; 0 beyond both" in " ".join(maker.page().split())
     result["cells"][0] |= {"ok": False, "first": 0.5}
     path = tmp_path / "2026-01-01-matrix.json"
     path.write_text(json.dumps(result), encoding="utf-8")
     page = maker.page(path)
-    assert "1 of them beyond" in page and "**5e-01" in page
+    assert f"{stated - 1} within the stated limits" in page and "**5e-01" in page
+    assert "; 1 beyond both" in " ".join(page.split())
 
 
 def test_configuration_page_is_what_the_script_prints(maker: types.ModuleType) -> None:
