@@ -6,16 +6,20 @@ Images to forget are shared unevenly (9 of them), the calibration too, and the c
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import numpy as np
 import torch
-from toys import share, snapshot, update_error
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from toys import share, snapshot, update_error
 
 from distunlearn.config import (
     ConstraintConfig,
@@ -50,6 +54,10 @@ SIZES = {"retain": 16, "forget": 9, "third_party": 10, "calibration": 10}
 RATE = 1e-2  # large enough for the rounding of weights not to count, and stable
 MOMENTUM = 0.9
 EPSILON = torch.finfo(torch.float32).eps
+# Precision -> types of the weights (their gradients, communication and updates too) and of the computing. "mixed" shows
+# what a backend that keeps float32 does to a gradient, without the rounding of layers, which would hide it.
+WEIGHTS = {"float64": torch.float64, "mixed": torch.float32, "float32": torch.float32}
+COMPUTING = {"float64": torch.float64, "mixed": torch.float64, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,57 @@ def trained(encoder: str, objective: str, batchnorm: bool) -> dict[str, torch.Te
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def train(case: Case, ctx: Context, dtype: torch.dtype, steps: int, backend: Backend | None, update, state) -> dict:
-    """Some steps of SGD on views in `dtype`: weights on the way, the calibration, metrics of the last step, and the
-    attention kernels that ran in the first.
+class InFloat64(TorchFunctionMode):
+    """Layers compute in float64 on weights of float32, whose gradients are rounded to float32 at the very end.
+
+    A layer refuses weights of another type than its input; elementwise functions promote by themselves.
     """
-    right = base.make_view
-    with mock.patch.object(base, "make_view", lambda *args, **how: right(*args, **how).to(dtype)):
+
+    LAYERS = frozenset({
+        nn.functional.linear, nn.functional.conv2d, nn.functional.layer_norm, nn.functional.group_norm,
+        nn.functional.batch_norm, torch.batch_norm, torch.matmul, torch.einsum, torch.addcmul, torch.addmm, torch.bmm,
+        torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
+    })  # fmt: skip
+    CASTS = frozenset({torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.LAYERS:
+            args, kwargs = tree_map_only(torch.Tensor, widen, (args, kwargs))
+        elif func in self.CASTS and args[0].dtype == torch.float64:
+            return args[0]  # nothing goes back to float32 on the way
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Layers within the block compute in float64 where the precision is "mixed"."""
+    if precision != "mixed":
+        yield
+        return
+    with ExitStack() as stack:
+        if "deepspeed" in sys.modules:
+            linear = importlib.import_module("deepspeed.runtime.zero.linear").LinearFunctionForZeroStage3
+            right = linear.apply  # ZeRO-3 puts it in the place of torch's, and no mode sees its backward
+            widened = lambda *args: right(*(a if a is None else widen(a) for a in args))  # noqa: E731
+            stack.enter_context(mock.patch.object(linear, "apply", widened))
+        stack.enter_context(InFloat64())
+        yield
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.dtype == torch.float32 else x
+
+
+def train(case: Case, ctx: Context, precision: str, steps: int, backend: Backend | None, update, state) -> dict:
+    """Some steps of SGD: weights on the way, the calibration, metrics of the last step, and the attention kernels that
+    ran in the first.
+    """
+    right, computing = base.make_view, COMPUTING[precision]
+    with (
+        mock.patch.object(base, "make_view", lambda *args, **how: right(*args, **how).to(computing)),
+        computing_in(precision),
+    ):
         method = third_party.ThirdParty(ctx.cfg)
         states, metrics = [state()], {}
         started = method.start(ctx, batch)
@@ -189,37 +242,45 @@ def attention_kernels(found: set[str]) -> Iterator[None]:
     found.update(kind for kind, name in kinds.items() if f"aten::_scaled_dot_product_{name}" in names)
 
 
-def parts_of(case: Case, model: nn.Module, dtype: torch.dtype) -> tuple[MomentumEncoder | None, KeyQueue | None]:
+def started(case: Case, precision: str) -> nn.Module:
+    """The warm model in this precision; running statistics are part of the computing."""
+    model = warm(case).to(WEIGHTS[precision])
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(COMPUTING[precision])
+    return model
+
+
+def parts_of(case: Case, model: nn.Module, precision: str) -> tuple[MomentumEncoder | None, KeyQueue | None]:
     """Momentum encoder and queue of the objective, where it has them."""
     objective = make_objective(case.config().objective)
     momentum = MomentumEncoder(model) if objective.needs_momentum else None
     if momentum is not None:
-        momentum.model.to(dtype)
+        momentum.model.load_state_dict(started(case, precision).state_dict(), assign=True)
     queue = None
     if objective.uses_queue:
-        queue = KeyQueue(40, 6, dtype=dtype)
-        with torch.no_grad():
-            keys = model(images(40, 99).to(dtype)).output
+        queue = KeyQueue(40, 6, dtype=COMPUTING[precision])
+        with torch.no_grad(), computing_in(precision):
+            keys = model(images(40, 99).to(COMPUTING[precision])).output
         model.load_state_dict(warm(case).state_dict())  # that forward moved the running statistics
         queue.push(nn.functional.normalize(keys, dim=-1), torch.arange(40))
     return momentum, queue
 
 
-def plain(case: Case, dtype: torch.dtype = torch.float32, steps: int = 4, nudge: int | None = None) -> dict:
+def plain(case: Case, precision: str = "float32", steps: int = 4, nudge: int | None = None) -> dict:
     """In one process without any part of the backends, and without checkpointing and compiling.
 
     nudge: seed of changes of the starting weights by about half a unit in the last place.
     """
     cfg = case.config()
-    model = warm(case)
+    model = started(case, precision)
     if nudge is not None:
         generator = torch.Generator().manual_seed(nudge)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + EPSILON / 2 * torch.randn(p.shape, generator=generator))
-    model = model.to(dtype)
     optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=0.0)
-    momentum, queue = parts_of(case, model, dtype)
+    momentum, queue = parts_of(case, model, precision)
 
     def forward(pixels: torch.Tensor) -> EncoderOutput:
         if not case.bf16:
@@ -236,17 +297,17 @@ def plain(case: Case, dtype: torch.dtype = torch.float32, steps: int = 4, nudge:
         if momentum is not None:
             momentum.update(model, MOMENTUM)
 
-    return train(case, ctx, dtype, steps, None, update, lambda: snapshot(model.state_dict()))
+    return train(case, ctx, precision, steps, None, update, lambda: snapshot(model.state_dict()))
 
 
-def sharded(case: Case, kind: str, dtype: torch.dtype = torch.float32, steps: int = 4) -> dict:
+def sharded(case: Case, kind: str, precision: str = "float32", steps: int = 4) -> dict:
     """The same on a backend, by all its ranks."""
     cfg = case.config(kind)
     if kind == "zero3":
         zero.PERSISTENT = 0  # the encoders are small: without this their weights would stay gathered
     backend = open_backend(cfg)
-    model = warm(case).to(dtype)
-    momentum, queue = parts_of(case, model, dtype)
+    model = started(case, precision)
+    momentum, queue = parts_of(case, model, precision)
     if momentum is not None:
         momentum.model = backend.synchronise(momentum.model)
     optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=0.0)
@@ -263,7 +324,7 @@ def sharded(case: Case, kind: str, dtype: torch.dtype = torch.float32, steps: in
             backend.update_momentum(momentum, model, MOMENTUM)
 
     try:
-        return train(case, ctx, dtype, steps, backend, update, backend.full_state)
+        return train(case, ctx, precision, steps, backend, update, lambda: snapshot(backend.full_state()))
     finally:
         backend.release()
 
@@ -271,9 +332,9 @@ def sharded(case: Case, kind: str, dtype: torch.dtype = torch.float32, steps: in
 # -- comparison ------------------------------------------------------------------------------------------------------
 
 
-def limits(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+def limits(case: Case, precision: str) -> tuple[float, float]:
     """Largest difference after the first step, which is the gradient, and after the last, relative to the update."""
-    if dtype == torch.float64:
+    if precision == "float64":
         return 1e-9, 1e-8
     if case.bf16:
         return 0.1, 0.5
@@ -293,18 +354,18 @@ def rounding(case: Case, steps: int) -> tuple[float, float]:
     """
     case = replace(case, checkpointing=False, compile=False)
     expected = plain(case, steps=steps)["states"]
-    exact = plain(replace(case, bf16=False), torch.float64, steps=steps)["states"]
+    exact = plain(replace(case, bf16=False), "float64", steps=steps)["states"]
     found = [errors(expected, exact)]
     found += [errors(plain(case, steps=steps, nudge=seed)["states"], expected) for seed in range(3)]
     return max(first for first, _ in found), max(last for _, last in found)
 
 
-def within(found: tuple[float, float], case: Case, dtype: torch.dtype, steps: int) -> bool:
-    """Within the limits, or within twice what rounding does to one process (asked only where it matters)."""
-    stated = limits(case, dtype)
+def within(found: tuple[float, float], case: Case, precision: str, steps: int) -> bool:
+    """Within the limits; where layers compute in float32 or bf16: or within twice what rounding does to one process."""
+    stated = limits(case, precision)
     if all(error <= limit for error, limit in zip(found, stated, strict=True)):
         return True
-    if dtype == torch.float64:
+    if precision != "float32":
         return False
     # The caps keep a cell that is mostly rounding from passing at any distance.
     allowed = (min(max(s, 2 * r), cap) for s, r, cap in zip(stated, rounding(case, steps), (0.1, 1.0), strict=True))

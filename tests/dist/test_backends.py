@@ -177,7 +177,8 @@ def main(folder: Path, kind: str) -> None:
     found |= {f"{name} {count}": train(backend, name, count) for name, count in CASES}
     if backend.world > 1:
         found["clip"] = train(backend, "conv", 8, clip=CLIP)
-        found |= {f"{name} in {PARTS} parts": train(backend, name, 7, clip=CLIP, parts=PARTS) for name in ("conv", "vit")}
+        for name in ("conv", "vit"):
+            found[f"{name} in {PARTS} parts"] = train(backend, name, 7, clip=CLIP, parts=PARTS)
         found["after them"] = train(backend, "conv", 8, steps=1)
         found["factor W"] = train(backend, "conv", 8, steps=1, wrong=backend.world)
         found["own statistics"] = train(opened(kind, sync_batchnorm=False), "conv", 8, steps=1)

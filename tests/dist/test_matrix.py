@@ -56,9 +56,11 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 Cell = tuple[str, Case]  # backend, training
 
 
-def precision_of(kind: str, case: Case) -> torch.dtype:
-    """float64, where nothing hides behind rounding; DeepSpeed keeps float32, and bf16 is what it is."""
-    return torch.float32 if kind.startswith("zero") or case.bf16 else torch.float64
+def precision_of(kind: str, case: Case) -> str:
+    """Nothing hides behind rounding but in bf16, which is what it is; DeepSpeed keeps its weights in float32."""
+    if case.bf16:
+        return "float32"
+    return "mixed" if kind.startswith("zero") else "float64"
 
 
 # -- which cells -----------------------------------------------------------------------------------------------------
@@ -129,12 +131,12 @@ def main(folder: Path, kind: str, cells: Path) -> None:
 
 
 @functools.cache
-def reference(case: Case, dtype: torch.dtype) -> list[dict]:
-    return plain(case, dtype, STEPS)["states"]
+def reference(case: Case, precision: str) -> list[dict]:
+    return plain(case, precision, STEPS)["states"]
 
 
-def plainly(case: Case, dtype: torch.dtype) -> list[dict]:
-    return reference(replace(case, checkpointing=False, compile=False), dtype)
+def plainly(case: Case, precision: str) -> list[dict]:
+    return reference(replace(case, checkpointing=False, compile=False), precision)
 
 
 def run(kind: str, cases: list[Case], folder: Path, timeout: float) -> list[dict]:
@@ -146,21 +148,22 @@ def run(kind: str, cases: list[Case], folder: Path, timeout: float) -> list[dict
     assert [rank["world"] for rank in ranks] == [world] * world
     found = []
     for index, case in enumerate(cases):
-        dtype = precision_of(kind, case)
-        pairs = [errors(rank["results"][index]["states"], plainly(case, dtype)) for rank in ranks]
+        precision = precision_of(kind, case)
+        pairs = [errors(rank["results"][index]["states"], plainly(case, precision)) for rank in ranks]
         first, last = (max(pair) for pair in zip(*pairs, strict=True))
         found.append({
-            "backend": kind, **asdict(case), "dtype": str(dtype).removeprefix("torch."), "first": first, "last": last,
-            **judged((first, last), case, dtype), "attention": ranks[0]["results"][index]["attention"],
+            "backend": kind, **asdict(case), "precision": "bf16" if case.bf16 else precision,
+            "first": first, "last": last, **judged((first, last), case, precision),
+            "attention": ranks[0]["results"][index]["attention"],
         })
     return found
 
 
-def judged(found: tuple[float, float], case: Case, dtype: torch.dtype) -> dict:
+def judged(found: tuple[float, float], case: Case, precision: str) -> dict:
     """Whether a cell is right, and by what: the stated limits alone, or what rounding does to one process."""
-    stated = all(error <= limit for error, limit in zip(found, limits(case, dtype), strict=True))
-    needed = None if stated or dtype == torch.float64 else rounding(case, STEPS)
-    return {"ok": within(found, case, dtype, STEPS), "rounding": needed}
+    stated = all(error <= limit for error, limit in zip(found, limits(case, precision), strict=True))
+    needed = None if stated or precision != "float32" else rounding(case, STEPS)
+    return {"ok": within(found, case, precision, STEPS), "rounding": needed}
 
 
 def failed(found: list[dict]) -> list[dict]:
@@ -188,14 +191,14 @@ def test_every_pair_of_choices(kind, tmp_path):
             assert ("math" in cell["attention"]) == (cell["evaluator"] == "double_backward"), cell
             assert "flash" in cell["attention"]
     case = cases[0]  # control: the same training with another constraint is told apart
-    dtype = precision_of(kind, case)
+    precision = precision_of(kind, case)
     other = replace(case, evaluator="sketch" if case.evaluator != "sketch" else "head")
-    assert not within(errors(plainly(other, dtype), plainly(case, dtype)), case, dtype, STEPS)
+    assert not within(errors(plainly(other, precision), plainly(case, precision)), case, precision, STEPS)
 
 
 def test_the_documented_matrix_is_this_one_and_has_no_failed_cell():
     result = json.loads(max(RESULTS.glob("*-matrix.json")).read_text())
-    measured = ("dtype", "first", "last", "ok", "rounding", "attention")
+    measured = ("precision", "first", "last", "ok", "rounding", "attention")
     cells = [{k: v for k, v in cell.items() if k not in measured} for cell in result["cells"]]
     assert cells == [{"backend": kind, **asdict(case)} for kind in BACKENDS for case in every_cell(kind)]
     assert not failed(result["cells"])
