@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 
 __all__ = [
     "AuditConfig",
+    "CheckpointConfig",
     "ConstraintConfig",
     "DataConfig",
     "EncoderConfig",
@@ -204,6 +205,16 @@ class AuditConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How the state of a training is saved; how often is `checkpoint_every` of the training."""
+
+    __pydantic_config__ = STRICT
+
+    asynchronous: bool = True  # training goes on while a copy in memory (a second state) is written, synced, committed
+    sharded: Literal["auto", "always", "never"] = "auto"  # each process writes its own part; auto: fsdp2, zero3, large
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `seed` decides roles, order, views, initial weights and bootstrap draws."""
 
@@ -226,4 +237,5 @@ class RunConfig:
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)

@@ -235,7 +235,7 @@ _VERIFIED: set[tuple[str, str]] = set()
 
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
-    "data.root", "data.third_party_root", "reuse",
+    "data.root", "data.third_party_root", "reuse", "checkpoint.asynchronous", "checkpoint.sharded",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ checkpoint and no longer count. Coverage is computed from these lines and from n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -54,7 +55,8 @@ class Ledger:
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_torn_line(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # it names people's images
+            self._file = open(handle, "a", encoding="utf-8")
 
     def start(self, phase: str, step: int, *, attempt: int, **facts: object) -> None:
         """A new attempt at `phase` goes on from `step` (0 for the first)."""
@@ -87,10 +89,22 @@ class Ledger:
         self._write({"event": "done", "phase": phase, "step": step, **facts})
 
     def sync(self) -> None:
-        """Make everything written so far durable."""
+        """Make everything written so far durable; another thread may go on writing."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())  # every line is flushed when it is written
+
+    def size(self) -> int:
+        """Bytes so far; only the main rank knows."""
+        return os.fstat(self._file.fileno()).st_size if self._file is not None else 0
+
+    def head(self, size: int) -> dict[str, object]:
+        """What a checkpoint keeps of the first `size` bytes: `bytes` and `sha256`."""
+        return {"bytes": size, "sha256": _sha256(self.path, size)}
+
+    def begins_with(self, head: Mapping[str, object]) -> bool:
+        """Whether the ledger still begins with what `head` was made of."""
+        size = head["bytes"]
+        return self.path.stat().st_size >= size and _sha256(self.path, size) == head["sha256"]
 
     def close(self) -> None:
         """Sync and close; safe to call twice."""
@@ -110,6 +124,15 @@ class Ledger:
 
 def _always() -> None:
     pass
+
+
+def _sha256(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (piece := file.read(min(size, 1 << 20))):
+            digest.update(piece)
+            size -= len(piece)
+    return digest.hexdigest()
 
 
 def _end_torn_line(path: Path) -> None:

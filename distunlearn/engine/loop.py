@@ -8,6 +8,7 @@ a killed run, started again, ends in the same weights.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from distunlearn.config import PretrainConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.data.stream import RoleFeeder
 from distunlearn.engine.backends import Backend
-from distunlearn.engine.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, write_json
+from distunlearn.engine.backends.pieces import whole
+from distunlearn.engine.checkpoint import Checkpoint, write_json
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.optim import learning_rate
+from distunlearn.engine.saving import Saver, agreed_checkpoint
 from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
 from distunlearn.errors import DataError, NumericsError, StoppedError
@@ -70,8 +73,9 @@ def train_phase(
         DataError: no checkpoint verifies, or they belong to another configuration.
         StoppedError: `stop` was asked for, on any rank; the state is saved.
     """
-    runner = _Runner(phase, ctx, backend, ledger, telemetry, stop)
-    return runner.run()
+    folder, note = phase.folder / "checkpoints", functools.partial(telemetry.note, phase.name)
+    with Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
+        return _Runner(phase, ctx, backend, ledger, telemetry, stop, saver).run()
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,11 @@ def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 class _Runner:
     def __init__(
-        self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest
-    ) -> None:
+        self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest,
+        saver: Saver,
+    ) -> None:  # fmt: skip
         self.phase, self.ctx, self.backend = phase, ctx, backend
-        self.ledger, self.telemetry, self.stop = ledger, telemetry, stop
+        self.ledger, self.telemetry, self.stop, self.saver = ledger, telemetry, stop, saver
         self.saved = 0  # steps done when the state was saved last
         self.folder = phase.folder / "checkpoints"
         self.attempt = 1
@@ -109,9 +114,8 @@ class _Runner:
 
     def run(self) -> PhaseResult:
         phase, ctx = self.phase, self.ctx
-        checkpoint, rejected = latest_checkpoint(self.folder)
-        for name in rejected:
-            self.telemetry.note(phase.name, f"checkpoint {name} does not match its COMMIT.json and is passed over")
+        note = functools.partial(self.telemetry.note, phase.name)
+        checkpoint = agreed_checkpoint(self.folder, self.backend, self.ledger, note)
         first = self._restore(checkpoint)
         self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps)
         clock = time.monotonic()
@@ -130,6 +134,7 @@ class _Runner:
                 if done % phase.optim.checkpoint_every == 0 and done < phase.steps:
                     self.elapsed, clock = self.elapsed + time.monotonic() - clock, time.monotonic()
                     self._save(done)
+        self.saver.wait()
         self.elapsed += time.monotonic() - clock
         images = ctx.images * ctx.world
         self.ledger.done(phase.name, phase.steps, images=images)
@@ -142,9 +147,11 @@ class _Runner:
         Raises:
             StoppedError: always.
         """
+        self.saver.wait()
         self.elapsed += time.monotonic() - clock
         if step != self.saved and self.backend.is_prepared:
             self._save(step)
+            self.saver.wait()
         reason = self.stop.honoured(self.backend)
         raise StoppedError(
             f"{self.phase.name} was stopped by {reason} after step {step} of {self.phase.steps}, and its state is "
@@ -206,24 +213,20 @@ class _Runner:
 
     def _save(self, step: int) -> None:
         ctx = self.ctx
-        tensors = {f"model.{k}": v for k, v in self.backend.full_state().items()}
-        optimizer = self.backend.optimizer_state()
-        if self.backend.is_main:
-            tensors |= {f"momentum.{k}": v for k, v in ctx.momentum.state_dict().items()} if ctx.momentum else {}
-            tensors |= {f"queue.{k}": v for k, v in ctx.queue.state_dict().items()} if ctx.queue else {}
-            tensors |= {f"method.{k}": v for k, v in self.phase.method.state_dict().items()}
-            self.ledger.sync()
-            facts = {
-                "phase": self.phase.name,
-                "digest": self.phase.digest,
-                "world": ctx.world,
-                "images_per_rank": ctx.images,
-                "seconds": self.elapsed,
-                "attempt": self.attempt,
-                "started": self.started,
-            }
-            save_checkpoint(self.folder, step, tensors, optimizer, facts, self.ledger.may_write)
-        self.backend.barrier()
+        extras = {f"momentum.{k}": v for k, v in ctx.momentum.state_dict().items()} if ctx.momentum else {}
+        extras |= {f"queue.{k}": v for k, v in ctx.queue.state_dict().items()} if ctx.queue else {}
+        extras |= {f"method.{k}": v for k, v in self.phase.method.state_dict().items()}
+        facts = {
+            "phase": self.phase.name,
+            "digest": self.phase.digest,
+            "backend": ctx.cfg.backend,
+            "world": ctx.world,
+            "images_per_rank": ctx.images,
+            "seconds": self.elapsed,
+            "attempt": self.attempt,
+            "started": self.started,
+        }
+        self.saver.save(step, extras, facts)
         self.saved = step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -235,12 +238,12 @@ class _Runner:
                 f"{checkpoint.folder} was written under another configuration (digest {facts['digest'][:12]}, now "
                 f"{self.phase.digest[:12]}); resume with the settings in run.yaml or use a new folder."
             )
-        tensors = checkpoint.tensors()
+        state = checkpoint.state()
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            return {k.removeprefix(prefix): whole(v).clone() for k, v in state.items() if k.startswith(prefix)}
 
-        self.backend.load_full_state(part("model."))
+        self.backend.load_full_state({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         self.backend.load_optimizer_state(checkpoint.optimizer())
         if ctx.momentum is not None:
             ctx.momentum.load_state_dict(part("momentum."))
@@ -252,6 +255,7 @@ class _Runner:
         self.attempt = facts["attempt"] + 1
         self.started = facts["started"]
         self.saved = checkpoint.step
+        self.saver.resumed(checkpoint.step)
         self.telemetry.note(self.phase.name, f"goes on from step {checkpoint.step} (attempt {self.attempt})")
         return checkpoint.step
 

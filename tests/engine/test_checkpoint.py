@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from distunlearn.engine.checkpoint import latest_checkpoint, save_checkpoint
+from distunlearn.engine import checkpoint as module
+from distunlearn.engine.backends.pieces import Piece, StoredTensor, part, whole
+from distunlearn.engine.checkpoint import FORMAT, begin, commit, latest_checkpoint, save_checkpoint, write_pieces
 from distunlearn.engine.optim import learning_rate, make_optimizer
 from distunlearn.errors import DataError
 
+OLD = Path(__file__).parents[1] / "golden" / "checkpoint_format_1"
+
+
+def moments(value):
+    return {"optimizer": "AdamW", "state": {"w": {"step": torch.tensor(value), "exp_avg": torch.full((3,), value)}}}
+
 
 def save(folder, step, value):
-    return save_checkpoint(folder, step, {"model.w": torch.full((3,), value)}, {"lr": value}, {"digest": "d"})
+    return save_checkpoint(folder, step, {"model.w": torch.full((3,), value)}, moments(value), {"digest": "d"})
+
+
+def rewrite(path, **changes):
+    """An edit that knows the format: the digest is that of the changed content."""
+    content = json.loads(path.read_text()) | changes
+    content.pop("commit", None)
+    path.write_text(json.dumps(content | {"commit": module._digest(content)}))
 
 
 def test_round_trip_and_retention(tmp_path):
@@ -22,30 +41,61 @@ def test_round_trip_and_retention(tmp_path):
     checkpoint, rejected = latest_checkpoint(tmp_path)
     assert (checkpoint.step, rejected, checkpoint.facts["digest"]) == (30, [], "d")
     assert torch.equal(checkpoint.tensors()["model.w"], torch.full((3,), 30.0))
-    assert checkpoint.optimizer() == {"lr": 30.0}
+    found = checkpoint.optimizer()
+    assert found["optimizer"] == "AdamW" and found["state"].keys() == {"w"}
+    assert found["state"]["w"]["step"] == 30 and torch.equal(found["state"]["w"]["exp_avg"], torch.full((3,), 30.0))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000020", "step-00000030"]
     assert (tmp_path / "LATEST").read_text() == "step-00000030\n"
 
 
-@pytest.mark.parametrize("damage", ["flip", "missing", "commit", "no_commit"])
+DAMAGES = ("flip", "flip_optimizer", "missing", "emptied", "no_commit", "not_json", "edited", "other_step", "escape")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
     save(tmp_path, 10, 10.0)
     newest = save(tmp_path, 20, 20.0)
     assert latest_checkpoint(tmp_path)[0].step == 20  # sound before the damage
-    path = newest / "state.safetensors"
-    if damage == "flip":
+    path = newest / ("optimizer.safetensors" if damage == "flip_optimizer" else "state.safetensors")
+    manifest = newest / "COMMIT.json"
+    if damage.startswith("flip"):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(bytes(data))
     elif damage == "missing":
         path.unlink()
-    elif damage == "commit":
-        commit = json.loads((newest / "COMMIT.json").read_text())
-        commit["files"] = {}
-        (newest / "COMMIT.json").write_text(json.dumps(commit))
+    elif damage == "emptied":
+        rewrite(manifest, files={})
+    elif damage == "no_commit":
+        manifest.unlink()
+    elif damage == "not_json":
+        manifest.write_bytes(manifest.read_bytes()[:-9])
+    elif damage == "edited":  # a value that no file's digest covers
+        manifest.write_text(manifest.read_text().replace('"digest": "d"', '"digest": "e"'))
+    elif damage == "other_step":  # the very files of another step
+        rewrite(manifest, step=10)
     else:
-        (newest / "COMMIT.json").unlink()
+        outside = tmp_path / "outside.safetensors"
+        shutil.move(path, outside)
+        files = json.loads(manifest.read_text())["files"]
+        files["../outside.safetensors"] = files.pop("state.safetensors")
+        rewrite(manifest, files=files)
     checkpoint, rejected = latest_checkpoint(tmp_path)
+    assert (checkpoint.step, rejected) == (10, ["step-00000020"])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"step-00000099\n", b"../../elsewhere\n", None])
+def test_nothing_is_read_where_latest_points(tmp_path, content):
+    """LATEST is for people; what it says decides nothing, so that it can neither mislead nor lead outside."""
+    save(tmp_path / "own", 10, 10.0)
+    if content is None:
+        (tmp_path / "own" / "LATEST").unlink()
+    else:
+        (tmp_path / "own" / "LATEST").write_bytes(content)
+    assert latest_checkpoint(tmp_path / "own")[0].step == 10
+    save(tmp_path / "other", 20, 20.0)
+    (tmp_path / "own" / "step-00000020").symlink_to(tmp_path / "other" / "step-00000020")
+    checkpoint, rejected = latest_checkpoint(tmp_path / "own")  # nor does a link lead outside
     assert (checkpoint.step, rejected) == (10, ["step-00000020"])
 
 
@@ -56,12 +106,172 @@ def test_no_sound_checkpoint_is_an_error_and_none_at_all_is_a_start(tmp_path):
         latest_checkpoint(tmp_path)
 
 
-def test_a_temporary_folder_left_by_a_kill_is_ignored(tmp_path):
+def test_a_temporary_folder_left_by_a_kill_is_ignored_and_removed(tmp_path):
     save(tmp_path, 10, 1.0)
-    (tmp_path / ".step-00000020.tmp").mkdir()
+    left = [tmp_path / ".step-00000020.0.tmp", tmp_path / ".step-00000020.18a1.tmp", tmp_path / ".step-00000015.tmp"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "state.safetensors").write_bytes(b"half")
     assert latest_checkpoint(tmp_path)[0].step == 10
     save(tmp_path, 20, 2.0)
     assert latest_checkpoint(tmp_path)[0].step == 20
+    assert not any(folder.exists() for folder in left)
+
+
+def test_the_choice_is_by_step_whatever_the_clock_said(tmp_path):
+    for step, age in ((10, 0), (20, 10**6), (30, -(10**6))):  # the newest from the future, the one before it the oldest
+        when = time.time() - age
+        for path in [*save(tmp_path, step, float(step)).iterdir(), tmp_path / f"step-{step:08d}"]:
+            os.utime(path, (when, when))
+    assert latest_checkpoint(tmp_path)[0].step == 30
+    save(tmp_path, 40, 40.0)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000030", "step-00000040"]  # retention likewise
+
+
+def test_a_damaged_one_of_a_later_step_costs_no_sound_one_and_is_made_anew(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step, float(step))
+    (tmp_path / "step-00000020" / "state.safetensors").write_bytes(b"damaged")
+    assert latest_checkpoint(tmp_path)[0].step == 10
+    for step, names in ((15, [10, 15, 20]), (20, [15, 20])):
+        temporary = begin(tmp_path, step)
+        files = write_pieces(temporary, [Piece("model.w", torch.full((3,), float(step)), (3,))], 0, 1, sharded=False)
+        commit(temporary, step, files, {"optimizer": "SGD"}, sound={10, 15})
+        assert latest_checkpoint(tmp_path)[0].step == step
+        assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{number:08d}" for number in names]
+    assert not list(tmp_path.glob(".step-*"))
+
+
+# -- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_the_format_before_is_read():
+    checkpoint, rejected = latest_checkpoint(OLD)
+    assert (checkpoint.step, rejected, checkpoint.facts["world"], checkpoint.facts["format"]) == (2, [], 2, 1)
+    layer = torch.nn.Linear(3, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layer = torch.nn.Linear(3, 2)
+        optimizer = make_optimizer("adamw", layer.parameters(), 0.1, 0.5)
+        for _ in range(2):
+            layer(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in layer.named_parameters():
+        torch.testing.assert_close(checkpoint.tensors()[f"model.{name}"], value.detach())
+        found = checkpoint.optimizer()["state"][name]
+        assert found["step"] == 2 and found.keys() == optimizer.state[value].keys()
+        torch.testing.assert_close(found["exp_avg_sq"], optimizer.state[value]["exp_avg_sq"])
+
+
+def test_a_newer_format_is_refused_by_its_number_and_not_passed_over(tmp_path):
+    save(tmp_path, 10, 1.0)
+    rewrite(save(tmp_path, 20, 2.0) / "COMMIT.json", format=FORMAT + 1)
+    with pytest.raises(DataError, match=f"has format {FORMAT + 1}, but this version reads 1 to {FORMAT}"):
+        latest_checkpoint(tmp_path)
+
+
+class Malice:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["MALICE"],))
+
+
+@pytest.mark.parametrize("kind", ["malice", "cut", "text"])
+def test_a_pickle_in_the_old_place_that_is_no_plain_data_is_refused(tmp_path, monkeypatch, kind):
+    """Even where its digest is in COMMIT.json."""
+    shutil.copytree(OLD, tmp_path / "old")
+    path = tmp_path / "old" / "step-00000002" / "optimizer.pt"
+    monkeypatch.setenv("MALICE", str(tmp_path / "executed"))
+    right = path.read_bytes()
+    torch.save(Malice(), tmp_path / "malice.pt")
+    malice = (tmp_path / "malice.pt").read_bytes()
+    path.write_bytes({"malice": malice, "cut": right[:-100], "text": b"no pickle"}[kind])
+    content = json.loads((path.parent / "COMMIT.json").read_text())
+    content["files"]["optimizer.pt"] = module.file_sha256(path)
+    (path.parent / "COMMIT.json").write_text(json.dumps(content))
+    checkpoint = latest_checkpoint(tmp_path / "old")[0]
+    with pytest.raises(DataError, match="optimizer.pt cannot be read"):
+        checkpoint.optimizer()
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "malice.pt", weights_only=False)  # control: unpickled as pickles usually are, it acts
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("exposure", ["mode", "owner"])
+def test_a_folder_that_others_may_write_into_is_named_and_its_pickle_not_read(tmp_path, exposure):
+    folder = tmp_path / "old" / "step-00000002"
+    shutil.copytree(OLD, tmp_path / "old")
+    folder.chmod(0o755)
+    assert module.exposed(folder) is None and module.latest_checkpoint(tmp_path / "old")[0].optimizer()
+    if exposure == "mode":
+        folder.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    assert str(folder) in module.exposed(folder)
+    reason = "every user of this machine" if exposure == "mode" else "belongs to user 12345"
+    with pytest.raises(DataError, match=reason):
+        module.latest_checkpoint(tmp_path / "old")[0].optimizer()
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def sharded(folder: Path, step: int, tensors: dict[str, torch.Tensor], world: int) -> Path:
+    """As `world` ranks write it, each a share of the flattened tensors that is not the even one."""
+    temporary, files = begin(folder, step), {}
+    for rank in range(world):
+        pieces = []
+        for name, value in tensors.items():
+            edges = [round(value.numel() * (r / world) ** 1.5) for r in (rank, rank + 1)]
+            pieces.append(Piece(name, value.flatten()[edges[0] : edges[1]].clone(), tuple(value.shape), edges[0]))
+        files |= write_pieces(temporary, pieces, rank, world, sharded=True)
+    return commit(temporary, step, files, {"optimizer": "AdamW"})[0]
+
+
+def test_pieces_of_any_number_of_ranks_are_read_whole_and_in_parts(tmp_path):
+    tensors = {"model.w": torch.randn(7, 5), "model.one": torch.randn(1), "optimizer.w/exp_avg": torch.randn(7, 5)}
+    for world in (1, 2, 3, 8):
+        sharded(tmp_path, world, tensors, world)
+        checkpoint, _ = latest_checkpoint(tmp_path)
+        assert checkpoint.step == world and len(checkpoint.facts["files"]) == 2 * world
+        state = checkpoint.state()
+        assert state.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert state[name].shape == tuple(value.shape) and torch.equal(whole(state[name]), value)
+            flat = value.flatten()
+            for start in range(value.numel() + 1):
+                for count in range(value.numel() + 1 - start):
+                    assert torch.equal(part(state[name], start, count), flat[start : start + count])
+        assert torch.equal(whole(checkpoint.optimizer()["state"]["w"]["exp_avg"]), tensors["optimizer.w/exp_avg"])
+
+
+def test_a_rank_file_of_another_step_or_none_at_all_is_refused(tmp_path):
+    for step in (1, 2):
+        sharded(tmp_path, step, {"model.w": torch.full((6,), float(step))}, 2)
+    name = "state-00001-of-00002.safetensors"
+    right = (tmp_path / "step-00000002" / name).read_bytes()
+    assert latest_checkpoint(tmp_path)[0].step == 2
+    shutil.copy(tmp_path / "step-00000001" / name, tmp_path / "step-00000002" / name)  # it fits in every other way
+    assert latest_checkpoint(tmp_path)[0].step == 1
+    (tmp_path / "step-00000002" / name).unlink()
+    assert latest_checkpoint(tmp_path)[0].step == 1
+    (tmp_path / "step-00000002" / name).write_bytes(right)
+    assert latest_checkpoint(tmp_path)[0].step == 2
+
+
+@pytest.mark.parametrize("pieces", [[(0, 2), (3, 3)], [(0, 3), (2, 4)], [(0, 5)], [(1, 5)], [(0, 7)], []])
+def test_pieces_that_leave_a_gap_or_overlap_are_refused(pieces):
+    def read(a, b):
+        raise AssertionError
+
+    StoredTensor("w", (2, 3), [(4, 2, read), (0, 4, read)])  # control: in any order
+    with pytest.raises(DataError, match="do not make up a tensor of shape"):
+        StoredTensor("w", (2, 3), [(start, count, read) for start, count in pieces])
+
+
+# -- the optimizer ---------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

@@ -16,6 +16,7 @@ from distunlearn.engine.lease import OWNER, STALE, Lease
 from distunlearn.engine.ledger import Ledger, read_ledger
 from distunlearn.errors import ConfigError, RankLostError
 
+NO_MOMENTS = {"optimizer": "SGD", "state": {}}
 CHILD = """
 import sys
 from distunlearn.engine.lease import Lease
@@ -106,7 +107,7 @@ def test_an_orphan_can_neither_commit_nor_write_a_line(tmp_path, monkeypatch):
     orphan = Lease(tmp_path)
     ledger = Ledger(tmp_path / "ledger.jsonl", may_write=orphan.check)
     ledger.start("pretrain", 0, attempt=1)
-    save_checkpoint(tmp_path / "checkpoints", 1, {}, {}, {}, orphan.check)
+    save_checkpoint(tmp_path / "checkpoints", 1, {}, NO_MOMENTS, {}, orphan.check)
     heir = []
 
     def in_between():  # taken over while the orphan writes its files: the second question
@@ -117,7 +118,7 @@ def test_an_orphan_can_neither_commit_nor_write_a_line(tmp_path, monkeypatch):
 
     asked = []
     with pytest.raises(RankLostError):
-        save_checkpoint(tmp_path / "checkpoints", 2, {}, {}, {}, in_between)
+        save_checkpoint(tmp_path / "checkpoints", 2, {}, NO_MOMENTS, {}, in_between)
     assert len(asked) == 2
     checkpoint, rejected = latest_checkpoint(tmp_path / "checkpoints")
     assert (checkpoint.step, rejected) == (1, [])
@@ -125,7 +126,7 @@ def test_an_orphan_can_neither_commit_nor_write_a_line(tmp_path, monkeypatch):
         ledger.step("pretrain", 1, {"members": ["a"]}, frozenset())
     ledger.close()
     assert [line["event"] for line in read_ledger(tmp_path / "ledger.jsonl")] == ["start"]
-    save_checkpoint(tmp_path / "checkpoints", 2, {}, {}, {}, heir[0].check)  # control: its owner can
+    save_checkpoint(tmp_path / "checkpoints", 2, {}, NO_MOMENTS, {}, heir[0].check)  # control: its owner can
     assert latest_checkpoint(tmp_path / "checkpoints")[0].step == 2
     heir[0].release()
 

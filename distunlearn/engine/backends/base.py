@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from distunlearn.encoders.blocks import blocks, replace_forward
 from distunlearn.encoders.compiled import compiled
 from distunlearn.encoders.recompute import checkpointed
-from distunlearn.engine.backends.optimizer_state import collect_state, spread_state
+from distunlearn.engine.backends.optimizer_state import entries_of, nested, spread_state
+from distunlearn.engine.backends.pieces import Piece, Stored, whole
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.engine.batchnorm import convert
 
@@ -77,11 +78,16 @@ class Backend:
 
     def gather_ids(self, ids: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The ids of all ranks under each name, in rank order. Collective; the names are alike on all ranks."""
-        if self.world == 1:
-            return {name: list(part) for name, part in ids.items()}
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, dict(ids))
+        everyone = self.gather_objects({name: list(part) for name, part in ids.items()})
         return {name: [i for part in everyone for i in part[name]] for name in ids}
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order. Collective."""
+        if self.world == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone
 
     def all_finite(self, value: Tensor) -> bool:
         """True if every element of every rank's `value` is finite; the same answer on all ranks. Collective."""
@@ -204,21 +210,56 @@ class Backend:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
+    @property
+    def num_weights(self) -> int:
+        """Elements of all parameters, over all ranks."""
+        return sum(self._size(p) for p in self.model.parameters())
+
+    @staticmethod
+    def _size(parameter: nn.Parameter) -> int:
+        return parameter.numel()
+
+    def weights(self, sharded: bool = False) -> Iterator[Piece]:
+        """Parameters and buffers under the plain encoder's names, one after the other, on `device`.
+
+        Whole on every rank, collectively; with `sharded` this rank's pieces alone, without communication: the pieces
+        of all ranks make up the whole, each element once. A piece is good until the next one is asked for.
+        """
+        parameters = {name for name, _ in self.model.named_parameters()}
+        for name, value in self.model.state_dict().items():
+            yield from self._pieces(name, value.detach(), sharded, alike=name in parameters)
+
+    def moments(self, sharded: bool = False) -> Iterator[Piece]:
+        """The optimizer's state under `parameter/key`, as `weights` does it."""
+        for name, key, value in entries_of(self.optimizer, dict(self.model.named_parameters())):
+            yield from self._pieces(f"{name}/{key}", value, sharded, alike=True)
+
+    def _pieces(self, name: str, value: Tensor, sharded: bool, alike: bool) -> Iterator[Piece]:
+        """A tensor that every rank has, or that `_whole` makes; where it is `alike` on all, each saves a part of it."""
+        shape = tuple(value.shape)
+        if not sharded:
+            yield Piece(name, self._whole(value), shape)
+        elif alike and value.dim() > 0:
+            edges = [value.numel() * rank // self.world for rank in (self.rank, self.rank + 1)]
+            yield Piece(name, value.flatten()[edges[0] : edges[1]], shape, edges[0])
+        elif self.is_main:
+            yield Piece(name, value, shape)
+
     def full_state(self) -> dict[str, Tensor]:
         """All parameters and buffers, whole, on the CPU, under the plain encoder's names. Collective."""
-        state = self.model.state_dict()
-        return {name: self._whole(value.detach()).to("cpu", copy=True) for name, value in state.items()}
+        return {piece.name: piece.values.to("cpu", copy=True) for piece in self.weights()}
 
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `full_state`; every rank brings the same tensors. Collective."""
-        self.model.load_state_dict(state)
+    def load_full_state(self, state: Mapping[str, Stored]) -> None:
+        """Inverse of `full_state`, and of `weights`; every rank brings the same tensors. Collective."""
+        self.model.load_state_dict({name: whole(value) for name, value in state.items()})
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Plain data for `torch.save`, whole and by parameter name: see `optimizer_state`. Collective."""
-        return collect_state(self.optimizer, dict(self.model.named_parameters()), self._whole)
+        """Plain data, whole, on the CPU, and by parameter name: see `optimizer_state`. Collective."""
+        entries = ((piece.name, piece.values.to("cpu", copy=True)) for piece in self.moments())
+        return nested(type(self.optimizer).__name__, entries)
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `optimizer_state`; every rank brings the same. Collective.
+        """Inverse of `optimizer_state`, and of `moments`; every rank brings the same. Collective.
 
         Raises:
             DataError: the state is of another optimizer or encoder.
@@ -229,6 +270,6 @@ class Backend:
         """A full tensor of a possibly sharded one."""
         return tensor
 
-    def _place(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _place(self, value: Stored, parameter: nn.Parameter) -> Tensor:
         """A full tensor laid out as `parameter` is: its device, and its shards if it has any."""
-        return tensor.to(parameter.device, copy=True)
+        return whole(value).to(parameter.device, copy=True)

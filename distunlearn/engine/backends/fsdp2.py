@@ -7,7 +7,7 @@ gloo and NCCL.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from distunlearn.encoders.blocks import shard_units
 from distunlearn.engine.backends.base import Backend
-from distunlearn.errors import ConfigError
+from distunlearn.engine.backends.pieces import Piece, Stored, part
+from distunlearn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from distunlearn.encoders.model import MomentumEncoder
@@ -88,21 +89,27 @@ class FSDP2(Backend):
         self._reshard()
         momentum.update_from({n: self._whole(p.detach()) for n, p in model.named_parameters()}, m)
 
-    def full_state(self) -> dict[str, Tensor]:
-        """See `Backend.full_state`."""
+    def weights(self, sharded: bool = False) -> Iterator[Piece]:
+        """See `Backend.weights`."""
         self._reshard()
-        return super().full_state()
+        yield from super().weights(sharded)
 
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+    def moments(self, sharded: bool = False) -> Iterator[Piece]:
+        """See `Backend.moments`."""
+        self._reshard()
+        yield from super().moments(sharded)
+
+    def _pieces(self, name: str, value: Tensor, sharded: bool, alike: bool) -> Iterator[Piece]:
+        if not sharded or not isinstance(value, DTensor):
+            yield from super()._pieces(name, value, sharded, alike)
+        else:
+            yield Piece(name, value.to_local().flatten(), tuple(value.shape), self._start(value))
+
+    def load_full_state(self, state: Mapping[str, Stored]) -> None:
         """See `Backend.load_full_state`."""
         self._reshard()
         sharded = dict(self.model.named_parameters())
         super().load_full_state({n: self._place(t, sharded[n]) if n in sharded else t for n, t in state.items()})
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """See `Backend.optimizer_state`."""
-        self._reshard()
-        return super().optimizer_state()
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """See `Backend.load_optimizer_state`."""
@@ -112,7 +119,22 @@ class FSDP2(Backend):
     def _whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def _place(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-        whole = tensor.to(parameter.device, copy=True)
-        # Every rank holds the whole tensor, so that each cuts out its own part without communication.
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    def _start(self, tensor: DTensor) -> int:
+        """Where this rank's rows begin in the flattened whole; `fully_shard` cuts rows as torch.chunk does."""
+        rows = tensor.shape[0]
+        first = min(rows, self.rank * -(-rows // self.world))
+        return first * (tensor.numel() // rows)
+
+    def _place(self, value: Stored, parameter: nn.Parameter) -> Tensor:
+        """Every rank cuts out its own part without communication."""
+        if tuple(value.shape) != tuple(parameter.shape):
+            raise DataError(
+                f"the checkpoint holds a weight of shape {tuple(value.shape)}, expected {tuple(parameter.shape)}; "
+                "resume with the encoder it was written with."
+            )
+        mine = parameter.to_local()
+        local = part(value, self._start(parameter), mine.numel()).to(mine.device, copy=True).view(mine.shape)
+        return DTensor.from_local(
+            local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+            stride=parameter.stride(),
+        )  # fmt: skip

@@ -2,47 +2,58 @@
 
     {"optimizer": "AdamW", "state": {"backbone.conv1.weight": {"step": ..., "exp_avg": [...], ...}, ...}}
 
-Tensors are whole (unsharded) and on the CPU. Settings of the optimizer (rate, decay) are not kept: they follow
-from the configuration and the step.
+On its way to and from a file an entry is called `backbone.conv1.weight/exp_avg`. Values are tensors, whole or, where
+they are read back, possibly in pieces. Settings of the optimizer (rate, decay) are not kept: they follow from the
+configuration and the step.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distunlearn.engine.backends.pieces import Stored
 from distunlearn.errors import DataError
 
-__all__ = ["check_state", "collect_state", "is_per_weight", "spread_state"]
+__all__ = ["check_state", "entries_of", "is_per_weight", "nested", "spread_state"]
 
 
-def collect_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], whole: Callable[[Tensor], Tensor]
-) -> dict[str, Any]:
-    """The state of every parameter that has any. `whole` makes a full tensor of a possibly sharded one."""
-    state: dict[str, dict[str, Any]] = {}
+def entries_of(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(parameter, key, value) of every parameter that has state. An optimizer's None is the same as no entry.
+
+    Raises:
+        TypeError: an entry that is no tensor, which neither AdamW nor SGD has.
+    """
     for name, parameter in named.items():
-        entries = optimizer.state.get(parameter)
-        if entries:
-            state[name] = {k: _plain(v, whole) for k, v in entries.items()}
-    return {"optimizer": type(optimizer).__name__, "state": state}
+        for key, value in (optimizer.state.get(parameter) or {}).items():
+            if isinstance(value, Tensor):
+                yield name, key, value.detach()
+            elif value is not None:
+                raise TypeError(f"the optimizer keeps a {type(value).__name__} as {key} of {name!r}, expected a tensor")
 
 
-def _plain(value: Any, whole: Callable[[Tensor], Tensor]) -> Any:
-    return whole(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
+def nested(kind: str, entries: Iterable[tuple[str, Stored]]) -> dict[str, Any]:
+    """The structure above from pairs of `parameter/key` and value. kind: the optimizer's class."""
+    state: dict[str, dict[str, Stored]] = {}
+    for name, value in entries:
+        parameter, _, key = name.rpartition("/")
+        state.setdefault(parameter, {})[key] = value
+    return {"optimizer": kind, "state": state}
 
 
 def spread_state(
     saved: Mapping[str, Any],
     optimizer: torch.optim.Optimizer,
     named: Mapping[str, nn.Parameter],
-    place: Callable[[Tensor, nn.Parameter], Tensor],
+    place: Callable[[Stored, nn.Parameter], Tensor],
 ) -> None:
-    """Inverse of `collect_state`. `place` lays a full CPU tensor of a parameter's shape out as that parameter is.
+    """Give the optimizer the `saved` state. `place` lays a value of a parameter's shape out as that parameter is.
 
     Raises:
         DataError: the state is of another optimizer or another encoder.
@@ -59,7 +70,7 @@ def spread_state(
 
 def is_per_weight(value: Any) -> bool:
     """True for a tensor with an element per weight, False for a counter such as AdamW's `step`."""
-    return isinstance(value, Tensor) and value.dim() > 0
+    return not isinstance(value, int | float) and value.dim() > 0
 
 
 def check_state(

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.optimizer_state import check_state, is_per_weight
+from distunlearn.engine.backends.pieces import Piece, Stored, part, whole
 from distunlearn.engine.backends.process_group import Place
-from distunlearn.errors import ConfigError, NumericsError
+from distunlearn.errors import ConfigError, DataError, NumericsError
 
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
@@ -187,14 +188,14 @@ class Zero(Backend):
         self._next_backward()
         self._norm = None
 
-    def _gathered(self, main_writes: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """Within it all weights are whole; with `main_writes` the main rank's changes reach the shards."""
+    def _gathered(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it all weights are whole; changes to them are lost."""
         if self.stage < 3:
             return contextlib.nullcontext()
         # A gradient taken without `backward` leaves weights gathered where a layer's input needs none.
         self._engine.optimizer.parameter_offload.release_backward_leftovers()
         parameters = list(self.model.parameters())
-        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if main_writes else None)
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
 
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
         """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
@@ -203,28 +204,57 @@ class Zero(Backend):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def full_state(self) -> dict[str, Tensor]:
-        """See `Backend.full_state`."""
-        with self._gathered():
-            return super().full_state()
+    def weights(self, sharded: bool = False) -> Iterator[Piece]:
+        """See `Backend.weights`."""
+        if sharded and self.stage == 3:
+            for name, parameter in self.model.named_parameters():
+                start, count = self._mine(parameter)
+                yield Piece(name, parameter.ds_tensor.flatten()[:count], tuple(parameter.ds_shape), start)
+            parameters = {name for name, _ in self.model.named_parameters()}
+            for name, value in self.model.state_dict().items():
+                if name not in parameters:
+                    yield from self._pieces(name, value, sharded, alike=False)
+        else:
+            with self._gathered():
+                yield from super().weights(sharded)
 
-    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+    def moments(self, sharded: bool = False) -> Iterator[Piece]:
+        """See `Backend.moments`."""
+        entries = self.optimizer.state.get(self._flats()[0]) or {}  # empty before the first step
+        for name, parameter in self._named.items():
+            for key, value in entries.items():
+                if not is_per_weight(value):
+                    # Counters are common to all parameters: each has been stepped equally often.
+                    yield from self._pieces(f"{name}/{key}", torch.as_tensor(value), sharded, alike=False)
+                    continue
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                if sharded:
+                    mine, start = self._part(parameter, key)
+                    yield Piece(f"{name}/{key}", mine, shape, start)
+                else:
+                    yield Piece(f"{name}/{key}", self._whole_entry(parameter, key), shape)
+
+    def load_full_state(self, state: Mapping[str, Stored]) -> None:
         """See `Backend.load_full_state`."""
-        with self._gathered(main_writes=True):
+        if self.stage < 3:
             super().load_full_state(state)
+        else:
+            self._load_shards(state)
         self._engine.optimizer.refresh_fp32_params()  # the optimizer steps a copy of its own
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """See `Backend.optimizer_state`."""
-        entries = self.optimizer.state.get(self._flats()[0]) or {}  # empty before the first step
-        state: dict[str, dict[str, Any]] = {}
-        for name, parameter in self._named.items() if entries else ():
-            # Counters are common to all parameters: each has been stepped equally often.
-            state[name] = {
-                key: self._whole_entry(parameter, key) if is_per_weight(value) else copy.deepcopy(value)
-                for key, value in entries.items()
-            }
-        return {"optimizer": type(self.optimizer).__name__, "state": state}
+    def _load_shards(self, state: Mapping[str, Stored]) -> None:
+        """Stage 3: each rank reads its own part of every weight, and all of those that stay gathered."""
+        with self._gathered():
+            pass  # whatever a forward left behind is released
+        weights = dict(self.model.named_parameters())
+        if missing := [name for name in self.model.state_dict() if name not in state]:
+            raise DataError(f"the checkpoint lacks {missing[0]!r}; resume with the encoder it was written with.")
+        for name, parameter in weights.items():
+            start, count = self._mine(parameter)
+            parameter.ds_tensor.flatten()[:count].copy_(part(state[name], start, count))
+            if parameter.data.numel() == parameter.ds_numel:  # gathered: smaller than PERSISTENT
+                parameter.data.copy_(whole(state[name]).view(parameter.data.shape))
+        self.model.load_state_dict({n: whole(t) for n, t in state.items() if n not in weights}, strict=False)
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """See `Backend.load_optimizer_state`."""
@@ -243,8 +273,14 @@ class Zero(Backend):
         for name, entries in saved.items():
             for key, value in entries.items():
                 if is_per_weight(value):
-                    part, start = self._part(self._named[name], key)
-                    part.copy_(value.flatten()[start : start + part.numel()])
+                    mine, start = self._part(self._named[name], key)
+                    mine.copy_(part(value, start, mine.numel()))
+
+    def _mine(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Stage 3: the first element of this rank's part of a weight, and how many there are without the padding."""
+        size = parameter.ds_tensor.numel()
+        start = min(self.rank * size, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
 
     def _part(self, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
         """This rank's part of one optimizer tensor of `parameter`, a view, and where it starts in the flattened whole.
@@ -261,13 +297,13 @@ class Zero(Backend):
             return flat.narrow(0, inside.start, inside.numel), place.lp_fragment_address.start
         from deepspeed.utils import safe_get_local_optimizer_state
 
-        part = safe_get_local_optimizer_state(parameter, key)
-        start = self.rank * parameter.ds_tensor.numel()
-        return part[: max(0, parameter.ds_numel - start)], start
+        mine = safe_get_local_optimizer_state(parameter, key)
+        start, count = self._mine(parameter)
+        return mine[:count], start
 
     def _whole_entry(self, parameter: nn.Parameter, key: str) -> Tensor:
-        part, start = self._part(parameter, key)
-        whole = torch.zeros(self._size(parameter), dtype=torch.float32, device=self.device)
-        whole[start : start + part.numel()] = part
-        dist.all_reduce(whole)  # the parts do not overlap
-        return whole.view(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", copy=True)
+        mine, start = self._part(parameter, key)
+        everything = torch.zeros(self._size(parameter), dtype=torch.float32, device=self.device)
+        everything[start : start + mine.numel()] = mine
+        dist.all_reduce(everything)  # the parts do not overlap
+        return everything.view(getattr(parameter, "ds_shape", parameter.shape))
