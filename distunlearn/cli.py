@@ -95,7 +95,26 @@ class Prepare:
         recipe, overrides = self.source, list(self.overrides)
         if self.source in SOURCES and self.source not in RECIPES:
             recipe, overrides = None, [f"data.source={self.source}", *overrides]
-        pipeline.prepare(load_config(recipe, self.config, overrides), self.out)
+        print(pipeline.prepare(load_config(recipe, self.config, overrides), self.out))
+        return 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """Write a manifest for WebDataset shards that exist, beside them; the shards stay as they are."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="folder of .tar files")]
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.config_io import load_config
+        from distunlearn.preparing import describe, index_folder
+
+        if _is_main():
+            own = ["data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}"]
+            cfg = load_config(None, self.config, [*own, *self.overrides])
+            print(describe(index_folder(cfg, Path(str(cfg.data.root)))))
         return 0
 
 
@@ -267,7 +286,7 @@ class Doctor:
         return 0
 
 
-VERBS = (Prepare, Pretrain, Unlearn, Audit, Report, Run, Submit, Status, Purge, Plan, List, Doctor)
+VERBS = (Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Status, Purge, Plan, List, Doctor)
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor, Status)
 

@@ -42,11 +42,15 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    source: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder"] = "digits"
+    source: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset"] = "digits"
     root: str | None = None  # folder of the source; None: the source's own default place
     shards: str | None = None  # folder of shards and manifest; None: <out>/shards
     members: NonNegativeInt = 700  # images the original encoder is trained on (retain + forget); 0: all left over
     forget: int | float | str = 200  # a count, a share in (0, 1), "class:N", or a file of ids (.txt .csv .jsonl)
+    allow_missing: bool = False  # leave out listed ids that the source does not have (recorded), instead of refusing
+    forget_cap: Annotated[float, Field(gt=0, le=1)] = 0.5  # largest share of the members that may be forgotten
+    copies: Literal["refuse", "forget", "keep"] = "refuse"  # retain images with the very bytes of a forget image
+    near_distance: Annotated[int, Field(ge=0, le=16)] | None = 4  # bits of a perceptual hash; null: no search
     holdout: PositiveInt = 600
     calibration: PositiveInt = 150
     third_party: PositiveInt = 200
@@ -54,6 +58,7 @@ class DataConfig:
     third_party_source: str | None = None  # None: the members' own source
     third_party_root: str | None = None
     samples_per_shard: PositiveInt = 256
+    prepare_workers: NonNegativeInt = 0  # processes that write shards; 0: one a core for large sets, else this one
     max_pixels: PositiveInt = 64_000_000  # width x height above which an image is refused before decoding
     verify: Literal["digest", "size"] = "digest"  # of every shard before a run; digest: sha256 of all bytes
     cache_mib: NonNegativeInt = 2048  # decoded images kept in memory up to this size, else streamed every epoch

@@ -26,15 +26,19 @@ __all__ = ["audit", "plan", "prepare", "pretrain", "purge", "report", "run", "un
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
 
-def prepare(cfg: RunConfig, out: Path) -> None:
-    """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`."""
-    from distunlearn.data.shards import prepare_shards
+def prepare(cfg: RunConfig, out: Path) -> str:
+    """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`; returns a line that says what."""
+    from distunlearn.data.manifest import Manifest, has_manifest
+    from distunlearn.data.selection import check_selection
+    from distunlearn.preparing import describe, make_shards
 
     folder = shards_folder(cfg, out)
-    if (folder / "manifest.jsonl").exists():
-        _check_shards(cfg, folder)
-        return
-    prepare_shards(cfg.data, cfg.seed, folder)
+    if not has_manifest(folder):
+        return describe(make_shards(cfg, folder))
+    manifest = Manifest.load(folder)
+    verify(cfg, manifest)
+    check_selection(cfg.data, cfg.seed, manifest)
+    return describe(manifest)
 
 
 def pretrain(cfg: RunConfig, out: Path) -> None:
@@ -177,23 +181,6 @@ def saved_config(run_dir: Path, world: int | None = None) -> RunConfig:
     return load_config(None, path, [], world=world)
 
 
-def _check_shards(cfg: RunConfig, folder: Path) -> None:
-    """Shards that exist must be those this config would write."""
-    from distunlearn.data.manifest import Manifest
-    from distunlearn.data.roles import assign_roles
-    from distunlearn.data.sources import open_sources
-
-    manifest = Manifest.load(folder)
-    verify(cfg, manifest)
-    members, guest = open_sources(cfg.data)
-    roles = assign_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
-    if {s.id: s.role for s in manifest.samples} != dict(roles):
-        raise DataError(
-            f"{folder} holds shards of another selection of images (seed, source or data.* differ); "
-            "give the settings they were prepared with, or another folder."
-        )
-
-
 def _refuse_other_settings(cfg: RunConfig, out: Path) -> None:
     """Raise ConfigError if the run directory belongs to a run with other settings."""
     path = out / "run.yaml"
@@ -216,6 +203,7 @@ def _claim(cfg: RunConfig, out: Path) -> None:
 
 def verify(cfg: RunConfig, manifest: Manifest) -> None:
     """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process."""
+    from distunlearn.data.selection import check_list
     from distunlearn.data.shards import verify_shards
 
     if "purged" in manifest.info:
@@ -223,7 +211,7 @@ def verify(cfg: RunConfig, manifest: Manifest) -> None:
             f"{manifest.folder} holds shards from which {manifest.info['purged']['images']} forgotten images were "
             "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
         )
-
+    check_list(cfg.data, manifest)
     key = (str(manifest.folder), manifest.fingerprint)
     deep = cfg.data.verify == "digest" and _is_main() and key not in _VERIFIED
     verify_shards(manifest, deep=deep)
@@ -235,7 +223,8 @@ _VERIFIED: set[tuple[str, str]] = set()
 
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
-    "data.root", "data.third_party_root", "reuse", "checkpoint.asynchronous", "checkpoint.sharded",
+    "data.prepare_workers", "data.root", "data.third_party_root", "reuse", "checkpoint.asynchronous",
+    "checkpoint.sharded",
 )  # fmt: skip
 
 

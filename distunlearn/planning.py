@@ -20,8 +20,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     """Resolve roles, encoder and schedule of `cfg` without writing anything.
 
     Returns:
-        plain JSON: roles, phases (steps, images, share of retraining), coverage, memory (MiB, per process),
-        encoder, config digest.
+        plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
+        retraining), coverage, memory (MiB, per process), encoder, config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
@@ -30,8 +30,9 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     problems: list[DistunlearnError] = []
     counts: Counter[str] = Counter()
     classes = 0
+    facts: dict[str, Any] = {}
     try:
-        counts, classes = _roles(cfg, out)
+        counts, classes, facts = _roles(cfg, out)
     except DistunlearnError as error:
         problems.append(error)
     encoder: dict[str, Any] = {}
@@ -57,6 +58,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "method": cfg.method.name,
         "objective": cfg.objective.name,
         "roles": dict(counts),
+        "request": facts,
         "encoder": encoder,
         "phases": phases,
         "coverage": _coverage(cfg, counts),
@@ -64,23 +66,26 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int]:
-    """Images per role and the number of classes, from existing shards or else from the source."""
-    from distunlearn.data.manifest import Manifest
-    from distunlearn.data.roles import assign_roles
+def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int, dict[str, Any]]:
+    """Images per role, the number of classes and facts of the request, from existing shards or else from the source."""
+    from distunlearn.data.columns import NO_LABEL
+    from distunlearn.data.manifest import Manifest, has_manifest
+    from distunlearn.data.roles import draw_roles
+    from distunlearn.data.selection import request_facts
     from distunlearn.data.sources import open_sources
     from distunlearn.pipeline import shards_folder, verify
 
     folder = shards_folder(cfg, out) if (out or cfg.data.shards or cfg.reuse) else None
-    if folder is not None and (folder / "manifest.jsonl").exists():
+    if folder is not None and has_manifest(folder):
         manifest = Manifest.load(folder)
         verify(cfg, manifest)
-        labels = [s.label for s in manifest.samples if s.role in ("retain", "forget") and s.label is not None]
-        return Counter(s.role for s in manifest.samples), len(set(labels))
+        found = set(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist()) - {NO_LABEL}
+        return Counter(manifest.count_roles()), len(found), request_facts(manifest.info)
     members, guest = open_sources(cfg.data)
-    roles = assign_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
+    drawn = draw_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
+    roles = drawn.roles
     labels = {label for i, label in members.samples if label is not None and roles.get(i) in ("retain", "forget")}
-    return Counter(roles.values()), len(labels)
+    return Counter(roles.values()), len(labels), request_facts(drawn.facts)
 
 
 def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:

@@ -24,9 +24,9 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         DataError: no run directory, or a damaged ledger.
     """
     folder = Path(run_dir)
-    if not (folder / "run.yaml").exists() and not (folder / "shards" / "manifest.jsonl").exists():
+    if not (folder / "run.yaml").exists() and not (folder / "shards" / "summary.json").exists():
         raise DataError(
-            f"{run_dir} is not a run directory (run.yaml and shards/manifest.jsonl are missing); give the --out folder "
+            f"{run_dir} is not a run directory (run.yaml and shards/summary.json are missing); give the --out folder "
             "of a run."
         )
     ledger = folder / "ledger.jsonl"

@@ -1,7 +1,9 @@
 """The manifest: what lies where in the shards, and the digests that prove it.
 
-`manifest.jsonl` has one line per sample, in shard order; `summary.json` has the counts, each shard's
-size and sha256, and the sha256 of manifest.jsonl itself, so that a lost line is noticed.
+Two forms on disk, one in memory. Up to a million samples, `manifest.jsonl` has one line per sample, in shard order.
+Above that a folder `manifest/` has one NumPy file a column (see `data.columns`), which is mapped, not read. Beside
+either, `summary.json` has the counts, each shard's size and sha256, and the sha256 of manifest.jsonl or of each column,
+so that a lost line is noticed.
 """
 
 from __future__ import annotations
@@ -9,55 +11,63 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distunlearn.data.forget_list import check_id
+from distunlearn.data.columns import NO_LABEL, Columns
+from distunlearn.data.files import sync_path, write_atomic
+from distunlearn.data.ids import IdList
+from distunlearn.data.records import (
+    CODE,
+    CODES,
+    COLUMNS_VERSION,
+    LINES_VERSION,
+    SUMMARY,
+    UNUSED,
+    Sample,
+    Shard,
+    check_shard_name,
+    read_lines,
+    read_summary,
+    row_of,
+)
 from distunlearn.data.roles import ROLES
 from distunlearn.errors import DataError
 
-__all__ = ["MANIFEST", "SUMMARY", "Manifest", "Sample", "Shard", "check_shard_name"]
+__all__ = [
+    "COLUMNS",
+    "MANIFEST",
+    "SUMMARY",
+    "UNUSED",
+    "Manifest",
+    "Sample",
+    "Shard",
+    "check_shard_name",
+    "has_manifest",
+]
 
 MANIFEST = "manifest.jsonl"
-SUMMARY = "summary.json"
-_VERSION = 1
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+COLUMNS = "manifest"
+SMALL = 1_000_000  # samples up to which the manifest is a text file, and its samples are Python objects
 _FIX = "run prepare again"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image: `offset` and `length` are those of its encoded bytes in the tar file `shard`."""
-
-    id: str
-    shard: str
-    offset: int
-    length: int
-    sha256: str  # of the encoded bytes
-    role: str
-    label: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One tar file: its size in bytes, its sha256 and how many samples it holds."""
-
-    bytes: int
-    sha256: str
-    samples: int
+def has_manifest(folder: str | Path) -> bool:
+    """Whether a prepared folder of shards is there (it may be damaged: `Manifest.load` tells)."""
+    return any((Path(folder) / name).exists() for name in (MANIFEST, SUMMARY))
 
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
     """The ids of some roles in manifest order, and for each the number of its shard among `shards`."""
 
-    ids: list[str]
+    ids: Sequence[str]
     shards: list[str]
     shard_of: np.ndarray = field(compare=False)  # int64 [n]
 
@@ -67,34 +77,62 @@ class Manifest:
 
     Args:
         folder: where the shards lie.
-        samples: in shard order; within a shard, in file order.
-        shard_files: size, digest and count of every shard, by name.
+        samples: in shard order; within a shard, in file order. Or their columns.
+        shard_files: size, digest and count of every shard, by name, in order.
         info: further facts for summary.json (sources, classes, duplicates ...).
 
     Attributes:
-        by_id: {id: Sample}. fingerprint: sha256 of manifest.jsonl.
+        columns: of all samples. fingerprint: sha256 of the manifest.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        samples: Iterable[Sample],
+        samples: Iterable[Sample] | Columns,
         shard_files: Mapping[str, Shard],
         info: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.samples = list(samples)
         self.shard_files = dict(shard_files)
         self.info = dict(info or {})
-        self.by_id = {sample.id: sample for sample in self.samples}
-        self._by_shard: dict[str, list[Sample]] = {name: [] for name in self.shard_files}
-        for sample in self.samples:
-            self._by_shard[sample.shard].append(sample)
+        self._names = list(self.shard_files)
+        self._number = {name: number for number, name in enumerate(self._names)}
+        if isinstance(samples, Columns):
+            self.columns = samples
+        else:
+            self.columns = Columns.build(row_of(sample, self._number) for sample in samples)
+        borders = np.searchsorted(self.columns.shard, np.arange(len(self._names) + 1))
+        assert borders[-1] == len(self.columns) and (np.diff(borders) >= 0).all(), "samples are not in shard order"
+        self._borders = borders.tolist()
         self._selections: dict[tuple[str, ...], _Selection] = {}
-        self.fingerprint = hashlib.sha256(self._lines()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.columns)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its samples are kept as Python objects and saved as text."""
+        return len(self) <= SMALL
+
+    @cached_property
+    def samples(self) -> Sequence[Sample]:
+        """All samples, in order: a list, or above SMALL a view that makes them when they are asked for."""
+        return self._at(np.arange(len(self))) if self.is_small else _Samples(self)
+
+    @cached_property
+    def by_id(self) -> Mapping[str, Sample]:
+        """{id: Sample}, or above SMALL a view that looks ids up in the columns."""
+        return {sample.id: sample for sample in self.samples} if self.is_small else _ById(self)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of manifest.jsonl, or of the digests of the columns."""
+        if self.is_small:
+            digest = hashlib.sha256()
+            for line in self._lines():
+                digest.update(line)
+            return digest.hexdigest()
+        return _of_digests(self.columns.digests())
 
     def ids(self, roles: str | Sequence[str]) -> list[str]:
         """Ids of one role or of several, in manifest order."""
@@ -103,14 +141,18 @@ class Manifest:
     def select(self, roles: str | Sequence[str]) -> _Selection:
         """Ids of the roles with their shards (computed once, then kept)."""
         wanted = (roles,) if isinstance(roles, str) else tuple(sorted(set(roles)))
-        assert set(wanted) <= set(ROLES), wanted
+        assert set(wanted) <= set(CODES), wanted
         if wanted not in self._selections:
-            samples = [sample for sample in self.samples if sample.role in wanted]
-            shards = list(dict.fromkeys(sample.shard for sample in samples))
-            number = {name: i for i, name in enumerate(shards)}
-            shard_of = np.array([number[sample.shard] for sample in samples], dtype=np.int64)
-            self._selections[wanted] = _Selection([sample.id for sample in samples], shards, shard_of)
+            rows = self.rows(wanted)
+            ids = IdList(self.columns.ids, rows)
+            numbers, shard_of = np.unique(self.columns.shard[rows], return_inverse=True)
+            shards = [self._names[number] for number in numbers.tolist()]
+            self._selections[wanted] = _Selection(list(ids) if self.is_small else ids, shards, shard_of)
         return self._selections[wanted]
+
+    def rows(self, roles: Sequence[str]) -> np.ndarray:
+        """Row numbers of the roles, int64 [n], ascending."""
+        return np.flatnonzero(np.isin(self.columns.role, [CODE[role] for role in roles]))
 
     def shards(self) -> list[str]:
         """Names of all shards, in order."""
@@ -118,7 +160,9 @@ class Manifest:
 
     def in_shard(self, shard: str) -> list[Sample]:
         """The samples of one shard, in file order."""
-        return self._by_shard[shard]
+        number = self._number[shard]
+        first, last = self._borders[number : number + 2]
+        return list(self.samples[first:last])
 
     def shard_path(self, shard: str) -> Path:
         """Path of a shard; DataError if the name is anything but a plain file name."""
@@ -126,29 +170,44 @@ class Manifest:
 
     def labels(self, ids: Iterable[str]) -> np.ndarray:
         """Labels as int64 [n]; -1 where unknown."""
-        found = (self.by_id[sample_id].label for sample_id in ids)
-        return np.array([-1 if label is None else label for label in found], dtype=np.int64)
+        if self.is_small:
+            found = (self.by_id[sample_id].label for sample_id in ids)
+            return np.array([-1 if label is None else label for label in found], dtype=np.int64)
+        labels = self.columns.label[self._rows_of(list(ids))].astype(np.int64)
+        return np.where(labels == NO_LABEL, -1, labels)
+
+    def count_roles(self) -> dict[str, int]:
+        """Samples per role; `unused` only if there are any."""
+        counts = dict(zip(CODES, np.bincount(self.columns.role, minlength=len(CODES)).tolist(), strict=True))
+        return {role: count for role, count in counts.items() if count or role in ROLES}
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds: counts per role, sizes, digests."""
-        counts = dict.fromkeys(ROLES, 0)
-        for sample in self.samples:
-            counts[sample.role] += 1
         return {
-            "version": _VERSION,
+            "version": LINES_VERSION if self.is_small else COLUMNS_VERSION,
             "manifest_sha256": self.fingerprint,
-            "samples": len(self.samples),
-            "roles": counts,
+            "samples": len(self),
+            "roles": self.count_roles(),
             "bytes": sum(shard.bytes for shard in self.shard_files.values()),
             "shards": {name: asdict(shard) for name, shard in self.shard_files.items()},
             "info": self.info,
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write manifest.jsonl and summary.json, each atomically; the summary last, it vouches for the other."""
+        """Write manifest and summary, each atomically; the summary last, it vouches for the other."""
         folder = Path(folder)
-        _write_atomic(folder / MANIFEST, self._lines())
-        _write_atomic(folder / SUMMARY, (json.dumps(self.summary(), indent=2) + "\n").encode())
+        summary = self.summary()
+        if self.is_small:
+            write_atomic(folder / MANIFEST, b"".join(self._lines()))
+        else:
+            partial = folder / f".{COLUMNS}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            summary["columns"] = self.columns.save(partial)
+            shutil.rmtree(folder / COLUMNS, ignore_errors=True)
+            os.rename(partial, folder / COLUMNS)
+            sync_path(folder)
+        write_atomic(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -158,102 +217,87 @@ class Manifest:
             DataError: missing, damaged, or contradicting itself or its summary.
         """
         folder = Path(folder)
-        summary = _read_summary(folder)
-        content = _read(folder / MANIFEST)
-        if hashlib.sha256(content).hexdigest() != summary["manifest_sha256"]:
-            raise DataError(f"{folder / MANIFEST} does not have the sha256 that {SUMMARY} states; {_FIX}.")
+        summary = read_summary(folder)
         shards = {check_shard_name(name): Shard(**entry) for name, entry in summary["shards"].items()}
-        samples = [
-            _parse_sample(line, f"{folder / MANIFEST}, line {number}", shards)
-            for number, line in enumerate(content.splitlines(), start=1)
-        ]
-        manifest = cls(folder, samples, shards, summary["info"])
-        if len(manifest.by_id) != len(samples):
-            raise DataError(f"{folder / MANIFEST} lists {len(samples) - len(manifest.by_id)} ids twice; {_FIX}.")
-        for name, shard in shards.items():
-            found = len(manifest.in_shard(name))
-            if found != shard.samples:
-                raise DataError(f"{folder / MANIFEST} lists {found} samples of {name}, not {shard.samples}; {_FIX}.")
+        if summary["version"] == COLUMNS_VERSION:
+            columns = Columns.load(folder / COLUMNS, summary["columns"])
+            if _of_digests(summary["columns"]) != summary["manifest_sha256"]:
+                raise DataError(f"{folder / SUMMARY} states digests of columns that contradict one another; {_FIX}.")
+            files = shards.values()
+            columns.check([f.bytes for f in files], [f.samples for f in files], len(CODES))
+        else:
+            columns = read_lines(folder / MANIFEST, summary["manifest_sha256"], shards)
+        manifest = cls(folder, columns, shards, summary["info"])
+        manifest.fingerprint = summary["manifest_sha256"]
+        manifest._check_ids()
         return manifest
 
-    def _lines(self) -> bytes:
+    def _check_ids(self) -> None:
+        hashes, rows = self.columns.ids.index()
+        for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            first, second = (self.columns.ids[int(row)] for row in rows[place : place + 2])
+            if first == second:
+                raise DataError(f"The manifest in {self.folder} lists the id {first[:80]!r} twice; {_FIX}.")
+
+    def _rows_of(self, ids: Sequence[str]) -> np.ndarray:
+        rows = self.columns.ids.find(ids, exact=True)
+        if len(rows) and rows.min() < 0:
+            raise KeyError(ids[int(np.argmin(rows))])
+        return rows
+
+    def _at(self, rows: np.ndarray) -> list[Sample]:
+        """The samples of these rows."""
+        c = self.columns
+        digests = [row.tobytes().hex() for row in c.sha256[rows]]
+        shards, roles = c.shard[rows].tolist(), c.role[rows].tolist()
+        labels = (None if label == NO_LABEL else label for label in c.label[rows].tolist())
+        parts = (c.ids.at(rows), shards, c.offset[rows].tolist(), c.length[rows].tolist(), digests, roles, labels)
+        return [Sample(i, self._names[s], o, n, d, CODES[r], k) for i, s, o, n, d, r, k in zip(*parts, strict=True)]
+
+    def _lines(self) -> Iterator[bytes]:
         """The canonical text: one JSON object a line, keys in order, ASCII."""
-        lines = (json.dumps(asdict(sample), separators=(",", ":")) + "\n" for sample in self.samples)
-        return "".join(lines).encode("ascii")
+        for sample in self.samples:
+            yield (json.dumps(asdict(sample), separators=(",", ":")) + "\n").encode("ascii")
 
 
-def check_shard_name(name: object) -> str:
-    """The name itself if it is a plain file name ending in .tar; DataError for URLs, commands and paths."""
-    if not isinstance(name, str) or _SHARD_NAME.fullmatch(name) is None:
-        raise DataError(
-            f"The shard name {str(name)[:80]!r} is not a plain file name ending in .tar; only local shards are read."
-        )
-    return name
+class _Samples(Sequence[Sample]):
+    """Samples made from the columns when they are asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def __len__(self) -> int:
+        return len(self._manifest)
+
+    def __getitem__(self, place):  # type: ignore[no-untyped-def, override]
+        if isinstance(place, slice):
+            return self._manifest._at(np.arange(*place.indices(len(self))))
+        return self._manifest._at(np.array([range(len(self))[place]]))[0]
+
+    def __iter__(self) -> Iterator[Sample]:
+        for start in range(0, len(self), 1 << 12):
+            yield from self[start : start + (1 << 12)]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); {_FIX}.") from error
+class _ById(Mapping[str, Sample]):
+    """Look-ups by id in the columns."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def __getitem__(self, sample_id: str) -> Sample:
+        return self._manifest._at(self._manifest._rows_of([sample_id]))[0]
+
+    def __contains__(self, sample_id: object) -> bool:
+        return isinstance(sample_id, str) and int(self._manifest.columns.ids.find([sample_id], exact=True)[0]) >= 0
+
+    def __len__(self) -> int:
+        return len(self._manifest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.columns.ids)
 
 
-def _read_summary(folder: Path) -> dict[str, Any]:
-    path = folder / SUMMARY
-    try:
-        summary = json.loads(_read(path))
-        if summary["version"] != _VERSION:
-            raise DataError(f"{path} has version {summary['version']!r}; expected {_VERSION}; {_FIX}.")
-        good = (
-            isinstance(summary["manifest_sha256"], str)
-            and isinstance(summary["info"], dict)
-            and all(_good_shard(entry) for entry in summary["shards"].values())
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged; {_FIX}.") from error
-    if not good:
-        raise DataError(f"{path} is damaged; {_FIX}.")
-    return summary
-
-
-def _good_shard(entry: dict[str, Any]) -> bool:
-    return (
-        entry.keys() == {"bytes", "sha256", "samples"}
-        and _is_count(entry["bytes"])
-        and _is_count(entry["samples"])
-        and _SHA256.fullmatch(entry["sha256"]) is not None
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _parse_sample(line: bytes, where: str, shards: Mapping[str, Shard]) -> Sample:
-    try:
-        sample = Sample(**json.loads(line))
-        check_shard_name(sample.shard)
-        check_id(sample.id, where)
-        good = (
-            sample.role in ROLES
-            and _is_count(sample.offset)
-            and _is_count(sample.length)
-            and (sample.label is None or type(sample.label) is int)
-            and _SHA256.fullmatch(sample.sha256) is not None
-            and sample.shard in shards
-            and sample.offset + sample.length <= shards[sample.shard].bytes
-        )
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{where} is damaged; {_FIX}.") from error
-    if not good:
-        raise DataError(f"{where} is damaged; {_FIX}.")
-    return sample
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+def _of_digests(digests: Mapping[str, str]) -> str:
+    text = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()

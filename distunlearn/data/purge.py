@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distunlearn.data.files import file_sha256, sync_path
 from distunlearn.data.manifest import Manifest, Sample, Shard
-from distunlearn.data.shards import file_sha256, read_sample, sync_path, verify_shards
+from distunlearn.data.shards import read_sample, verify_shards
 from distunlearn.errors import DataError
 
 __all__ = ["Purge", "ids_digest", "plan_purge", "purge_shards", "purged_before"]

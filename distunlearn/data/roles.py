@@ -8,14 +8,18 @@ left; the third-party two come from another source when one is configured.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from distunlearn.config import DataConfig
-from distunlearn.data.forget_list import read_ids
+from distunlearn.data.forget_list import resolve_list, some
+from distunlearn.data.ids import IdTable
 from distunlearn.data.schedule import permutation
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["ROLES", "assign_roles"]
+__all__ = ["ROLES", "Drawn", "assign_roles", "draw_roles", "is_list"]
 
 ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout")
 
@@ -23,10 +27,28 @@ _MIN_RETAIN = 2  # a contrastive loss compares at least two images
 _Samples = Sequence[tuple[str, int | None]]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """roles: {id: role}, only for images that have one, in drawing order. facts: of the request, for the summary."""
+
+    roles: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def is_list(forget: int | float | str) -> bool:
+    """Whether `data.forget` names a file of ids."""
+    return isinstance(forget, str) and not forget.startswith("class:")
+
+
 def assign_roles(
     samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samples | None = None
 ) -> dict[str, str]:
-    """Draw the roles: a pure function of its arguments.
+    """The roles alone, see `draw_roles`."""
+    return draw_roles(samples, cfg, seed, third_party).roles
+
+
+def draw_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samples | None = None) -> Drawn:
+    """Draw the roles: a pure function of its arguments and of the list that `cfg.forget` names.
 
     Args:
         samples: (id, label or None) of the members' source.
@@ -35,17 +57,14 @@ def assign_roles(
             count, share or class; ids of a list are made members first.
         third_party: (id, label) of the third-party source; required if cfg.third_party_source is set.
 
-    Returns:
-        {id: role}, only for images that have a role, in drawing order.
-
     Raises:
-        DataError: nothing to forget, nothing left to retain, unknown ids, an id to be both forgotten
-            and retained, too few images.
+        DataError: nothing to forget, nothing left to retain, more to forget than `cfg.forget_cap` allows, unknown ids
+            (unless `cfg.allow_missing`), an id to be both forgotten and retained, too few images.
         ConfigError: a count or share that cannot be.
     """
     assert (third_party is not None) == (cfg.third_party_source is not None), "third-party samples and config differ"
     labels = dict(samples)
-    listed = _read_list(cfg.forget, labels)
+    listed, facts = _read_list(cfg, samples)
     own = [("holdout", cfg.holdout), ("calibration", cfg.calibration)]
     strangers = [("third_party", cfg.third_party), ("third_party_audit", cfg.third_party_audit)]
     if third_party is None:
@@ -71,11 +90,18 @@ def assign_roles(
             f"data.forget selects {len(forget)} of {num_members} members; at least {_MIN_RETAIN} must be retained, "
             "so forget fewer or raise data.members."
         )
+    if len(forget) > cfg.forget_cap * num_members:
+        raise DataError(
+            f"data.forget selects {len(forget)} of {num_members} members, more than the share data.forget_cap="
+            f"{cfg.forget_cap:g} allows; forget fewer, or raise data.forget_cap if that is meant."
+        )
+    facts["forget_share"] = round(len(forget) / num_members, 6)
+    facts["whole_classes"] = _whole_classes(members, labels, forget)
     roles = {sample_id: "forget" if sample_id in forget else "retain" for sample_id in members}
     roles.update(_deal(rest, own))
     if third_party is not None:
         roles.update(_draw_third_party(third_party, strangers, cfg, seed, labels))
-    return roles
+    return Drawn(roles, facts)
 
 
 def _count_members(available: int, cfg: DataConfig, own: list[tuple[str, int]]) -> int:
@@ -89,25 +115,33 @@ def _count_members(available: int, cfg: DataConfig, own: list[tuple[str, int]]) 
     return cfg.members or available - others
 
 
-def _read_list(forget: int | float | str, known: Collection[str]) -> dict[str, list[str]]:
-    """Ids of a list file, checked against the source; empty for the other ways to say what to forget."""
-    if not isinstance(forget, str) or forget.startswith("class:"):
-        return {"forget": [], "retain": []}
-    listed = read_ids(forget)
-    both = set(listed["forget"]) & set(listed["retain"])
-    if both:
-        raise DataError(f"{forget} lists {_some(both)} both to forget and to retain; keep each id once.")
-    unknown = [sample_id for ids in listed.values() for sample_id in ids if sample_id not in known]
-    if unknown:
-        raise DataError(f"{forget} lists {_some(unknown)} which the source does not have; correct the list.")
-    return listed
+def _read_list(cfg: DataConfig, samples: _Samples) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Ids of a list file as the source spells them, and its facts; empty for the other ways to say what to forget."""
+    if not is_list(cfg.forget):
+        return {"forget": [], "retain": []}, {}
+    table = IdTable.of(sample_id for sample_id, _ in samples)
+    found = resolve_list(str(cfg.forget), table)
+    if found.num_missing and not cfg.allow_missing:
+        raise DataError(
+            f"{cfg.forget} lists {some(found.missing, found.num_missing)} which the source does not have"
+            f"{_near_miss(found.missing, samples)}; correct the list, or set data.allow_missing=true to leave such ids "
+            "out and have them recorded."
+        )
+    return {"forget": table.at(found.forget), "retain": table.at(found.retain)}, {"forget_list": found.facts()}
 
 
-def _some(ids: Collection[str], most: int = 5) -> str:
-    """'3 ids ('a', 'b', 'c')', sorted, cut after a few, escaped."""
-    shown = ", ".join(repr(sample_id) for sample_id in sorted(ids)[:most])
-    more = ", ..." if len(ids) > most else ""
-    return f"{len(ids)} id{'s' if len(ids) > 1 else ''} ({shown}{more})"
+def _near_miss(missing: Sequence[str], samples: _Samples) -> str:
+    """A hint for a list that was written on a system that does not tell upper from lower case."""
+    wanted = {sample_id.casefold() for sample_id in missing}
+    match = next((sample_id for sample_id, _ in samples if sample_id.casefold() in wanted), None)
+    return "" if match is None else f" (but {match[:80]!r} differs only in case)"
+
+
+def _whole_classes(members: list[str], labels: Mapping[str, int | None], forget: Collection[str]) -> list[int]:
+    """Labels of which every member is to be forgotten."""
+    total = Counter(labels[sample_id] for sample_id in members)
+    gone = Counter(labels[sample_id] for sample_id in forget)
+    return sorted(label for label, count in gone.items() if label is not None and count == total[label])
 
 
 def _choose_forget(

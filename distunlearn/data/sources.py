@@ -6,10 +6,12 @@
 * cifar10, cifar100: torchvision's root; nothing is downloaded, torchvision checks the MD5 sums; ids
   cifar10/train-000123 and test-000123. stl10: the same, its labelled train and test parts.
 * imagefolder: any folder, the first folder level is the class; the id is the path below the root, with /.
+* webdataset: a folder of tar files as img2dataset writes them (see `data.tars`); the class is that of `.cls`.
 """
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import os
@@ -24,10 +26,11 @@ from PIL import Image
 
 from distunlearn.config import DataConfig
 from distunlearn.data.decode import check_header, decode_image
-from distunlearn.data.forget_list import check_id
+from distunlearn.data.ids import check_id
+from distunlearn.data.tars import Member, read_tar
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["ArraySource", "FolderSource", "Source", "open_source", "open_sources"]
+__all__ = ["ArraySource", "FolderSource", "ShardSource", "Source", "open_source", "open_sources"]
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -39,6 +42,7 @@ class Source(Protocol):
 
     name: of the source. samples: (id, label or None), in a fixed order. labels_known: no label is None.
     classes: names by label, may be empty. skipped: files that were not taken for images.
+    A source can be sent to another process.
     """
 
     name: str
@@ -49,6 +53,14 @@ class Source(Protocol):
 
     def read(self, sample_id: str) -> tuple[bytes, str]:
         """(encoded image, "png" | "jpg" | "webp"); DataError if it cannot be read or decoded."""
+        ...
+
+    def stamp(self, sample_id: str) -> str:
+        """A short text that changes when the image does; cheaper than reading it. DataError if it is gone."""
+        ...
+
+    def reader(self) -> Source:
+        """A source that reads the same but lists nothing, so that little is sent to another process."""
         ...
 
 
@@ -77,6 +89,12 @@ class ArraySource:
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(self._images[sample_id])).save(buffer, "PNG")
         return buffer.getvalue(), "png"
+
+    def stamp(self, sample_id: str) -> str:
+        return f"{zlib.crc32(self._images[sample_id].tobytes()):08x}"
+
+    def reader(self) -> ArraySource:
+        return _without_list(self)
 
 
 class FolderSource:
@@ -132,16 +150,98 @@ class FolderSource:
             data = (self._root / sample_id.removeprefix(self._prefix)).read_bytes()
         except OSError as error:
             raise DataError(f"The image {sample_id!r} cannot be read ({error.strerror or error}).") from error
-        kind = check_header(data, sample_id, self._max_pixels)
-        decode_image(data, sample_id, self._max_pixels, channels=3)
-        return data, kind
+        return data, _checked(data, sample_id, self._max_pixels)
+
+    def stamp(self, sample_id: str) -> str:
+        return _stamp(self._root / sample_id.removeprefix(self._prefix), sample_id)
+
+    def reader(self) -> FolderSource:
+        return _without_list(self)
+
+
+class ShardSource:
+    """Existing WebDataset shards: all .tar files of a folder, every sample with one image.
+
+    Reading decodes each image once, so that a damaged one is found now. Other files are counted in `skipped`.
+
+    Raises:
+        DataError: there is no shard, `read_tar` refuses one, or two samples have one id.
+    """
+
+    def __init__(self, root: Path, max_pixels: int, prefix: str = "") -> None:
+        self.name = "webdataset"
+        self.classes: list[str] = []
+        self._root = root
+        self._max_pixels = max_pixels
+        self.samples: list[tuple[str, int | None]] = []
+        self._places: dict[str, tuple[str, Member]] = {}
+        names = tar_names(root)
+        self.skipped = sum(1 for entry in root.iterdir() if entry.is_file()) - len(names)
+        for name in names:
+            for sample in read_tar(root / name):
+                sample_id = prefix + sample.id
+                if sample_id in self._places:
+                    raise DataError(
+                        f"{name}: the id {sample.id[:80]!r} is in {self._places[sample_id][0]} too; ids must be unique."
+                    )
+                self.samples.append((sample_id, sample.label))
+                self._places[sample_id] = (name, sample.image)
+        self.labels_known = all(label is not None for _, label in self.samples)
+
+    def read(self, sample_id: str) -> tuple[bytes, str]:
+        name, member = self._places[sample_id]
+        try:
+            with (self._root / name).open("rb") as handle:
+                data = os.pread(handle.fileno(), member.size, member.offset)
+        except OSError as error:
+            raise DataError(f"The image {sample_id!r} of {name} cannot be read ({error.strerror or error}).") from error
+        return data, _checked(data, sample_id, self._max_pixels)
+
+    def stamp(self, sample_id: str) -> str:
+        name, member = self._places[sample_id]
+        return f"{_stamp(self._root / name, sample_id)}:{member.offset}"
+
+    def reader(self) -> ShardSource:
+        return _without_list(self)
+
+
+def tar_names(root: Path) -> list[str]:
+    """Names of the .tar files of a folder, sorted; DataError if there are none."""
+    try:
+        names = sorted(entry.name for entry in root.iterdir() if entry.suffix == ".tar")
+    except OSError as error:
+        raise DataError(f"The folder {root} cannot be read ({error.strerror or error}); check the path.") from error
+    if not names:
+        raise DataError(f"The folder {root} holds no .tar files; give the folder that holds the shards.")
+    return names
+
+
+def _checked(data: bytes, sample_id: str, max_pixels: int) -> str:
+    """The kind of an image that can be decoded."""
+    kind = check_header(data, sample_id, max_pixels)
+    decode_image(data, sample_id, max_pixels, channels=3)
+    return kind
+
+
+def _stamp(path: Path, sample_id: str) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"The image {sample_id!r} cannot be read ({error.strerror or error}).") from error
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def _without_list(source):  # type: ignore[no-untyped-def]
+    light = copy.copy(source)
+    light.samples = []
+    return light
 
 
 def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") -> Source:
     """Open a source by its config name.
 
     Args:
-        name: digits, fashion_mnist, cifar10, cifar100, stl10 or imagefolder.
+        name: digits, fashion_mnist, cifar10, cifar100, stl10, imagefolder or webdataset.
         root: see above; None: the source's default place, if it has one.
         max_pixels: images above are refused from their header.
         prefix: put before every id, to keep two roots of one source apart.
@@ -153,7 +253,7 @@ def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") 
         return _open_digits(prefix)
     if name == "fashion_mnist":
         return _open_fashion_mnist(Path(root or FASHION_MNIST_ROOT), prefix)
-    if name not in ("cifar10", "cifar100", "stl10", "imagefolder"):
+    if name not in ("cifar10", "cifar100", "stl10", "imagefolder", "webdataset"):
         raise ConfigError(f"data.source is {name!r}; expected a source that `distunlearn list` names.")
     if root is None:
         raise ConfigError(f"The source {name} needs a folder; set data.root.")
@@ -162,6 +262,8 @@ def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") 
         raise DataError(f"The folder {folder} of source {name} does not exist; check data.root.")
     if name == "imagefolder":
         return FolderSource(folder, max_pixels, prefix)
+    if name == "webdataset":
+        return ShardSource(folder, max_pixels, prefix)
     return _open_torchvision(name, folder, prefix)
 
 
@@ -181,7 +283,7 @@ def open_sources(cfg: DataConfig) -> tuple[Source, Source | None]:
             "from them disjointly."
         )
     # A folder's ids are bare paths, which could even spell an id of another source: mark the guest.
-    marked = same or "imagefolder" in (cfg.source, cfg.third_party_source)
+    marked = same or bool({"imagefolder", "webdataset"} & {cfg.source, cfg.third_party_source})
     prefix = "third_party/" if marked else ""
     guest = open_source(cfg.third_party_source, cfg.third_party_root, cfg.max_pixels, prefix)
     own_ids = {sample_id for sample_id, _ in members.samples}

@@ -98,6 +98,7 @@ SOURCES = {
     "cifar100": "CIFAR-100 photographs",
     "stl10": "STL-10 photographs",
     "imagefolder": "a folder of image files",
+    "webdataset": "existing WebDataset shards",
 }
 
 METHODS = {

@@ -1,0 +1,203 @@
+"""Sample ids at scale: one normal form, and a table of ids that is searched by hash.
+
+Normal form: Unicode NFC, `\\` read as `/`, empty and `.` parts of the path left out; case is kept. Two ids are the same
+if their normal forms are. Ids stand in one block of UTF-8 bytes with offsets, so that a hundred million of them need no
+Python objects and may lie in a mapped file.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import mmap
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from distunlearn.errors import DataError
+
+__all__ = ["IdList", "IdTable", "check_id", "hash_ids", "normal_id", "release"]
+
+_MAX_ID = 1_024  # characters
+# Control characters, and line or paragraph separators: they would break logs, manifests and reports.
+_UNPRINTABLE = {"Cc", "Zl", "Zp", "Cs"}
+_ODD = re.compile(r"\\|//|(?:^|/)\.(?:/|$)|^/|/$")
+WINDOW = 1 << 16  # ids looked up together; between windows mapped pages are given back
+
+
+def normal_id(sample_id: str) -> str:
+    r"""The form in which ids are compared.
+
+    >>> normal_id("a\\b//./c.png"), normal_id("e\u0301") == "\u00e9", normal_id("A") == normal_id("a")
+    ('a/b/c.png', True, False)
+    """
+    if sample_id.isascii() and _ODD.search(sample_id) is None:
+        return sample_id
+    text = unicodedata.normalize("NFC", sample_id).replace("\\", "/")
+    return "/".join(part for part in text.split("/") if part not in ("", "."))
+
+
+def check_id(sample_id: str, where: str) -> None:
+    """Refuse an id that is empty, too long, unprintable, absolute or climbs out of its folder (DataError)."""
+    if not sample_id or len(sample_id) > _MAX_ID:
+        raise DataError(f"{where}: an id of {len(sample_id)} characters; expected 1 to {_MAX_ID}.")
+    if not (sample_id.isascii() and sample_id.isprintable()) and any(
+        unicodedata.category(character) in _UNPRINTABLE for character in sample_id
+    ):
+        raise DataError(f"{where}: the id {sample_id[:80]!r} holds a control character; remove it.")
+    parts = re.split(r"[/\\]", sample_id)
+    if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", sample_id):
+        raise DataError(
+            f"{where}: the id {sample_id[:80]!r} is absolute or climbs with '..'; expected a relative sample id."
+        )
+    if set(parts) <= {"."}:
+        raise DataError(f"{where}: the id {sample_id[:80]!r} names no file; expected a relative sample id.")
+
+
+def hash_ids(ids: Iterable[str]) -> np.ndarray:
+    """uint64 [n]: BLAKE2b of the normal forms, 8 bytes each."""
+    make = hashlib.blake2b
+    return np.frombuffer(b"".join(make(normal_id(i).encode(), digest_size=8).digest() for i in ids), dtype="<u8")
+
+
+def release(*columns: np.ndarray) -> None:
+    """Take pages of mapped files out of this process's memory; they stay in the system's cache."""
+    for column in columns:
+        mapped = getattr(column, "_mmap", None)
+        if mapped is not None and hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class IdTable(Sequence[str]):
+    """Ids by row, and rows by id.
+
+    Args:
+        blob: uint8 [bytes], the UTF-8 of all ids, end to end.
+        ends: uint64 [n + 1], where each id starts and the last ends.
+        hashes: uint64 [n] ascending, rows: uint32 [n], of `hash_ids`; None: computed at the first look-up.
+    """
+
+    def __init__(
+        self, blob: np.ndarray, ends: np.ndarray, hashes: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> None:
+        self.blob, self.ends = blob, ends
+        self._bytes = memoryview(blob) if len(blob) else memoryview(b"")
+        self._hashes, self._rows = hashes, rows
+
+    @classmethod
+    def of(cls, ids: Iterable[str]) -> IdTable:
+        """A table in memory; the Python texts are dropped as they come."""
+        blob, lengths = bytearray(), array.array("Q", [0])
+        for sample_id in ids:
+            data = sample_id.encode()
+            blob += data
+            lengths.append(len(data))
+        return cls(np.frombuffer(blob, np.uint8), np.cumsum(np.frombuffer(lengths, np.uint64), dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]
+        first, last = self.ends[row : row + 2].tolist()
+        return str(self._bytes[first:last], "utf-8")
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), WINDOW):
+            yield from self.at(np.arange(start, min(start + WINDOW, len(self))))
+
+    def at(self, rows: np.ndarray) -> list[str]:
+        """Ids of many rows."""
+        first, last = self.ends[rows].tolist(), self.ends[np.asarray(rows) + 1].tolist()
+        return [str(self._bytes[a:b], "utf-8") for a, b in zip(first, last, strict=True)]
+
+    def index(self) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]
+        """(hashes uint64 [n] ascending, rows uint32 [n])."""
+        if self._hashes is None or self._rows is None:
+            hashes = np.concatenate(
+                [hash_ids(self.at(np.arange(a, min(a + WINDOW, len(self))))) for a in range(0, len(self), WINDOW)]
+                or [np.zeros(0, dtype=np.uint64)]
+            )
+            order = np.argsort(hashes, kind="stable")
+            self._hashes, self._rows = hashes[order], order.astype(np.uint32)
+        return self._hashes, self._rows
+
+    def find(self, ids: Sequence[str], exact: bool = False) -> np.ndarray:
+        """int64 [n]: the row of each id, -1 where there is none. exact: as it is spelled, not in its normal form.
+
+        Raises:
+            DataError: two rows have the normal form of one of the ids, so that it names no single image.
+        """
+        hashes, rows = self.index()
+        found = np.full(len(ids), -1, dtype=np.int64)
+        wanted = hash_ids(ids)
+        order = np.argsort(wanted, kind="stable")
+        for start in range(0, len(ids), WINDOW):
+            some = order[start : start + WINDOW]
+            first = np.searchsorted(hashes, wanted[some], side="left")
+            last = np.searchsorted(hashes, wanted[some], side="right")
+            hit = np.flatnonzero(last > first)
+            candidates = rows[first[hit]].astype(np.int64)
+            by_row = np.argsort(candidates)  # look at the ids in the order in which they lie
+            hit, candidates = hit[by_row], candidates[by_row]
+            several = last[hit] - first[hit] > 1
+            for place, row, text, more in zip(
+                some[hit].tolist(), candidates.tolist(), self.at(candidates), several.tolist(), strict=True
+            ):
+                if more:
+                    found[place] = self._only(ids[place], int(wanted[place]), exact)
+                elif text == ids[place] or not exact and normal_id(text) == normal_id(ids[place]):
+                    found[place] = row
+            release(hashes, rows, self.ends, self.blob)
+        return found
+
+    def repeated(self) -> tuple[str, str] | None:
+        """Two ids with the same normal form, or None."""
+        hashes, rows = self.index()
+        for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            first, second = self[int(rows[place])], self[int(rows[place + 1])]
+            if normal_id(first) == normal_id(second):
+                return first, second
+        return None
+
+    def _only(self, sample_id: str, value: int, exact: bool) -> int:
+        """The one row among several of one hash."""
+        hashes, rows = self.index()
+        key = np.uint64(value)
+        run = rows[np.searchsorted(hashes, key, "left") : np.searchsorted(hashes, key, "right")]
+        if exact:
+            return next((row for row in run.tolist() if self[row] == sample_id), -1)
+        same = [row for row in run.tolist() if normal_id(self[row]) == normal_id(sample_id)]
+        if len(same) > 1:
+            raise DataError(
+                f"The id {sample_id[:80]!r} may mean {self[same[0]]!r} or {self[same[1]]!r}, which differ only in "
+                "Unicode form or slashes; rename one of the two images."
+            )
+        return same[0] if same else -1
+
+
+class IdList(Sequence[str]):
+    """Ids of some rows of a table, made when they are asked for."""
+
+    def __init__(self, table: IdTable, rows: np.ndarray) -> None:
+        self.table, self.rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place):  # type: ignore[no-untyped-def, override]
+        if isinstance(place, slice):
+            return self.table.at(self.rows[place])
+        return self.table[int(self.rows[place])]
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), WINDOW):
+            yield from self.table.at(self.rows[start : start + WINDOW])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(other) == len(self) and all(
+            a == b for a, b in zip(self, other, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]

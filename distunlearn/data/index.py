@@ -1,0 +1,190 @@
+"""A manifest for WebDataset shards that exist, such as those of img2dataset, which are read and left as they are.
+
+Every sample of every shard is listed; one that has no role is `unused`. What an interrupted index had read is kept in
+`.index.partial` for the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distunlearn.config import DataConfig
+from distunlearn.data.columns import NO_LABEL, Columns, Row
+from distunlearn.data.copies import perceptual_hash
+from distunlearn.data.decode import check_header
+from distunlearn.data.files import file_sha256, write_atomic
+from distunlearn.data.jobs import num_workers, run_jobs
+from distunlearn.data.manifest import Manifest, Shard, check_shard_name, has_manifest
+from distunlearn.data.prepare import Progress, duplicate_facts
+from distunlearn.data.records import CODE, UNUSED
+from distunlearn.data.roles import draw_roles
+from distunlearn.data.sources import tar_names
+from distunlearn.data.tars import read_tar
+from distunlearn.errors import ConfigError, DataError
+
+__all__ = ["index_shards", "role_codes"]
+
+_WORK = ".index.partial"
+_NAMED = 100  # undecodable images that are named; all of them are counted
+
+
+@dataclass(frozen=True)
+class _Shared:
+    folder: Path
+    max_pixels: int
+    hashes: bool
+
+
+def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progress | None = None) -> Manifest:
+    """Read all shards of a folder once, draw the roles, and write manifest and summary beside the shards.
+
+    Args:
+        cfg: sizes of the roles, what to forget, policies; its source is not used.
+        progress: called with (shards read, shards in all).
+
+    Raises:
+        DataError: `read_tar` refuses a shard, two samples have one id, roles or copies are refused, the folder has
+            another manifest, cannot be written, or another index works on it.
+        ConfigError: a third-party source of its own is asked for.
+    """
+    if cfg.third_party_source is not None:
+        raise ConfigError("data.third_party_source cannot be indexed with other shards; leave it out, or use prepare.")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards.")
+    names = [check_shard_name(name) for name in tar_names(folder)]
+    with _work_folder(folder) as work:
+        shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None)
+        total = sum((folder / name).stat().st_size for name in names)
+        workers = num_workers(cfg.prepare_workers, total >> 14, len(names))  # 16 KiB: a small image and its parts
+        pieces, files, hashes = [], {}, []
+        for number, (name, note) in enumerate(zip(names, run_jobs(_scan, shared, names, workers), strict=True)):
+            files[name] = Shard(note["bytes"], note["sha256"], len(note["samples"]))
+            pieces.append(Columns.build(_rows(number, note["samples"])))
+            hashes += [sample[5] for sample in note["samples"]]
+            if progress is not None:
+                progress(number + 1, len(names))
+        manifest = _manifest(cfg, seed, folder, Columns.join(pieces), files, hashes)
+        if has_manifest(folder) and Manifest.load(folder).fingerprint != manifest.fingerprint:
+            raise DataError(
+                f"{folder} has a manifest of another selection; remove manifest* and summary.json there first."
+            )
+        manifest.save(folder)
+        shutil.rmtree(work)
+    return manifest
+
+
+def role_codes(columns: Columns, cfg: DataConfig, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """(roles uint8 [n] drawn among all samples of indexed shards, facts for the summary)."""
+    labels = (None if label == NO_LABEL else label for label in columns.label.tolist())
+    drawn = draw_roles(list(zip(columns.ids, labels, strict=True)), cfg, seed)
+    unused = CODE[UNUSED]
+    codes = (CODE[drawn.roles[i]] if i in drawn.roles else unused for i in columns.ids)
+    return np.fromiter(codes, dtype=np.uint8, count=len(columns)), drawn.facts
+
+
+def _manifest(
+    cfg: DataConfig, seed: int, folder: Path, columns: Columns, files: dict[str, Shard], hashes: list[int | None]
+) -> Manifest:
+    twice = columns.ids.repeated()
+    if twice is not None:
+        raise DataError(f"Two samples in {folder} have the id {twice[0][:80]!r} (or {twice[1][:80]!r}); keep one.")
+    role, facts = role_codes(columns, cfg, seed)
+    known = np.array([value is not None for value in hashes], dtype=bool)
+    words = np.array([value or 0 for value in hashes], dtype=np.uint64) if cfg.near_distance is not None else None
+    role, found = duplicate_facts(replace(columns, role=role), words, cfg.copies, cfg.near_distance, known)
+    bad = np.flatnonzero(~known)
+    info = {
+        "sources": ["webdataset"],
+        "classes": [],
+        "labels_known": bool((columns.label != NO_LABEL).all()),
+        "skipped_files": 0,
+        "indexed": True,
+        "undecodable": len(bad),
+        "undecodable_ids": columns.ids.at(bad[:_NAMED]),
+        **found,
+        **facts,
+    }
+    return Manifest(folder, columns.with_roles(role), files, info)
+
+
+def _scan(shared: _Shared, name: str) -> dict[str, Any]:
+    """Samples, size and digest of one shard: [id, label, offset, length, sha256, perceptual hash] each."""
+    path, note_path = shared.folder / name, shared.folder / _WORK / f"{name}.note"
+    try:
+        status = path.stat()
+        plan = f"{status.st_size}:{status.st_mtime_ns}:{shared.hashes}:{shared.max_pixels}"
+        with_note = json.loads(note_path.read_bytes()) if note_path.exists() else {}
+        if with_note.get("plan") == plan:
+            return with_note
+    except (OSError, ValueError):
+        plan = ""
+    samples: list[list[Any]] = []
+    found = read_tar(path)
+    if not found:
+        raise DataError(f"{name} holds no sample; remove it.")
+    try:
+        with path.open("rb") as handle:
+            for sample in found:
+                data = os.pread(handle.fileno(), sample.image.size, sample.image.offset)
+                digest = hashlib.sha256(data).hexdigest()
+                near = _hash(shared, data, sample.id)
+                samples.append([sample.id, sample.label, sample.image.offset, len(data), digest, near])
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the disk.") from error
+    note = {"plan": plan, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": samples}
+    write_atomic(note_path, json.dumps(note).encode())
+    return note
+
+
+def _hash(shared: _Shared, data: bytes, sample_id: str) -> int | None:
+    """Perceptual hash (0 where none is wanted); None for an image that cannot be used."""
+    try:
+        if shared.hashes:
+            return perceptual_hash(data, sample_id, shared.max_pixels)
+        check_header(data, sample_id, shared.max_pixels)
+    except DataError:
+        return None
+    return 0
+
+
+def _rows(number: int, samples: list[list[Any]]) -> Iterator[Row]:
+    for sample_id, label, offset, length, sha256, _ in samples:
+        known = NO_LABEL if label is None else label
+        yield sample_id, number, offset, length, bytes.fromhex(sha256), CODE[UNUSED], known
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """`.index.partial` in the folder, locked; what an interrupted index left in it stays."""
+    work = folder / _WORK
+    try:
+        work.mkdir(exist_ok=True)
+        handle = os.open(work, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}); check its permissions.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"Another index works on {folder}; wait for it to end.") from error
+        try:
+            yield work
+        except DataError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        except OSError as error:
+            raise DataError(f"{folder} cannot be indexed ({error.strerror or error}); check the disk.") from error
+    finally:
+        os.close(handle)
