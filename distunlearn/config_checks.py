@@ -26,12 +26,17 @@ ID_FILES = (".txt", ".csv", ".jsonl")
 CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
+GATED_ATTACKS = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
+FURTHER_ATTACKS = (
+    "encodermi_set", "encodermi_threshold", "embedding_norm", "gradient_sketch", "part_crop", "rmia", "lira_alignment",
+    "alignment_gap",
+)  # fmt: skip
 RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
 
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_seed, _text, _sources, _forget, _sizes, _encoder, _views, _objective, _constraint)
+    checks = (_seed, _text, _sources, _forget, _sizes, _encoder, _views, _objective, _constraint, _audit)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     problems.extend(_shares(cfg, world))
@@ -167,6 +172,28 @@ def _constraint(cfg: RunConfig) -> Iterator[str]:
             "constraint.evaluator=sliced compares gradients as single numbers, whose order the rounding of "
             "precision=bf16 changes; set constraint.evaluator=sketch, or precision=fp32"
         )
+
+
+def _audit(cfg: RunConfig) -> Iterator[str]:
+    """Names of attacks are texts here: one that is no attack would be a gate that is silently left out."""
+    audit = cfg.audit
+    for key, text, known in (
+        ("audit.gates.also", audit.gates.also, FURTHER_ATTACKS),
+        ("audit.average", audit.average, (*GATED_ATTACKS, *FURTHER_ATTACKS)),
+    ):
+        for name in filter(None, map(str.strip, text.split(","))):
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"expected names among {', '.join(known)}"
+                yield f"{key} names {name!r}, which is not an attack that it takes; {hint}"
+            elif name == "part_crop" and not audit.part_crops:
+                yield f"{key} names part_crop, which audit.part_crops=0 leaves out; set audit.part_crops, such as 128"
+            elif key == "audit.gates.also" and name == "alignment_gap":
+                yield "audit.gates.also names alignment_gap, which has no power on the original encoder by definition"
+    if not audit.average.strip(" ,"):
+        yield "audit.average is empty; name at least one attack"
+    if audit.tier == 0 and audit.gates.also.strip(" ,"):
+        yield "audit.gates.also needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
 
 
 def _processes(cfg: RunConfig, world: int) -> Iterator[str]:

@@ -73,17 +73,21 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
     Raises:
         CoverageError: as `unlearn`; evidence about a run that missed images would mislead.
     """
+    from distunlearn.audit.evidence import collect_evidence
+    from distunlearn.audit.shadows import audit_shadows
     from distunlearn.engine import phases
 
     cfg = cfg or saved_config(run_dir)
     with _session(cfg, run_dir) as session:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
             _check_coverage(session)
-        phases.retrain(session)
+        if cfg.audit.tier:
+            phases.retrain(session)
         if session.stop.agreed(session.backend):
             reason = session.stop.honoured(session.backend)
             raise StoppedError(f"stopped by {reason} before the audit; the same command goes on from there.")
-        verdict = _audit(session) if session.backend.is_main else None
+        pooled = audit_shadows(session) if cfg.audit.tier == 2 else None
+        verdict = collect_evidence(session, pooled) if session.backend.is_main else None
         session.backend.barrier()
         verdict = session.backend.broadcast_object(verdict)
     return VERDICT_CODES[verdict]
@@ -307,40 +311,6 @@ def _check_coverage(session) -> None:
             f"{missed} of {found.requested} forget images never entered the loss; expected every one at least once; "
             "raise unlearn.steps or unlearn.forget_batch."
         )
-
-
-def _audit(session) -> str:
-    """Signals of the three encoders, then summary.json and the raw scores; returns the verdict."""
-    from distunlearn.audit.signals import collect_signals
-    from distunlearn.audit.summary import summarise, write_audit
-    from distunlearn.engine import phases
-    from distunlearn.engine.ledger import coverage, read_ledger
-    from distunlearn.objectives import make_objective
-
-    cfg, out = session.cfg, session.out
-    folders = {"original": out / "original", "unlearned": out, "retrained": out / "retrained"}
-    signals, facts = {}, {}
-    for name, folder in folders.items():
-        session.telemetry.note("audit", f"attacking the {name} encoder")
-        trained = phases.load_trained(folder, session)
-        facts[name] = trained.facts
-        momentum = trained.momentum.model if trained.momentum else None
-        signals[name] = collect_signals(
-            trained.model, momentum, make_objective(cfg.objective), session.store, session.manifest, cfg
-        )
-    cost = {
-        "pretrain_images": facts["original"]["images"],
-        "unlearn_images": facts["unlearned"]["images"],
-        "retrain_images": facts["retrained"]["images"],
-        "pretrain_seconds": facts["original"]["seconds"],
-        "unlearn_seconds": facts["unlearned"]["seconds"],
-        "retrain_seconds": facts["retrained"]["seconds"],
-    }
-    covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
-    summary, scores = summarise(signals, cfg, cost=cost, coverage=covered)
-    session.ledger.may_write()
-    write_audit(out / "audit", summary, scores)
-    return summary["gates"]["verdict"]
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------

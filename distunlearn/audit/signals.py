@@ -17,17 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from distunlearn.audit.gradients import network_gradient_norms
+from distunlearn.audit.network_sketch import network_sketches
+from distunlearn.audit.parts import part_responses
 from distunlearn.config import RunConfig
 from distunlearn.constraints.head import head_gradients, sketch_matrices
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.stream import ImageStore
 from distunlearn.data.views import id_hashes, make_view, plain_view
-from distunlearn.encoders.model import ContrastiveModel
+from distunlearn.encoders.model import ContrastiveModel, EncoderOutput
 from distunlearn.errors import NumericsError
 from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches, Objective
 
-__all__ = ["AUDITED", "Signals", "collect_signals"]
+__all__ = ["AUDITED", "AUDIT_EPOCH", "Eye", "Signals", "audit_bank", "collect_signals", "sampled", "usable_labels"]
 
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")
 AUDIT_EPOCH = 1 << 33  # views that no training and no calibration has seen
@@ -47,6 +49,8 @@ class Signals:
     bank_loss, confidence: [n], means over disjoint pairs of views. output: [n, 2], the objective's output features.
     gradient_norm_head, gradient_norm_network: [n], of the loss averaged over those pairs (the second NaN for retain).
     gradient_sketch: [n, 64], of the head gradient.
+    layer_norms, network_sketch: [n, L] and [n, 64], of the gradient over the whole network (`network_sketch`).
+    part_responses: float32 [n, 2 N], of N crops (`parts`); N is 0 unless `audit.part_crops` says otherwise.
     """
 
     ids: list[str]
@@ -61,6 +65,9 @@ class Signals:
     gradient_norm_head: np.ndarray
     gradient_norm_network: np.ndarray
     gradient_sketch: np.ndarray
+    layer_norms: np.ndarray
+    network_sketch: np.ndarray
+    part_responses: np.ndarray
 
     def of(self, role: str) -> np.ndarray:
         """Rows of a role, int64, ascending."""
@@ -68,7 +75,7 @@ class Signals:
 
 
 @dataclass(frozen=True, eq=False)
-class _Eye:
+class Eye:
     """One encoder and how it is shown images."""
 
     model: ContrastiveModel
@@ -89,10 +96,12 @@ class _Eye:
         """The views that go through the encoder itself (MoCo v2 has one query branch)."""
         return list(pair[: self.objective.branches])
 
-    def branches(self, pair: Sequence[Tensor], ids: Sequence[str], labels: Tensor) -> Branches:
-        """The pair of views as the objective's branches, without gradient."""
+    def branches(
+        self, pair: Sequence[Tensor], ids: Sequence[str], labels: Tensor, seen: Sequence[EncoderOutput] | None = None
+    ) -> Branches:
+        """The pair of views as the objective's branches. seen: what the encoder gave for the views, if it is known."""
         online = self.online(pair)
-        out = self.model(torch.cat(online))
+        out = self.model(torch.cat(online)) if seen is None else _stacked(seen[: len(online)])
         target = None
         if self.momentum is not None:
             keyed = list(pair[1:]) if len(online) == 1 else list(pair[::-1])
@@ -123,9 +132,9 @@ def collect_signals(
     model.eval()
     if momentum is not None:
         momentum.eval()
-    eye = _Eye(model, momentum, objective, cfg, device)
-    bank = _bank(eye, store, manifest)
-    chosen = [(i, role) for role in AUDITED for i in _sampled(manifest.ids(role), PER_ROLE, cfg.seed)]
+    eye = Eye(model, momentum, objective, cfg, device)
+    bank = audit_bank(eye, store, manifest)
+    chosen = [(i, role) for role in AUDITED for i in sampled(manifest.ids(role), PER_ROLE, cfg.seed)]
     parts = [_signals(eye, chunk, store, manifest, bank) for chunk in _chunks(chosen)]
     joined = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Signals)}
     signals = Signals(**joined)
@@ -134,7 +143,7 @@ def collect_signals(
 
 
 def _signals(
-    eye: _Eye, chosen: Sequence[tuple[str, str]], store: ImageStore, manifest: Manifest, bank: Bank | None
+    eye: Eye, chosen: Sequence[tuple[str, str]], store: ImageStore, manifest: Manifest, bank: Bank | None
 ) -> Signals:
     ids, roles = [i for i, _ in chosen], np.array([role for _, role in chosen])
     images = store.by_offset(ids)
@@ -142,9 +151,10 @@ def _signals(
     count = eye.cfg.audit.views
     views = eye.views(ids, images, AUDIT_EPOCH, count)
     seen = [eye.model(view) for view in views]
-    used = _usable_labels(eye, images, labels)
+    used = usable_labels(eye, images, labels)
     pairs = [views[start : start + 2] for start in range(0, count - 1, 2)]
-    branches = [eye.branches(pair, ids, used) for pair in pairs]
+    outs = [seen[start : start + 2] for start in range(0, count - 1, 2)]
+    branches = [eye.branches(pair, ids, used, out) for pair, out in zip(pairs, outs, strict=True)]
     deltas = [eye.objective.per_sample_delta(b, bank) / len(pairs) for b in branches]
     # The gradient of a loss averaged over pairs is one gradient over all their branches.
     gradients = head_gradients(torch.cat([b.hidden for b in branches]), torch.cat(deltas))
@@ -153,15 +163,20 @@ def _signals(
     if len(probed):
         online = torch.stack([view for pair in pairs for view in eye.online(pair)])
         norms[probed] = network_gradient_norms(eye.model, online[:, probed], torch.cat(deltas)[:, probed])
+    layer_norms, network_sketch = network_sketches(
+        eye.model, lambda: eye.objective.per_sample_loss(eye.branches(pairs[0], ids, used), bank), len(ids),
+        eye.objective.branches, eye.cfg.seed,
+    )  # fmt: skip
     out_matrix, in_matrix = sketch_matrices(
         eye.cfg.seed, 0, deltas[0].shape[-1], gradients.hidden.shape[-1], SKETCH, SKETCH,
         device=eye.device, dtype=gradients.delta.dtype,
     )  # fmt: skip
+    plain = plain_view(images.to(eye.device))
     return Signals(
         ids=ids,
         roles=roles,
         labels=labels,
-        embedding=eye.model(plain_view(images.to(eye.device))).embedding.float().cpu().numpy(),
+        embedding=eye.model(plain).embedding.float().cpu().numpy(),
         embedding_cosines=_cosines([out.embedding for out in seen]),
         output_cosines=_cosines([out.output for out in seen]),
         bank_loss=_mean([eye.objective.per_sample_loss(b, bank) for b in branches]),
@@ -170,14 +185,17 @@ def _signals(
         gradient_norm_head=gradients.norm().double().cpu().numpy(),
         gradient_norm_network=norms,
         gradient_sketch=gradients.sketch(out_matrix, in_matrix).double().cpu().numpy(),
+        layer_norms=layer_norms,
+        network_sketch=network_sketch,
+        part_responses=part_responses(eye.model.backbone, plain, ids, eye.cfg.audit.part_crops, eye.cfg.seed),
     )
 
 
-def _bank(eye: _Eye, store: ImageStore, manifest: Manifest) -> Bank | None:
+def audit_bank(eye: Eye, store: ImageStore, manifest: Manifest) -> Bank | None:
     """Keys of retain images, the same images for every encoder. Not the queue: each encoder would bring its own."""
     if not eye.objective.uses_bank:
         return None
-    ids = _sampled(manifest.ids("retain"), BANK_IMAGES, eye.cfg.seed + 1)
+    ids = sampled(manifest.ids("retain"), BANK_IMAGES, eye.cfg.seed + 1)
     keys, hashes = [], []
     for chunk in _chunks(ids):
         images = store.by_offset(chunk)
@@ -196,7 +214,7 @@ def _cosines(vectors: Sequence[Tensor]) -> np.ndarray:
     return (units[rows] * units[columns]).sum(-1).T.cpu().numpy()
 
 
-def _usable_labels(eye: _Eye, images: Tensor, labels: np.ndarray) -> Tensor:
+def usable_labels(eye: Eye, images: Tensor, labels: np.ndarray) -> Tensor:
     """Labels for the loss. Supervised: an image without a class of the members gets the encoder's own prediction."""
     found = torch.from_numpy(labels).to(eye.device)
     if not eye.objective.uses_labels:
@@ -206,7 +224,11 @@ def _usable_labels(eye: _Eye, images: Tensor, labels: np.ndarray) -> Tensor:
     return torch.where(foreign, logits.argmax(-1), found)
 
 
-def _sampled(ids: list[str], most: int, seed: int) -> list[str]:
+def _stacked(outs: Sequence[EncoderOutput]) -> EncoderOutput:
+    return EncoderOutput(*(torch.cat(parts) for parts in zip(*outs, strict=True)))
+
+
+def sampled(ids: list[str], most: int, seed: int) -> list[str]:
     if len(ids) <= most:
         return ids
     keep = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(ids), most, replace=False))

@@ -59,6 +59,10 @@ class Comparison:
         """One part over all holdout images."""
         return cls((Part(_wide(positives), _wide(negatives), np.arange(len(negatives))),))
 
+    def reversed(self) -> Comparison:
+        """The same scores with their signs turned: the attacker who accuses whoever scores low."""
+        return Comparison(tuple(Part(-part.positives, -part.negatives, part.rows) for part in self.parts))
+
 
 @dataclass(frozen=True, eq=False)
 class Draws:

@@ -16,10 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from distunlearn.audit.attacks import ATTACKS, Attacked
+from distunlearn.audit.attacks import ATTACKS, PAIRED, Attacked, run_attacks
+from distunlearn.audit.completeness import average_gap, iam, tow
 from distunlearn.audit.gates import Gate, equivalence, no_loss, overall
+from distunlearn.audit.relearn import Relearned, relearning_figures
 from distunlearn.audit.signals import Signals
+from distunlearn.audit.similarity import similarities
 from distunlearn.audit.statistics import (
+    Comparison,
     Draws,
     auc,
     auc_bootstrap,
@@ -37,7 +41,8 @@ __all__ = ["ENCODERS", "load_scores", "summarise", "write_audit"]
 
 ENCODERS = ("original", "unlearned", "retrained")
 FIGURE_CONFIDENCE = 0.95  # of the intervals of single figures; those of gaps are AuditConfig.gates.confidence
-LOW_RATE = 0.01
+LOW_RATES = {"1pct": 0.01, "0p1pct": 0.001}
+NO_RETRAINED = "there is no retrained encoder to compare with (audit.tier is 0)"
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 
@@ -46,49 +51,81 @@ def summarise(
     signals: Mapping[str, Signals],
     cfg: RunConfig,
     *,
-    cost: Mapping[str, float],
+    cost: Mapping[str, float | None],
     coverage: Mapping[str, float],
+    relearned: Mapping[str, Relearned] | None = None,
+    pooled: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Scores]:
     """Attack, measure, compare and judge.
 
     Args:
-        signals: by encoder: original, unlearned, retrained; of the same images in the same order.
+        signals: by encoder: original, unlearned and (but for tier 0) retrained; of the same images in the same order.
+        relearned: curves of the relearning attack by encoder; None: it was not run.
+        pooled: figures of the shadow encoders (`pooled.pooled_figures`); None: there are none.
 
     Returns:
         What `audit/summary.json` and, by encoder, `audit/scores-<encoder>.json` hold: plain JSON, None for "not
         evaluated", never NaN.
     """
     first = signals["original"]
-    assert all(signals[name].ids == first.ids for name in ENCODERS), "one list of images for all encoders"
+    assert all(s.ids == first.ids for s in signals.values()), "one list of images for all encoders"
     draws = draw_images(len(first.of("forget")), len(first.of("holdout")), cfg.audit.bootstrap, cfg.seed)
-    attacked = {
-        attack: {name: ATTACKS[attack](signals[name], cfg.seed) for name in ENCODERS} for attack in ATTACKS
-    }
-    correct = {name: correct_predictions(signals[name], cfg.audit.neighbours) for name in ENCODERS}
-    attacks = {name: _attack_figures(name, found, draws, cfg) for name, found in attacked.items()}
+    found = run_attacks(signals, cfg.seed)
+    correct = {name: correct_predictions(s, cfg.audit.neighbours) for name, s in signals.items()}
+    judged = [*ATTACKS, *(name for name in found if name in also_judged(cfg))]
+    figures = {name: _attack_figures(name, attacked, draws, cfg) for name, attacked in found.items()}
+    attacks = {name: figures[name] for name in judged}
     utility, utility_gates = _utility_figures(correct, first, draws, cfg)
-    gates = {name: figures["gap"] for name, figures in attacks.items()} | utility_gates
+    gates = {name: attack["gap"] for name, attack in attacks.items()} | utility_gates
     verdict = overall(gate["verdict"] for gate in gates.values())
-    described = {name: describe(signals[name]) for name in ENCODERS}
+    described = {name: describe(s) for name, s in signals.items()}
     summary = {
         "attacks": attacks,
+        "further_attacks": {name: _unjudged(attack) for name, attack in figures.items() if name not in judged},
         "utility": utility,
-        "two_sample": {
-            name: _compare(described[name], first, "forget", "third_party_audit", cfg) for name in ENCODERS
-        },
+        "two_sample": {name: _compare(described[name], first, "forget", "third_party_audit", cfg) for name in signals},
         "controls": {
             "third_party_against_holdout": {
-                name: _compare(described[name], first, "third_party_audit", "holdout", cfg) for name in ENCODERS
+                name: _compare(described[name], first, "third_party_audit", "holdout", cfg) for name in signals
             },
-            "power": {name: figures["power"] for name, figures in attacks.items()},
+            "power": {name: attack["power"] for name, attack in attacks.items()},
         },
+        "similarity": similarities(signals),
+        **_completeness(signals, found, utility, cfg),
+        "relearning": relearning_figures(relearned, cfg) if relearned else None,
+        "pooled": pooled,
+        "tier": cfg.audit.tier,
         "cost": dict(cost),
         "coverage": dict(coverage),
         "images": {role: len(first.of(role)) for role in dict.fromkeys(first.roles.tolist())},
         "gates": {"verdict": verdict, **gates},
     }
-    scores = {name: _score_file(name, signals[name], attacked, correct[name]) for name in ENCODERS}
+    scores = {name: _score_file(name, signals[name], found, correct[name]) for name in signals}
     return _plain(summary), scores
+
+
+def also_judged(cfg: RunConfig) -> list[str]:
+    """The further attacks that `audit.gates.also` names."""
+    return [name.strip() for name in cfg.audit.gates.also.split(",") if name.strip()]
+
+
+def _completeness(
+    signals: Mapping[str, Signals],
+    found: Mapping[str, Mapping[str, Attacked]],
+    utility: Mapping[str, Mapping[str, Any]],
+    cfg: RunConfig,
+) -> dict[str, Any]:
+    """Single numbers against the retrained encoder; None without it."""
+    if "retrained" not in signals:
+        return dict.fromkeys(("tow", "iam", "average_gap"))
+    compared = {name: {e: a.comparison for e, a in attacked.items()} for name, attacked in found.items()}
+    chosen = [name.strip() for name in cfg.audit.average.split(",") if name.strip() in compared]
+    agreement = {name: auc(comparison) for name, comparison in compared["view_agreement"].items()}
+    return {
+        "tow": tow(signals, agreement),
+        "iam": iam(signals),
+        "average_gap": average_gap(compared, utility, chosen),
+    }
 
 
 def write_audit(folder: Path, summary: Mapping[str, Any], scores: Scores) -> None:
@@ -103,35 +140,51 @@ def write_audit(folder: Path, summary: Mapping[str, Any], scores: Scores) -> Non
 
 
 def _attack_figures(attack: str, found: Mapping[str, Attacked], draws: Draws, cfg: RunConfig) -> dict[str, Any]:
-    sampled = {name: auc_bootstrap(found[name].comparison, draws) for name in ENCODERS}
-    result: dict[str, Any] = {}
-    for name in ENCODERS:
-        comparison = found[name].comparison
-        low, high = percentile_interval(sampled[name], FIGURE_CONFIDENCE)
-        result[name] = {
-            "auc": auc(comparison),
-            "auc_low": low,
-            "auc_high": high,
-            "tpr_at_1pct_fpr": tpr_at_fpr(comparison, LOW_RATE),
-            "ks_p": ks_p_value(comparison),
-        }
-    original = result["original"]
-    powered = bool(original["auc_low"] > 0.5 or original["auc_high"] < 0.5)
+    sampled = {name: auc_bootstrap(attacked.comparison, draws) for name, attacked in found.items()}
+    result: dict[str, Any] = {
+        name: _figures(found[name].comparison if name in found else None, sampled.get(name)) for name in ENCODERS
+    }
+    # Compared with the original itself an attack has nothing to find there; its power shows on the retrained encoder.
+    at = "retrained" if attack in PAIRED and PAIRED[attack][1] == "original" else "original"
+    low, high = result[at]["auc_low"], result[at]["auc_high"]
+    powered = bool(low > 0.5 or high < 0.5)
     gates = cfg.audit.gates
     margin = gates.view_agreement if attack == "view_agreement" else gates.attack
-    value = result["unlearned"]["auc"] - result["retrained"]["auc"]
-    low, high = percentile_interval(sampled["unlearned"] - sampled["retrained"], gates.confidence)
-    images = min(draws.positives.shape[1], draws.negatives.shape[1])
-    gate = equivalence(value, low, high, margin, powered=powered, images=images)
+    if "retrained" in found:
+        value = result["unlearned"]["auc"] - result["retrained"]["auc"]
+        ends = percentile_interval(sampled["unlearned"] - sampled["retrained"], gates.confidence)
+        images = min(draws.positives.shape[1], draws.negatives.shape[1])
+        gate = equivalence(value, *ends, margin, powered=powered, images=images)
+    else:
+        gate = Gate(math.nan, math.nan, math.nan, "inconclusive", NO_RETRAINED)
     result["gap"] = _gap(gate, "auc", margin)
-    power = {"auc": original["auc"], "low": original["auc_low"], "high": original["auc_high"]}
-    result["power"] = power | {"beats_chance": powered}
+    result["power"] = {"auc": result[at]["auc"], "low": low, "high": high, "beats_chance": powered}
     return result
+
+
+def _figures(comparison: Comparison | None, sampled: np.ndarray | None) -> dict[str, Any]:
+    """AUC with interval, rates from both sides (accusing high scores, and low ones), KS; NaN without a comparison."""
+    if comparison is None or sampled is None:
+        rates = {f"{side}tpr_at_{name}_fpr": None for name in LOW_RATES for side in ("", "low_")}
+        return {"auc": math.nan, "auc_low": math.nan, "auc_high": math.nan, **rates, "ks_p": None}
+    low, high = percentile_interval(sampled, FIGURE_CONFIDENCE)
+    sides = {"": comparison, "low_": comparison.reversed()}
+    rates = {
+        f"{side}tpr_at_{name}_fpr": tpr_at_fpr(looked_at, rate)
+        for name, rate in LOW_RATES.items() for side, looked_at in sides.items()
+    }  # fmt: skip
+    return {"auc": auc(comparison), "auc_low": low, "auc_high": high, **rates, "ks_p": ks_p_value(comparison)}
 
 
 def _gap(gate: Gate, key: str, margin: float) -> dict[str, Any]:
     found = asdict(gate)
     return {key: found.pop("value"), **found, "margin": margin}
+
+
+def _unjudged(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without verdict: of an attack that was not declared as a gate."""
+    kept = ("auc", "low", "high")
+    return {**figures, "gap": {key: value for key, value in figures["gap"].items() if key in kept}}
 
 
 # -- utility ---------------------------------------------------------------------------------------------------------
@@ -145,13 +198,14 @@ def _utility_figures(
     holdout = signals.of("holdout")
     utility, judged = {}, {}
     for name in UTILITIES:
-        rights = {encoder: correct[encoder][name][holdout] for encoder in ENCODERS}
+        rights = {encoder: right[name][holdout] for encoder, right in correct.items()}
         tested = np.isfinite(rights["original"])
         weights = draws.negatives[:, tested].astype(np.float64)
         rights = {encoder: right[tested] for encoder, right in rights.items()}
-        figures: dict[str, Any] = {encoder: _mean(right) for encoder, right in rights.items()}
+        figures: dict[str, Any] = {e: _mean(rights[e]) if e in rights else math.nan for e in ENCODERS}
         change = _difference(rights["unlearned"], rights["original"], weights, gates.confidence)
-        gap = _difference(rights["unlearned"], rights["retrained"], weights, gates.confidence)
+        yardstick = rights.get("retrained", np.full(len(rights["unlearned"]), math.nan))
+        gap = _difference(rights["unlearned"], yardstick, weights, gates.confidence)
         figures["gap"] = dict(zip(("accuracy", "low", "high"), gap, strict=True))
         utility[name] = figures
         allowed = gates.utility_points / 100
@@ -206,6 +260,8 @@ def _plain(value: Any) -> Any:
     """JSON without NaN: what is not finite was not evaluated."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, np.integer):

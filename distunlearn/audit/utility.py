@@ -15,9 +15,10 @@ from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals import Signals
 
-__all__ = ["UTILITIES", "correct_predictions"]
+__all__ = ["UTILITIES", "correct_predictions", "probe_accuracies"]
 
 UTILITIES = ("knn", "linear_probe")
+PROBED = ("retain", "forget", "holdout")
 
 
 def correct_predictions(signals: Signals, neighbours: int) -> dict[str, np.ndarray]:
@@ -30,10 +31,7 @@ def correct_predictions(signals: Signals, neighbours: int) -> dict[str, np.ndarr
     nothing = np.full(len(signals.ids), np.nan)
     if len(np.unique(signals.labels[train])) < 2 or not len(test):
         return {name: nothing for name in UTILITIES}
-    classifiers = {
-        "knn": KNeighborsClassifier(min(neighbours, len(train)), metric="cosine"),
-        "linear_probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-    }
+    classifiers = {"knn": KNeighborsClassifier(min(neighbours, len(train)), metric="cosine"), "linear_probe": _probe()}
     result = {}
     for name, classifier in classifiers.items():
         classifier.fit(signals.embedding[train], signals.labels[train])
@@ -41,6 +39,24 @@ def correct_predictions(signals: Signals, neighbours: int) -> dict[str, np.ndarr
         right[test] = classifier.predict(signals.embedding[test]) == signals.labels[test]
         result[name] = right
     return result
+
+
+def probe_accuracies(signals: Signals) -> dict[str, float]:
+    """Accuracy of the linear probe on retain (which it was fitted on), forget and holdout; NaN where not labelled."""
+    train = _labelled(signals, "retain")
+    if len(np.unique(signals.labels[train])) < 2:
+        return dict.fromkeys(PROBED, float("nan"))
+    probe = _probe().fit(signals.embedding[train], signals.labels[train])
+    found = {}
+    for role in PROBED:
+        rows = _labelled(signals, role)
+        right = probe.predict(signals.embedding[rows]) == signals.labels[rows] if len(rows) else np.zeros(0)
+        found[role] = float(right.mean()) if len(rows) else float("nan")
+    return found
+
+
+def _probe():
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
 def _labelled(signals: Signals, role: str) -> np.ndarray:

@@ -35,4 +35,7 @@ def make_signals(shift: float, seed: int = 0, *, skill: float = 4.0, sizes: dict
         gradient_norm_head=loss * np.exp(0.1 * noise.normal(size=n)),
         gradient_norm_network=np.where(roles == "retain", np.nan, 3 * loss * np.exp(0.1 * noise.normal(size=n))),
         gradient_sketch=loss[:, None] * noise.normal(size=(n, 64)),
+        layer_norms=np.log(loss)[:, None] + 0.1 * noise.normal(size=(n, 6)),
+        network_sketch=loss[:, None] * noise.normal(size=(n, 64)),
+        part_responses=np.zeros((n, 0), dtype=np.float32),
     )

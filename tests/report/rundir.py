@@ -81,6 +81,9 @@ def synthetic_signals(known: float, encoder: int, counts: dict[str, int] = COUNT
         gradient_norm_head=norm,
         gradient_norm_network=np.where(roles == "retain", np.nan, 30 * norm),
         gradient_sketch=norm[:, None] * sketch,
+        layer_norms=np.log(norm)[:, None] + 0.1 * own.standard_normal((n, 5)),
+        network_sketch=norm[:, None] * own.standard_normal((n, 64)),
+        part_responses=np.zeros((n, 0), dtype=np.float32),
     )
 
 

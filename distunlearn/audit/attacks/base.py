@@ -1,16 +1,21 @@
-"""What an attack returns, and the attack that needs no fitting."""
+"""What an attack returns, the attack that needs no fitting, and the one that is fitted crosswise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals import Signals
-from distunlearn.audit.statistics import Comparison
+from distunlearn.audit.statistics import Comparison, Part
 
-__all__ = ["Attacked", "threshold_attack"]
+__all__ = ["Attacked", "crosswise_attack", "fitted_log_odds", "threshold_attack"]
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows of members, rows of strangers -> scores of all rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,3 +37,47 @@ def threshold_attack(signals: Signals, values: np.ndarray, *, members_are_high: 
     sign = 1.0 if members_are_high else -1.0
     forget, holdout = signals.of("forget"), signals.of("holdout")
     return Attacked(Comparison.of(sign * values[forget], sign * values[holdout]), values)
+
+
+def crosswise_attack(signals: Signals, name: str, score: Score, seed: int) -> Attacked:
+    """An attacker who knows the retained images as members and one half of the holdout as strangers.
+
+    He is scored on forget against the other half, then the halves change places, so that no scored image was ever
+    fitted. The AUC is the mean of the two. The halves are the same for every attack and encoder of a seed.
+
+    Args:
+        name: of the attack; each fit's scores are saved as `<name>_fold0` and `<name>_fold1`.
+        score: (rows of known members, rows of known strangers) -> [n], higher: member.
+    """
+    retain, forget, holdout = (signals.of(role) for role in ("retain", "forget", "holdout"))
+    half = np.random.default_rng([seed, 0xE4]).permutation(len(holdout)) % 2
+    parts, columns = [], {}
+    for fold in (0, 1):
+        fitted, scored = holdout[half == fold], np.flatnonzero(half != fold)
+        values = score(retain, fitted)
+        parts.append(Part(values[forget], values[holdout[scored]], scored))
+        column = np.full(len(signals.ids), np.nan)
+        for rows in (forget, holdout[scored], signals.of("third_party_audit")):
+            column[rows] = values[rows]
+        columns[f"{name}_fold{fold}"] = column
+    both = np.stack(list(columns.values()))
+    known = np.isfinite(both)
+    shown = np.where(known, both, 0).sum(0) / np.maximum(known.sum(0), 1)  # a holdout image has one score, forget two
+    return Attacked(Comparison(tuple(parts)), np.where(known.any(0), shown, np.nan), columns)
+
+
+def fitted_log_odds(features: np.ndarray, strength: float = 0.1) -> Score:
+    """Logistic regression on standardised features [n, k]: log odds of being a member, both classes weighted alike.
+
+    All 0, which is chance, with too few images to fit. strength: scikit-learn's C, small is strongly regularised.
+    """
+
+    def score(members: np.ndarray, strangers: np.ndarray) -> np.ndarray:
+        if len(members) < 2 or len(strangers) < 2:
+            return np.zeros(len(features))
+        rows = np.concatenate([members, strangers])
+        known = np.concatenate([np.ones(len(members)), np.zeros(len(strangers))])
+        regression = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+        return make_pipeline(StandardScaler(), regression).fit(features[rows], known).decision_function(features)
+
+    return score

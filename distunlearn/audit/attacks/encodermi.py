@@ -1,50 +1,52 @@
-"""EncoderMI, vector form: a classifier on the sorted similarities between the embeddings of an image's views.
+"""EncoderMI: how alike are the embeddings of an image's views? Its three forms.
 
-Source: EncoderMI-V of Liu, Jia, Qu and Gong, CCS 2021 (arXiv 2108.11023), section 4.2. Where the paper trains
-shadow encoders, this attacker knows more: the retained images themselves are his members, and one half of the holdout
-his non-members. He is scored on forget against the other half, then the halves change places, so that no scored image
-was ever fitted. The AUC is the mean of the two.
+    M(x) = { cos(h(view_a), h(view_b)) : a < b }          h: the backbone's embedding, which an exported encoder gives
+
+* vector form (V): a classifier on the sorted similarities;
+* set form (S): a classifier that does not depend on their order, rho(mean over s in M of phi(s)) (Zaheer et al.,
+  "Deep Sets", NeurIPS 2017). phi is a fixed layer of radial bumps at quantiles of all similarities and only rho is
+  fitted, by logistic regression, so that the same signals give the same score to the last digit;
+* threshold form (T): the mean of M. An AUC stands for every threshold.
+
+Source: Liu, Jia, Qu and Gong, "EncoderMI: Membership Inference against Pre-trained Encoders in Contrastive Learning",
+CCS 2021 (arXiv 2108.11023), section 4.2. Where the paper trains shadow encoders, this attacker knows more: the retained
+images themselves are his members, and one half of the holdout his non-members (see `base.crosswise_attack`).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from distunlearn.audit.attacks.base import Attacked
+from distunlearn.audit.attacks.base import Attacked, crosswise_attack, fitted_log_odds, threshold_attack
 from distunlearn.audit.signals import Signals
-from distunlearn.audit.statistics import Comparison, Part
 
-__all__ = ["encodermi_vector"]
+__all__ = ["encodermi_set", "encodermi_threshold", "encodermi_vector"]
+
+BUMPS = 16
 
 
 def encodermi_vector(signals: Signals, seed: int) -> Attacked:
     """classifier on sorted cosines between embeddings of views, fitted on retain and half of the holdout, crosswise"""
     features = np.sort(signals.embedding_cosines, axis=1)
-    retain, forget, holdout = (signals.of(role) for role in ("retain", "forget", "holdout"))
-    half = np.random.default_rng([seed, 0xE4]).permutation(len(holdout)) % 2
-    parts, columns = [], {}
-    for fold in (0, 1):
-        fitted, scored = holdout[half == fold], np.flatnonzero(half != fold)
-        log_odds = _fit_and_score(features, retain, fitted)
-        parts.append(Part(log_odds[forget], log_odds[holdout[scored]], scored))
-        column = np.full(len(features), np.nan)
-        for rows in (forget, holdout[scored], signals.of("third_party_audit")):
-            column[rows] = log_odds[rows]
-        columns[f"encodermi_vector_fold{fold}"] = column
-    both = np.stack(list(columns.values()))
-    known = np.isfinite(both)
-    shown = np.where(known, both, 0).sum(0) / np.maximum(known.sum(0), 1)  # a holdout image has one score, forget two
-    return Attacked(Comparison(tuple(parts)), np.where(known.any(0), shown, np.nan), columns)
+    return crosswise_attack(signals, "encodermi_vector", fitted_log_odds(features), seed)
 
 
-def _fit_and_score(features: np.ndarray, members: np.ndarray, strangers: np.ndarray) -> np.ndarray:
-    """Log odds [n] of being a member, both classes weighted alike; all 0, which is chance, with too few to fit."""
-    if len(members) < 2 or len(strangers) < 2:
-        return np.zeros(len(features))
-    rows = np.concatenate([members, strangers])
-    known = np.concatenate([np.ones(len(members)), np.zeros(len(strangers))])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000))
-    return classifier.fit(features[rows], known).decision_function(features)
+def encodermi_set(signals: Signals, seed: int) -> Attacked:
+    """classifier on the set of cosines between embeddings of views, whatever their order, fitted crosswise"""
+    return crosswise_attack(signals, "encodermi_set", fitted_log_odds(pooled_bumps(signals.embedding_cosines)), seed)
+
+
+def encodermi_threshold(signals: Signals, seed: int) -> Attacked:
+    """mean cosine between the backbone's embeddings for an image's views"""
+    return threshold_attack(signals, signals.embedding_cosines.mean(1), members_are_high=True)
+
+
+def pooled_bumps(cosines: np.ndarray) -> np.ndarray:
+    """mean over an image's similarities of exp(-((s - c_k) / w)^2 / 2), [n, P] -> [n, BUMPS].
+
+    c_k: quantiles of all similarities (of members and strangers alike); w: their mean distance, at least 1e-6.
+    """
+    centres = np.quantile(cosines, (np.arange(BUMPS) + 0.5) / BUMPS)
+    width = max(float(centres[-1] - centres[0]) / (BUMPS - 1), 1e-6)
+    pooled = [np.exp(-0.5 * ((cosines - centre) / width) ** 2).mean(1) for centre in centres]
+    return np.stack(pooled, axis=1)

@@ -1,0 +1,220 @@
+"""The grids of benchmarks/forgetting.py: which cells there are, the settings of each, and what they will cost.
+
+A cell is one method on one encoder: data set, objective, backbone, seed, method. The cells of one data set, objective,
+backbone and seed are a group: they share the shards, the original and the retrained encoder of the base, which is
+the method `none`. Groups of validation seeds hold only their base, audited at tier 0: they rank the attacks by power.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distunlearn.config import EncoderConfig, RunConfig
+from distunlearn.config_io import digest, load_config
+from distunlearn.methods import METHODS
+from distunlearn.planning import images_per_step, make_plan
+from distunlearn.recipes import SMALL_RESNET, SMALL_VIT
+
+__all__ = ["GRIDS", "Cell", "Grid", "cell_config", "cell_digest", "estimate", "groups", "methods_of"]
+
+BASE = "none"
+LEFT_OUT = ("retrain",)  # the reference itself: its gap is 0 by definition
+AUDIT_PASSES = 60  # passes of training that auditing one image in one encoder costs: measured on digits, see `estimate`
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one encoder; `validation` cells only rank attacks."""
+
+    dataset: str
+    objective: str
+    encoder: str
+    seed: int
+    method: str
+    validation: bool = False
+
+    @property
+    def setting(self) -> str:
+        return f"{self.dataset}-{self.objective}-{self.encoder}"
+
+    @property
+    def group(self) -> str:
+        return f"{self.setting}-{'validation' if self.validation else 'seed'}{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.method}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is crossed with what. settings: `key=value`, for all cells; by_name: for cells of a data set, objective or
+    encoder of that name. measured: whether results of it exist; gpu: needs one. cap: CPU hours (GPU: hours)."""
+
+    datasets: tuple[str, ...]
+    objectives: tuple[str, ...]
+    encoders: Mapping[str, EncoderConfig]
+    seeds: tuple[int, ...]
+    validation_seeds: tuple[int, ...]
+    settings: tuple[str, ...]
+    by_name: Mapping[str, tuple[str, ...]]
+    cap: float
+    gpu: bool = False
+    methods: tuple[str, ...] | None = None  # None: all
+
+
+SMALL_LR = {"vit": ("pretrain.lr=1e-3",)}
+SMOKE = (
+    "data.members=96", "data.forget=24", "data.holdout=48", "data.calibration=24", "data.third_party=24",
+    "data.third_party_audit=24", "pretrain.epochs=2", "pretrain.batch=32", "unlearn.steps=6", "unlearn.retain_batch=32",
+    "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "method.view_pairs=1", "audit.views=4",
+    "audit.bootstrap=100", "audit.relearn_steps=2", "objective.queue_size=64",
+)  # fmt: skip
+CIFAR = ("data.source=cifar10", "encoder.in_chans=3", "views.saturation=0.4", "views.hue=0.1", "views.grayscale=0.2",
+         "views.flip=0.5", "views.crop_scale_min=0.2")  # fmt: skip
+RESNET18 = EncoderConfig(name="resnet18", image_size=32, in_chans=3, stem="deep", args={"output_stride": 8})
+
+GRIDS: dict[str, Grid] = {
+    "smoke": Grid(
+        ("digits",), ("simclr",), {"resnet": SMALL_RESNET}, (0,), (10,), SMOKE, {}, 0.2,
+        methods=("none", "finetune", "third_party"),
+    ),
+    # Two cores, at most 12 hours of them. Every figure in it is of this software's own small encoders.
+    "small": Grid(
+        ("digits", "fashion_mnist"), ("simclr", "moco"), {"resnet": SMALL_RESNET, "vit": SMALL_VIT}, (0, 1, 2), (100,),
+        ("data.forget=0.2", "pretrain.epochs=300"), SMALL_LR, 12.0,
+    ),
+    # Alignment Calibration (Wang et al., TMLR 2025): 45,000 members of CIFAR-10, 4,500 to forget, 800 epochs, 10 epochs
+    # of unlearning (880 steps of 512 images). Non-members are the other 15,000 of both parts.
+    "muc": Grid(
+        ("cifar10",), ("simclr", "moco"), {"resnet18": RESNET18}, (0, 1, 2), (100,),
+        (*CIFAR, "data.members=45000", "data.forget=4500", "data.holdout=10000", "data.calibration=1000",
+         "data.third_party=3000", "data.third_party_audit=1000", "pretrain.epochs=800", "pretrain.batch=512",
+         "pretrain.optimizer=sgd", "pretrain.lr=0.06", "pretrain.weight_decay=5e-4", "unlearn.steps=880",
+         "unlearn.retain_batch=460", "unlearn.forget_batch=52", "unlearn.third_party_batch=52", "unlearn.lr=0.006",
+         "unlearn.optimizer=sgd", "unlearn.weight_decay=5e-4", "objective.hidden_dim=512", "objective.output_dim=128",
+         "precision=bf16", "audit.part_crops=128"),
+        {"simclr": ("objective.temperature=0.5",), "moco": ("objective.temperature=0.1", "objective.queue_size=4096")},
+        400.0, gpu=True,
+    ),
+    # Chen, Wang and Mi (Mathematics 2024): 10,000 members, 2,000 to forget, 1,600 epochs to overfit, 10 epochs of
+    # unlearning. Their SVHN is no source of this software; their Adam has its learning rate here.
+    "paper": Grid(
+        ("cifar10", "cifar100"), ("moco", "supervised"), {"resnet18": RESNET18}, (0, 1, 2), (100,),
+        (*CIFAR, "data.members=10000", "data.forget=2000", "data.holdout=10000", "data.calibration=1000",
+         "data.third_party=3000", "data.third_party_audit=1000", "pretrain.epochs=1600", "pretrain.batch=256",
+         "pretrain.lr=0.01", "unlearn.steps=320", "unlearn.retain_batch=256", "unlearn.forget_batch=64",
+         "unlearn.third_party_batch=64", "objective.hidden_dim=512", "objective.output_dim=128", "precision=bf16",
+         "audit.part_crops=128"),
+        {"cifar100": ("data.source=cifar100",)},
+        300.0, gpu=True,
+    ),
+}  # fmt: skip
+
+
+def methods_of(grid: Grid) -> list[str]:
+    """The methods of a grid, the base first."""
+    chosen = grid.methods or tuple(METHODS)
+    return [BASE, *(name for name in chosen if name != BASE and name not in LEFT_OUT)]
+
+
+def groups(grid: Grid) -> list[list[Cell]]:
+    """All cells by group, each group's base first; validation groups before the others."""
+    result = []
+    for validation, seeds in ((True, grid.validation_seeds), (False, grid.seeds)):
+        for seed in seeds:
+            for dataset in grid.datasets:
+                for objective in grid.objectives:
+                    for encoder in grid.encoders:
+                        names = [BASE] if validation else methods_of(grid)
+                        result.append([Cell(dataset, objective, encoder, seed, m, validation) for m in names])
+    return result
+
+
+def cell_config(
+    cell: Cell, grid: Grid, roots: Mapping[str, str], tuned: Mapping[str, Mapping[str, Any]], reuse: Path | None = None
+) -> RunConfig:
+    """The settings of a cell.
+
+    roots: folders of data sets by name. tuned: {method: {key: value}}, chosen on other forget sets.
+    reuse: run directory of the group's base.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    encoder = grid.encoders[cell.encoder]
+    plain = dataclasses.asdict(encoder)
+    keys = ("name", "image_size", "in_chans", "stem", "args", "embed_dim")
+    given = [f"encoder.{key}={json.dumps(plain[key])}" for key in keys]
+    given += [*grid.settings, *(s for name in (cell.dataset, cell.objective, cell.encoder)
+                                for s in grid.by_name.get(name, ()))]  # fmt: skip
+    given += [f"seed={cell.seed}", f"objective.name={cell.objective}", f"method.name={cell.method}", "threads=1"]
+    given += [f"{key}={json.dumps(value)}" for key, value in tuned.get(cell.method, {}).items()]
+    given += [f"audit.tier={0 if cell.validation else 1}"]
+    given += [f"data.root={roots[cell.dataset]}"] if cell.dataset in roots else []
+    given += [f"reuse={reuse}"] if reuse else []
+    return load_config("fashion_mnist" if cell.dataset == "fashion_mnist" else "digits", None, given, world=1)
+
+
+def cell_digest(cfg: RunConfig) -> str:
+    """Digest of what decides a cell's figures: without folders, so that results can move between machines."""
+    data = dataclasses.replace(cfg.data, root=None, shards=None, third_party_root=None)
+    return digest(dataclasses.replace(cfg, reuse=None, data=data))
+
+
+def estimate(grid: Grid, cells: Sequence[tuple[Cell, RunConfig]]) -> dict[str, float]:
+    """Expected seconds of processor time by cell name, from the seconds per image that are measured here and now.
+
+    A cell costs its images (as `distunlearn plan` counts them) and its audit, which passes every audited image
+    AUDIT_PASSES times through each of three encoders; that number is the processor time of an audit of digits divided
+    by the audited images, the encoders and the seconds per image of training. Methods that are unknown to `plan` count
+    as their batches say.
+    """
+    per_image: dict[str, float] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    expected = {}
+    for cell, cfg in cells:
+        if cell.setting not in per_image:
+            per_image[cell.setting] = seconds_per_image(cfg)
+            plans[cell.setting] = make_plan(dataclasses.replace(cfg, reuse=None))
+        plan = plans[cell.setting]
+        phases = plan["phases"]
+        audited = sum(plan["roles"].get(r, 0) for r in ("retain", "forget", "third_party_audit", "holdout"))
+        entry = METHODS[cell.method]
+        images = cfg.unlearn.steps * images_per_step(cfg, cell.method) if entry.steps == "unlearn" else 0
+        if cell.method == BASE:
+            images = phases["pretrain"]["images"] + (0 if cell.validation else phases["retrain"]["images"])
+        encoders = 2 if cell.validation else 3
+        expected[cell.name] = per_image[cell.setting] * (images + encoders * AUDIT_PASSES * audited)
+    return expected
+
+
+def seconds_per_image(cfg: RunConfig, steps: int = 3) -> float:
+    """Processor seconds per image that a training step passes through the encoder: views, forward and backward."""
+    import numpy as np
+    import torch
+
+    from distunlearn.data.views import make_view
+    from distunlearn.encoders.model import build_model
+
+    torch.set_num_threads(1)
+    model = build_model(cfg, 10)
+    batch = min(cfg.pretrain.batch, 128)
+    shape = (batch, cfg.encoder.in_chans, cfg.encoder.image_size, cfg.encoder.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    ids = [str(i) for i in range(batch)]
+    taken = []
+    for step in range(steps + 1):
+        start = time.process_time()
+        epochs = np.full(batch, step)
+        views = [make_view(images, cfg.views, seed=0, epochs=epochs, ids=ids, view=view) for view in (0, 1)]
+        model(torch.cat(views)).output.square().mean().backward()
+        taken.append((time.process_time() - start) / (2 * batch))
+    return statistics.median(taken[1:])

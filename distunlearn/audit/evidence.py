@@ -1,0 +1,64 @@
+"""The audit of a run directory: signals of every encoder, what its tier adds, then summary.json and the raw scores.
+
+tier 0   nothing is trained: attacks, controls and similarity of the original and the unlearned encoder, and of the
+         retrained one if the run has it
+tier 1   one retrained encoder: gaps to it, reference attacks, relearning
+tier 2   also pooled shadow encoders (`shadows`)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distunlearn.audit.relearn import Relearned, relearn
+from distunlearn.audit.signals import Eye, Signals, collect_signals
+from distunlearn.audit.summary import summarise, write_audit
+from distunlearn.engine import phases
+from distunlearn.engine.ledger import coverage, read_ledger
+from distunlearn.objectives import make_objective
+
+if TYPE_CHECKING:
+    from distunlearn.engine.phases import Session, Trained
+
+__all__ = ["collect_evidence", "make_eye"]
+
+
+def collect_evidence(session: Session, pooled: dict[str, Any] | None = None) -> str:
+    """Look at the run's encoders (the main process alone), write `audit/`, and return the verdict.
+
+    pooled: figures of the shadow encoders, which all processes have trained before.
+    """
+    cfg, out = session.cfg, session.out
+    folders = {"original": out / "original", "unlearned": out, "retrained": out / "retrained"}
+    signals: dict[str, Signals] = {}
+    relearned: dict[str, Relearned] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        if name == "retrained" and cfg.audit.tier == 0 and not (folder / phases.DONE).exists():
+            continue
+        session.telemetry.note("audit", f"attacking the {name} encoder")
+        trained = phases.load_trained(folder, session)
+        facts[name] = trained.facts
+        eye = make_eye(session, trained)
+        signals[name] = collect_signals(eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg)
+        if cfg.audit.tier and cfg.audit.relearn_steps:
+            steps = 0 if name == "original" else cfg.audit.relearn_steps
+            relearned[name] = relearn(eye, session.store, session.manifest, cfg, steps)
+    phase_of = {"pretrain": "original", "unlearn": "unlearned", "retrain": "retrained"}
+    cost = {
+        f"{phase}_{unit}": facts[name][unit] if name in facts else None
+        for unit in ("images", "seconds") for phase, name in phase_of.items()
+    }  # fmt: skip
+    covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
+    summary, scores = summarise(signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled)
+    session.ledger.may_write()
+    write_audit(out / "audit", summary, scores)
+    return summary["gates"]["verdict"]
+
+
+def make_eye(session: Session, trained: Trained) -> Eye:
+    """How the audit looks at an encoder: in evaluation mode, with the run's own views and objective."""
+    momentum = trained.momentum.model.eval() if trained.momentum else None
+    model = trained.model.eval()
+    device = next(model.parameters()).device
+    return Eye(model, momentum, make_objective(session.cfg.objective), session.cfg, device)

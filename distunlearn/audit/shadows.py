@@ -1,0 +1,113 @@
+"""Pooled shadow encoders (tier 2): one pool in which every image plays all three parts.
+
+Shadow k is trained like the run's own encoders, from other initial weights and in another order, on the retained images
+and a part of the forget set; then it is made to forget by the run's own method. Every forget image is in each shadow
+
+    OUT        never trained on,
+    IN         trained on and retained,
+    UNLEARNED  trained on and then forgotten,
+
+each in a third of the shadows. Source: the shared pool of RULI, "Rectifying Privacy and Efficacy Measurements in
+Machine Unlearning", USENIX Security 2025. A shadow lives in `<run>/shadows/NN` and is kept, like every finished
+encoder; after an interruption the same command goes on. What is measured of it is the margin of `pooled`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distunlearn.audit.evidence import make_eye
+from distunlearn.audit.pooled import IN, OUT, UNLEARNED, margins, pooled_figures
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.stream import ImageStore
+from distunlearn.engine import phases
+from distunlearn.engine.checkpoint import write_json
+from distunlearn.engine.ledger import Ledger
+from distunlearn.errors import DataError
+
+if TYPE_CHECKING:
+    from distunlearn.engine.phases import Session
+
+__all__ = ["assign_parts", "audit_shadows", "shadow_manifest"]
+
+SHADOW_SEED = 10_007  # a prime, so that shadows share no seed with the runs of neighbouring seeds
+ROLE_OF = {IN: "retain", OUT: "holdout", UNLEARNED: "forget"}
+
+
+def assign_parts(images: int, shadows: int, seed: int) -> np.ndarray:
+    """IN, OUT or UNLEARNED for every shadow and image, int64 [shadows, images].
+
+    Every image plays each part in a third of the shadows, rounded up or down; a pure function of the arguments.
+    """
+    generator = np.random.default_rng([seed, 0x5AD0])
+    parts = np.resize([IN, OUT, UNLEARNED], shadows)
+    # Turned by one for each image, so that left-over shadows of a number not divisible by 3 go round.
+    return np.stack([generator.permutation((parts + i) % 3) for i in range(images)], axis=1)
+
+
+def shadow_manifest(manifest: Manifest, ids: list[str], parts: np.ndarray) -> Manifest:
+    """The manifest as shadow k sees it: forget images in their parts, everything else as it was.
+
+    OUT images get the role holdout, which no training reads.
+    """
+    role = {sample_id: ROLE_OF[int(part)] for sample_id, part in zip(ids, parts, strict=True)}
+    samples = [dataclasses.replace(s, role=role.get(s.id, s.role)) for s in manifest.samples]
+    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info)
+
+
+def audit_shadows(session: Session) -> dict[str, Any] | None:
+    """Train all shadows, measure every forget image in each, save the raw margins, and judge nothing.
+
+    All ranks train; the main one measures. Returns the figures of `pooled_figures` there, None elsewhere.
+
+    Raises:
+        DataError: so few images are forgotten that some shadow would have none to forget or to leave out.
+    """
+    cfg, ids = session.cfg, session.manifest.ids("forget")
+    parts = assign_parts(len(ids), cfg.audit.shadows, cfg.seed)
+    fewest = min(int((row == part).sum()) for row in parts for part in (IN, OUT, UNLEARNED))
+    if fewest < 2:
+        raise DataError(
+            f"audit.tier 2 shares {len(ids)} forget images among shadows, and one of them would get only {fewest} of a "
+            "kind, expected at least 2; forget more images or set audit.tier=1."
+        )
+    measured = []
+    for number, row in enumerate(parts):
+        with contextlib.ExitStack() as stack:
+            shadow = _shadow(session, number, shadow_manifest(session.manifest, ids, row), stack)
+            phases.pretrain(shadow)
+            phases.unlearn(shadow)
+            if session.backend.is_main:
+                trained = phases.load_trained(shadow.out, shadow)
+                eye = make_eye(session, trained)  # the run's own views and bank, so that shadows differ by weights only
+                measured.append(margins(eye, session.store, session.manifest, ids))
+        session.backend.barrier()
+    if not session.backend.is_main:
+        return None
+    found = np.stack(measured)
+    session.ledger.may_write()
+    (session.out / "audit").mkdir(exist_ok=True)
+    rows = {i: {"part": parts[:, k].tolist(), "margin": found[:, k].tolist()} for k, i in enumerate(ids)}
+    write_json(
+        session.out / "audit" / "shadows.json", {"parts": {"0": "in", "1": "out", "2": "unlearned"}, "ids": rows}
+    )
+    return pooled_figures(found, parts, cfg)
+
+
+def _shadow(session: Session, number: int, manifest: Manifest, stack: contextlib.ExitStack) -> Session:
+    """A session of its own: directory, seed, ledger and roles; the processes are those of the run."""
+    out = Path(session.out) / "shadows" / f"{number:02d}"
+    cfg = dataclasses.replace(session.cfg, seed=(session.cfg.seed + SHADOW_SEED * (number + 1)) % 2**32)
+    if session.backend.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+    session.backend.barrier()
+    session.telemetry.note("audit", f"shadow encoder {number + 1} of {session.cfg.audit.shadows}")
+    store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels)
+    ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
+    stack.callback(ledger.close)
+    return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)

@@ -1,0 +1,116 @@
+"""An encoder that was overfitted on purpose, and its reference that never saw the forgotten images: real signals.
+
+The same encoders give the null: where members and strangers are strangers both, no attack may find anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distunlearn import pipeline
+from distunlearn.audit.attacks import run_attacks
+from distunlearn.audit.evidence import make_eye
+from distunlearn.audit.relearn import relearn, relearning_figures
+from distunlearn.audit.signals import collect_signals
+from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
+from distunlearn.config_io import load_config
+from distunlearn.engine import phases
+
+SETTINGS = [
+    "data.members=120", "data.forget=60", "data.holdout=240", "data.third_party_audit=20", "data.third_party=20",
+    "data.calibration=20", "encoder.image_size=16", "encoder.embed_dim=32",
+    "encoder.args={stem_width: 4, channels: [8, 16, 32, 32], layers: [1, 1, 1, 1]}", "pretrain.epochs=300",
+    "pretrain.batch=60", "pretrain.lr=8e-3", "method.name=none", "audit.views=6", "audit.part_crops=8",
+    "unlearn.retain_batch=32", "unlearn.third_party_batch=16", "threads=1", "views.crop_scale_min=0.6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory):
+    """Signals of the original and of the retrained encoder, and their relearning curves."""
+    out: Path = tmp_path_factory.mktemp("overfitted") / "run"
+    cfg = load_config("digits", None, SETTINGS, world=1)
+    pipeline.prepare(cfg, out)
+    signals, curves = {}, {}
+    with pipeline._session(cfg, out) as session:
+        phases.pretrain(session)
+        phases.retrain(session)
+        for name in ("original", "retrained"):
+            eye = make_eye(session, phases.load_trained(out / name, session))
+            before = {key: value.clone() for key, value in eye.model.state_dict().items()}
+            signals[name] = collect_signals(
+                eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg
+            )
+            curves[name] = relearn(eye, session.store, session.manifest, cfg, 8)
+            assert all((before[key] == value).all() for key, value in eye.model.state_dict().items())
+        trained_on = session.ledger.path.read_text()
+        holdout = session.manifest.ids("holdout")
+    assert not any(sample_id in trained_on for sample_id in holdout)
+    return signals, curves
+
+
+def compared(signals, seed: int = 0):
+    """Original in the place of the unlearned encoder: what an audit sees where nothing was forgotten."""
+    return run_attacks({**signals, "unlearned": signals["original"]}, seed)
+
+
+# Attacks on what the training itself drew together find most; the backbone's embedding, its norm and parts give less.
+CLEAR = {
+    "view_agreement": 0.65, "bank_loss": 0.65, "gradient_norm_network": 0.6, "gradient_norm_head": 0.6,
+    "encodermi_vector": 0.55, "encodermi_set": 0.55, "encodermi_threshold": 0.55, "gradient_sketch": 0.55, "rmia": 0.65,
+    "lira_alignment": 0.65,
+}  # fmt: skip
+
+
+def test_attacks_find_what_was_overfitted(encoders):
+    signals, _ = encoders
+    found = compared(signals)
+    draws = draw_images(60, 240, 400, 0)
+    values = {name: auc(attacked["original"].comparison) for name, attacked in found.items()}
+    for name, least in CLEAR.items():
+        low, _ = percentile_interval(auc_bootstrap(found[name]["original"].comparison, draws), 0.95)
+        assert values[name] > least and low > 0.5, values
+    assert auc(found["alignment_gap"]["retrained"].comparison) > 0.65
+
+
+def test_the_retrained_encoder_knows_nothing_of_the_forgotten_images(encoders):
+    signals, _ = encoders
+    draws = draw_images(60, 240, 400, 0)
+    outside = []
+    for name, attacked in compared(signals).items():
+        low, high = percentile_interval(auc_bootstrap(attacked["retrained"].comparison, draws), 0.99)
+        if name not in ("alignment_gap", "rmia", "lira_alignment") and not low <= 0.5 <= high:
+            outside.append((name, low, high))
+    assert len(outside) <= 1, outside
+
+
+def test_strangers_dealt_into_roles_are_not_told_apart(encoders):
+    """Null on real signals: the holdout alone, dealt by lot to retain, forget and holdout."""
+    signals, _ = encoders
+    missed = []
+    for deal in range(3):
+        rows = signals["original"].of("holdout")
+        dealt = np.full(len(signals["original"].ids), "third_party_audit")
+        dealt[rows] = np.random.default_rng(deal).permutation(np.repeat(["retain", "forget", "holdout"], 80))
+        others = {name: replace(s, roles=dealt) for name, s in signals.items()}
+        draws = draw_images(80, 80, 400, deal)
+        for name, attacked in compared(others, deal).items():
+            low, high = percentile_interval(auc_bootstrap(attacked["original"].comparison, draws), 0.99)
+            if not low <= 0.5 <= high:
+                missed.append((deal, name, low, high))
+    assert len(missed) <= 1, missed
+
+
+def test_relearning_is_faster_where_something_was_left(encoders):
+    _, curves = encoders
+    found = relearning_figures({**curves, "unlearned": curves["original"]}, load_config("digits", None, [], world=1))
+    assert found["unlearned"]["steps"] == [0, 1, 2, 4, 8]
+    assert found["unlearned"]["auc_low"] > 0.5 and found["unlearned"]["steps_to_relearn"] == 0
+    assert found["retrained"]["auc_low"] < 0.5 < found["retrained"]["auc_high"]
+    assert found["retrained"]["steps_to_relearn"] != 0
+    assert found["retrained"]["forget"][-1] > found["retrained"]["forget"][0]  # it does learn
+    assert found["gap"]["low"] > 0
