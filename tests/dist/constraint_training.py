@@ -6,10 +6,8 @@ Images to forget are shared unevenly (9 of them), the calibration too, and the c
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -153,24 +151,23 @@ def trained(encoder: str, objective: str, batchnorm: bool) -> dict[str, torch.Te
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+# Layers refuse weights of another type than their input; elementwise functions promote by themselves.
+LAYERS = frozenset({
+    nn.functional.linear, nn.functional.conv2d, nn.functional.layer_norm, nn.functional.group_norm,
+    nn.functional.batch_norm, torch.batch_norm, torch.matmul, torch.einsum, torch.addcmul, torch.addmm, torch.bmm,
+    torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
+})  # fmt: skip
+CASTS = frozenset({torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as})
+
+
 class InFloat64(TorchFunctionMode):
-    """Layers compute in float64 on weights of float32, whose gradients are rounded to float32 at the very end.
-
-    A layer refuses weights of another type than its input; elementwise functions promote by themselves.
-    """
-
-    LAYERS = frozenset({
-        nn.functional.linear, nn.functional.conv2d, nn.functional.layer_norm, nn.functional.group_norm,
-        nn.functional.batch_norm, torch.batch_norm, torch.matmul, torch.einsum, torch.addcmul, torch.addmm, torch.bmm,
-        torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
-    })  # fmt: skip
-    CASTS = frozenset({torch.Tensor.to, torch.Tensor.float, torch.Tensor.type_as})
+    """Layers compute in float64 on weights of float32, whose gradients are rounded to float32 at the very end."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in self.LAYERS:
+        if func in LAYERS:
             args, kwargs = tree_map_only(torch.Tensor, widen, (args, kwargs))
-        elif func in self.CASTS and args[0].dtype == torch.float64:
+        elif func in CASTS and args[0].dtype == torch.float64:
             return args[0]  # nothing goes back to float32 on the way
         return func(*args, **kwargs)
 
@@ -181,13 +178,12 @@ def computing_in(precision: str) -> Iterator[None]:
     if precision != "mixed":
         yield
         return
-    with ExitStack() as stack:
-        if "deepspeed" in sys.modules:
-            linear = importlib.import_module("deepspeed.runtime.zero.linear").LinearFunctionForZeroStage3
-            right = linear.apply  # ZeRO-3 puts it in the place of torch's, and no mode sees its backward
-            widened = lambda *args: right(*(a if a is None else widen(a) for a in args))  # noqa: E731
-            stack.enter_context(mock.patch.object(linear, "apply", widened))
-        stack.enter_context(InFloat64())
+    # A mode is off within what it handles: were these two handled, it would be off in the whole backward.
+    with (
+        mock.patch.object(torch.autograd, "has_torch_function", lambda *args: False),
+        mock.patch.object(torch._tensor, "has_torch_function_unary", lambda *args: False),
+        InFloat64(),
+    ):
         yield
 
 
