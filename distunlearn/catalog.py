@@ -20,7 +20,11 @@ def _first_line(thing: Any) -> str:
 def _methods() -> dict[str, str]:
     from distunlearn.methods import METHODS
 
-    return {name: f"{entry.summary} (guarantee: {entry.guarantee})" for name, entry in METHODS.items()}
+    def text(entry: Any) -> str:
+        needs = ", ".join(need.replace("_", " ") for need in entry.needs)
+        return f"{entry.summary} ({f'needs: {needs}; ' if needs else ''}guarantee: {entry.guarantee})"
+
+    return {name: text(entry) for name, entry in METHODS.items()}
 
 
 def _objectives() -> dict[str, str]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import tyro
 
 from distunlearn import __version__
+from distunlearn.cli_arguments import Config, Out, Overrides, Recipe, RunDir
+from distunlearn.cli_sweep import Sweep
 from distunlearn.errors import ConfigError, DistunlearnError, RankLostError, StoppedError
 from distunlearn.submit import Job
 from distunlearn.text import printable
@@ -32,25 +34,6 @@ EXIT_INTERNAL = 70
 EXIT_STOPPED = 75
 
 # torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
-
-Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="run directory; made if it does not exist")]
-Config = Annotated[
-    Path | None,
-    tyro.conf.arg(name="config", metavar="FILE", help="YAML that replaces values of the recipe", help_behavior_hint=""),
-]
-Overrides = Annotated[
-    tyro.conf.UseAppendAction[tuple[str, ...]],
-    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="replace one value, such as pretrain.lr=1e-3"),
-]
-Recipe = Annotated[
-    str | None,
-    tyro.conf.Positional,
-    tyro.conf.arg(
-        metavar="[RECIPE]", help="settings to start from: see distunlearn list recipes", help_behavior_hint=""
-    ),
-]
-RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="run directory")]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -286,7 +269,7 @@ class Doctor:
         return 0
 
 
-VERBS = (Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Status, Purge, Plan, List, Doctor)
+VERBS = (Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor)
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor, Status)
 

@@ -154,7 +154,10 @@ class MethodConfig:
 
     __pydantic_config__ = STRICT
 
-    name: Literal["third_party", "finetune", "grad_ascent", "retrain", "none", "random_init"] = "third_party"
+    name: Literal[
+        "third_party", "alignment_calibration", "neg_grad", "grad_ascent", "scrub", "salun", "sure",
+        "held_out_distillation", "random_target", "l1_sparse", "finetune", "retrain", "none", "random_init",
+    ] = "third_party"  # fmt: skip
     gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
     output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
     confidence_weight: NonNegativeFloat = 0.1
@@ -163,8 +166,17 @@ class MethodConfig:
     confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
     distill_weight: NonNegativeFloat = 0.0  # third_party only: stay near the original encoder's retain embeddings
     target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
-    ascent_weight: NonNegativeFloat = 1.0  # grad_ascent only
-    ascent_bound: PositiveFloat = 50.0  # grad_ascent only: stop (exit 4) when the loss passes this
+    ascent_weight: NonNegativeFloat = 1.0  # grad_ascent, neg_grad: of the forget loss that is climbed
+    ascent_bound: PositiveFloat = 50.0  # grad_ascent, neg_grad: stop (exit 4) when that loss passes this
+    forget_weight: NonNegativeFloat = 1.0  # scrub, salun, sure, held_out_distillation, random_target: the forget term
+    retain_weight: NonNegativeFloat = 1.0  # scrub only: of the distance to the original encoder on retain images
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # scrub only: share of the steps that push forget images away
+    mask_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # salun only: share of the weights that may move
+    alignment_weight: NonNegativeFloat = 1.0  # alignment_calibration only: of the alignment of a forget image's views
+    calibration_weight: NonNegativeFloat = 1.0  # alignment_calibration only: of forget images with foreign partners
+    l1_weight: NonNegativeFloat = 0.1  # l1_sparse only: of the sum of the weights' absolute values
+    critic_width: PositiveInt = 64  # sure only: hidden units of the domain classifier
+    critic_lr: PositiveFloat = 1e-3  # sure only: its learning rate
 
 
 @dataclass(frozen=True, kw_only=True)

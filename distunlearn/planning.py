@@ -27,6 +27,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
         ConfigError: an encoder that cannot be built or loaded; several problems are reported together.
     """
+    from distunlearn.methods import refuse_missing
+
     problems: list[DistunlearnError] = []
     counts: Counter[str] = Counter()
     classes = 0
@@ -43,6 +45,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     phases = _phases(cfg, counts) if counts else {}
     if counts:
         try:
+            refuse_missing(cfg, counts)
             _check_schedule(cfg, counts)
         except DistunlearnError as error:
             problems.append(error)
@@ -104,8 +107,8 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
     }
 
 
-def images_per_step(cfg: RunConfig, method: str | None) -> int:
-    """Images through an encoder per step: views of every feeder, momentum keys included (method None: pretraining)."""
+def images_per_step(cfg: RunConfig, method: str | None, step: int = 0) -> int:
+    """Images through an encoder in a step: views of every feeder, momentum keys included (method None: pretraining)."""
     from distunlearn.constraints.evaluators import extra_images
     from distunlearn.methods import METHODS, Contrastive
     from distunlearn.objectives import make_objective
@@ -116,6 +119,8 @@ def images_per_step(cfg: RunConfig, method: str | None) -> int:
     if entry is not None and entry.build is None:
         return 0
     built = entry.build(cfg) if entry else Contrastive("pretrain", "members")
+    if hasattr(built, "images_per_step"):
+        return built.images_per_step(cfg, objective, step)
     sizes = built.batch_sizes(cfg)
     images = views * sum(sizes.values())
     if method == "third_party":
@@ -137,20 +142,34 @@ def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]
         "unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0
     }[entry.steps]
     phases = {
-        "pretrain": (pretrain_steps(cfg, members), images_per_step(cfg, None)),
-        "unlearn": (unlearn_steps, images_per_step(cfg, cfg.method.name)),
-        "retrain": (pretrain_steps(cfg, counts["retain"]), images_per_step(cfg, "retrain")),
+        "pretrain": (pretrain_steps(cfg, members), None),
+        "unlearn": (unlearn_steps, cfg.method.name),
+        "retrain": (pretrain_steps(cfg, counts["retain"]), "retrain"),
     }
-    retrain = phases["retrain"][0] * phases["retrain"][1]
+    images = {name: _images(cfg, method, steps) for name, (steps, method) in phases.items()}
     return {
-        name: {"steps": steps, "images": steps * images, "share_of_retraining": round(steps * images / retrain, 4)}
-        for name, (steps, images) in phases.items()
+        name: {
+            "steps": steps,
+            "images": images[name],
+            "share_of_retraining": round(images[name] / images["retrain"], 4),
+        }
+        for name, (steps, _) in phases.items()
     }
+
+
+def _images(cfg: RunConfig, method: str | None, steps: int) -> int:
+    """Images through an encoder in a training of `steps`; a method may have a second phase without forget images."""
+    from distunlearn.methods import METHODS
+
+    entry = METHODS[method] if method else None
+    built = entry.build(cfg) if entry and entry.build else None
+    first = min(steps, built.forget_steps(cfg)) if hasattr(built, "forget_steps") else steps
+    return first * images_per_step(cfg, method, 0) + (steps - first) * images_per_step(cfg, method, first)
 
 
 def _coverage(cfg: RunConfig, counts: Counter[str]) -> dict[str, float]:
     """Consumptions per forget image that the schedule guarantees: whole passes over the forget list."""
-    rows = cfg.unlearn.steps * cfg.unlearn.forget_batch
+    rows = _forget_steps(cfg) * cfg.unlearn.forget_batch
     return {"requested": counts["forget"], "scheduled_min": rows // max(1, counts["forget"])}
 
 
@@ -159,12 +178,23 @@ def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
 
     entry = METHODS[cfg.method.name]
     forgets = entry.build is not None and entry.build(cfg).forgets
-    rows = cfg.unlearn.steps * cfg.unlearn.forget_batch
+    steps = _forget_steps(cfg)
+    rows = steps * cfg.unlearn.forget_batch
     if forgets and rows < counts["forget"]:
+        share = "" if steps == cfg.unlearn.steps else f" (the {steps} of {cfg.unlearn.steps} that see them)"
         raise DataError(
-            f"unlearn.steps x unlearn.forget_batch = {rows} images cannot reach all {counts['forget']} forget images; "
-            f"expected at least {counts['forget']}; raise one of the two."
+            f"unlearn.steps{share} x unlearn.forget_batch = {rows} images cannot reach all {counts['forget']} forget "
+            f"images; expected at least {counts['forget']}; raise one of the two."
         )
+
+
+def _forget_steps(cfg: RunConfig) -> int:
+    """Steps of the unlearning that consume forget images."""
+    from distunlearn.methods import METHODS
+
+    entry = METHODS[cfg.method.name]
+    built = entry.build(cfg) if entry.build else None
+    return built.forget_steps(cfg) if hasattr(built, "forget_steps") else cfg.unlearn.steps
 
 
 def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> dict[str, float]:

@@ -80,10 +80,12 @@ def script(
     config: Path | None = None,
     overrides: Sequence[str] = (),
     python: str = sys.executable,
+    verb: Sequence[str] | None = None,
 ) -> str:
     """The batch script of a run by the interpreter `python`.
 
-    In an array every task is a run of its own: DIR/<index>, with `seed=<index>` unless the seed is set.
+    In an array every task is a run of its own: DIR/<index>, with `seed=<index>` unless the seed is set. verb: another
+    command than `run` of a recipe, which is given `--out DIR/<index>` and the settings alone.
 
     Raises:
         ConfigError: the job cannot be.
@@ -94,13 +96,13 @@ def script(
         problems.append("a path or setting contains a control character; remove it")
     if problems:
         raise ConfigError("; ".join(problems) + ".")
-    arguments = ["run", *([recipe] if recipe else [])]
+    arguments = list(verb) if verb else ["run", *([recipe] if recipe else [])]
     if config is not None:
         arguments += ["--config", str(Path(config).resolve())]
     for text in overrides:
         arguments += ["--set", text]
     command = " ".join(shlex.quote(part) for part in (python, "-m", "distunlearn", *arguments))
-    seeded = any(text.startswith("seed=") for text in overrides)
+    seeded = verb is not None or any(text.startswith("seed=") for text in overrides)
     return _TEMPLATE.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(job)),
         out=shlex.quote(str(Path(out).resolve())),

@@ -163,13 +163,16 @@ class _Runner:
     def _step(self, step: int) -> dict[str, float]:
         phase, ctx, backend = self.phase, self.ctx, self.backend
         ctx.step = step
-        rate = learning_rate(step, phase.steps, phase.optim.lr, phase.optim.warmup)
+        rate = ctx.rate = learning_rate(step, phase.steps, phase.optim.lr, phase.optim.warmup)
         backend.set_learning_rate(rate)
         parts = [self._micro_batch(step, micro) for micro in range(phase.optim.accumulate)]
         ids = _merged([part.ids for part in parts])
         norm = backend.grad_norm()
         self._require_finite(step, torch.as_tensor(norm), "gradient norm", ids)
         backend.step()
+        adjust = getattr(phase.method, "adjust", None)
+        if adjust is not None:
+            backend.adjust(functools.partial(adjust, ctx))
         if ctx.momentum is not None:
             backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
         consumed = backend.gather_ids(_merged([part.consumed for part in parts]))

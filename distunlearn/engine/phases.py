@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from distunlearn.config import RunConfig
 from distunlearn.data.manifest import Manifest
+from distunlearn.data.roles import ROLES
 from distunlearn.data.schedule import Batch
 from distunlearn.data.shards import file_sha256
 from distunlearn.data.stream import ImageStore, RoleFeeder
@@ -39,7 +40,7 @@ from distunlearn.engine.optim import make_optimizer
 from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
 from distunlearn.errors import DataError
-from distunlearn.methods import METHODS, Context, Contrastive, Method
+from distunlearn.methods import METHODS, Context, Contrastive, Method, refuse_missing
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.queue import KeyQueue
 
@@ -101,7 +102,10 @@ class Trained:
 
 
 # Settings that came later, at the value that changes nothing: left out, so that older folders keep their digest.
-NEUTRAL = {"accumulate": 1}
+NEUTRAL = {
+    "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
+    "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001,
+}  # fmt: skip
 
 
 def _digest(**parts: object) -> str:
@@ -190,6 +194,8 @@ def retrain(session: Session) -> Path:
 def unlearn(session: Session) -> Path:
     """Run the configured method on the original encoder; returns the run's folder, which holds the result."""
     cfg, entry = session.cfg, METHODS[session.cfg.method.name]
+    counts = {role: len(session.manifest.ids(role)) for role in ROLES}
+    refuse_missing(cfg, counts)
     start = session.out / "original" if entry.start == "original" else None
     method = entry.build(cfg) if entry.build else None
     _train(session, "unlearn", session.out, method, unlearn_digest(session), start=start, steps=entry.steps)
@@ -256,7 +262,8 @@ def _train(
 
 def _original(session: Session, start: Path | None) -> ContrastiveModel | None:
     """A frozen second copy of the encoder that forgetting starts from, for methods that stay near it."""
-    if start is None or not session.cfg.method.distill_weight:
+    asks = "teacher" in METHODS[session.cfg.method.name].needs or session.cfg.method.distill_weight
+    if start is None or not asks:
         return None
     return load_trained(start, session).model.to(session.backend.device).eval().requires_grad_(False)
 

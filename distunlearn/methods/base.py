@@ -21,9 +21,19 @@ from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.data.views import id_hashes, make_view
 from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, MomentumEncoder, batchnorm_mode
 from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.gather import gather_sizes, mean_scale
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = ["Context", "Method", "StepOutput", "concat_batches", "embed", "view_pair"]
+__all__ = [
+    "Context",
+    "Method",
+    "Stateless",
+    "StepOutput",
+    "concat_batches",
+    "embed",
+    "image_mean",
+    "view_pair",
+]
 
 
 def _silent(text: str) -> None:
@@ -49,6 +59,7 @@ class Context:
     rank: int = 0
     world: int = 1
     step: int = 0
+    rate: float = 0.0  # the learning rate of the step
     micro: int = 0  # which micro-batch of the step, of `accumulate`
     accumulate: int = 1
     images: int = 0  # images passed through an encoder by this rank: every view, every extra forward
@@ -85,8 +96,16 @@ class Method(Protocol):
 
     With gradient accumulation `loss` is called for every micro-batch of a step, each with its part of the batches.
 
-    roles: the roles whose batches `loss` receives, each mapped to the config's global batch size.
     forgets: True where every forget id must be consumed at least once (else the run has no coverage).
+
+    Three more functions are optional. Where a method has them, they are used:
+
+    adjust(ctx, name, weight, part): called for every trained weight after every optimizer step, whole or in parts as
+        the backend holds it; returns the weight as it shall be. `part(tensor)` cuts, out of a whole tensor of the
+        weight's shape, what belongs to `weight`. It works element by element and communicates nothing.
+    images_per_step(cfg, objective, step): images that `loss` passes through an encoder, for the plan of a run.
+        Without it: every view of every batch once.
+    forget_steps(cfg): how many steps from the start consume forget images. Without it: all.
     """
 
     name: str
@@ -111,6 +130,24 @@ class Method(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`."""
         ...
+
+
+class Stateless:
+    """A method without calibration and without state besides the weights."""
+
+    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+def image_mean(values: Tensor) -> Tensor:
+    """This rank's part of the mean over the images of all ranks, [n] -> scalar: the mean over ranks is that mean."""
+    return values.sum() * mean_scale(gather_sizes(values.shape[0], values.device))
 
 
 def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:

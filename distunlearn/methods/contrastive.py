@@ -9,13 +9,13 @@ the reference of every report); `finetune` from the original encoder on the reta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, StepOutput, embed
+from distunlearn.methods.base import Context, Stateless, StepOutput, embed
 from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
 
@@ -45,7 +45,7 @@ def enqueue(ctx: Context, branches: Branches) -> None:
         ctx.queue.push(gathered.keys, gathered.ids)
 
 
-class Contrastive:
+class Contrastive(Stateless):
     """Training on one stream of images, without a word about forgetting."""
 
     forgets = False
@@ -58,20 +58,11 @@ class Contrastive:
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
         return {self.feeder: cfg.pretrain.batch}
 
-    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
-        return {}
-
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         batch = batches[self.feeder]
         value, branches = utility(ctx, batch)
         enqueue(ctx, branches)
         return StepOutput(loss=value, metrics={"utility": float(value.detach())}, consumed={self.feeder: batch.ids})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        pass
 
 
 class Retrain(Contrastive):

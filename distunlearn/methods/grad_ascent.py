@@ -10,22 +10,31 @@ loss has no lower bound: `ascent_bound` stops a run that diverges. Guarantee: em
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, StepOutput, embed
+from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean
 from distunlearn.methods.contrastive import retain_bank
-from distunlearn.objectives.gather import all_reduce_mean, gather_sizes, mean_scale
+from distunlearn.objectives.gather import all_reduce_mean
 
-__all__ = ["GradAscent"]
+__all__ = ["GradAscent", "require_bounded"]
 
 
-class GradAscent:
+def require_bounded(ctx: Context, name: str, level: float) -> None:
+    """Raises NumericsError where the forget loss, which ascent drives up without end, passes method.ascent_bound."""
+    bound = ctx.cfg.method.ascent_bound
+    if level > bound:
+        raise NumericsError(
+            f"{name}: the forget loss reached {level:.3g} at step {ctx.step}, above method.ascent_bound = "
+            f"{bound:g}; lower unlearn.lr or unlearn.steps."
+        )
+
+
+class GradAscent(Stateless):
     """Baseline; see the module's text."""
 
     name = "grad_ascent"
@@ -37,9 +46,6 @@ class GradAscent:
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
         return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
 
-    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
-        return {}
-
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]
         bank = None
@@ -48,18 +54,8 @@ class GradAscent:
                 bank = retain_bank(ctx, embed(ctx, retain, batchnorm="eval"))
         branches = embed(ctx, forget, batchnorm="eval")
         losses = ctx.objective.per_sample_loss(branches, bank)
-        known = losses.sum() * mean_scale(gather_sizes(losses.shape[0], losses.device))
+        known = image_mean(losses)
         level = float(all_reduce_mean(known.detach()))
-        if level > self.cfg.method.ascent_bound:
-            raise NumericsError(
-                f"grad_ascent: the forget loss reached {level:.3g} at step {ctx.step}, above method.ascent_bound = "
-                f"{self.cfg.method.ascent_bound:g}; lower unlearn.lr or unlearn.steps."
-            )
+        require_bounded(ctx, self.name, level)
         loss = -self.cfg.method.ascent_weight * known
         return StepOutput(loss, {"forget_loss": level}, {"forget": forget.ids})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        pass

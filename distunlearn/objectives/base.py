@@ -79,6 +79,12 @@ class Objective(Protocol):
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Training loss of this rank: the mean over ranks is the loss of the global batch, in value and gradient."""
 
+    def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """What `utility` averages over the images of the global batch, image by image, [n].
+
+        Unlike `per_sample_loss` it may depend on batch-mates; all ranks call it together.
+        """
+
     def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor] | None:
         """Normalised, detached keys [m, D] of these (retain) images and their ids [m]; None without a bank.
 

@@ -35,6 +35,10 @@ class BYOL(MomentumObjective):
 
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Symmetrised 2 - 2 cos, in [0, 8]; the bank is not used; a collective call."""
+        losses = self.row_losses(b)
+        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
+
+    def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """L(q_a, z'_b) + L(q_b, z'_a) of every image, [n]."""
         z, target = self._pair(b)
-        cosines = (normalise(z) * target).sum(-1)
-        return (2 - 2 * cosines).sum() * mean_scale(gather_sizes(b.num_samples, z.device))
+        return (2 - 2 * (normalise(z) * target).sum(-1)).sum(0)

@@ -38,7 +38,11 @@ class MoCo(MomentumObjective):
 
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Cross-entropy of the key among key and queue. bank: `KeyQueue.bank(temperature)`; a collective call."""
+        losses = self.row_losses(b, bank)
+        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
+
+    def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """The cross-entropy of every image, [n]."""
         assert bank is not None, "moco needs the queue as its bank"
         z, key = self._pair(b)
-        losses = query_infonce(normalise(z[0]), key[0], bank, b.ids, self.budget)
-        return losses.sum() * mean_scale(gather_sizes(b.num_samples, z.device))
+        return query_infonce(normalise(z[0]), key[0], bank, b.ids, self.budget)

@@ -40,13 +40,21 @@ def nt_xent(
     The mean over ranks is the loss of the global batch, in value and gradient. A collective call. Other
     arguments: see `infonce`.
     """
+    losses, sizes = _pair_losses(output, temperature, budget, form)
+    return losses.sum() * mean_scale(sizes) / 2
+
+
+def _pair_losses(
+    output: Tensor, temperature: float | Tensor, budget: int, form: Form | None = None
+) -> tuple[Tensor, list[int]]:
+    """l(i, j) of this rank's 2n rows, image by image, and the images of every rank."""
     u = normalise(output).transpose(0, 1)  # [n, 2, D]: image by image, so rows 2i and 2i + 1 are a pair
     sizes = gather_sizes(u.shape[0], u.device)
     mine = u.flatten(0, 1)  # [2n, D]
     own = torch.arange(mine.shape[0], device=u.device) + 2 * sum(sizes[: get_rank()])
     columns = Columns(positive=own ^ 1, own=own)  # k != i
     losses = infonce(mine, mine, columns, temperature, [2 * size for size in sizes], budget=budget, form=form)
-    return losses.sum() * mean_scale(sizes) / 2
+    return losses, sizes
 
 
 class SimCLR:
@@ -72,6 +80,10 @@ class SimCLR:
         """NT-Xent; the bank is not used."""
         assert b.output.shape[0] == 2, "simclr has 2 online branches"
         return nt_xent(b.output, self.temperature, self.budget)
+
+    def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """(l(a, b) + l(b, a)) / 2 of every image, [n]; a collective call."""
+        return _pair_losses(b.output, self.temperature, self.budget)[0].unflatten(0, (-1, 2)).mean(1)
 
     def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor]:
         """Normalised, detached embeddings of both views [2n, D] and ids [2n], image by image."""

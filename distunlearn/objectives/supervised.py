@@ -64,6 +64,10 @@ class Supervised:
         """Mean cross-entropy; a collective call. Raises DataError for missing or impossible labels."""
         return self.per_sample_loss(b).sum() * mean_scale(gather_sizes(b.num_samples, b.output.device))
 
+    def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
+        """l_i: without batch-mates in the loss it is the per-sample loss."""
+        return self.per_sample_loss(b)
+
     def bank_keys(self, b: Branches) -> None:
         """None: there is no bank."""
         return None

@@ -204,6 +204,17 @@ class Backend:
         self.optimizer.zero_grad(set_to_none=True)
         self._norm = None
 
+    @torch.no_grad()
+    def adjust(self, change: Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """After a `step`: replace every trained weight by change(name, weight, part). Collective.
+
+        change: works element by element on what this rank holds of the weight; part(tensor) cuts the same out of a
+            whole tensor of the weight's shape.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(change(name, parameter, functools.partial(self._place, parameter=parameter)))
+
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
         """Move the momentum encoder towards the trained one: m * old + (1 - m) * new. Collective."""
         momentum.update(model, m)

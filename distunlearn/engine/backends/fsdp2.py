@@ -6,6 +6,7 @@ gloo and NCCL.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,19 @@ class FSDP2(Backend):
         """See `Backend.step`."""
         self._reshard()
         super().step()
+
+    @torch.no_grad()
+    def adjust(self, change: Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """See `Backend.adjust`; each rank changes its own part."""
+        self._reshard()
+
+        def part(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+            return self._place(whole, parameter).to_local()
+
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                local = parameter.to_local()
+                local.copy_(change(name, local, functools.partial(part, parameter=parameter)))
 
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
         """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""

@@ -197,6 +197,12 @@ class Zero(Backend):
         parameters = list(self.model.parameters())
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
 
+    def adjust(self, change: Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """See `Backend.adjust`; the weights are gathered for it, since the optimizer's own parts are nameless."""
+        with self._gathered(main_writes=True):
+            super().adjust(change)
+        self._engine.optimizer.refresh_fp32_params()
+
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
         """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
         with self._gathered():

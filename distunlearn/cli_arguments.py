@@ -1,0 +1,28 @@
+"""Arguments that several verbs of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+__all__ = ["Config", "Out", "Overrides", "Recipe", "RunDir"]
+
+Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="run directory; made if it does not exist")]
+Config = Annotated[
+    Path | None,
+    tyro.conf.arg(name="config", metavar="FILE", help="YAML that replaces values of the recipe", help_behavior_hint=""),
+]
+Overrides = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="replace one value, such as pretrain.lr=1e-3"),
+]
+Recipe = Annotated[
+    str | None,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="[RECIPE]", help="settings to start from: see distunlearn list recipes", help_behavior_hint=""
+    ),
+]
+RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="run directory")]

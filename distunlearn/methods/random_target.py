@@ -1,0 +1,78 @@
+"""random_target: pull every forget image to where the original encoder puts some other image.
+
+    L = L_utility(retain) + forget_weight * mean_{i in forget, views} 1 - cos(h(x_i), t_i)
+
+t_i is the original encoder's embedding of a retain image drawn once for every forget image (by seed and id). Our
+reading, for encoders, of relabelling at random (Graves, Nagisetty and Ganesh, "Amnesiac Machine Learning", AAAI 2021):
+where a classifier is given another image's label, an encoder is given another image's place. Guarantee: empirical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from distunlearn.config import RunConfig
+from distunlearn.data.schedule import Batch, permutation, random_words
+from distunlearn.methods.base import Context, StepOutput, image_mean
+from distunlearn.methods.contrastive import enqueue, utility
+from distunlearn.methods.features import apart, directions, original_directions
+from distunlearn.objectives.bank import normalise
+from distunlearn.objectives.base import Objective
+from distunlearn.objectives.gather import all_reduce_mean
+
+__all__ = ["RandomTarget", "pick"]
+
+TARGETS = 256  # retain images whose places are given away
+
+
+def pick(batch: Batch, rows: list[int]) -> Batch:
+    """Some images of a batch, in this order."""
+    at = torch.as_tensor(rows, dtype=torch.int64)
+    return Batch([batch.ids[row] for row in rows], batch.images[at], batch.epochs[rows], batch.labels[at])
+
+
+class RandomTarget:
+    """See the module's text. State: the places [m, E], from which every image's is drawn."""
+
+    name = "random_target"
+    forgets = True
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.places = torch.zeros(0, 0)
+
+    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
+        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+
+    def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
+        momentum = 2 if objective.needs_momentum else 1
+        return objective.branches * (momentum * cfg.unlearn.retain_batch + cfg.unlearn.forget_batch)
+
+    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+        retain = sample("retain")
+        chosen = permutation(len(retain), self.cfg.seed, "targets")[:TARGETS].tolist()
+        self.places = normalise(original_directions(ctx, pick(retain, chosen)).mean(0))
+        return {"targets": float(len(self.places))}
+
+    def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
+        retain, forget = batches["retain"], batches["forget"]
+        task, retained = utility(ctx, retain)
+        away = image_mean(apart(directions(ctx, forget), self.targets(forget.ids)))
+        enqueue(ctx, retained)
+        metrics = {"utility": float(task.detach()), "target_distance": float(all_reduce_mean(away.detach()))}
+        consumed = {"retain": retain.ids, "forget": forget.ids}
+        return StepOutput(task + self.cfg.method.forget_weight * away, metrics, consumed)
+
+    def targets(self, ids: list[str]) -> Tensor:
+        """t_i of these images, [n, E]: always the same for an id."""
+        rows = [int(random_words(1, self.cfg.seed, "target", i)[0] % len(self.places)) for i in ids]
+        return self.places[torch.as_tensor(rows, dtype=torch.int64, device=self.places.device)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"places": self.places.cpu().clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.places = state["places"].clone()
