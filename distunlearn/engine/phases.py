@@ -31,13 +31,16 @@ from distunlearn.data.views import id_hashes
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone
+from distunlearn.engine import faults
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.checkpoint import write_json, write_tensors
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.provenance import require_same_code
 from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
+from distunlearn.engine.watch import Watch
 from distunlearn.errors import DataError
 from distunlearn.methods import METHODS, Context, Contrastive, Method
 from distunlearn.objectives import make_objective
@@ -62,6 +65,7 @@ class Session:
     ledger: Ledger
     telemetry: Telemetry
     stop: StopRequest
+    watch: Watch
 
     @property
     def num_classes(self) -> int | None:
@@ -101,7 +105,7 @@ class Trained:
 
 
 # Settings that came later, at the value that changes nothing: left out, so that older folders keep their digest.
-NEUTRAL = {"accumulate": 1}
+NEUTRAL = {"accumulate": 1, "loss_bound": None, "embedding_bound": None}
 
 
 def _digest(**parts: object) -> str:
@@ -208,6 +212,7 @@ def _train(
     if is_done(folder, digest):
         return
     cfg, backend = session.cfg, session.backend
+    backend.on_main(lambda: require_same_code(session.ledger, cfg.accept_code_change))
     trained = load_trained(start, session) if start else _start(session, name)
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
@@ -250,7 +255,8 @@ def _train(
             digest=digest,
             names_forget="" if name == "pretrain" else "forget",
         )
-        facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry, session.stop))
+        records = (session.ledger, session.telemetry, session.stop, session.watch)
+        facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
     _finish(session, name, folder, digest, model, trained, facts)
 
 
@@ -266,6 +272,7 @@ def _finish(
 ) -> None:
     """Weights first, `done.json` last; only the main rank writes."""
     backend = session.backend
+    faults.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
     if backend.is_main:
         folder.mkdir(parents=True, exist_ok=True)
