@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import os
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,10 @@ import tyro
 from distunlearn import __version__
 from distunlearn.cli_arguments import Config, Out, Overrides, Recipe, RunDir
 from distunlearn.cli_sweep import Sweep
-from distunlearn.errors import ConfigError, DistunlearnError, RankLostError, StoppedError
+from distunlearn.endings import EXIT_INTERNAL, EXIT_STOPPED, ended
+from distunlearn.endings import complain as _complain
+from distunlearn.endings import is_main as _is_main
+from distunlearn.errors import ConfigError
 from distunlearn.submit import Job
 from distunlearn.text import printable
 
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from distunlearn.config import RunConfig
 
 __all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "main"]
-
-EXIT_INTERNAL = 70
-EXIT_STOPPED = 75
 
 # torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
 
@@ -257,16 +256,27 @@ class List:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Describe this environment for a bug report, secrets left out, and name what is wrong with it."""
+    """Describe this environment for a bug report, secrets left out, and name what is wrong with it.
 
+    With a recipe or --config, under the launcher of the run: check the launch itself, too.
+    """
+
+    recipe: Recipe = None
     out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="folder that must be writable")] = Path(".")
+    config: Config = None
+    overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.doctor import doctor_text
+        from distunlearn.doctor import doctor_text, launch_text
 
         if _is_main():
             print(doctor_text(self.out))
-        return 0
+        if self.recipe is None and self.config is None:
+            return 0
+        text, sound = launch_text(_resolve(self), self.out)
+        if _is_main():
+            print(text)
+        return 0 if sound else ConfigError.exit_code
 
 
 VERBS = (Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor)
@@ -304,33 +314,10 @@ def _main(args: list[str]) -> int:
         return parsing.code
     try:
         return verb()
-    except DistunlearnError as error:
-        _complain(error)
-        if isinstance(error, StoppedError):
-            _leave_together()
-        return error.exit_code
-    except KeyboardInterrupt:
-        if _is_main():
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return EXIT_STOPPED
     except BrokenPipeError:
         raise
-    except Exception as error:
-        from distunlearn.engine.backends.process_group import lost_rank
-
-        lost = lost_rank(error)
-        if lost is None:
-            traceback.print_exc()
-            return EXIT_INTERNAL
-        print(f"error: {lost}", file=sys.stderr)  # by every rank: the main one may be the lost one
-        return RankLostError.exit_code
-
-
-def _leave_together() -> None:
-    """All ranks stop alike; a launcher would end the main process, before it has said why, with the first to leave."""
-    from distunlearn.engine.backends.process_group import wait_for_all
-
-    wait_for_all()
+    except (Exception, KeyboardInterrupt) as error:
+        return ended(error)
 
 
 def _unknown_verb(name: str) -> int:
@@ -378,24 +365,6 @@ def _resolve(verb: Any) -> RunConfig:
     if verb.recipe is None and verb.config is None:
         raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
     return load_config(verb.recipe, verb.config, list(verb.overrides))
-
-
-def _rank() -> int:
-    """Before a process group exists, only the launcher's RANK tells the processes apart."""
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdecimal() else 0
-
-
-def _is_main() -> bool:
-    return _rank() == 0
-
-
-def _complain(error: DistunlearnError) -> None:
-    """One line on stderr. A bad config and a stop are the same on all ranks and said once; others may strike one."""
-    if _is_main():
-        print(str(error) if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
-    elif not isinstance(error, ConfigError | StoppedError):
-        print(f"rank {_rank()}: error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,8 @@ class MethodConfig:
     l1_weight: NonNegativeFloat = 0.1  # l1_sparse only: of the sum of the weights' absolute values
     critic_width: PositiveInt = 64  # sure only: hidden units of the domain classifier
     critic_lr: PositiveFloat = 1e-3  # sure only: its learning rate
+    loss_bound: PositiveFloat | None = None  # any method: stop (exit 4) when the size of the loss passes it; null: none
+    embedding_bound: PositiveFloat | None = None  # any method: stop (exit 4) when the norm of an embedding passes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +253,10 @@ class RunConfig:
     activation_checkpointing: bool = False  # blocks keep their inputs alone and run forward again in the backward
     compile: bool = False  # blocks through torch.compile, except in passes that hook into them
     sync_batchnorm: bool = True  # batch statistics over the global batch, whatever the number of processes
+    watchdog_s: NonNegativeFloat = 600.0  # seconds in one part of a step that end a run which hangs (exit 5); 0: off
+    watchdog_save_s: NonNegativeFloat = 3600.0  # the same for checkpoints, calibration and the first step
+    join_s: PositiveFloat = 600.0  # seconds to wait for the other processes at the start
+    accept_code_change: bool = False  # go on with a run that another version of this package began; it is recorded
     threads: NonNegativeInt = 0  # CPU threads per process; 0: as many as there are cores, shared by the processes
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

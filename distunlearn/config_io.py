@@ -28,7 +28,9 @@ from distunlearn.errors import ConfigError
 from distunlearn.strict_yaml import dump_yaml, parse_scalar, read_yaml
 from distunlearn.text import printable
 
-__all__ = ["cross_checks", "digest", "dump_config", "field_diff", "known_keys", "load_config", "save_config"]
+__all__ = [
+    "cross_checks", "digest", "dump_config", "field_diff", "known_keys", "load_config", "save_config", "settings",
+]  # fmt: skip
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 BOUNDS = (("gt", "greater than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most"))
@@ -119,6 +121,11 @@ def field_diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, with both values, in the order of config.py; empty for equal configs."""
     left, right = (dict(_leaves(_tree(_canonical(cfg)))) for cfg in (a, b))
     return {".".join(path): (left[path], right[path]) for path in left if left[path] != right[path]}
+
+
+def settings(cfg: RunConfig) -> dict[str, Any]:
+    """Every key with its value, as plain data, in the order of config.py."""
+    return {".".join(path): value for path, value in _leaves(_tree(_canonical(cfg)))}
 
 
 def known_keys() -> list[str]:

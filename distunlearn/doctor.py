@@ -14,12 +14,15 @@ import re
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distunlearn import __version__
 from distunlearn.text import printable
 
-__all__ = ["doctor_text", "environment", "redact"]
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+
+__all__ = ["doctor_text", "environment", "launch_text", "redact"]
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "scikit-learn", "transformers",
@@ -92,6 +95,19 @@ def doctor_text(folder: Path = Path(".")) -> str:
     warnings = [*_warnings(facts), *([f"{folder} {writable}"] if writable else [])]
     lines += ["- warnings:", *(f"  {warning}" for warning in warnings or ["none"])]
     return "\n".join(lines)
+
+
+def launch_text(cfg: RunConfig, folder: Path) -> tuple[str, bool]:
+    """The part of the report about a live launch, and whether it is sound. Collective.
+
+    Raises:
+        ConfigError, RankLostError: the processes do not come together as a run.
+    """
+    from distunlearn.launch_check import check_launch
+
+    lines, problems = check_launch(cfg, folder)
+    told = [*(f"  {line}" for line in lines), "- problems of the launch:"]
+    return "\n".join(["- launch:", *told, *(f"  {problem}" for problem in problems or ["none"])]), not problems
 
 
 def redact(name: str, value: str) -> str:
@@ -170,6 +186,8 @@ def _failure(name: str, error: BaseException) -> str:
 
 def _warnings(facts: dict[str, Any]) -> list[str]:
     found = [f"{name} is not installed; pip install {name}" for name, ver in facts["packages"].items() if ver is None]
+    if os.environ.get("DISTUNLEARN_FAULT"):
+        found.append("DISTUNLEARN_FAULT is set: runs will fail on purpose; it is for tests only")
     torch = facts["torch"]
     if "error" in torch:
         return [*found, torch["error"]]

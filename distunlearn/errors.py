@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "DistunlearnError",
     "EncoderError",
+    "LaunchError",
     "NumericsError",
     "RankLostError",
     "StoppedError",
@@ -23,15 +24,23 @@ EXIT_INCONCLUSIVE = 7
 
 
 class DistunlearnError(Exception):
-    """Base of all errors with a one-sentence message; exit code 70 (internal) unless narrowed."""
+    """Base of all errors with a one-sentence message; exit code 70 (internal) unless narrowed.
+
+    agreed: True on an error that all ranks raise alike, at the same place.
+    """
 
     exit_code = 70
+    agreed = False
 
 
 class ConfigError(DistunlearnError):
     """Bad usage or configuration; exit code 2."""
 
     exit_code = 2
+
+
+class LaunchError(ConfigError):
+    """The launcher's variables of one process are wrong, so that it has to say so itself; exit code 2."""
 
 
 class EncoderError(ConfigError):
@@ -64,3 +73,4 @@ class StoppedError(DistunlearnError):
     """Stopped on request in a state that resumes; exit code 75."""
 
     exit_code = 75
+    agreed = True

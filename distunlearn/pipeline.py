@@ -138,17 +138,21 @@ def report(run_dir: Path) -> Path:
 def run(cfg: RunConfig, out: Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
     from distunlearn.encoders.compiled import require_compiler
+    from distunlearn.engine.backends import open_backend
     from distunlearn.engine.backends.process_group import wait_for_all
     from distunlearn.planning import make_plan
 
     planned = make_plan(cfg, out)
     if cfg.compile:
         require_compiler()
-    if _is_main():
+
+    def begin() -> None:
         _refuse_other_settings(cfg, out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
         _claim(cfg, out)
         write_plan(planned, out)
+
+    open_backend(cfg).on_main(begin)  # what the main process refuses ends the others, too
     pretrain(cfg, out)
     unlearn(cfg, out)
     code = audit(out, cfg)
@@ -228,7 +232,7 @@ _VERIFIED: set[tuple[str, str]] = set()
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
     "data.prepare_workers", "data.root", "data.third_party_root", "reuse", "checkpoint.asynchronous",
-    "checkpoint.sharded",
+    "checkpoint.sharded", "watchdog_s", "watchdog_save_s", "join_s", "accept_code_change",
 )  # fmt: skip
 
 
@@ -242,13 +246,16 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
     from distunlearn.data.manifest import Manifest
     from distunlearn.data.stream import ImageStore
     from distunlearn.doctor import environment
+    from distunlearn.engine import faults
     from distunlearn.engine.backends import open_backend
     from distunlearn.engine.checkpoint import write_json
     from distunlearn.engine.lease import Lease
     from distunlearn.engine.ledger import Ledger
     from distunlearn.engine.phases import Session
+    from distunlearn.engine.provenance import require_one_run
     from distunlearn.engine.stopping import StopRequest
     from distunlearn.engine.telemetry import Telemetry
+    from distunlearn.engine.watch import Watch
 
     out = Path(out)
     backend = open_backend(cfg)
@@ -264,6 +271,11 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
             if not (out / "env.json").exists():
                 write_json(out / "env.json", environment())
         backend.barrier()
+        last = lease.release if backend.is_main else None
+        limits = (cfg.watchdog_s, cfg.watchdog_save_s)
+        watch = stack.enter_context(Watch(out, backend.rank, backend.world, *limits, last))
+        require_one_run(backend, cfg, manifest)
+        faults.reach("session")
         if backend.is_main and cfg.reuse:
             _take_over(cfg, out)
         backend.barrier()
@@ -274,7 +286,7 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
         stack.callback(ledger.close)
         telemetry = stack.enter_context(Telemetry(out, backend.is_main))
         stop = stack.enter_context(StopRequest(out))
-        yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop)
+        yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
 
 
 def _take_over(cfg: RunConfig, out: Path) -> None:

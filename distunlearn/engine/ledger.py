@@ -88,6 +88,10 @@ class Ledger:
         """`phase` ended after `step` steps."""
         self._write({"event": "done", "phase": phase, "step": step, **facts})
 
+    def code(self, version: str, digest: str) -> None:
+        """From here on the run works under this version, whose files have this sha256."""
+        self._write({"event": "code", "version": version, "digest": digest})
+
     def sync(self) -> None:
         """Make everything written so far durable; another thread may go on writing."""
         if self._file is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,18 @@ from torch import Tensor
 from distunlearn.config import PretrainConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.data.stream import RoleFeeder
+from distunlearn.engine import faults
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.pieces import whole
-from distunlearn.engine.checkpoint import Checkpoint, write_json
+from distunlearn.engine.checkpoint import Checkpoint
 from distunlearn.engine.ledger import Ledger
+from distunlearn.engine.numerics import NumericsGuard, Place
 from distunlearn.engine.optim import learning_rate
 from distunlearn.engine.saving import Saver, agreed_checkpoint
 from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
-from distunlearn.errors import DataError, NumericsError, StoppedError
+from distunlearn.engine.watch import Watch
+from distunlearn.errors import DataError, RankLostError, StoppedError
 from distunlearn.methods.base import Context, Method
 from distunlearn.objectives.gather import all_reduce_mean
 
@@ -63,19 +67,26 @@ class PhaseResult:
 
 
 def train_phase(
-    phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest
+    phase: Phase,
+    ctx: Context,
+    backend: Backend,
+    ledger: Ledger,
+    telemetry: Telemetry,
+    stop: StopRequest,
+    watch: Watch,
 ) -> PhaseResult:
     """Run `phase` from its newest checkpoint, or from step 0, to its end or to a stop.
 
     Raises:
-        NumericsError: a loss or gradient is not finite on any rank; nothing is updated, and
-            `nan-step-XXXXXXXX.json` in the phase's folder names the samples.
+        NumericsError: a loss or gradient is not finite on any rank, or a declared bound is passed; nothing is
+            updated, and `nan-step-XXXXXXXX.json` in the phase's folder names the samples.
+        RankLostError: the ranks are not at the same place, or their momentum encoders, queues or methods differ.
         DataError: no checkpoint verifies, or they belong to another configuration.
         StoppedError: `stop` was asked for, on any rank; the state is saved.
     """
     folder, note = phase.folder / "checkpoints", functools.partial(telemetry.note, phase.name)
-    with Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
-        return _Runner(phase, ctx, backend, ledger, telemetry, stop, saver).run()
+    with watch.training(), Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
+        return _Runner(phase, ctx, backend, ledger, telemetry, stop, watch, saver).run()
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,33 @@ def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def _sums(state: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Three numbers of each tensor: the sum of magnitudes, the sum, and a sum in which places count."""
+    found = {}
+    for name, value in state.items():
+        wide = value.detach().double().flatten()
+        places = torch.arange(wide.numel(), dtype=torch.float64, device=wide.device).cos()
+        found[name] = torch.stack([wide.abs().sum(), wide.sum(), (wide * places).sum()]).tolist()
+    return found
+
+
+def _close(found: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence[float]]) -> bool:
+    """Alike but for rounding: processors of different make round differently."""
+    return found.keys() == expected.keys() and all(
+        abs(a - b) <= 1e-5 * sums[0] for name, sums in expected.items() for a, b in zip(found[name], sums, strict=True)
+    )
+
+
 class _Runner:
     def __init__(
         self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest,
-        saver: Saver,
+        watch: Watch, saver: Saver,
     ) -> None:  # fmt: skip
         self.phase, self.ctx, self.backend = phase, ctx, backend
-        self.ledger, self.telemetry, self.stop, self.saver = ledger, telemetry, stop, saver
+        self.ledger, self.telemetry, self.stop, self.watch, self.saver = ledger, telemetry, stop, watch, saver
+        bounded = phase.names_forget == "forget" and phase.name == "unlearn"
+        self.guard = NumericsGuard(phase.name, phase.folder, ctx, backend, bounded=bounded)
+        self.first = 0
         self.saved = 0  # steps done when the state was saved last
         self.folder = phase.folder / "checkpoints"
         self.attempt = 1
@@ -114,9 +145,11 @@ class _Runner:
 
     def run(self) -> PhaseResult:
         phase, ctx = self.phase, self.ctx
+        self._at("start", 0, slow=True)
+        faults.reach("start", None, phase.name)
         note = functools.partial(self.telemetry.note, phase.name)
         checkpoint = agreed_checkpoint(self.folder, self.backend, self.ledger, note)
-        first = self._restore(checkpoint)
+        first = self.first = self._restore(checkpoint)
         self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps)
         clock = time.monotonic()
         if checkpoint is None:
@@ -125,7 +158,9 @@ class _Runner:
                 self.telemetry.log(phase.name, first, {f"start/{k}": v for k, v in self.started.items()})
         with self.telemetry.progress(phase.name, phase.steps, first) as progress:
             for step in range(first, phase.steps):
-                if step > first and self.stop.agreed(self.backend):  # every attempt gets on by a step
+                self._at("agreement", step)
+                stop = self.stop.agreed(self.backend, zlib.crc32(phase.name.encode()), step, self.watch.count)
+                if stop and step > first:  # every attempt gets on by a step
                     self._leave(step, clock)
                 metrics = self._step(step)
                 self.telemetry.log(phase.name, step + 1, metrics)
@@ -133,7 +168,8 @@ class _Runner:
                 done = step + 1
                 if done % phase.optim.checkpoint_every == 0 and done < phase.steps:
                     self.elapsed, clock = self.elapsed + time.monotonic() - clock, time.monotonic()
-                    self._save(done)
+                    self._save_watched(done)
+        self._at("checkpoint", phase.steps, slow=True)
         self.saver.wait()
         self.elapsed += time.monotonic() - clock
         images = ctx.images * ctx.world
@@ -147,10 +183,11 @@ class _Runner:
         Raises:
             StoppedError: always.
         """
+        self._at("checkpoint", step, slow=True)
         self.saver.wait()
         self.elapsed += time.monotonic() - clock
         if step != self.saved and self.backend.is_prepared:
-            self._save(step)
+            self._save_watched(step)
             self.saver.wait()
         reason = self.stop.honoured(self.backend)
         raise StoppedError(
@@ -165,54 +202,85 @@ class _Runner:
         ctx.step = step
         rate = ctx.rate = learning_rate(step, phase.steps, phase.optim.lr, phase.optim.warmup)
         backend.set_learning_rate(rate)
-        parts = [self._micro_batch(step, micro) for micro in range(phase.optim.accumulate)]
-        ids = _merged([part.ids for part in parts])
+        parts = [self._micro_batch(step, micro, rate) for micro in range(phase.optim.accumulate)]
+        self._at("gradient norm", step)
         norm = backend.grad_norm()
-        self._require_finite(step, torch.as_tensor(norm), "gradient norm", ids)
-        backend.step()
+        figures = [{"loss": float(part.loss), **part.metrics} for part in parts]
+        place = Place(step, rate, ids=_merged([part.ids for part in parts]), parts=figures)
+        self.guard.require(torch.as_tensor(norm), "gradient norm", place)
+        self._at("update", step)
+        if not faults.reach("update", step, phase.name):
+            backend.step()
         adjust = getattr(phase.method, "adjust", None)
         if adjust is not None:
             backend.adjust(functools.partial(adjust, ctx))
         if ctx.momentum is not None:
-            backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
+            self._at("momentum encoder", step)
+            if not faults.reach("momentum", step, phase.name):
+                backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
+        self._at("ledger", step)
+        faults.reach("ledger", step, phase.name)
         consumed = backend.gather_ids(_merged([part.consumed for part in parts]))
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
-        figures = _mean([{"loss": float(part.loss), **part.metrics} for part in parts])
-        return {"lr": rate, "grad_norm": float(norm), **self._over_ranks(figures)}
+        return {"lr": rate, "grad_norm": float(norm), **self._over_ranks(_mean(figures))}
 
     def _over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
         """The mean of every figure over the ranks, which have the same ones and equal shares of the batches."""
         values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.ctx.device)
         return dict(zip(figures, all_reduce_mean(values).tolist(), strict=True))
 
-    def _micro_batch(self, step: int, micro: int) -> _Part:
+    def _micro_batch(self, step: int, micro: int, rate: float) -> _Part:
         """Forward and backward of one part of the step's batches; the gradients of all parts are averaged."""
         phase, ctx, backend = self.phase, self.ctx, self.backend
         count = ctx.accumulate = phase.optim.accumulate
         ctx.micro = micro
+        self._at("data", step)
+        faults.reach("data", step, phase.name)
         batches = {name: feeder.batch_at(ctx.draw) for name, feeder in phase.feeders.items()}
         ids = {name: batch.ids for name, batch in batches.items()}
         with backend.micro_batch(last=micro == count - 1):
-            out = phase.method.loss(ctx, batches)
-            self._require_finite(step, out.loss, "loss", ids)
-            backend.backward(out.loss / count)
+            self._at("loss", step)
+            out = self.guard.loss(lambda: phase.method.loss(ctx, batches), Place(step, rate, micro, ids))
+            loss = faults.poison_gradient("gradient", out.loss, step, phase.name)
+            self._at("backward", step)
+            faults.reach("backward", step, phase.name)
+            backend.backward(loss / count)
         return _Part(out.loss.detach(), out.metrics, out.consumed, ids)
 
-    def _require_finite(self, step: int, value: Tensor, what: str, ids: Mapping[str, list[str]]) -> None:
-        """Every rank learns of the first value that is not finite before any rank updates."""
-        if self.backend.all_finite(value):
-            return
-        everyone = self.backend.gather_ids(ids)
-        path = self.phase.folder / f"nan-step-{step:08d}.json"
-        if self.backend.is_main:
-            self.phase.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"phase": self.phase.name, "step": step, "what": what, "ids": everyone})
-        raise NumericsError(
-            f"{self.phase.name}: the {what} at step {step} is not finite; no weights were changed by this step, "
-            f"and {path} names its samples; lower the learning rate or the method's weights."
-        )
+    def _at(self, place: str, step: int, *, slow: bool = False) -> None:
+        """The first step of an attempt may compile, and takes its time."""
+        self.watch.at(place, self.phase.name, step, slow=slow or step == self.first)
 
     # -- state ---------------------------------------------------------------------------------------------------
+
+    def _save_watched(self, step: int) -> None:
+        self._at("checkpoint", step, slow=True)
+        self._require_same_state()
+        faults.reach("save", step, self.phase.name)
+        self._save(step)
+        faults.reach("saved", step, self.phase.name)
+
+    def _require_same_state(self) -> None:
+        """What every rank keeps a copy of is alike on all of them: the main rank's is what a checkpoint holds.
+
+        Raises:
+            RankLostError: it is not.
+        """
+        ctx = self.ctx
+        copies: dict[str, Mapping[str, Tensor]] = {"method": self.phase.method.state_dict()}
+        # Its running statistics are each rank's own where sync_batchnorm is off.
+        copies |= {"momentum encoder": dict(ctx.momentum.model.named_parameters())} if ctx.momentum else {}
+        copies |= {"queue": ctx.queue.state_dict()} if ctx.queue else {}
+        everyone = self.backend.gather_objects({name: _sums(state) for name, state in copies.items()})
+        for name in copies:
+            others = [rank for rank, found in enumerate(everyone) if not _close(found[name], everyone[0][name])]
+            if others:
+                error = RankLostError(
+                    f"{self.phase.name}: the {name} of rank {others[0]} is not that of rank 0; nothing is saved; start "
+                    "the run again from the last checkpoint."
+                )
+                error.agreed = True
+                raise error
 
     def _save(self, step: int) -> None:
         ctx = self.ctx

@@ -32,13 +32,16 @@ from distunlearn.data.views import id_hashes
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone
+from distunlearn.engine import faults
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.checkpoint import write_json, write_tensors
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.provenance import require_same_code
 from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
+from distunlearn.engine.watch import Watch
 from distunlearn.errors import DataError
 from distunlearn.methods import METHODS, Context, Contrastive, Method, refuse_missing
 from distunlearn.objectives import make_objective
@@ -63,6 +66,7 @@ class Session:
     ledger: Ledger
     telemetry: Telemetry
     stop: StopRequest
+    watch: Watch
 
     @property
     def num_classes(self) -> int | None:
@@ -105,6 +109,7 @@ class Trained:
 NEUTRAL = {
     "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
     "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001,
+    "loss_bound": None, "embedding_bound": None,
 }  # fmt: skip
 
 
@@ -214,6 +219,7 @@ def _train(
     if is_done(folder, digest):
         return
     cfg, backend = session.cfg, session.backend
+    backend.on_main(lambda: require_same_code(session.ledger, cfg.accept_code_change))
     trained = load_trained(start, session) if start else _start(session, name)
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
@@ -256,7 +262,8 @@ def _train(
             digest=digest,
             names_forget="" if name == "pretrain" else "forget",
         )
-        facts = dataclasses.asdict(train_phase(phase, ctx, backend, session.ledger, session.telemetry, session.stop))
+        records = (session.ledger, session.telemetry, session.stop, session.watch)
+        facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
     _finish(session, name, folder, digest, model, trained, facts)
 
 
@@ -273,6 +280,7 @@ def _finish(
 ) -> None:
     """Weights first, `done.json` last; only the main rank writes."""
     backend = session.backend
+    faults.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
     if backend.is_main:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
+from distunlearn.errors import RankLostError
 
 if TYPE_CHECKING:
     from distunlearn.engine.backends import Backend
@@ -54,11 +54,24 @@ class StopRequest:
     def _give_back(self, number: signal.Signals) -> None:
         signal.signal(number, self._before.pop(number, signal.SIG_DFL) or signal.SIG_DFL)
 
-    def agreed(self, backend: Backend) -> bool:
-        """True if any rank was asked to stop; the same answer on all ranks. Collective."""
+    def agreed(self, backend: Backend, *position: int) -> bool:
+        """True if any rank was asked to stop; the same answer on all ranks. Collective.
+
+        Args:
+            position: numbers that are alike on ranks that have done the same so far, such as the step.
+
+        Raises:
+            RankLostError: they are not alike: the ranks would wait for one another in different places.
+        """
         if self.reason is None and backend.is_main and self._file.exists():
             self.reason = f"the file {STOP_FILE}"
-        return not backend.all_finite(torch.tensor(0.0 if self.reason is None else float("nan")))
+        everyone = backend.gather_numbers([int(self.reason is not None), *position])
+        if any(numbers[1:] != everyone[0][1:] for numbers in everyone):
+            told = ", ".join(f"rank {rank}: {numbers[1:]}" for rank, numbers in enumerate(everyone[:8]))
+            error = RankLostError(f"the ranks are not at the same place ({told}); start the run again.")
+            error.agreed = True
+            raise error
+        return any(numbers[0] for numbers in everyone)
 
     def honoured(self, backend: Backend) -> str:
         """To be called when the state is saved: what asked, by the first rank that knows; the file is removed."""

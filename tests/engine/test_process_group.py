@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import timedelta
 
 import pytest
 import torch
@@ -80,8 +79,8 @@ def test_srun_tasks_without_ranks_are_not_as_many_single_runs(monkeypatch):
 
 def test_ranks_that_do_not_come_are_reported(monkeypatch):
     setenv(monkeypatch, **TORCHRUN)
-    monkeypatch.setattr(process_group, "PATIENCE", timedelta(seconds=1))
-    assert "rank 0 of 2 did not find the others" in refusal(DDP, RankLostError)
+    message = refusal(dataclasses.replace(DDP, join_s=1.0), RankLostError)
+    assert "rank 0 of 2 did not find the others at 127.0.0.1:29501 within 1 s" in message and "WORLD_SIZE" in message
     assert not dist.is_initialized()
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from distunlearn.engine.backends.optimizer_state import entries_of, nested, spre
 from distunlearn.engine.backends.pieces import Piece, Stored, whole
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.engine.batchnorm import convert
+from distunlearn.errors import DistunlearnError, RankLostError
+from distunlearn.objectives.gather import all_gather_detached
 
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend"]
 
+T = TypeVar("T")
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_ and of DeepSpeed alike
 
 
@@ -78,16 +81,49 @@ class Backend:
 
     def gather_ids(self, ids: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The ids of all ranks under each name, in rank order. Collective; the names are alike on all ranks."""
-        everyone = self.gather_objects({name: list(part) for name, part in ids.items()})
+        everyone = self.gather_objects(dict(ids))
         return {name: [i for part in everyone for i in part[name]] for name in ids}
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The value of every rank, in rank order. Collective."""
+        """Every rank's `value`, plain data, in rank order. Collective."""
         if self.world == 1:
             return [value]
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, value)
         return everyone
+
+    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's `numbers`, equally many on each, in rank order. Collective, and cheap enough for every step."""
+        mine = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
+        return all_gather_detached(mine[None]).tolist()
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns on the main rank, None on the others, which wait for it. Collective.
+
+        Raises:
+            DistunlearnError: what the main rank raised, on every rank.
+            RankLostError: on the others, where the main rank failed otherwise.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as found:
+                if self.world == 1:
+                    raise
+                error = found
+        told = error if isinstance(error, DistunlearnError) else None if error is None else str(type(error).__name__)
+        told = self.broadcast_object(told)
+        if error is not None:
+            if isinstance(error, DistunlearnError):
+                error.agreed = True
+            raise error
+        if isinstance(told, DistunlearnError):
+            told.agreed = True
+            raise told
+        if told is not None:
+            raise RankLostError(f"the main rank failed ({told}) while rank {self.rank} waited; see what it said.")
+        return result
 
     def all_finite(self, value: Tensor) -> bool:
         """True if every element of every rank's `value` is finite; the same answer on all ranks. Collective."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from distunlearn.engine.backends.meeting import meet, number, watch_launcher
 from distunlearn.errors import ConfigError, RankLostError
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ __all__ = ["Place", "join", "lost_rank", "wait_for_all"]
 # What gloo says where another process has gone; it has no error class of its own.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 
-# How long a rank waits for the others. The main rank prepares data and audits alone, hence so long; a process
-# that dies is noticed at once, by its closed connection or by the launcher.
+# How long a rank waits for the others once they have met (before: `join_s`). The main rank prepares data and audits
+# alone, hence so long; a process that dies is noticed at once, one that hangs in training by `engine/watch.py`.
 PATIENCE = timedelta(hours=2)
 
 
@@ -46,27 +47,20 @@ def join(cfg: RunConfig) -> Place:
     Raises:
         ConfigError, RankLostError: see `open_backend`.
     """
-    world = _number("WORLD_SIZE", 1)
-    _set_threads(cfg.threads, _number("LOCAL_WORLD_SIZE", world))
+    world = number("WORLD_SIZE", 1)
+    _set_threads(cfg.threads, number("LOCAL_WORLD_SIZE", world))
     if cfg.backend == "single" and world > 1:
         raise ConfigError(f"backend=single cannot use {world} processes; set backend=ddp or start one process.")
     _refuse_unannounced_tasks()
-    device = _device(_number("LOCAL_RANK", 0))
+    device = _device(number("LOCAL_RANK", 0))
     if cfg.backend == "single" and not dist.is_initialized():
         return Place(0, 1, device)
     if not dist.is_initialized():
-        _enter(world, device)
+        _enter(world, device, cfg.join_s)
     found = dist.get_world_size()
     if found != world:
         raise RankLostError(f"the process group has {found} processes, but WORLD_SIZE is {world}; start the run anew.")
     return Place(dist.get_rank(), found, device)
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError(f"the variable {name} is {text!r}, expected a whole number; unset it or use torchrun.")
-    return int(text)
 
 
 def _set_threads(threads: int, local_world: int) -> None:
@@ -76,7 +70,7 @@ def _set_threads(threads: int, local_world: int) -> None:
 
 def _refuse_unannounced_tasks() -> None:
     """Several srun tasks without RANK would be as many runs in one folder, each believing itself alone."""
-    tasks = _number("SLURM_STEP_NUM_TASKS", 1)
+    tasks = number("SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1 and "RANK" not in os.environ:
         raise ConfigError(
             f"srun started {tasks} tasks, but RANK is not set; start the tasks by torchrun, or export RANK, "
@@ -97,36 +91,23 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _enter(world: int, device: torch.device) -> None:
+def _enter(world: int, device: torch.device, join_s: float) -> None:
     name = "nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
     if world == 1:
         # A world of one needs no address: nobody else is to find it.
         dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     else:
-        missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-        if device.type == "cuda" and "LOCAL_RANK" not in os.environ:
-            missing.append("LOCAL_RANK")
-        if missing:
-            raise ConfigError(
-                f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set; start the processes by torchrun or "
-                "`accelerate launch`, or export all of these variables."
-            )
-        if os.environ["MASTER_PORT"] == "0":  # every process would look for the others at a port of nobody, for hours
-            raise ConfigError(
-                "MASTER_PORT is 0, expected a port number; use torchrun --standalone, which chooses a free one, or "
-                "--master_port with a number."
-            )
-        rank = _number("RANK", 0)
-        if rank >= world:
-            raise ConfigError(f"RANK is {rank}, expected less than WORLD_SIZE={world}; correct the variables.")
+        store, rank = meet(world, needs_local_rank=device.type == "cuda", patience=timedelta(seconds=join_s))
+        store.set_timeout(PATIENCE)
         try:
-            dist.init_process_group(name, rank=rank, world_size=world, timeout=PATIENCE, device_id=bound)
+            dist.init_process_group(name, store=store, rank=rank, world_size=world, timeout=PATIENCE, device_id=bound)
         except (dist.DistError, TimeoutError) as error:
             raise RankLostError(
-                f"rank {rank} of {world} did not find the others ({str(error).splitlines()[0]}); check that every "
-                "process runs and reaches MASTER_ADDR and MASTER_PORT."
+                f"rank {rank} of {world} did not connect to the others ({str(error).splitlines()[0]}); check that "
+                "every process runs and that their machines reach one another."
             ) from error
+    watch_launcher()
     atexit.register(_leave)
 
 

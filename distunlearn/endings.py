@@ -1,0 +1,63 @@
+"""How a command ends: one line on standard error and an exit code, whatever happened, on each rank its part of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from distunlearn.errors import ConfigError, DistunlearnError, LaunchError, RankLostError, StoppedError
+
+__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "complain", "ended", "is_main"]
+
+EXIT_INTERNAL = 70
+EXIT_STOPPED = 75
+
+
+def is_main() -> bool:
+    """True on the one process that speaks where all would say the same."""
+    return rank() == 0
+
+
+def rank() -> int:
+    """Before a process group exists, only the launcher's RANK tells the processes apart."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def ended(error: BaseException) -> int:
+    """Say what `error` means, and return the exit code."""
+    if isinstance(error, DistunlearnError):
+        complain(error)
+        if error.agreed:
+            _leave_together()
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        if is_main():
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_STOPPED
+    from distunlearn.engine.backends.process_group import lost_rank
+
+    lost = lost_rank(error)
+    if lost is None:
+        if "RANK" in os.environ:
+            print(f"rank {rank()} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+        return EXIT_INTERNAL
+    print(f"error: {lost}", file=sys.stderr)  # by every rank: the main one may be the lost one
+    return RankLostError.exit_code
+
+
+def complain(error: DistunlearnError) -> None:
+    """One line on stderr. A bad config and what all ranks agreed on is said once; other errors may strike one rank."""
+    if is_main():
+        print(str(error) if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
+    elif not error.agreed and (isinstance(error, LaunchError) or not isinstance(error, ConfigError)):
+        print(f"rank {rank()}: error: {error}", file=sys.stderr)
+
+
+def _leave_together() -> None:
+    """All ranks end alike; a launcher would end the main process, before it has said why, with the first to leave."""
+    from distunlearn.engine.backends.process_group import wait_for_all
+
+    wait_for_all()

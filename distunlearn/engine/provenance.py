@@ -1,0 +1,105 @@
+"""What runs: the digest of this package's code, its record in the ledger, and that all ranks run the same.
+
+A run may go on under other code only if the settings say so (`accept_code_change`), and the ledger then has a line
+for each code that worked on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distunlearn import __version__
+from distunlearn.config_checks import PATH_KEYS
+from distunlearn.config_io import settings
+from distunlearn.engine.ledger import Ledger, read_ledger
+from distunlearn.errors import ConfigError, RankLostError
+from distunlearn.text import printable
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.data.manifest import Manifest
+    from distunlearn.engine.backends import Backend
+
+__all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]
+
+# May differ between machines without changing what is computed.
+LOCAL = (*PATH_KEYS, "threads", "data.cache_mib", "data.verify", "watchdog_s", "watchdog_save_s", "join_s")
+SHOWN = 5
+
+
+@functools.cache
+def code_digest() -> str:
+    """sha256 (hex) over the names and bytes of all Python files of the package."""
+    root = Path(__file__).parents[1]
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def require_one_run(backend: Backend, cfg: RunConfig, manifest: Manifest) -> None:
+    """All ranks have the same settings, images and roles, code and torch. Collective.
+
+    Raises:
+        RankLostError: they have not; on every rank, with the differences.
+    """
+    if backend.world == 1:
+        return
+    facts = {key: value for key, value in settings(cfg).items() if key not in LOCAL}
+    facts |= {
+        "shards and roles": manifest.fingerprint,
+        "code": f"{__version__} {code_digest()[:12]}",
+        "torch": torch.__version__,
+        "default dtype": str(torch.get_default_dtype()),
+    }
+    everyone = backend.gather_objects(facts)
+    for rank, found in enumerate(everyone):
+        keys = [key for key in {**everyone[0], **found} if everyone[0].get(key) != found.get(key)]
+        if not keys:
+            continue
+        told = "; ".join(f"{k}: {_show(everyone[0].get(k))} and {_show(found.get(k))}" for k in keys[:SHOWN])
+        more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+        error = RankLostError(
+            f"rank 0 and rank {rank} do not run the same ({told}{more}); start all processes with the same settings, "
+            "shards and installation."
+        )
+        error.agreed = True
+        raise error
+
+
+def code_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last line of the ledger that says under which code the run works."""
+    return next((line for line in reversed(lines) if line.get("event") == "code"), None)
+
+
+def require_same_code(ledger: Ledger, accept: bool) -> None:
+    """To be called on the main rank before anything is trained: the run goes on under the code it began under.
+
+    Args:
+        ledger: the run's; it is written to.
+        accept: another code is recorded instead of refused.
+
+    Raises:
+        ConfigError: the code is another one.
+    """
+    before, now = code_line(read_ledger(ledger.path)), code_digest()
+    if before is not None and before["digest"] == now:
+        return
+    if before is not None and not accept:
+        raise ConfigError(
+            f"this run began under distunlearn {printable(before['version'], 40)} (code {before['digest'][:12]}), and "
+            f"this is {__version__} (code {now[:12]}); go on with that installation, or set accept_code_change=true, "
+            "which the ledger will record."
+        )
+    ledger.code(__version__, now)
+
+
+def _show(value: Any) -> str:
+    return printable(repr(value), 60)

@@ -1,0 +1,88 @@
+"""Print docs/faults.md, made from the tables tests/faults/rows_*.py.
+
+    python docs/make_faults.py > docs/faults.md
+
+A test compares the committed page with what this prints, and that every test it names exists.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUPS = {
+    "C": "Settings and the command line", "F": "Forget lists", "S": "Shards and images", "E": "Encoders as input",
+    "D": "Processes", "N": "Numerics", "K": "Checkpoints and the file system", "L": "SLURM",
+    "R": "Evidence and report", "X": "Secrets and traces",
+}  # fmt: skip
+HEAD = """\
+# Faults and the tests that show what happens
+
+Each row is a fault, what happens, and the tests that bring the fault about. A row that does not apply says why. This
+page is made by `python docs/make_faults.py > docs/faults.md`; do not edit it by hand.
+
+The rows under SLURM need its daemons (`launch/test.sh -m slurm tests/slurm`); all others are part of the default run.
+"""
+
+Row = tuple[str, "list[str] | str"]
+
+
+def rows() -> dict[str, Row]:
+    """All tables together, in the order of GROUPS."""
+    found: dict[str, Row] = {}
+    for path in sorted((ROOT / "tests" / "faults").glob("rows_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name, row in module.ROWS.items():
+            assert name not in found, f"{name} is in two tables"
+            # A table may leave out the sentence; then the names of the tests have to speak.
+            found[name] = row if isinstance(row, tuple) else ("", row)
+    order = list(GROUPS)
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0])))
+
+
+def tests_of(path: Path) -> set[str]:
+    """Names of the test functions of a file, methods as Class::name."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}::{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return {name for name in names if name.rpartition("::")[2].startswith("test")}
+
+
+def missing() -> list[str]:
+    """Tests that a table names and that do not exist."""
+    known: dict[str, set[str]] = {}
+    gone = []
+    for name, (_, shown) in rows().items():
+        for test in shown if isinstance(shown, list) else ():
+            file, _, function = test.partition("::")
+            path = ROOT / file
+            if file not in known:
+                known[file] = tests_of(path) if path.is_file() else set()
+            if re.sub(r"\[.*\]$", "", function) not in known[file]:
+                gone.append(f"{name}: {test}")
+    return gone
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts, group = [HEAD], ""
+    for name, (sentence, shown) in rows().items():
+        if name[0] != group:
+            group = name[0]
+            parts.append(f"\n## {GROUPS[group]}\n\n| row | fault, and what happens | shown by |\n|---|---|---|\n")
+        told = "<br>".join(f"`{test}`" for test in shown) if isinstance(shown, list) else shown
+        parts.append(f"| {name} | {sentence} | {told} |\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,208 @@
+"""Before the first step: processes that cannot meet, or do not run the same, and what doctor says of a launch."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+
+import pytest
+import tiny
+import torch
+from conftest import SMALL
+
+from distunlearn.config import RunConfig
+from distunlearn.engine import provenance
+from distunlearn.engine.backends import meeting, process_group
+from distunlearn.engine.backends.base import Backend
+from distunlearn.engine.backends.process_group import Place
+from distunlearn.errors import ConfigError, RankLostError
+from distunlearn.launch_check import sample_problems
+
+# -- meeting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    def set_to(**values: str) -> None:
+        standard = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
+        for name, value in (standard | values).items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MASTER_ADDR", "no-such-node.invalid"), ("MASTER_ADDR", "a b"), ("MASTER_PORT", "70000"), ("RANK", "7")],
+)
+def test_a_variable_that_cannot_be_right_is_named_at_once(variables, name, value):
+    variables(**{name: value})
+    with pytest.raises(ConfigError, match=f"{name} is '?{value}"):
+        process_group.join(RunConfig(backend="ddp", threads=torch.get_num_threads()))
+
+
+def test_a_port_in_use_is_named(variables):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        variables(MASTER_PORT=str(port))
+        with pytest.raises(ConfigError, match=f"MASTER_PORT is {port}, which another program uses"):
+            process_group.join(RunConfig(backend="ddp", threads=torch.get_num_threads(), join_s=5.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("WORLD_SIZE", ["2", "3"], "WORLD_SIZE is 3 for rank 1 and 2 for rank 0"),
+        ("RANK", ["1", "1"], "did not find the others"),
+    ],
+)
+def test_variables_that_contradict_one_another(zygote, copied, name, values, said):
+    settings = tiny.settings(*SMALL, "backend=ddp", "join_s=4", "unlearn.retain_batch=30", "unlearn.forget_batch=6",
+                             "unlearn.third_party_batch=6", "pretrain.batch=36")  # fmt: skip
+    group = zygote.start(2, ["unlearn", "digits", "--out", str(copied), *settings], **{name: values})
+    group.wait()
+    told = [group.said(rank) for rank in (0, 1)]
+    assert any(said in text and name in text for text in told), told
+    assert max(group.seconds) < 40 and not any("Traceback" in text for text in told), told
+    assert set(group.codes) <= {2, 5} and 0 not in group.codes
+
+
+def test_a_rank_that_is_taken_is_refused():
+    store = torch.distributed.HashStore()
+    store.set("distunlearn/0/joined 0", "")  # as if all had come
+    store.set("distunlearn/0/joined 1", "")
+    meeting._compare(store, 0, 2)
+    meeting._compare(store, 1, 2)
+    with pytest.raises(ConfigError, match="RANK is 1 in two processes"):
+        meeting._compare(store, 1, 2)
+
+
+# -- the same run ----------------------------------------------------------------------------------------------------
+
+
+class _Two(Backend):
+    """Rank 0 of two, whose other one reports what the test says."""
+
+    def __init__(self, **others: str) -> None:
+        super().__init__(RunConfig(), Place(0, 2, torch.device("cpu")))
+        self.others = others
+
+    def gather_objects(self, value):
+        return [value, {**value, **self.others}]
+
+
+class _Manifest:
+    fingerprint = "f1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("code", "0.1 abc"), ("shards and roles", "f2"), ("torch", "2.11"), ("default dtype", "torch.float64"),
+     ("precision", "bf16"), ("seed", 3)],
+)  # fmt: skip
+def test_a_rank_that_runs_something_else_is_refused(key, value):
+    with pytest.raises(RankLostError) as caught:
+        provenance.require_one_run(_Two(**{key: value}), RunConfig(), _Manifest())
+    message = str(caught.value)
+    assert message.startswith(f"rank 0 and rank 1 do not run the same ({key}: ") and repr(value) in message
+    assert caught.value.agreed
+
+
+def test_ranks_may_differ_in_what_changes_nothing():
+    provenance.require_one_run(_Two(), RunConfig(), _Manifest())
+    here = dataclasses.replace(RunConfig(), threads=3, watchdog_s=1.0)
+    there = dataclasses.replace(RunConfig(), threads=8)
+    keys = [provenance.settings(cfg).items() for cfg in (here, there)]
+    differing = {key for key, _ in keys[0] ^ keys[1]}
+    assert differing == {"threads", "watchdog_s"} and differing <= set(provenance.LOCAL)
+
+
+def test_what_the_main_rank_refuses_is_refused_by_all():
+    class Other(_Two):
+        rank = 1
+        told = ConfigError("no")
+
+        def __init__(self):
+            super().__init__()
+            self.rank = 1
+
+        def broadcast_object(self, value):
+            assert value is None
+            return self.told
+
+    other = Other()
+    with pytest.raises(ConfigError, match="no") as caught:
+        other.on_main(lambda: 1)
+    assert caught.value.agreed
+    other.told = "OSError"
+    with pytest.raises(RankLostError, match="OSError"):
+        other.on_main(lambda: 1)
+    other.told = None
+    assert other.on_main(lambda: 1) is None
+    alone = Backend(RunConfig(), Place(0, 1, torch.device("cpu")))
+    assert alone.on_main(lambda: 1) == 1
+    with pytest.raises(ZeroDivisionError):
+        alone.on_main(lambda: 1 // 0)
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_shows_what_a_launch_really_is(zygote, trained):
+    settings = tiny.settings(*SMALL, "backend=ddp")
+    group = zygote.start(2, ["doctor", "digits", "--out", str(trained), *settings])
+    assert group.wait() == [0, 0], group.said() + group.said(1)
+    told = group.said().partition("- launch:")[2]
+    assert "world: 2 processes on 1 machines, backend ddp" in told
+    for rank, pid in enumerate(group.pids):
+        assert f"rank {rank}: process {pid} on " in told
+    assert "samples: pretrain/members, first 2 steps: 32 + 32 images" in told
+    assert "samples: unlearn/forget, first 2 steps: 8 + 8 images" in told
+    assert told.rstrip().endswith("- problems of the launch:\n  none")
+    norm, length = (float(told.split(f"{word} ")[1].split()[0]) for word in ("of norm", "weights by"))
+    assert norm > 2 and length == pytest.approx(norm, rel=1e-2)  # a clipping at 1 would show
+    assert group.said(1) == ""
+
+
+def test_doctor_finds_a_clipping_that_nobody_asked_for(monkeypatch):
+    from distunlearn import launch_check
+
+    cfg = tiny_config()
+    honest = launch_check._one_step(cfg, Backend(cfg, Place(0, 1, torch.device("cpu"))))
+    assert honest[0] == pytest.approx(honest[1], rel=1e-3) and honest[1] > 2
+
+    class Clipping(Backend):
+        def step(self) -> None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            super().step()
+
+    length, norm = launch_check._one_step(cfg, Clipping(cfg, Place(0, 1, torch.device("cpu"))))
+    assert length == pytest.approx(1.0, rel=1e-2) and norm == pytest.approx(honest[1], rel=1e-6)
+
+
+def tiny_config() -> RunConfig:
+    from distunlearn.config_io import load_config
+
+    return load_config("digits", None, [part for part in tiny.TINY], world=1)
+
+
+WHOLE = {"retain": [["a", "b", "c", "d"], ["e", "f", "a", "b"]]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([["a", "b"], ["e", "f"]], [["c", "d"], ["a", "b"]], []),
+        ([["a", "b"], ["e", "f"]], [["a", "b"], ["e", "f"]], ["every rank has the same images", "seen by no rank"]),
+        ([["a"], ["e"]], [["c"], ["a"]], ["shared out twice"]),
+        ([["a", "b", "c"], ["e", "f"]], [["d"], ["a", "b"]], ["batches of unequal size ([3, 1])"]),
+        ([["a", "b"], ["e", "f"]], [["c", "x"], ["a", "b"]], ["1 images enter that one process would not see"]),
+    ],
+)
+def test_doctor_finds_samples_that_are_shared_out_wrongly(first, second, expected):
+    problems = sample_problems([{"retain": first}, {"retain": second}], WHOLE)
+    assert bool(problems) == bool(expected)
+    for sentence in expected:
+        assert any(sentence in problem for problem in problems), problems
