@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from distunlearn.objectives.gather import all_reduce_mean
 
 __all__ = ["Phase", "PhaseResult", "train_phase"]
 
+REPLACED = "replaced"  # figure, and name in the ledger, of images that cannot be decoded
+
 
 @dataclass
 class Phase:
@@ -49,6 +51,7 @@ class Phase:
     forget_ids: frozenset[str]
     digest: str
     names_forget: str = "forget"  # consumed role whose ids the ledger names; "" where members are trained on
+    refuse: Callable[[Collection[str]], None] | None = None  # raises if so many images may not be undecodable
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class _Part:
     metrics: dict[str, float]
     consumed: dict[str, list[str]]
     ids: dict[str, list[str]]
+    replaced: list[str]
 
 
 def _merged(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
@@ -111,6 +115,7 @@ class _Runner:
         self.attempt = 1
         self.elapsed = 0.0
         self.started: dict[str, float] = {}
+        self.undecodable: set[str] = set()  # images found so far, on any rank, that others were taken for
 
     def run(self) -> PhaseResult:
         phase, ctx = self.phase, self.ctx
@@ -172,10 +177,28 @@ class _Runner:
         backend.step()
         if ctx.momentum is not None:
             backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
-        consumed = backend.gather_ids(_merged([part.consumed for part in parts]))
+        replaced = [i for part in parts for i in part.replaced]
+        consumed = backend.gather_ids({**_merged([part.consumed for part in parts]), REPLACED: replaced})
+        figures = self._replaced(consumed)
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
-        figures = _mean([{"loss": float(part.loss), **part.metrics} for part in parts])
-        return {"lr": rate, "grad_norm": float(norm), **self._over_ranks(figures)}
+        means = _mean([{"loss": float(part.loss), **part.metrics} for part in parts])
+        return {"lr": rate, "grad_norm": float(norm), **figures, **self._over_ranks(means)}
+
+    def _replaced(self, consumed: dict[str, list[str]]) -> dict[str, float]:
+        """Take the replaced images of a step to the log; the ledger counts them if there are any.
+
+        Raises:
+            DataError: too many, counted over all ranks.
+        """
+        if not consumed[REPLACED]:
+            del consumed[REPLACED]
+            return {}
+        for sample_id in sorted(set(consumed[REPLACED]) - self.undecodable):
+            self.telemetry.note(self.phase.name, f"image {sample_id!r} cannot be decoded; another takes its place")
+        self.undecodable.update(consumed[REPLACED])
+        if self.phase.refuse is not None:
+            self.phase.refuse(self.undecodable)
+        return {REPLACED: len(consumed[REPLACED])}
 
     def _over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
         """The mean of every figure over the ranks, which have the same ones and equal shares of the batches."""
@@ -193,7 +216,8 @@ class _Runner:
             out = phase.method.loss(ctx, batches)
             self._require_finite(step, out.loss, "loss", ids)
             backend.backward(out.loss / count)
-        return _Part(out.loss.detach(), out.metrics, out.consumed, ids)
+        replaced = [i for batch in batches.values() for i in batch.replaced]
+        return _Part(out.loss.detach(), out.metrics, out.consumed, ids, replaced)
 
     def _require_finite(self, step: int, value: Tensor, what: str, ids: Mapping[str, list[str]]) -> None:
         """Every rank learns of the first value that is not finite before any rank updates."""
