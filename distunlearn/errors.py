@@ -15,6 +15,7 @@ __all__ = [
     "NumericsError",
     "RankLostError",
     "StoppedError",
+    "UndecodableError",
     "EXIT_GATE_FAILED",
     "EXIT_INCONCLUSIVE",
 ]
@@ -51,6 +52,10 @@ class DataError(DistunlearnError):
     """Missing, damaged or contradictory data; exit code 3."""
 
     exit_code = 3
+
+
+class UndecodableError(DataError):
+    """An image whose bytes are as the manifest says, but are no image that can be used; exit code 3."""
 
 
 class CoverageError(DataError):

@@ -231,8 +231,9 @@ _VERIFIED: set[tuple[str, str]] = set()
 
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
-    "data.prepare_workers", "data.root", "data.third_party_root", "reuse", "checkpoint.asynchronous",
-    "checkpoint.sharded", "watchdog_s", "watchdog_save_s", "join_s", "accept_code_change",
+    "data.prepare_workers", "data.root", "data.third_party_root", "data.workers", "data.prefetch", "data.read_retries",
+    "data.max_undecodable", "reuse", "checkpoint.asynchronous", "checkpoint.sharded", "watchdog_s", "watchdog_save_s",
+    "join_s", "accept_code_change",
 )  # fmt: skip
 
 
@@ -280,8 +281,18 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
             _take_over(cfg, out)
         backend.barrier()
         store = ImageStore(
-            manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels
+            manifest,
+            cfg.encoder.image_size,
+            cfg.encoder.in_chans,
+            cfg.data.cache_mib,
+            cfg.data.max_pixels,
+            workers=cfg.data.workers,
+            prefetch=cfg.data.prefetch,
+            decode=cfg.data.decode,
+            retries=cfg.data.read_retries,
+            max_undecodable=cfg.data.max_undecodable,
         )
+        stack.callback(store.close)
         ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
         stack.callback(ledger.close)
         telemetry = stack.enter_context(Telemetry(out, backend.is_main))

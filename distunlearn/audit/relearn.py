@@ -52,7 +52,9 @@ class Relearned:
 def relearn(eye: Eye, store: ImageStore, manifest: Manifest, cfg: RunConfig, steps: int) -> Relearned:
     """Train a copy of the encoder for `steps` steps, measured at 0, 1, 2, 4 ... and the last; 0: measure only."""
     count = min(CANDIDATES, len(manifest.ids("forget")), len(manifest.ids("holdout")))
-    forget, holdout = (sampled(manifest.ids(role), count, cfg.seed + 2) for role in ("forget", "holdout"))
+    holdout = store.decodable(sampled(manifest.ids("holdout"), count, cfg.seed + 2))
+    count = len(holdout)
+    forget = sampled(manifest.ids("forget"), count, cfg.seed + 2)
     ids = [*forget, *holdout]
     images = store.by_offset(ids)
     bank = audit_bank(eye, store, manifest)

@@ -134,7 +134,8 @@ def collect_signals(
         momentum.eval()
     eye = Eye(model, momentum, objective, cfg, device)
     bank = audit_bank(eye, store, manifest)
-    chosen = [(i, role) for role in AUDITED for i in sampled(manifest.ids(role), PER_ROLE, cfg.seed)]
+    ids = {role: store.decodable(sampled(manifest.ids(role), PER_ROLE, cfg.seed)) for role in AUDITED}
+    chosen = [(i, role) for role, those in ids.items() for i in those]
     parts = [_signals(eye, chunk, store, manifest, bank) for chunk in _chunks(chosen)]
     joined = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Signals)}
     signals = Signals(**joined)
@@ -195,7 +196,7 @@ def audit_bank(eye: Eye, store: ImageStore, manifest: Manifest) -> Bank | None:
     """Keys of retain images, the same images for every encoder. Not the queue: each encoder would bring its own."""
     if not eye.objective.uses_bank:
         return None
-    ids = sampled(manifest.ids("retain"), BANK_IMAGES, eye.cfg.seed + 1)
+    ids = store.decodable(sampled(manifest.ids("retain"), BANK_IMAGES, eye.cfg.seed + 1))
     keys, hashes = [], []
     for chunk in _chunks(ids):
         images = store.by_offset(chunk)

@@ -4,20 +4,26 @@ PNG, JPEG and WebP only, recognised by content. The size is read from the header
 any pixel is decoded. Conversions, all deliberate: EXIF orientation is applied; transparency is laid
 over white; palette, CMYK and YCbCr become RGB; colour profiles are ignored; of an animation the first
 frame counts; 16-bit and floating-point greys are refused, because PIL would clip them silently.
+
+PIL decides what an image is. The pixels of plain colour JPEGs come from simplejpeg, where it is installed, or else from
+torchvision: both are faster and give the very same pixels. A comparison at first use makes sure of that on this
+machine; without such a decoder PIL decodes them too.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from distunlearn.errors import DataError
+from distunlearn.errors import UndecodableError
 
-__all__ = ["check_header", "decode_image", "to_square"]
+__all__ = ["check_header", "decode_image", "decode_square", "find_decoder", "to_square"]
 
 # The plugin classes themselves, not Image.open: no other format is ever tried and PIL's own, laxer size limit
 # (a warning) does not get in the way of ours.
@@ -28,19 +34,21 @@ _OPENERS = {
 }
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+_ORIENTATION = 0x0112  # EXIF tag; 1: as the viewer sees it
+_SAMPLINGS = {(1, 1), (2, 1), (2, 2)}  # of the luma of JPEGs that need not be decoded by PIL: 4:4:4, 4:2:2, 4:2:0
 
 
 def check_header(data: bytes, sample_id: str, max_pixels: int) -> str:
     """The format of an encoded image, "png", "jpg" or "webp", after a check of its size from the header.
 
     Raises:
-        DataError: another format, an unreadable header, no pixels, or width x height > max_pixels.
+        UndecodableError: another format, an unreadable header, no pixels, or width x height > max_pixels.
     """
     kind = _recognise(data, sample_id)
     try:
         width, height = _HEADER_SIZES[kind](data)
     except Exception as error:  # hostile bytes: the parsers raise anything from struct.error to SyntaxError
-        raise DataError(f"The image {sample_id!r} has a damaged {kind} header; replace the file.") from error
+        raise UndecodableError(f"The image {sample_id!r} has a damaged {kind} header; replace the file.") from error
     _check_size(width, height, sample_id, max_pixels)
     return kind
 
@@ -49,26 +57,136 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int, channels: int) ->
     """Decode into uint8 [C, H, W] with C = channels (1 or 3), height and width as the viewer sees them.
 
     Raises:
-        DataError: see `check_header`; also a truncated or damaged image, or an unsupported pixel format.
+        UndecodableError: see `check_header`; also a truncated or damaged image, or an unsupported pixel format.
     """
+    return _decode(data, sample_id, max_pixels, channels, None).contiguous()
+
+
+def decode_square(
+    data: bytes, sample_id: str, max_pixels: int, channels: int, size: int, mode: str = "exact"
+) -> torch.Tensor:
+    """Decode, cut the centre square, resize: uint8 [C, size, size].
+
+    Args:
+        mode: "exact": `decode_image`, then `to_square` in floating point. "fast": a JPEG is decoded at the smallest of
+            its built-in scales (1/1, 1/2, 1/4, 1/8) that keeps the square at least `size` pixels wide, and the resize
+            computes in integers. Without a smaller scale the two differ by at most 1 in a pixel.
+
+    Raises:
+        UndecodableError: see `decode_image`.
+    """
+    if mode == "exact":
+        return to_square(_decode(data, sample_id, max_pixels, channels, None), size)
+    square = _centre(_decode(data, sample_id, max_pixels, channels, size))
+    if square.shape[-1] == size:
+        return square.contiguous()
+    # Channels last: for this layout torch has a vectorised integer kernel.
+    square = square[None].contiguous(memory_format=torch.channels_last)
+    resized = torch.nn.functional.interpolate(
+        square, size=(size, size), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized[0].contiguous()
+
+
+def _decode(data: bytes, sample_id: str, max_pixels: int, channels: int, smallest: int | None) -> torch.Tensor:
+    """uint8 [C, H, W], any strides. smallest: the shorter side may shrink to this many pixels while decoding."""
     assert channels in (1, 3), channels
-    kind = check_header(data, sample_id, max_pixels)
+    kind = _recognise(data, sample_id)
+    if kind != "jpg":  # of a JPEG PIL reads no more than the header either, before its size is checked
+        check_header(data, sample_id, max_pixels)
     try:
         image = _OPENERS[kind](io.BytesIO(data))
         _check_size(image.width, image.height, sample_id, max_pixels)
         if image.mode not in _MODES:
-            raise DataError(
+            raise UndecodableError(
                 f"The image {sample_id!r} has pixels of kind {image.mode}; convert it to 8 bits per channel first."
             )
+        scaled = smallest is not None and kind == "jpg" and _shrink(image, smallest)
+        if channels == 3 and not scaled and kind == "jpg" and _is_plain(image, data):
+            pixels = _quickly(data)
+            if pixels is not None:
+                return pixels
         image.load()
         image = _flatten(ImageOps.exif_transpose(image))
-        pixels = np.array(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    except DataError:
+        array = np.array(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+    except UndecodableError:
         raise
     except Exception as error:  # hostile bytes, see check_header
-        raise DataError(f"The image {sample_id!r} ({kind}) cannot be decoded; replace the file.") from error
-    tensor = torch.from_numpy(pixels)
-    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+        raise UndecodableError(f"The image {sample_id!r} ({kind}) cannot be decoded; replace the file.") from error
+    tensor = torch.from_numpy(array)
+    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
+
+
+def _shrink(image: Image.Image, smallest: int) -> bool:
+    """Have a JPEG decoded at a smaller scale whose shorter side has at least `smallest` pixels; True if there is one.
+
+    Its mode stays: with another one PIL would also take the brightness from the file in place of computing it.
+    """
+    before, shorter = image.size, min(image.size)
+    image.draft(image.mode, tuple(side * smallest // shorter for side in before))
+    return image.size != before
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """A whole colour JPEG, stored as YCbCr in a usual sampling, that needs no turning."""
+    layers = getattr(image, "layer", [])
+    return (
+        image.mode == "RGB"
+        and len(layers) == 3
+        and tuple(layers[0][1:3]) in _SAMPLINGS
+        and all(tuple(layer[1:3]) == (1, 1) for layer in layers[1:])
+        and image.info.get("adobe_transform", 1) == 1
+        and data.endswith(b"\xff\xd9")
+        and image.getexif().get(_ORIENTATION, 1) == 1
+    )
+
+
+def _quickly(data: bytes) -> torch.Tensor | None:
+    """uint8 [3, H, W] of a plain JPEG by the faster decoder; None: PIL is to decide."""
+    decoder = _quick_decoder()
+    if decoder is None:
+        return None
+    try:
+        return decoder(data)
+    except (ValueError, RuntimeError):
+        return None
+
+
+@cache
+def _quick_decoder() -> Callable[[bytes], torch.Tensor] | None:
+    """The first decoder that is there and gives PIL's pixels on noise in every sampling."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    samples = []
+    for sampling in range(len(_SAMPLINGS)):
+        buffer = io.BytesIO()
+        noise.save(buffer, "JPEG", quality=90, subsampling=sampling)
+        pixels = np.array(JpegImagePlugin.JpegImageFile(io.BytesIO(buffer.getvalue())))
+        samples.append((buffer.getvalue(), torch.from_numpy(pixels).permute(2, 0, 1)))
+    for decoder in (_by_simplejpeg, _by_torchvision):
+        try:
+            if all(torch.equal(decoder(data), pixels) for data, pixels in samples):
+                return decoder
+        except Exception:  # not installed, or builds that do not fit each other: they fail in many ways
+            continue
+    return None
+
+
+def _by_simplejpeg(data: bytes) -> torch.Tensor:
+    import simplejpeg
+
+    pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _by_torchvision(data: bytes) -> torch.Tensor:
+    import torchvision  # noqa: F401  registers the operator, whose Python function warns at each call since 0.29
+
+    return torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
+
+
+def find_decoder() -> None:
+    """What else the first image would do: look for the fastest decoder. For once before processes are forked."""
+    _quick_decoder()
 
 
 def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -76,16 +194,21 @@ def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
 
     The crop comes before the resize: the same picture, but a 1 x 60,000,000 image stays cheap.
     """
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[:, top : top + side, left : left + side]
-    if side == size:
-        return square.contiguous()
+    square = _centre(image).contiguous()
+    if square.shape[-1] == size:
+        return square
     resized = torch.nn.functional.interpolate(
         square[None].float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
     return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _centre(image: torch.Tensor) -> torch.Tensor:
+    """Centre square of [C, H, W], a view."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[:, top : top + side, left : left + side]
 
 
 def _recognise(data: bytes, sample_id: str) -> str:
@@ -95,12 +218,14 @@ def _recognise(data: bytes, sample_id: str) -> str:
         return "jpg"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    raise DataError(f"The image {sample_id!r} ({len(data)} bytes) is not PNG, JPEG or WebP; convert or remove it.")
+    raise UndecodableError(
+        f"The image {sample_id!r} ({len(data)} bytes) is not PNG, JPEG or WebP; convert or remove it."
+    )
 
 
 def _check_size(width: int, height: int, sample_id: str, max_pixels: int) -> None:
     if width < 1 or height < 1 or width * height > max_pixels:
-        raise DataError(
+        raise UndecodableError(
             f"The image {sample_id!r} claims {width} x {height} pixels; allowed are 1 to {max_pixels} in all "
             "(data.max_pixels), so remove it or raise the limit."
         )

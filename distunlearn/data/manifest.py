@@ -150,6 +150,10 @@ class Manifest:
             self._selections[wanted] = _Selection(list(ids) if self.is_small else ids, shards, shard_of)
         return self._selections[wanted]
 
+    def lookup(self, ids: Sequence[str]) -> list[Sample]:
+        """The samples of these ids, in this order; KeyError for an id that is none."""
+        return [self.by_id[i] for i in ids] if self.is_small else self._at(self._rows_of(ids))
+
     def rows(self, roles: Sequence[str]) -> np.ndarray:
         """Row numbers of the roles, int64 [n], ascending."""
         return np.flatnonzero(np.isin(self.columns.role, [CODE[role] for role in roles]))

@@ -9,8 +9,8 @@ Legend: n = ids of a role set, B = images per global batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,19 +28,21 @@ class Batch:
     """One rank's rows of a global batch.
 
     ids: n sample ids; images: uint8 [n, C, S, S]; epochs: int64 numpy [n], the epoch each row
-    belongs to (views are keyed by it); labels: int64 tensor [n], -1 where unknown.
+    belongs to (views are keyed by it); labels: int64 tensor [n], -1 where unknown; replaced: the ids,
+    none of them among `ids` for this reason, in whose place another image came because they cannot be decoded.
     """
 
     ids: list[str]
     images: torch.Tensor
     epochs: np.ndarray
     labels: torch.Tensor
+    replaced: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def part(self, rows: slice) -> Batch:
-        """Some consecutive rows."""
+        """Some consecutive rows; `replaced`, which belongs to no row, stays behind."""
         return Batch(self.ids[rows], self.images[rows], self.epochs[rows], self.labels[rows])
 
 
@@ -51,6 +53,7 @@ def concat_batches(first: Batch, second: Batch) -> Batch:
         images=torch.cat([first.images, second.images]),
         epochs=np.concatenate([first.epochs, second.epochs]),
         labels=torch.cat([first.labels, second.labels]),
+        replaced=[*first.replaced, *second.replaced],
     )
 
 
@@ -87,15 +90,15 @@ class Cycle:
         batch: B, at least 1.
     """
 
-    def __init__(self, ids_per_epoch: Callable[[int], list[str]], batch: int) -> None:
+    def __init__(self, ids_per_epoch: Callable[[int], Sequence[str]], batch: int) -> None:
         assert batch >= 1, batch
         self._ids_per_epoch = ids_per_epoch
-        self._orders: dict[int, list[str]] = {}
+        self._orders: dict[int, Sequence[str]] = {}
         self.batch = batch
         self.num_ids = len(self.order(0))
         assert self.num_ids >= 1, "a cycle needs at least one id"
 
-    def order(self, epoch: int) -> list[str]:
+    def order(self, epoch: int) -> Sequence[str]:
         """The ids of one epoch in order (the few orders a batch touches are kept)."""
         if epoch not in self._orders:
             order = self._ids_per_epoch(epoch)

@@ -1,150 +1,64 @@
 """Shards -> decoded images -> batches, in an order that is a pure function of (seed, epoch).
 
-How an epoch is served: if the decoded images of the roles fit into the cache, they are streamed once
-through webdataset with every check, and from then on a batch is one tensor index. If not, every
-epoch streams again, and a rank decodes only its own rows. The order is the same either way.
+How an epoch is served: if the decoded images of the roles fit into the cache, they are read once, and from then on a
+batch is one tensor index. If not, every epoch reads again, and a rank reads and decodes only its own rows, some
+batches ahead in worker processes. The order and every bit are the same either way, for any number of workers and
+ranks.
 
-webdataset (1.0.2) alone would lose images: an invalid tar header inside a shard ends that shard without
-an error. So after every shard the ids, their count, each image's sha256 and the sha256 of the whole file
-are compared with the manifest, before any image of it is handed out.
+Nothing is left out: which images come is decided by the manifest alone, never by what a file seems to hold, and an
+image comes only with the digest of the manifest. One that cannot be decoded is replaced, see `RoleFeeder`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Collection, Iterator, Sequence
-from functools import cache
-from types import ModuleType
-from typing import Any, BinaryIO
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from distunlearn.data.decode import decode_image, to_square
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
-from distunlearn.data.shards import check_digest, check_shard_size, read_sample
+from distunlearn.data.tar_stream import read_shard
+from distunlearn.data.undecodable import Undecodable
+from distunlearn.data.workers import PIECE, Decoder, Piece, Pool
 from distunlearn.errors import DataError
 
 __all__ = ["ImageStore", "RoleFeeder", "epoch_order", "read_shard"]
 
-BLOCK_SHARDS = 8  # shards shuffled together; a streaming rank holds the encoded bytes of one such block
-_IMAGE_KINDS = ("png", "jpg", "webp")
+BLOCK_SHARDS = 8  # shards shuffled together
 
 
 def epoch_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> list[str]:
     """Ids of the roles in the order of this epoch; every id once, the same on every rank.
 
-    Shards are shuffled by (seed, epoch), then samples within each block of BLOCK_SHARDS shards, so that
-    a stream needs only one block in memory; with few shards this is a full shuffle.
+    Shards are shuffled by (seed, epoch), then samples within each block of BLOCK_SHARDS shards, so that reads
+    stay within a few files for a while; with up to BLOCK_SHARDS shards this is a full shuffle.
     """
-    ids = manifest.select(roles).ids
-    return [ids[i] for i in _order(manifest, roles, seed, epoch)[0]]
+    return list(_order(manifest, roles, seed, epoch))
 
 
-def _order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order [n]: indices into the selection, block [n]: the block of each position, ascending)."""
+class _Order(Sequence[str]):
+    """Ids in another order, looked up when asked for: an epoch of a hundred million costs its indices alone."""
+
+    def __init__(self, ids: Sequence[str], order: np.ndarray) -> None:
+        self._ids = ids
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, position: int) -> str:
+        return self._ids[int(self._order[position])]
+
+
+def _order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> _Order:
     chosen = manifest.select(roles)
     name = roles if isinstance(roles, str) else ",".join(sorted(set(roles)))
     place = np.argsort(permutation(len(chosen.shards), seed, "shards of", name, epoch))
     block = place[chosen.shard_of] // BLOCK_SHARDS
-    order = np.lexsort((random_words(len(chosen.ids), seed, "samples of", name, epoch), block))
-    return order, block[order]
-
-
-def read_shard(manifest: Manifest, shard: str, wanted: Collection[str]) -> dict[str, bytes]:
-    """{id: encoded bytes} of the wanted images of one shard, read through webdataset and fully checked.
-
-    Raises:
-        DataError: missing, truncated, changed by as little as one byte, or other samples than in the manifest.
-    """
-    path = check_shard_size(manifest, shard)
-    expected = manifest.in_shard(shard)
-    kept: dict[str, bytes] = {}
-    found = 0
-    with path.open("rb") as handle:
-        stream = _HashingReader(handle)
-        try:
-            for record in _samples(stream, shard):
-                found += 1
-                if found > len(expected):
-                    continue
-                sample = expected[found - 1]
-                data = next((record[kind] for kind in _IMAGE_KINDS if kind in record), None)
-                if data is None or _record_id(record) != sample.id:
-                    raise DataError(
-                        f"The shard {shard} has another or a partial sample where {sample.id!r} is expected "
-                        f"(number {found} of {len(expected)}); run prepare again."
-                    )
-                check_digest(sample, data)
-                if sample.id in wanted:
-                    kept[sample.id] = data
-        except DataError:
-            raise
-        except Exception as error:  # tarfile and webdataset raise many kinds on damaged bytes
-            raise DataError(
-                f"The shard {shard} cannot be read after {found} of {len(expected)} samples "
-                f"({type(error).__name__}); run prepare again."
-            ) from error
-        digest = stream.finish()
-    if found != len(expected):
-        raise DataError(
-            f"The shard {shard} gave {found} samples; expected {len(expected)}: its contents are damaged, "
-            "so run prepare again."
-        )
-    if digest != manifest.shard_files[shard].sha256:
-        raise DataError(f"The shard {shard} does not have the sha256 of the manifest; run prepare again.")
-    return kept
-
-
-class _HashingReader:
-    """A file that is only read forwards, hashing what passes."""
-
-    def __init__(self, handle: BinaryIO) -> None:
-        self._handle = handle
-        self._digest = hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._handle.read(size)
-        self._digest.update(data)
-        return data
-
-    def finish(self) -> str:
-        """sha256 of the whole file, after reading what is left (the end-of-archive padding)."""
-        while self.read(1 << 20):
-            pass
-        return self._digest.hexdigest()
-
-
-@cache
-def _webdataset() -> ModuleType:
-    """webdataset with its secure mode on: it is read at import and forbids commands as URLs and unpickling."""
-    os.environ["WDS_SECURE"] = "1"
-    import webdataset
-
-    webdataset.utils.enforce_security = True  # if somebody imported it before us
-    return webdataset
-
-
-def _samples(stream: _HashingReader, shard: str) -> Iterator[dict[str, Any]]:
-    """webdataset's own tar and grouping stages over a file we opened.
-
-    Not its WebDataset class: that takes URLs, draws from the global random generator, may be redirected
-    to a stale cache by an environment variable, and leaves files open.
-    """
-    wds = _webdataset()
-    expand = wds.filters.pipelinefilter(wds.tariterators.tar_file_expander)
-    group = wds.filters.pipelinefilter(wds.tariterators.group_by_keys)
-    strict = wds.handlers.reraise_exception
-    opened = [{"url": shard, "stream": stream}]
-    return iter(wds.DataPipeline(lambda: iter(opened), expand(handler=strict), group(handler=strict)))
-
-
-def _record_id(record: dict[str, Any]) -> Any:
-    content = json.loads(record.get("json", b"null"))
-    return content.get("id") if isinstance(content, dict) else None
+    return _Order(chosen.ids, np.lexsort((random_words(len(chosen.ids), seed, "samples of", name, epoch), block)))
 
 
 class ImageStore:
@@ -158,42 +72,61 @@ class ImageStore:
         image_size: S, pixels. channels: C, 1 or 3.
         cache_mib: size limit of the cache, MiB; 0: no cache.
         max_pixels: images above are refused before decoding.
+        workers: processes that read and decode ahead; 0: none. prefetch: batches ahead per feeder.
+        decode: see `decode_square`. retries: see `Reader`. max_undecodable: see `Undecodable`.
+
+    Attributes:
+        undecodable: images that turned out to be none.
+        pool: what reads and decodes; its counts say what that cost.
     """
 
     def __init__(
-        self, manifest: Manifest, image_size: int, channels: int, cache_mib: int, max_pixels: int
+        self,
+        manifest: Manifest,
+        image_size: int,
+        channels: int,
+        cache_mib: int,
+        max_pixels: int,
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        decode: str = "exact",
+        retries: int = 4,
+        max_undecodable: float = 0.001,
     ) -> None:
         self.manifest = manifest
-        self.image_size = image_size
-        self.channels = channels
-        self.max_pixels = max_pixels
+        self.shape = (channels, image_size, image_size)
+        self.prefetch = prefetch if workers else 0
+        self.pool = Pool(Decoder(manifest, image_size, channels, max_pixels, decode, retries), workers)
+        self.undecodable = Undecodable(manifest, max_undecodable)
         self._free = min(len(manifest), (cache_mib << 20) // (channels * image_size * image_size))
         # Untouched rows cost no memory: the operating system hands out pages on first write.
-        self._cache = torch.empty((self._free, channels, image_size, image_size), dtype=torch.uint8)
+        self._cache = torch.empty((self._free, *self.shape), dtype=torch.uint8)
         self._rows: dict[str, int] = {}
         self._admitted: set[str] = set()
         self._loaded: set[str] = set()
+        self._tried: set[str] = set()  # by `decodable`, which is asked for the same images again and again
+
+    def close(self) -> None:
+        """End the workers and close the shards; what is used afterwards opens them again."""
+        self.pool.close()
 
     def load(self, roles: str | Sequence[str]) -> bool:
-        """Fill the cache with these roles, streaming each shard once with every check.
+        """Fill the cache with these roles.
 
         Returns:
             False, with nothing read, if they do not fit; True once all of them are cached.
+
+        Raises:
+            DataError, CoverageError: see `Reader.read` and `Undecodable`.
         """
         names = {roles} if isinstance(roles, str) else set(roles)
         if names <= self._loaded:
             return True
-        if not self._admit(roles):
+        if not self._admit(names):
             return False
-        chosen = self.manifest.select(roles)
-        missing = [sample_id for sample_id in chosen.ids if sample_id not in self._rows]
-        by_shard: dict[str, list[str]] = {}
-        for sample_id in missing:
-            by_shard.setdefault(self.manifest.by_id[sample_id].shard, []).append(sample_id)
-        for shard, ids in by_shard.items():
-            data = read_shard(self.manifest, shard, set(ids))
-            for sample_id in ids:
-                self._decode(sample_id, data[sample_id])
+        missing = [i for i in self.manifest.select(roles).ids if i not in self._rows and i not in self.undecodable]
+        self.undecodable.add(self._decode(missing, None))
         self._loaded |= names
         return True
 
@@ -201,53 +134,75 @@ class ImageStore:
         """Cached images as uint8 [n, C, S, S], a copy; KeyError for an id that is not cached."""
         return self._cache[torch.tensor([self._rows[sample_id] for sample_id in ids], dtype=torch.int64)]
 
-    def stream(
-        self, roles: str | Sequence[str], seed: int, epoch: int, positions: Collection[int] | np.ndarray | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(id, uint8 [C, S, S]) in the order of `epoch_order`.
-
-        Args:
-            positions: only these positions of the epoch are decoded and given, in ascending order; None: all.
-                A boolean array [n] selects by mask. Blocks of shards without a wanted position are not read.
-
-        Raises:
-            DataError: see `read_shard` and `decode_image`.
-        """
-        order, blocks = _order(self.manifest, roles, seed, epoch)
-        ids = self.manifest.select(roles).ids
-        self._admit(roles)
-        for block in range(int(blocks[-1]) + 1 if len(blocks) else 0):
-            first, last = np.searchsorted(blocks, [block, block + 1]).tolist()
-            places = _chosen_positions(positions, first, last)
-            wanted = [ids[order[place]] for place in places]
-            missing = {sample_id for sample_id in wanted if sample_id not in self._rows}
-            encoded: dict[str, bytes] = {}
-            for shard in sorted({self.manifest.by_id[sample_id].shard for sample_id in missing}):
-                encoded.update(read_shard(self.manifest, shard, missing))
-            for sample_id in wanted:
-                if sample_id in self._rows:
-                    yield sample_id, self._cache[self._rows[sample_id]].clone()
-                else:
-                    yield sample_id, self._decode(sample_id, encoded.pop(sample_id))
-
     def by_offset(self, ids: Sequence[str]) -> torch.Tensor:
-        """Images of any ids, in this order, as uint8 [n, C, S, S]; those not cached are read at their offset.
+        """Images of any ids, in this order, as uint8 [n, C, S, S]; those not cached are read.
 
         Raises:
-            DataError: see `read_sample` and `decode_image`.
+            DataError: see `Reader.read`; or one of them cannot be decoded.
         """
-        images = torch.empty((len(ids), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
+        images = torch.empty((len(ids), *self.shape), dtype=torch.uint8)
+        bad = self.fill(ids, images)
+        if bad:
+            self.undecodable.add(bad)
+            raise DataError(next(iter(bad.values())))
+        return images
+
+    def decodable(self, ids: Sequence[str]) -> list[str]:
+        """The ids without those that cannot be decoded, which are taken note of.
+
+        Raises:
+            DataError, CoverageError: see `Reader.read` and `Undecodable`.
+        """
+        new = [sample_id for sample_id in ids if sample_id not in self._tried and sample_id not in self._rows]
+        for start in range(0, len(new), 8 * PIECE):
+            part = new[start : start + 8 * PIECE]
+            self.undecodable.add(self.fill(part, torch.empty((len(part), *self.shape), dtype=torch.uint8)))
+        self._tried.update(new)
+        return [sample_id for sample_id in ids if sample_id not in self.undecodable]
+
+    def fill(self, ids: Sequence[str], images: torch.Tensor) -> dict[str, str]:
+        """Write the images of any ids to images [n, C, S, S]; returns {id: why} of those that cannot be decoded."""
+        for role in {sample.role for sample in self.manifest.lookup(ids)}:
+            self._admit({role})
+        bad = {i: self.undecodable.found[i] for i in ids if i in self.undecodable}
+        rows = [row for row, i in enumerate(ids) if i not in self._rows and i not in bad]
+        bad |= self._decode([ids[row] for row in rows], images, rows)
         for row, sample_id in enumerate(ids):
             if sample_id in self._rows:
                 images[row] = self._cache[self._rows[sample_id]]
-            else:
-                self._admit(self.manifest.by_id[sample_id].role)
-                images[row] = self._decode(sample_id, read_sample(self.manifest, sample_id))
-        return images
+        return bad
 
-    def _admit(self, roles: str | Sequence[str]) -> bool:
+    def _decode(
+        self, ids: Sequence[str], images: torch.Tensor | None, rows: Sequence[int] | None = None
+    ) -> dict[str, str]:
+        """Decode ids into the cache, if their role has room, and id i into images[rows[i]]; returns those that fail."""
+        bad: dict[str, str] = {}
+        asked: deque[tuple[int, Piece]] = deque()
+        ahead = self.pool.spare
+        try:
+            for start in range(0, len(ids) + ahead * PIECE, PIECE):
+                if start < len(ids):
+                    samples = self.manifest.lookup(ids[start : start + PIECE])
+                    asked.append((start, self.pool.submit(samples)))
+                if asked and (len(asked) >= ahead or start >= len(ids)):
+                    first, piece = asked.popleft()
+                    found = torch.empty((len(piece.samples), *self.shape), dtype=torch.uint8)
+                    failures = dict(self.pool.take(piece, found))
+                    for row, sample in enumerate(piece.samples):
+                        if row in failures:
+                            bad[sample.id] = failures[row]
+                            continue
+                        if images is not None and rows is not None:
+                            images[rows[first + row]] = found[row]
+                        if sample.role in self._admitted:
+                            self._cache[self._rows.setdefault(sample.id, len(self._rows))] = found[row]
+        finally:
+            self.pool.abandon([piece for _, piece in asked])
+        return bad
+
+    def _admit(self, roles: set[str]) -> bool:
         """Reserve room for the roles that have none yet; all of them or none."""
-        new = ({roles} if isinstance(roles, str) else set(roles)) - self._admitted
+        new = roles - self._admitted
         needed = sum(len(self.manifest.select(role).ids) for role in new)
         if needed > self._free:
             return False
@@ -255,26 +210,21 @@ class ImageStore:
         self._admitted |= new
         return True
 
-    def _decode(self, sample_id: str, data: bytes) -> torch.Tensor:
-        """Decode to [C, S, S] and keep it if its role has room."""
-        image = to_square(decode_image(data, sample_id, self.max_pixels, self.channels), self.image_size)
-        if self.manifest.by_id[sample_id].role in self._admitted:
-            row = self._rows.setdefault(sample_id, len(self._rows))
-            self._cache[row] = image
-        return image
 
+@dataclass
+class _Ahead:
+    """A batch that was asked for: its step, and pieces with their rows in it."""
 
-def _chosen_positions(positions: Collection[int] | np.ndarray | None, first: int, last: int) -> list[int]:
-    """The wanted positions in [first, last), ascending."""
-    if positions is None:
-        return list(range(first, last))
-    if isinstance(positions, np.ndarray) and positions.dtype == bool:
-        return (np.flatnonzero(positions[first:last]) + first).tolist()
-    return [place for place in range(first, last) if place in positions]
+    step: int
+    pieces: list[tuple[slice, Piece]]
 
 
 class RoleFeeder:
     """This rank's rows of the global batches over some roles; batch_at is a pure function of the step.
+
+    An image that cannot be decoded is replaced by the next one of its role in the order of the epoch that can be, so
+    the replacement, too, is the same for any number of workers and ranks; `Batch.replaced` names the original. One
+    that is to be forgotten is never replaced.
 
     Args:
         store, manifest: where the images are.
@@ -283,7 +233,6 @@ class RoleFeeder:
         batch: images per global batch, over all ranks. More than there are ids is fine: the cycle runs
             across epochs, so one id may occur several times with different epoch numbers.
         rank, world: this process; its rows are `rank_slice(batch, rank, world)` and may be none.
-        by_offset: read single images at their offsets instead of streaming shards (for forget).
 
     Raises:
         DataError: no image has one of these roles.
@@ -298,55 +247,99 @@ class RoleFeeder:
         batch: int,
         rank: int = 0,
         world: int = 1,
-        by_offset: bool = False,
     ) -> None:
         if not manifest.select(roles).ids:
             raise DataError(f"The manifest in {manifest.folder} has no image of role {roles}; run prepare again.")
         self.rows = rank_slice(batch, rank, world)
-        self.cycle = Cycle(lambda epoch: epoch_order(manifest, roles, seed, epoch), batch)
+        self.cycle = Cycle(lambda epoch: _order(manifest, roles, seed, epoch), batch)
         self._store = store
         self._manifest = manifest
         self._roles = roles
-        self._seed = seed
-        self._by_offset = by_offset
-        self._stream: Iterator[tuple[str, torch.Tensor]] = iter(())
-        self._next = (-1, 0)  # the stream is in this epoch and has passed all positions below
+        self._ahead: deque[_Ahead] = deque()
+        count = self.rows.stop - self.rows.start
+        # Small enough that all workers share a batch, which then is there sooner.
+        self._piece = max(1, min(PIECE, -(-count // max(1, store.pool.num_workers))))
+        self._reserved = (store.prefetch + 1) * -(-count // self._piece)
+        store.pool.reserve(self._reserved)
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of this step; any step at any time, though rising steps are what a stream serves fast."""
+        """The batch of this step; any step at any time, though one after the other is what is read ahead.
+
+        Raises:
+            DataError, CoverageError: see `Pool.take` and `Undecodable`.
+        """
         epochs, ids = self.cycle.at(step, self.rows)
-        if self._by_offset:
-            images = self._store.by_offset(ids)
-        elif self._store.load(self._roles):
-            images = self._store.batch(ids)
+        if self._store.load(self._roles):
+            bad = [row for row, sample_id in enumerate(ids) if sample_id in self._store.undecodable]
+            images = self._store.batch([i for i in ids if i not in self._store.undecodable])
+            if bad:
+                whole = torch.empty((len(ids), *self._store.shape), dtype=torch.uint8)
+                whole[[row for row in range(len(ids)) if row not in bad]] = images
+                images = whole
         else:
-            images = self._streamed(step, ids)
-        return Batch(ids, images, epochs, torch.from_numpy(self._manifest.labels(ids)))
+            images, bad = self._streamed(step, ids)
+        replaced = [ids[row] for row in bad]
+        if bad:
+            positions = self.cycle.positions(step, self.rows)[1]
+            for row in bad:
+                ids[row], images[row] = self._replacement(int(epochs[row]), int(positions[row]))
+        return Batch(ids, images, epochs, torch.from_numpy(self._manifest.labels(ids)), replaced)
 
     def coverage_steps(self) -> int:
         """Steps, counted from 0, after which every id of the roles was in a global batch at least once."""
         return self.cycle.coverage_steps()
 
-    def _streamed(self, step: int, ids: list[str]) -> torch.Tensor:
-        size = self._store.image_size
-        images = torch.empty((len(ids), self._store.channels, size, size), dtype=torch.uint8)
-        epochs, positions = self.cycle.positions(step, self.rows)
-        for row, (epoch, position) in enumerate(zip(epochs.tolist(), positions.tolist(), strict=True)):
-            if self._next[0] != epoch or self._next[1] > position:
-                mask = self._own_positions(epoch, position)
-                self._stream = self._store.stream(self._roles, self._seed, epoch, mask)
-            self._next = (-1, 0)  # should the stream fail, a later call opens a new one
-            found, image = next(self._stream)
-            while found != ids[row]:  # steps were skipped
-                found, image = next(self._stream)
-            images[row] = image
-            self._next = (epoch, position + 1)
-        return images
+    def close(self) -> None:
+        """Give up what was asked for ahead, and the room for it; the last call."""
+        self._give_up()
+        self._store.pool.reserve(-self._reserved)
+        self._reserved = 0
 
-    def _own_positions(self, epoch: int, start: int) -> np.ndarray:
-        """Mask [n] of the positions of an epoch, from `start` on, that fall into this rank's rows."""
-        n, batch = self.cycle.num_ids, self.cycle.batch
-        rows = (np.arange(n, dtype=np.int64) + epoch * n) % batch
-        mask = (rows >= self.rows.start) & (rows < self.rows.stop)
-        mask[:start] = False
-        return mask
+    def _give_up(self) -> None:
+        while self._ahead:
+            self._store.pool.abandon([piece for _, piece in self._ahead.pop().pieces])
+
+    def _streamed(self, step: int, ids: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
+        """(images [n, C, S, S], rows that cannot be decoded)."""
+        if self._ahead and self._ahead[0].step != step:
+            self._give_up()
+        for later in range(step + len(self._ahead), step + self._store.prefetch + 1):
+            self._ahead.append(self._ask(later))
+        images = torch.empty((len(ids), *self._store.shape), dtype=torch.uint8)
+        bad: dict[int, str] = {}
+        wanted = self._ahead.popleft()
+        try:
+            while wanted.pieces:
+                rows, piece = wanted.pieces[0]
+                failures = self._store.pool.take(piece, images[rows])
+                bad.update({rows.start + row: why for row, why in failures})
+                wanted.pieces.pop(0)
+        finally:
+            self._store.pool.abandon([piece for _, piece in wanted.pieces])
+        self._store.undecodable.add({ids[row]: why for row, why in bad.items()})
+        return images, sorted(bad)
+
+    def _ask(self, step: int) -> _Ahead:
+        ids = self.cycle.at(step, self.rows)[1]
+        pieces = []
+        for start in range(0, len(ids), self._piece):
+            rows = slice(start, min(start + self._piece, len(ids)))
+            pieces.append((rows, self._store.pool.submit(self._manifest.lookup(ids[rows]))))
+        return _Ahead(step, pieces)
+
+    def _replacement(self, epoch: int, position: int) -> tuple[str, torch.Tensor]:
+        """The next image of the same role, in the order of the epoch and round its end, that can be decoded."""
+        order = self.cycle.order(epoch)
+        role = self._manifest.by_id[order[position]].role
+        image = torch.empty((1, *self._store.shape), dtype=torch.uint8)
+        for candidate in self._after(order, position):
+            if self._manifest.by_id[candidate].role == role and candidate not in self._store.undecodable:
+                bad = self._store.fill([candidate], image)
+                if not bad:
+                    return candidate, image[0]
+                self._store.undecodable.add(bad)
+        raise DataError(f"No image of role {role} can be decoded; replace the files and prepare again.")
+
+    @staticmethod
+    def _after(order: Sequence[str], position: int) -> Iterator[str]:
+        yield from (order[place % len(order)] for place in range(position + 1, position + len(order)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from distunlearn.objectives.gather import all_reduce_mean
 
 __all__ = ["Phase", "PhaseResult", "train_phase"]
 
+REPLACED = "replaced"  # figure, and name in the ledger, of images that cannot be decoded
+
 
 @dataclass
 class Phase:
@@ -53,6 +55,7 @@ class Phase:
     forget_ids: frozenset[str]
     digest: str
     names_forget: str = "forget"  # consumed role whose ids the ledger names; "" where members are trained on
+    refuse: Callable[[Collection[str]], None] | None = None  # raises if so many images may not be undecodable
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class _Part:
     metrics: dict[str, float]
     consumed: dict[str, list[str]]
     ids: dict[str, list[str]]
+    replaced: list[str]
 
 
 def _merged(parts: Sequence[Mapping[str, list[str]]]) -> dict[str, list[str]]:
@@ -142,6 +146,7 @@ class _Runner:
         self.attempt = 1
         self.elapsed = 0.0
         self.started: dict[str, float] = {}
+        self.undecodable: set[str] = set()  # images found so far, on any rank, that others were taken for
 
     def run(self) -> PhaseResult:
         phase, ctx = self.phase, self.ctx
@@ -220,9 +225,27 @@ class _Runner:
                 backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
         self._at("ledger", step)
         faults.reach("ledger", step, phase.name)
-        consumed = backend.gather_ids(_merged([part.consumed for part in parts]))
+        replaced = [i for part in parts for i in part.replaced]
+        consumed = backend.gather_ids({**_merged([part.consumed for part in parts]), REPLACED: replaced})
+        counted = self._replaced(consumed)
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
-        return {"lr": rate, "grad_norm": float(norm), **self._over_ranks(_mean(figures))}
+        return {"lr": rate, "grad_norm": float(norm), **counted, **self._over_ranks(_mean(figures))}
+
+    def _replaced(self, consumed: dict[str, list[str]]) -> dict[str, float]:
+        """Take the replaced images of a step to the log; the ledger counts them if there are any.
+
+        Raises:
+            DataError: too many, counted over all ranks.
+        """
+        if not consumed[REPLACED]:
+            del consumed[REPLACED]
+            return {}
+        for sample_id in sorted(set(consumed[REPLACED]) - self.undecodable):
+            self.telemetry.note(self.phase.name, f"image {sample_id!r} cannot be decoded; another takes its place")
+        self.undecodable.update(consumed[REPLACED])
+        if self.phase.refuse is not None:
+            self.phase.refuse(self.undecodable)
+        return {REPLACED: len(consumed[REPLACED])}
 
     def _over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
         """The mean of every figure over the ranks, which have the same ones and equal shares of the batches."""
@@ -245,7 +268,8 @@ class _Runner:
             self._at("backward", step)
             faults.reach("backward", step, phase.name)
             backend.backward(loss / count)
-        return _Part(out.loss.detach(), out.metrics, out.consumed, ids)
+        replaced = [i for batch in batches.values() for i in batch.replaced]
+        return _Part(out.loss.detach(), out.metrics, out.consumed, ids, replaced)
 
     def _at(self, place: str, step: int, *, slow: bool = False) -> None:
         """The first step of an attempt may compile, and takes its time."""

@@ -84,6 +84,7 @@ class Session:
         if len(ids) > CALIBRATION_LIMIT:
             keep = np.random.default_rng([self.cfg.seed, 17]).choice(len(ids), CALIBRATION_LIMIT, replace=False)
             ids = [ids[i] for i in np.sort(keep)]
+        ids = self.store.decodable(ids)
         return Batch(
             ids=ids,
             images=self.store.by_offset(ids),
@@ -139,6 +140,7 @@ def training_digest(session: Session, phase: str) -> str:
         pretrain=cfg.pretrain,
         samples=samples,
         **({"checkpoint": file_sha256(Path(foreign))} if foreign else {}),
+        **({"decode": cfg.data.decode} if cfg.data.decode != "exact" else {}),
     )
 
 
@@ -261,9 +263,14 @@ def _train(
             forget_ids=frozenset(session.manifest.ids("forget")),
             digest=digest,
             names_forget="" if name == "pretrain" else "forget",
+            refuse=session.store.undecodable.check,
         )
         records = (session.ledger, session.telemetry, session.stop, session.watch)
-        facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
+        try:
+            facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
+        finally:
+            for feeder in feeders.values():
+                feeder.close()
     _finish(session, name, folder, digest, model, trained, facts)
 
 
@@ -374,7 +381,7 @@ FEEDER_ROLES = {
 
 
 def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, RoleFeeder]:
-    """One feeder per batch the method asks for: retain and third-party stream, forget is read by offset.
+    """One feeder per batch the method asks for.
 
     They serve micro-batches: number step * accumulate + m holds the m-th part of the rows that the step's batch has.
     """
@@ -388,7 +395,6 @@ def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, Rol
             batch=size // accumulate,
             rank=backend.rank,
             world=backend.world,
-            by_offset=name == "forget",
         )
         for name, size in method.batch_sizes(cfg).items()
     }

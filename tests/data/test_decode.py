@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
-from distunlearn.data.decode import check_header, decode_image, to_square
+from distunlearn.data import decode
+from distunlearn.data.decode import check_header, decode_image, decode_square, to_square
 from distunlearn.errors import DataError
 
 LIMIT = 1_000_000
@@ -169,3 +170,157 @@ def test_to_square_of_odd_shapes(shape):
     image = torch.full(shape, 77, dtype=torch.uint8)
     out = to_square(image, 32)
     assert out.shape == (shape[0], 32, 32) and (out == 77).all()
+
+
+# -- faster decoders: the very same pixels ---------------------------------------------------------------------------
+
+
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth areas, an edge and noise."""
+    draw = np.random.default_rng(seed)
+    small = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    pixels = np.array(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    pixels[:, width // 3] += 90
+    return Image.fromarray((pixels + draw.normal(0, 5, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def jpegs() -> dict[str, bytes]:
+    found = {}
+    for sampling in (0, 1, 2):
+        for progressive in (False, True):
+            for quality, size in ((35, (33, 50)), (92, (64, 48)), (100, (17, 16))):
+                name = f"{sampling} {progressive} {quality}"
+                options = {"subsampling": sampling, "progressive": progressive, "quality": quality}
+                found[name] = encode(photo(*size), "JPEG", restart_marker_blocks=quality % 3, **options)
+    exif = Image.Exif()
+    for turned in range(1, 9):
+        exif[0x0112] = turned
+        found[f"turned {turned}"] = encode(photo(20, 30), "JPEG", exif=exif)
+    found["grey"] = encode(photo(20, 30).convert("L"), "JPEG")
+    found["cmyk"] = encode(photo(20, 30).convert("CMYK"), "JPEG")
+    found["kept as RGB"] = encode(photo(20, 30), "JPEG", keep_rgb=True)
+    found["trailing bytes"] = encode(photo(20, 30), "JPEG") + b"more"
+    return found
+
+
+def outcome(data: bytes, channels: int = 3) -> torch.Tensor | str:
+    try:
+        return decode_image(data, "x", LIMIT, channels)
+    except DataError as error:
+        return str(error)
+
+
+def same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
+    return a == b if isinstance(a, str) or isinstance(b, str) else torch.equal(a, b)
+
+
+@pytest.fixture(params=["simplejpeg", "torchvision"])
+def quick(request, monkeypatch):
+    """One of the faster decoders, which counts its images."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    decoder = getattr(decode, f"_by_{request.param}")
+    used = []
+
+    def counting(data: bytes) -> torch.Tensor:
+        pixels = decoder(data)
+        used.append(data)
+        return pixels
+
+    monkeypatch.setattr(decode, "_quick_decoder", lambda: counting)
+    return used
+
+
+def test_a_faster_decoder_is_found_here():
+    """torchvision is a dependency, so the fast path is there; without it the tests below would prove nothing."""
+    assert decode._quick_decoder() in (decode._by_simplejpeg, decode._by_torchvision)
+
+
+def test_faster_decoders_give_the_same_pixels(quick, monkeypatch):
+    found = {name: outcome(data) for name, data in jpegs().items()}
+    grey = outcome(jpegs()["2 False 92"], channels=1)
+    plain = {data for name, data in jpegs().items() if name[0].isdigit() or name == "turned 1"}
+    assert set(quick) == plain and len(plain) == 19
+    monkeypatch.setattr(decode, "_quick_decoder", lambda: None)
+    for name, data in jpegs().items():
+        assert not isinstance(found[name], str) and same(found[name], outcome(data)), name
+    assert same(grey, outcome(jpegs()["2 False 92"], channels=1))
+
+
+def test_faster_decoders_give_the_same_verdict_on_damaged_images(quick, monkeypatch, capfd):
+    draw = np.random.default_rng(0)
+    damaged = []
+    for progressive in (False, True):
+        data = encode(photo(33, 50), "JPEG", progressive=progressive)
+        damaged += [data[:cut] for cut in range(0, len(data), 37)]
+        damaged += [data[:cut] + b"\xff\xd9" for cut in range(99, len(data), 37)]
+        for _ in range(150):
+            flipped = bytearray(data)
+            for place in draw.integers(2, len(data) - 2, draw.integers(1, 4)):
+                flipped[place] = draw.integers(256)
+            damaged.append(bytes(flipped))
+    found = [outcome(data) for data in damaged]
+    monkeypatch.setattr(decode, "_quick_decoder", lambda: None)
+    assert all(same(a, outcome(data)) for a, data in zip(found, damaged, strict=True))
+    refused = sum(isinstance(a, str) for a in found)
+    assert 50 < refused < len(found) - 50 and len(quick) > 50  # both kinds, and the faster one decoded many
+    capfd.readouterr()  # libjpeg complains on standard error
+
+
+def test_a_decoder_with_other_pixels_is_not_used(monkeypatch):
+    def brighter(data: bytes) -> torch.Tensor:
+        return decode._by_torchvision(data).add(1)
+
+    def missing(data: bytes) -> torch.Tensor:
+        raise ImportError
+
+    monkeypatch.setattr(decode, "_by_simplejpeg", brighter)
+    assert decode._quick_decoder.__wrapped__() is decode._by_torchvision
+    monkeypatch.setattr(decode, "_by_torchvision", missing)
+    assert decode._quick_decoder.__wrapped__() is None
+
+
+# -- squares ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_exact_squares_are_decode_and_resize(kind, channels):
+    data = encode(photo(50, 70), kind)
+    whole = to_square(decode_image(data, "x", LIMIT, channels), 32)
+    assert torch.equal(decode_square(data, "x", LIMIT, channels, 32), whole)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [40, 50, 90])
+def test_fast_squares_without_a_smaller_scale_differ_by_one_at_most(kind, channels, size):
+    data = encode(photo(50, 70), kind)
+    exact, fast = (decode_square(data, "x", LIMIT, channels, size, mode) for mode in ("exact", "fast"))
+    assert exact.shape == fast.shape == (channels, size, size) and fast.is_contiguous()
+    assert (exact.int() - fast.int()).abs().max() <= 1
+    if size != 50:
+        assert not torch.equal(exact, fast)  # they do differ, or one of the two would not be needed
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize(("size", "scale"), [(100, 2), (99, 2), (50, 4), (26, 4), (25, 8), (7, 8), (101, 1)])
+def test_fast_squares_decode_at_the_smallest_scale_that_is_large_enough(monkeypatch, size, scale, turned):
+    """A shorter side of 200 pixels at 1/scale still has `size` of them; the picture stays nearly the same."""
+    seen = []
+
+    def shrink(image, smallest):
+        found = real(image, smallest)
+        seen.append(200 // min(image.size))
+        return found
+
+    real = decode._shrink
+    monkeypatch.setattr(decode, "_shrink", shrink)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    data = encode(photo(200, 301), "JPEG", quality=95, exif=exif)
+    exact, fast = (decode_square(data, "x", LIMIT, 3, size, mode).int() for mode in ("exact", "fast"))
+    assert seen == [scale] and fast.shape == exact.shape
+    assert (exact - fast).abs().float().mean() < 6
+    turned_away = fast.flip(-1)
+    assert (exact - turned_away).abs().float().mean() > 10  # control: another picture is farther off

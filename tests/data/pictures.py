@@ -1,0 +1,59 @@
+"""Small shards of JPEG images, some of which are none, written as prepare writes them; nothing is downloaded."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.shards import write_shards
+from distunlearn.data.stream import ImageStore, RoleFeeder
+
+
+def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
+    """A smooth picture of random colours."""
+    corners = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@dataclass
+class Pictures:
+    """A source as `write_shards` takes it."""
+
+    samples: list[tuple[str, int | None]]
+    bad: frozenset[str] = frozenset()
+    name: str = "pictures"
+    classes: tuple[str, ...] = ("a", "b", "c")
+    labels_known: bool = True
+    skipped: int = 0
+    cache: dict[str, bytes] = field(default_factory=dict)
+
+    def read(self, sample_id: str) -> tuple[bytes, str]:
+        whole = jpeg(int(sample_id.removeprefix("p")))
+        return (whole[: len(whole) // 2] if sample_id in self.bad else whole), "jpg"
+
+
+def pictures(
+    folder: Path, retain: int = 40, forget: int = 8, third_party: int = 6, bad: tuple[str, ...] = (), per_shard: int = 4
+) -> Manifest:
+    """Shards of so many images of each role; ids are p0, p1 ..., retain first, then forget, then third party."""
+    names = [f"p{i}" for i in range(retain + forget + third_party)]
+    roles = {i: "retain" if n < retain else "forget" if n < retain + forget else "third_party"
+             for n, i in enumerate(names)}  # fmt: skip
+    source = Pictures([(i, n % 3) for n, i in enumerate(names)], frozenset(bad))
+    return write_shards([source], roles, folder, per_shard, seed=0)
+
+
+def store(manifest: Manifest, **options) -> ImageStore:
+    """Nothing is cached unless asked for, so that everything is streamed."""
+    return ImageStore(manifest, 16, 3, options.pop("cache_mib", 0), 1_000_000, **options)
+
+
+def feeder(images: ImageStore, roles="retain", batch: int = 8, rank: int = 0, world: int = 1, seed: int = 0):
+    return RoleFeeder(images, images.manifest, roles, seed, batch, rank, world)
