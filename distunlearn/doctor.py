@@ -58,7 +58,7 @@ def environment() -> dict[str, Any]:
     return {
         "distunlearn": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": _platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"model": _cpu_model(), "cores": _cores()},
         "memory_gib": _memory_gib(),
@@ -132,6 +132,12 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _platform() -> str:
+    """As `platform.platform()`, which starts a program to find out."""
+    kernel, libc = os.uname(), "".join(platform.libc_ver())
+    return f"{kernel.sysname}-{kernel.release}-{kernel.machine}{f'-with-{libc}' if libc else ''}"
+
+
 def _cores() -> int:
     """Cores this process may use, which a container or a scheduler may have cut down."""
     with contextlib.suppress(AttributeError):
@@ -144,7 +150,7 @@ def _cpu_model() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine()
 
 
 def _memory_gib() -> float:

@@ -81,10 +81,10 @@ def test_a_fault_that_never_fires_changes_no_bit(trained, tmp_path, forget, zygo
 # -- bounds of a method that climbs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bound", ["method.loss_bound=4.5", "method.embedding_bound=0.01"])
+@pytest.mark.parametrize("bound", ["method.loss_bound=5.5", "method.embedding_bound=0.01"])
 def test_a_run_that_diverges_is_stopped_by_its_declared_bound(trained, tmp_path, forget, bound):
     out = tmp_path / "run"
-    ascent = ("method.name=grad_ascent", "method.ascent_bound=1e9", "unlearn.lr=0.3", "unlearn.steps=40")
+    ascent = ("method.name=grad_ascent", "method.ascent_bound=1e9", "unlearn.lr=5e-3", "unlearn.steps=25")
     group = forget(out, f"reuse={trained}", *ascent, bound, world=1)
     assert group.wait() == [4], group.said()
     key = bound.partition("=")[0]
@@ -96,7 +96,7 @@ def test_a_run_that_diverges_is_stopped_by_its_declared_bound(trained, tmp_path,
     if key == "method.loss_bound":
         assert forget(free, f"reuse={trained}", *ascent, world=1).wait() == [0]
         losses = [row["values"]["loss"] for row in read_metrics(free) if row["phase"] == "unlearn" and row["step"]]
-        assert min(losses[1:]) < -4.5
+        assert min(losses) < -5.5
 
 
 def test_bounds_are_neutral_where_they_are_not_used():
@@ -241,9 +241,9 @@ def test_no_secret_of_the_environment_is_in_any_file_or_line(whole_run):
 def test_a_run_starts_no_program_opens_no_connection_and_loads_no_foreign_pickle(whole_run):
     out, _, events = whole_run
     assert any(event.startswith("exec\t") for event in events)  # imports and dataclasses: the hook was at work
-    kinds = {event.split("\t")[0] for event in events}
-    assert not kinds & {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
-                        "socket.getaddrinfo"}, kinds  # fmt: skip
+    outside = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
+               "socket.getaddrinfo")  # fmt: skip
+    assert not [event for event in events if event.split("\t")[0] in outside]
     assert not [event for event in events if event.startswith("pickle.find_class") and "torch" not in event]
 
 
