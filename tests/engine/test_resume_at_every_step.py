@@ -19,11 +19,11 @@ from distunlearn.engine.lease import Lease
 from distunlearn.engine.ledger import effective_steps, read_ledger
 from distunlearn.errors import ConfigError
 
-STEPS = 4
+STEPS = 3
 SETTINGS = [
     "data.members=48", "data.forget=12", "data.holdout=24", "data.calibration=12", "data.third_party=12",
-    "data.third_party_audit=12", "pretrain.epochs=2", "pretrain.batch=24", "pretrain.checkpoint_every=1",
-    "unlearn.steps=4", "unlearn.retain_batch=16", "unlearn.forget_batch=4", "unlearn.third_party_batch=4",
+    "data.third_party_audit=12", "pretrain.epochs=2", "pretrain.batch=32", "pretrain.checkpoint_every=1",
+    "unlearn.steps=3", "unlearn.retain_batch=16", "unlearn.forget_batch=4", "unlearn.third_party_batch=4",
     "unlearn.checkpoint_every=1", "objective.queue_size=32", "objective.hidden_dim=16", "objective.output_dim=8",
     "encoder.args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}", "encoder.embed_dim=8", "threads=1",
     "method.view_pairs=1",
