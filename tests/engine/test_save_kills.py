@@ -1,15 +1,17 @@
 """SIGKILL at every point inside a save: what is found afterwards is whole, the last checkpoint or the new one.
 
-At once, in a thread beside training, and sharded, where the threads of two ranks write into one folder.
+As a run saves: in a thread beside training; and sharded, where the threads of two ranks write into one folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,10 +59,6 @@ class Rank(Backend):
         return "common"
     def gather_objects(self, value):
         return [value]
-def at_once(folder, step):
-    tensors = {"model.w": torch.full((1000,), float(step)), "momentum.w": torch.full((7,), -float(step))}
-    moments = {"optimizer": "SGD", "state": {"w": {"momentum_buffer": torch.full((1000,), step / 2)}}}
-    c.save_checkpoint(Path(folder), step, tensors, moments, {"digest": "d"})
 def saver(folder, step, rank, world):
     backend = Rank(RunConfig(), Place(rank, world, torch.device("cpu")))
     model = torch.nn.Module()
@@ -76,34 +74,40 @@ def saver(folder, step, rank, world):
     made.save(step, {"momentum.w": torch.full((7,), -float(step))}, {"digest": "d"})
     return made
 def save(mode, folder, step):
-    if mode == "at_once":
-        return at_once(folder, step)
     world = 2 if mode == "sharded" else 1
     savers = [saver(folder, step, rank, world) for rank in range(world)]  # all at work at once
     for made in savers:
         made.wait()
-mode, jobs = json.loads(sys.stdin.read())
-results = []
-for folder, step, kill in jobs:
-    child = os.fork()
-    if child == 0:
-        count, last = 0, kill
-        save(mode, folder, step)
-        os._exit(count if kill == 0 else 0)
-    status = os.waitpid(child, 0)[1]
-    results.append(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
-print(json.dumps(results))
+for line in sys.stdin:
+    mode, jobs = json.loads(line)
+    results = []
+    for folder, step, kill in jobs:
+        child = os.fork()
+        if child == 0:
+            count, last = 0, kill
+            save(mode, folder, step)
+            os._exit(count if kill == 0 else 0)
+        status = os.waitpid(child, 0)[1]
+        results.append(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+    print(json.dumps(results), flush=True)
 """
-MODES = ("at_once", "thread", "sharded")
+Saves = Callable[[str, list[tuple[str, int, int]]], list[int]]
 
 
-def saves(mode: str, jobs: list[tuple[str, int, int]]) -> list[int]:
-    """(folder, step, event to be killed at or 0) -> exit codes."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps([mode, jobs]), capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def saves() -> Iterator[Saves]:
+    """mode, [(folder, step, event to be killed at or 0)] -> exit codes. One process forks them all."""
+    process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(mode: str, jobs: list[tuple[str, int, int]]) -> list[int]:
+        process.stdin.write(json.dumps([mode, jobs]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
 
 
 def check(folder, step: int) -> None:
@@ -127,13 +131,17 @@ def where(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_every_kill_leaves_a_whole_checkpoint_and_the_next_save_works(where, mode):
+@pytest.mark.parametrize("mode", ["thread", "sharded"])
+def test_every_kill_leaves_a_whole_checkpoint_and_the_next_save_works(where, saves, mode):
     """With one checkpoint before, and with two, of which the third save removes one."""
-    folders = {before: where / f"count-{before}" for before in (1, 2)}
-    prepare = [(str(folder), step, 0) for before, folder in folders.items() for step in range(1, before + 1)]
-    counted = [(str(folder), before + 1, 0) for before, folder in folders.items()]
-    events = dict(zip(folders, saves(mode, [*prepare, *counted])[len(prepare) :], strict=True))
+    templates = {before: where / f"template-{before}" for before in (1, 2)}
+    prepare = [(str(folder), step, 0) for before, folder in templates.items() for step in range(1, before + 1)]
+    counted = []
+    assert -9 not in saves(mode, prepare)
+    for before, folder in templates.items():
+        shutil.copytree(folder, where / f"count-{before}")
+        counted.append((str(where / f"count-{before}"), before + 1, 0))
+    events = dict(zip(templates, saves(mode, counted), strict=True))
     assert 25 < events[1] < events[2] < 200
 
     jobs = []
@@ -141,10 +149,9 @@ def test_every_kill_leaves_a_whole_checkpoint_and_the_next_save_works(where, mod
         before = 1 + number % 2
         point = 1 + (number // 2) * (events[before] - 1) // (KILLS // 2 - 1)  # all points, evenly
         jobs.append((where / f"kill-{number}", before, point))
-    prepare = [(str(folder), step, 0) for folder, before, _ in jobs for step in range(1, before + 1)]
-    killed = [(str(folder), before + 1, point) for folder, before, point in jobs]
-    codes = saves(mode, [*prepare, *killed])
-    assert -9 not in codes[: len(prepare)] and codes[len(prepare) :] == [-9] * KILLS  # every fault fired
+        shutil.copytree(templates[before], where / f"kill-{number}")
+    codes = saves(mode, [(str(folder), before + 1, point) for folder, before, point in jobs])
+    assert codes == [-9] * KILLS  # every fault fired
     new = []
     for folder, before, _ in jobs:
         found = latest_checkpoint(folder)[0].step

@@ -1,0 +1,144 @@
+"""A checkpoint that two ranks wrote, each its own part, is read by other backends and numbers of processes.
+
+The ranks run this file as a script: they train a toy under each backend, save it sharded, and load what the others
+saved; the test reads the same files in one process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import launch
+from test_backends import opened
+from toys import RATES, build, loss_of, optimizer_of
+
+from distunlearn.config import CheckpointConfig
+from distunlearn.engine.backends.pieces import whole
+from distunlearn.engine.checkpoint import OPTIMIZER, latest_checkpoint
+from distunlearn.engine.ledger import Ledger
+from distunlearn.engine.saving import Saver, agreed_checkpoint
+from distunlearn.engine.stopping import StopRequest
+
+pytestmark = pytest.mark.slow
+
+WRITERS = ("fsdp2", "zero3", "zero1", "ddp")
+READERS = (("zero3", "fsdp2"), ("fsdp2", "zero3"), ("fsdp2", "zero1"), ("zero1", "ddp"), ("zero3", "zero3"))
+STEPS = 2
+
+
+def prepared(kind: str, seed: int = 0):
+    backend = opened(kind)
+    model = build("vit", seed=seed).to(backend.device)
+    return backend, model, backend.prepare(model, optimizer_of(model, "adamw"), 0.0)
+
+
+def held(backend) -> dict:
+    return {"weights": backend.full_state(), "moments": backend.optimizer_state()}
+
+
+def train_and_save(kind: str, folder: Path) -> dict:
+    """Two steps; the state gathered on every rank, and saved in pieces."""
+    backend, model, forward = prepared(kind)
+    for step in range(STEPS):
+        backend.set_learning_rate(RATES[step])
+        backend.backward(loss_of(model, forward, step, 8))
+        backend.step()
+    ledger = Ledger(folder / f"ledger-{backend.rank}.jsonl")
+    settings = CheckpointConfig(sharded="always")
+    with Saver(folder / kind, backend, settings, ledger, StopRequest(folder), print) as saver:
+        saver.save(STEPS, {"momentum.w": torch.full((5,), 7.0)}, {"digest": kind, "world": backend.world})
+        saver.wait()
+    ledger.close()
+    found = held(backend)
+    backend.release()
+    return found
+
+
+def load(kind: str, folder: Path, writer: str) -> dict:
+    """What a model with other weights has under `kind` after it read the checkpoint of `writer`."""
+    backend, _, _ = prepared(kind, seed=5)
+    ledger = Ledger(folder / "ledger-0.jsonl", is_main=False)
+    checkpoint = agreed_checkpoint(folder / writer, backend, ledger, print)
+    state = {n.removeprefix("model."): t for n, t in checkpoint.state().items() if n.startswith("model.")}
+    before = backend.full_state()
+    backend.load_full_state(state)
+    backend.load_optimizer_state(checkpoint.optimizer())
+    found = {"before": before, **held(backend)}
+    backend.release()
+    return found
+
+
+def main(folder: Path) -> None:
+    results = {kind: train_and_save(kind, folder) for kind in WRITERS}
+    for kind, writer in READERS:
+        results[f"{kind} reads {writer}"] = load(kind, folder, writer)
+    rank = torch.distributed.get_rank()
+    torch.save(results, folder / f"rank-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, launch(__file__, 2, folder, timeout=280)
+
+
+def same(found: dict, expected: dict) -> bool:
+    if found["weights"].keys() != expected["weights"].keys():
+        return False
+    pairs = [(found["weights"][n], value) for n, value in expected["weights"].items()]
+    a, b = (one["moments"]["state"] for one in (found, expected))
+    assert a.keys() == b.keys() and len(a) > 10
+    for name, entries in b.items():
+        assert a[name].keys() == entries.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        pairs += [(whole(a[name][key]), value) for key, value in entries.items()]
+    return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_each_rank_wrote_a_part_and_one_process_reads_the_whole(ranks, writer):
+    folder, results = ranks
+    expected = results[0][writer]
+    assert same(results[1][writer], expected)
+    checkpoint, _ = latest_checkpoint(folder / writer)
+    assert (checkpoint.step, checkpoint.facts["world"], checkpoint.facts["sharded"]) == (STEPS, 2, True)
+    files = checkpoint.facts["files"]
+    assert sorted(files) == sorted(f"{k}-0000{r}-of-00002.safetensors" for k in ("optimizer", "state") for r in range(2))
+    weights = [files[f"optimizer-0000{rank}-of-00002.safetensors"]["bytes"] for rank in range(2)]
+    assert min(weights) > 0.4 * sum(weights) or writer == "zero1"  # who cuts its groups, not its weights, in two
+    state = checkpoint.state()
+    own = {n.removeprefix("model."): whole(t) for n, t in state.items() if n.startswith("model.")}
+    assert same({"weights": own, "moments": checkpoint.optimizer()}, expected)
+    assert torch.equal(whole(state["momentum.w"]), torch.full((5,), 7.0))
+    assert {n.split(".")[0] + "." for n in state} == {"model.", "momentum.", OPTIMIZER}
+    alone = load("single", folder, writer)
+    assert same(alone, expected)
+    assert not same({**alone, "weights": alone["before"]}, expected)  # control: the reader began elsewhere
+
+
+@pytest.mark.parametrize(("kind", "writer"), READERS)
+def test_two_ranks_of_another_backend_read_it(ranks, kind, writer):
+    _, results = ranks
+    for rank in results:
+        assert same(rank[f"{kind} reads {writer}"], results[0][writer])
+
+
+def test_a_part_of_another_step_is_refused(ranks, tmp_path):
+    """Swapping in a file that a rank wrote under the same name at another time: shapes fit, digests do not."""
+    folder, _ = ranks
+    shutil.copytree(folder / "fsdp2", tmp_path / "fsdp2")
+    name = "state-00001-of-00002.safetensors"
+    place = tmp_path / "fsdp2" / "step-00000002"
+    shutil.copytree(place, tmp_path / "fsdp2" / "step-00000001")
+    content = bytearray((place / name).read_bytes())
+    content[-3] ^= 1  # another training's weights
+    (place / name).write_bytes(bytes(content))
+    with pytest.raises(Exception, match="none of the checkpoints step-00000002, step-00000001"):
+        latest_checkpoint(tmp_path / "fsdp2")  # the copy says step 2 itself, and is no checkpoint of step 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
