@@ -214,7 +214,7 @@ class GatesConfig:
     attack: PositiveFloat = 0.08  # the same for every other attack
     utility_points: PositiveFloat = 2.5  # allowed loss of accuracy, percentage points
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9  # of the two-sided bootstrap interval
-    also: str = ""  # further attacks that are judged like the others, by name, separated by commas
+    also: str | None = None  # further attacks that are judged like the others, by name, separated by commas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +229,7 @@ class AuditConfig:
     tier: Literal[0, 1, 2] = 1  # 0: no training, no retrained encoder unless it is there; 1: with it; 2: shadows too
     part_crops: NonNegativeInt = 0  # small crops of each image for the PartCrop attack; 0: without it (the paper: 128)
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it
+    keep_signals: bool = False  # of original and retrained encoder, for the audits of runs that reuse this one
     shadows: Annotated[int, Field(ge=6, le=64)] = 12  # pooled shadow encoders of tier 2
     average: str = "view_agreement,encodermi_vector,bank_loss,gradient_norm_network"  # attacks of the average gap
     gates: GatesConfig = field(default_factory=GatesConfig)

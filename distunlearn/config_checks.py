@@ -178,7 +178,7 @@ def _audit(cfg: RunConfig) -> Iterator[str]:
     """Names of attacks are texts here: one that is no attack would be a gate that is silently left out."""
     audit = cfg.audit
     for key, text, known in (
-        ("audit.gates.also", audit.gates.also, FURTHER_ATTACKS),
+        ("audit.gates.also", audit.gates.also or "", FURTHER_ATTACKS),
         ("audit.average", audit.average, (*GATED_ATTACKS, *FURTHER_ATTACKS)),
     ):
         for name in filter(None, map(str.strip, text.split(","))):
@@ -192,7 +192,7 @@ def _audit(cfg: RunConfig) -> Iterator[str]:
                 yield "audit.gates.also names alignment_gap, which has no power on the original encoder by definition"
     if not audit.average.strip(" ,"):
         yield "audit.average is empty; name at least one attack"
-    if audit.tier == 0 and audit.gates.also.strip(" ,"):
+    if audit.tier == 0 and audit.gates.also:
         yield "audit.gates.also needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
 
 

@@ -8,8 +8,10 @@ tier 2   also pooled shadow encoders (`shadows`)
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distunlearn.audit.kept import SHARED, keep_signals, kept_signals, signals_key
 from distunlearn.audit.relearn import Relearned, relearn
 from distunlearn.audit.signals import Eye, Signals, collect_signals
 from distunlearn.audit.summary import summarise, write_audit
@@ -40,7 +42,7 @@ def collect_evidence(session: Session, pooled: dict[str, Any] | None = None) -> 
         trained = phases.load_trained(folder, session)
         facts[name] = trained.facts
         eye = make_eye(session, trained)
-        signals[name] = collect_signals(eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg)
+        signals[name] = _signals(session, name, eye, trained.facts["state_sha256"])
         if cfg.audit.tier and cfg.audit.relearn_steps:
             steps = 0 if name == "original" else cfg.audit.relearn_steps
             relearned[name] = relearn(eye, session.store, session.manifest, cfg, steps)
@@ -54,6 +56,21 @@ def collect_evidence(session: Session, pooled: dict[str, Any] | None = None) -> 
     session.ledger.may_write()
     write_audit(out / "audit", summary, scores)
     return summary["gates"]["verdict"]
+
+
+def _signals(session: Session, name: str, eye: Eye, state_sha256: str) -> Signals:
+    """Those of a run that this one reuses, where it kept them, else found by looking."""
+    cfg = session.cfg
+    key = signals_key(cfg, session.manifest, state_sha256)
+    found = None
+    if name in SHARED and cfg.reuse:
+        found = kept_signals(Path(cfg.reuse).expanduser() / "audit" / f"signals-{name}.npz", key)
+    if found is None:
+        found = collect_signals(eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg)
+    if name in SHARED and cfg.audit.keep_signals:
+        session.ledger.may_write()
+        keep_signals(session.out / "audit" / f"signals-{name}.npz", found, key)
+    return found
 
 
 def make_eye(session: Session, trained: Trained) -> Eye:

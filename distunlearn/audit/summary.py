@@ -106,7 +106,7 @@ def summarise(
 
 def also_judged(cfg: RunConfig) -> list[str]:
     """The further attacks that `audit.gates.also` names."""
-    return [name.strip() for name in cfg.audit.gates.also.split(",") if name.strip()]
+    return [name.strip() for name in (cfg.audit.gates.also or "").split(",") if name.strip()]
 
 
 def _completeness(

@@ -10,9 +10,12 @@ from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
 from distunlearn.report.numbers import interval, p_value, percent, signed, text
-from distunlearn.report.words import ATTACKS, ENCODERS, NOT_EVALUATED, UTILITY, VERDICTS, attack_words
+from distunlearn.report.words import ATTACKS, ENCODERS, FURTHER, NOT_EVALUATED, UTILITY, VERDICTS, attack_words
 
-__all__ = ["attack_names", "attack_table", "controls", "gates", "headline", "two_sample", "utility", "verdict"]
+__all__ = [
+    "attack_names", "attack_table", "controls", "distances", "further_table", "gates", "headline", "two_sample",
+    "utility", "verdict",
+]  # fmt: skip
 
 MAX_ROWS = 40  # attacks that the report has no words for
 DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5}
@@ -151,6 +154,53 @@ def attack_table(run: RunFiles) -> list[dict[str, Any]]:
             }
         table.append({"name": name, "title": title, "question": question, "cells": cells})
     return table
+
+
+def further_table(run: RunFiles) -> list[dict[str, Any]]:
+    """Attacks without a gate: AUC of the three encoders and the gap to the retrained one."""
+    found = tree(run.audit, "further_attacks")
+    names = [name for name in FURTHER if name in found] + sorted(set(found) - set(FURTHER))[:MAX_ROWS]
+    rows = []
+    for name in names:
+        gap = tree(found, name, "gap")
+        title, question, _ = attack_words(name)
+        aucs = {encoder: text(number(found, name, encoder, "auc")) for encoder in ENCODER_NAMES}
+        ends = interval(number(gap, "low"), number(gap, "high"), 3, sign=True)
+        rows.append(
+            {"title": title, "question": question, "aucs": aucs, "gap": signed(number(gap, "auc"), 3), "interval": ends}
+        )
+    return rows
+
+
+def distances(run: RunFiles) -> list[dict[str, str]]:
+    """Single numbers against the retrained encoder: name, value, how to read it; without those not evaluated."""
+    audit = run.audit
+    steps = [number(audit, "relearning", encoder, "steps_to_relearn") for encoder in ("unlearned", "retrained")]
+    measured = bool(tree(audit, "relearning", "unlearned"))
+    rows = [
+        ("Average gap", text(number(audit, "average_gap", "value"), 2), "points; mean over four attacks and both "
+         "usefulness tests of the difference to the retrained encoder; 0 is best"),
+        ("Tug of war (ToW)", text(number(audit, "tow", "tow")), "1: as accurate as the retrained encoder on retained, "
+         "forgotten and unseen images"),
+        ("Completeness (IAM)", text(number(audit, "iam", "unlearned")), "on a scale from "
+         f"{text(number(audit, 'iam', 'unchanged'))} (nothing changed) to {text(number(audit, 'iam', 'as_retrained'))} "
+         "(as retrained); above it: less known than to the retrained encoder"),
+        ("Likeness to the retrained encoder (CKA)",
+         text(number(audit, "similarity", "forget", "to_retrained", "unlearned")),
+         "on the forgotten images; the original encoder has "
+         f"{text(number(audit, 'similarity', 'forget', 'to_retrained', 'original'))}"),
+        ("Steps to relearn", NOT_EVALUATED if not measured else _steps(steps[0]),
+         f"training steps until the forgotten images look as known as before; retrained: {_steps(steps[1])}"),
+        ("Shadow encoders: U-LiRA", text(number(audit, "pooled", "u_lira_auc", "value")),
+         "0.5: encoders that unlearned an image cannot be told from those that never saw it; by chance "
+         f"{text(number(audit, 'pooled', 'u_lira_auc', 'chance_low'))} to "
+         f"{text(number(audit, 'pooled', 'u_lira_auc', 'chance_high'))}"),
+    ]  # fmt: skip
+    return [{"name": name, "value": value, "meaning": words} for name, value, words in rows if value != NOT_EVALUATED]
+
+
+def _steps(found: float | None) -> str:
+    return "not within the steps tried" if found is None else f"{found:.0f}"
 
 
 def utility(run: RunFiles) -> list[dict[str, Any]]:

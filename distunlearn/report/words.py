@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ATTACKS",
     "ENCODERS",
+    "FURTHER",
     "LIMITS",
     "METHODS",
     "NOT_EVALUATED",
@@ -74,6 +75,50 @@ ATTACKS = {
         "Gradient size (last layer)",
         "The same question, asked of the last layer only.",
         "size of the change the image asks for",
+    ),
+}
+
+# Attacks that are reported beside those above and judged only where the settings say so.
+FURTHER = {
+    "encodermi_set": (
+        "EncoderMI, set form",
+        "The same small program, told only how alike the views are, not in which order.",
+        "classifier's belief that the image is known",
+    ),
+    "encodermi_threshold": (
+        "EncoderMI, threshold form",
+        "Are the views of an image alike in what an exported encoder gives away?",
+        "how alike the views of an image are",
+    ),
+    "embedding_norm": (
+        "Length of the embedding",
+        "Does the encoder answer an image with a longer or shorter list of numbers than an unknown one?",
+        "likelihood that the image is known",
+    ),
+    "gradient_sketch": (
+        "Gradient classifier (whole network)",
+        "Can a small program pick out the forgotten images by how each layer would change for them?",
+        "classifier's belief that the image is known",
+    ),
+    "part_crop": (
+        "PartCrop",
+        "Does the encoder find small parts of an image in it more surely than in an unknown one?",
+        "classifier's belief that the image is known",
+    ),
+    "rmia": (
+        "RMIA",
+        "Is the encoder surer of the image than the retrained one is, more so than for strangers?",
+        "share of strangers that the image beats",
+    ),
+    "lira_alignment": (
+        "LiRA on view agreement",
+        "Do the views agree more than they do in the retrained encoder?",
+        "agreement beyond that of the retrained encoder",
+    ),
+    "alignment_gap": (
+        "Alignment gap",
+        "Who holds the encoder before and after: which images' views agree less than before?",
+        "agreement lost since the original encoder",
     ),
 }
 
@@ -165,7 +210,8 @@ LIMITS = (
 
 def attack_words(name: str) -> tuple[str, str, str]:
     """Title, question and axis label of an attack; an unknown one keeps its own name and has no explanation."""
-    if name in ATTACKS:
-        return ATTACKS[name]
+    known = ATTACKS | FURTHER
+    if name in known:
+        return known[name]
     title = name.replace("_", " ").strip()
     return title[:1].upper() + title[1:], "", "score"
