@@ -2,11 +2,18 @@
 
 | module | what it does |
 |---|---|
-| `sources` | reads images where they lie (scikit-learn, IDX, torchvision, a folder) |
-| `forget_list` | reads a list of ids (txt, csv, jsonl) |
+| `sources` | reads images where they lie (scikit-learn, IDX, torchvision, a folder, tar files of others) |
+| `tars` | existing tar files walked strictly, their members grouped into samples |
+| `ids` | the normal form of ids, and tables of them that are searched by hash |
+| `forget_list` | reads a list of ids (txt, csv, jsonl) as a stream |
 | `roles` | gives every image at most one role, by seed, class or list |
-| `shards` | writes WebDataset tars and the manifest; reads one image by offset; verifies |
-| `manifest` | sample id -> shard, offset, length, sha256, role, label |
+| `copies` | exact copies by digest, near-copies by a perceptual hash |
+| `prepare`, `jobs` | writes WebDataset tars and the manifest, over processes, going on after a kill |
+| `index` | a manifest for tar files that exist |
+| `selection` | whether existing shards are those that the settings ask for |
+| `shards` | reads one image by offset; verifies |
+| `manifest`, `records`, `columns` | sample id -> shard, offset, length, sha256, role, label; text or mapped columns |
+| `purge` | shards without the forgotten images |
 | `schedule` | who sees what, when: pure functions of seed, epoch, step and rank |
 | `reading` | encoded images by offset: neighbours in one read, digests checked, failed reads repeated |
 | `decode` | untrusted bytes -> uint8 tensors |

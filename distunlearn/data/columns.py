@@ -152,9 +152,9 @@ class Columns:
         hashes, rows = self.ids.index()
         good = int(self.ids.ends[0]) == 0 and int(self.ids.ends[-1]) == len(self.ids.blob)
         counts = np.zeros(len(sizes), dtype=np.int64)
-        for start in range(0, len(self), 16 * WINDOW):
-            part = slice(start, start + 16 * WINDOW)
-            after = slice(start, start + 16 * WINDOW + 1)  # with the first of the next part
+        for start in range(0, len(self), WINDOW):
+            part = slice(start, start + WINDOW)
+            after = slice(start, start + WINDOW + 1)  # with the first of the next part
             shard = self.shard[part]
             good = good and bool(
                 (np.diff(self.shard[after].astype(np.int64)) >= 0).all()
@@ -169,8 +169,8 @@ class Columns:
             good = bool((self.offset[part] + self.length[part] <= sizes[shard]).all())
             counts += np.bincount(shard, minlength=len(sizes))
             release(*self.arrays().values())
-        for start in range(0, len(self.ids.blob), 1 << 24):
-            piece = self.ids.blob[start : start + (1 << 24)]
+        for start in range(0, len(self.ids.blob), 1 << 22):
+            piece = self.ids.blob[start : start + (1 << 22)]
             good = good and not bool(((piece < 32) | (piece == 127)).any())
             release(self.ids.blob)
         if not good:

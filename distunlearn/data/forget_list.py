@@ -27,6 +27,7 @@ __all__ = ["Resolved", "check_id", "list_sha256", "read_ids", "resolve_list", "s
 
 _MAX_LINE = 65_536  # bytes; an id is a short relative name
 _LISTED_ROLES = ("forget", "retain")
+LOOKED_UP = 4 * WINDOW  # ids that are held as texts and looked up together
 _MISSING_KEPT = 10_000  # ids that the images lack and that are named; all of them are counted
 
 
@@ -87,7 +88,7 @@ def resolve_list(path: str | Path, table: IdTable) -> Resolved:
     for _, sample_id, role in _entries(path, digest):
         entries += 1
         waiting[role].append(sample_id)
-        if len(waiting[role]) == 16 * WINDOW:
+        if len(waiting[role]) == LOOKED_UP:
             look_up(role)
     for role in _LISTED_ROLES:
         look_up(role)

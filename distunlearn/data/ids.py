@@ -24,7 +24,10 @@ _MAX_ID = 1_024  # characters
 # Control characters, and line or paragraph separators: they would break logs, manifests and reports.
 _UNPRINTABLE = {"Cc", "Zl", "Zp", "Cs"}
 _ODD = re.compile(r"\\|//|(?:^|/)\.(?:/|$)|^/|/$")
-WINDOW = 1 << 16  # ids looked up together; between windows mapped pages are given back
+WINDOW = 1 << 16  # ids made or hashed together
+# Ids looked up together; then the mapped pages are given back. An id touches a piece of two columns, which the system
+# maps in runs of up to 64 KiB: 512 MiB at most, however large the table.
+LOOK = 1 << 12
 
 
 def normal_id(sample_id: str) -> str:
@@ -52,7 +55,7 @@ def check_id(sample_id: str, where: str) -> None:
         raise DataError(
             f"{where}: the id {sample_id[:80]!r} is absolute or climbs with '..'; expected a relative sample id."
         )
-    if set(parts) <= {"."}:
+    if set(parts) <= {".", ""}:
         raise DataError(f"{where}: the id {sample_id[:80]!r} names no file; expected a relative sample id.")
 
 
@@ -133,8 +136,8 @@ class IdTable(Sequence[str]):
         found = np.full(len(ids), -1, dtype=np.int64)
         wanted = hash_ids(ids)
         order = np.argsort(wanted, kind="stable")
-        for start in range(0, len(ids), WINDOW):
-            some = order[start : start + WINDOW]
+        for start in range(0, len(ids), LOOK):
+            some = order[start : start + LOOK]
             first = np.searchsorted(hashes, wanted[some], side="left")
             last = np.searchsorted(hashes, wanted[some], side="right")
             hit = np.flatnonzero(last > first)

@@ -1,6 +1,6 @@
 """The manifest: what lies where in the shards, and the digests that prove it.
 
-Two forms on disk, one in memory. Up to a million samples, `manifest.jsonl` has one line per sample, in shard order.
+Two forms on disk, one in memory. Up to 200,000 samples, `manifest.jsonl` has one line per sample, in shard order.
 Above that a folder `manifest/` has one NumPy file a column (see `data.columns`), which is mapped, not read. Beside
 either, `summary.json` has the counts, each shard's size and sha256, and the sha256 of manifest.jsonl or of each column,
 so that a lost line is noticed.
@@ -28,6 +28,7 @@ from distunlearn.data.records import (
     CODES,
     COLUMNS_VERSION,
     LINES_VERSION,
+    ROLES,
     SUMMARY,
     UNUSED,
     Sample,
@@ -37,7 +38,6 @@ from distunlearn.data.records import (
     read_summary,
     row_of,
 )
-from distunlearn.data.roles import ROLES
 from distunlearn.errors import DataError
 
 __all__ = [
@@ -54,7 +54,7 @@ __all__ = [
 
 MANIFEST = "manifest.jsonl"
 COLUMNS = "manifest"
-SMALL = 1_000_000  # samples up to which the manifest is a text file, and its samples are Python objects
+SMALL = 200_000  # samples up to which the manifest is a text file, and its samples are Python objects
 _FIX = "run prepare again"
 
 
@@ -200,17 +200,21 @@ class Manifest:
     def save(self, folder: str | Path) -> None:
         """Write manifest and summary, each atomically; the summary last, it vouches for the other."""
         folder = Path(folder)
-        summary = self.summary()
+        digests = None
         if self.is_small:
-            write_atomic(folder / MANIFEST, b"".join(self._lines()))
+            content = b"".join(self._lines())
+            write_atomic(folder / MANIFEST, content)
+            self.fingerprint = hashlib.sha256(content).hexdigest()
         else:
             partial = folder / f".{COLUMNS}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            summary["columns"] = self.columns.save(partial)
+            digests = self.columns.save(partial)
             shutil.rmtree(folder / COLUMNS, ignore_errors=True)
             os.rename(partial, folder / COLUMNS)
             sync_path(folder)
+            self.fingerprint = _of_digests(digests)
+        summary = self.summary() | ({"columns": digests} if digests else {})
         write_atomic(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
     @classmethod

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.data.files import file_sha256, sync_path
-from distunlearn.data.manifest import Manifest, Sample, Shard
+from distunlearn.data.manifest import COLUMNS, MANIFEST, SUMMARY, Manifest, Sample, Shard
 from distunlearn.data.shards import read_sample, verify_shards
+from distunlearn.data.tars import key_of
 from distunlearn.errors import DataError
 
 __all__ = ["Purge", "ids_digest", "plan_purge", "purge_shards", "purged_before"]
@@ -61,8 +62,15 @@ def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purge:
     """What `purge_shards` would do; nothing is written.
 
     Raises:
-        DataError: no id is in the shards (they may have been purged before), or nothing would be left.
+        DataError: no id is in the shards (they may have been purged before), nothing would be left, or the folder
+            holds other things, which would go with it.
     """
+    strange = sorted(path.name for path in manifest.folder.iterdir() if path.name not in _ours(manifest))
+    if strange:
+        raise DataError(
+            f"{manifest.folder} holds {strange[0]!r}, which is none of its shards: it would be lost with the old "
+            "folder, or it names images that are to be forgotten; move it away or delete it first."
+        )
     gone = {i for i in ids if i in manifest.by_id}
     if not gone:
         purged = manifest.info.get("purged")
@@ -83,6 +91,10 @@ def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purge:
         bytes_after=None,
         before=manifest.fingerprint,
     )
+
+
+def _ours(manifest: Manifest) -> set[str]:
+    return {MANIFEST, SUMMARY, COLUMNS, *manifest.shard_files}
 
 
 def purged_before(folder: str | Path) -> Purge | None:
@@ -191,7 +203,7 @@ def _rewrite(source: Path, target: Path, gone: set[int]) -> dict[int, int]:
     """
     with tarfile.open(source, "r:") as tar:
         members = tar.getmembers()
-    keys = [_key(member.name) for member in members]
+    keys = [key_of(member.name)[0] for member in members]
     dropped = {key for key, member in zip(keys, members, strict=True) if member.offset_data in gone}
     moved: dict[int, int] = {}
     with source.open("rb") as old, target.open("wb") as new:
@@ -207,11 +219,6 @@ def _rewrite(source: Path, target: Path, gone: set[int]) -> dict[int, int]:
         new.flush()
         os.fsync(new.fileno())
     return moved
-
-
-def _key(name: str) -> str:
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}"
 
 
 def _copy(old: Any, new: Any, count: int) -> None:
@@ -247,10 +254,11 @@ def _prove(made: Manifest, old: Manifest, gone: set[str]) -> None:
 
 
 def _ids_in(path: Path) -> set[str]:
-    """Ids that the json members of a tar file name."""
+    """Ids that a tar file names: in its json members, and as the keys of its samples."""
     found = set()
     with tarfile.open(path, "r:") as tar:
         for member in tar:
+            found.add(key_of(member.name)[0])
             if member.name.endswith(".json"):
                 content = json.loads(tar.extractfile(member).read())
                 found.add(content.get("id") if isinstance(content, dict) else None)

@@ -12,12 +12,23 @@ from typing import Any
 
 from distunlearn.data.columns import NO_LABEL, Columns, Row
 from distunlearn.data.ids import check_id
-from distunlearn.data.roles import ROLES
 from distunlearn.errors import DataError
 
-__all__ = ["CODES", "SUMMARY", "UNUSED", "Sample", "Shard", "check_shard_name", "read_lines", "read_summary", "row_of"]
+__all__ = [
+    "CODES",
+    "ROLES",
+    "SUMMARY",
+    "UNUSED",
+    "Sample",
+    "Shard",
+    "check_shard_name",
+    "read_lines",
+    "read_summary",
+    "row_of",
+]
 
 SUMMARY = "summary.json"
+ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout")
 UNUSED = "unused"  # in shards that were indexed as they are: samples that have no role
 CODES = (*ROLES, UNUSED)
 CODE = {role: code for code, role in enumerate(CODES)}

@@ -16,12 +16,11 @@ from typing import Any
 from distunlearn.config import DataConfig
 from distunlearn.data.forget_list import resolve_list, some
 from distunlearn.data.ids import IdTable
+from distunlearn.data.records import ROLES
 from distunlearn.data.schedule import permutation
 from distunlearn.errors import ConfigError, DataError
 
 __all__ = ["ROLES", "Drawn", "assign_roles", "draw_roles", "is_list"]
-
-ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout")
 
 _MIN_RETAIN = 2  # a contrastive loss compares at least two images
 _Samples = Sequence[tuple[str, int | None]]

@@ -6,15 +6,16 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import killed_at
 
 from distunlearn.config import DataConfig
+from distunlearn.data import manifest as manifest_module
 from distunlearn.data import purge
 from distunlearn.data.manifest import Manifest, Shard
 from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
@@ -175,46 +176,34 @@ def test_the_digest_of_ids_knows_no_order():
 
 # -- kills -----------------------------------------------------------------------------------------------------------
 
-# Ends itself by SIGKILL at the N-th file system event of a purge; with N = 0 it prints how many there are.
-CHILD = """
-import os, signal, sys
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.purge import purge_shards
-folder, last, count = sys.argv[1], int(sys.argv[2]), 0
-ids = Manifest.load(folder).ids("forget")
-WATCHED = ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
-def hook(event, args):
-    global count
-    if event in WATCHED and "shards" in str(args[0] if args else ""):
-        count += 1
-        if count == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-purge_shards(folder, ids)
-print(count)
-"""
+EVENTS = ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
 
 
-def child(folder: Path, event: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), str(event)], capture_output=True, text=True, timeout=120
-    )
+def killed_purge(last: int, folder: Path, ids: list[str], log: Path) -> int:
+    return killed_at(last, lambda: purge_shards(folder, ids), log, EVENTS, "shards")
 
 
-@pytest.mark.slow
-def test_a_kill_leaves_the_old_set_or_the_new_one(original, tmp_path):
-    forget = Manifest.load(original).ids("forget")
-    whole = Path(shutil.copytree(original, tmp_path / "whole" / "shards"))
-    ran = child(whole, 0)
-    assert ran.returncode == 0, ran.stderr
-    events, new = int(ran.stdout), Manifest.load(whole).fingerprint
-    old = Manifest.load(original).fingerprint
+@pytest.mark.parametrize("form", ["text", "columns"])
+def test_a_kill_leaves_the_old_set_or_the_new_one(original, tmp_path, monkeypatch, form):
+    """At twenty points, before and after the exchange."""
+    monkeypatch.setattr(manifest_module, "SMALL", 10**6 if form == "text" else 0)
+    source = tmp_path / "source" / "shards"
+    shutil.copytree(original, source)
+    if form == "columns":
+        loaded = Manifest.load(source)
+        (source / "manifest.jsonl").unlink()
+        loaded.save(source)
+    forget, log = Manifest.load(source).ids("forget"), tmp_path / "log"
+    whole = Path(shutil.copytree(source, tmp_path / "whole" / "shards"))
+    assert killed_purge(0, whole, forget, log) == 0
+    events, new = int(log.read_text()), Manifest.load(whole).fingerprint
+    old = Manifest.load(source).fingerprint
     assert events > 40 and new != old
-    points = sorted({round(1 + k * (events - 1) / 15) for k in range(16)})
+    points = sorted({round(1 + k * (events - 1) / 19) for k in range(20)})
     seen = []
     for point in points:
-        folder = Path(shutil.copytree(original, tmp_path / str(point) / "shards"))
-        assert child(folder, point).returncode == -9  # the kill came
+        folder = Path(shutil.copytree(source, tmp_path / str(point) / "shards"))
+        assert killed_purge(point, folder, forget, log) == -signal.SIGKILL  # the kill came
         found = Manifest.load(folder)
         verify_shards(found, deep=True)
         assert found.fingerprint in (old, new)
@@ -227,7 +216,7 @@ def test_a_kill_leaves_the_old_set_or_the_new_one(original, tmp_path):
         assert Manifest.load(folder).fingerprint == new
         assert [p.name for p in folder.parent.iterdir()] == ["shards"]  # what the killed one left is gone
         assert json.loads((folder / "summary.json").read_text())["info"]["purged"]["images"] == 10
-    assert seen == sorted(seen) and not seen[0] and seen[-1]  # both sides of the exchange were hit
+    assert len(points) == 20 and seen == sorted(seen) and not seen[0] and seen[-1]  # both sides of the exchange
 
 
 def test_where_folders_cannot_be_exchanged_nothing_happens(shards, monkeypatch):
