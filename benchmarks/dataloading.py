@@ -1,0 +1,330 @@
+"""Images per second of reading, decoding, views and whole loaders; bytes read for forget sets; cost against shards.
+
+    python benchmarks/dataloading.py --document benchmarks/results/DATE-dataloading.md
+
+The photos are made by benchmarks/photos.py, the page cache is warm (every file was just written), and the contenders
+take turns in every round. Two figures each: wall-clock images per second, which other work on the machine blurs, and
+CPU seconds per image of all processes together, which it blurs far less. A ratio is the median of the ratios of a
+round.
+
+Contenders, all giving uint8 batches [64, 3, S, S] of the same centre square, `workers` processes each:
+
+pure exact, pure fast       decode and crop of encoded images held in memory: no reading, order or transport
+pure threads                the same (exact) in threads of one process
+stream exact, stream fast   this package, from shards: data.decode=exact and fast
+imagefolder                 torchvision's ImageFolder and torch's DataLoader from files, PIL crop and resize
+webdataset                  webdataset's pipeline in torch's DataLoader from the same shards, the same PIL transform
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loaders import BATCH, LIMIT, ROLES, race
+from photos import SIZE, Photos, image_folder, shards
+
+from distunlearn.config import EncoderConfig, RunConfig, ViewsConfig
+from distunlearn.data import decode, stream
+from distunlearn.data.decode import decode_square
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.reading import Reader
+from distunlearn.data.stream import ImageStore, RoleFeeder, epoch_order
+from distunlearn.data.tar_stream import read_shard
+from distunlearn.data.views import make_view
+from distunlearn.doctor import environment
+from distunlearn.encoders.model import build_model
+from distunlearn.objectives.simclr import nt_xent
+
+VIEWS = ViewsConfig(
+    crop_scale_min=0.2, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5
+)
+
+
+# -- one core, step by step ------------------------------------------------------------------------------------------
+
+
+def cpu_ms(act: Callable[[], Any], images: int, rounds: int) -> float:
+    """Median CPU milliseconds per image of this thread."""
+    found = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        act()
+        found.append((time.thread_time() - start) * 1000 / images)
+    return statistics.median(found)
+
+
+def parts(manifest: Manifest, rounds: int) -> dict[str, float]:
+    """{step: CPU ms per image}, on one core."""
+    ids = epoch_order(manifest, ROLES, 0, 0)[:BATCH]
+    epochs = np.zeros(len(ids), dtype=np.int64)
+    samples = [manifest.by_id[i] for i in ids]
+    data = Reader(manifest).read(samples)
+    shard = manifest.shards()[0]
+    inside = manifest.in_shard(shard)
+    quick = decode._quick_decoder
+    found = {
+        "read by offset, with digest": cpu_ms(lambda: Reader(manifest).read(samples), len(ids), rounds),
+        "read a whole shard by webdataset, with digests": cpu_ms(
+            lambda: read_shard(manifest, shard, set()), len(inside), rounds
+        ),
+        f"decode ({quick().__name__.removeprefix('_by_') if quick() else 'PIL'})": cpu_ms(
+            lambda: [decode.decode_image(d, "x", LIMIT, 3) for d in data], len(ids), rounds
+        ),
+    }
+    decode._quick_decoder = lambda: None
+    found["decode (PIL)"] = cpu_ms(lambda: [decode.decode_image(d, "x", LIMIT, 3) for d in data], len(ids), rounds)
+    decode._quick_decoder = quick
+    for size in (96, 224):
+        for mode in ("exact", "fast"):
+            found[f"decode and square {size}, {mode}"] = cpu_ms(
+                lambda size=size, mode=mode: [decode_square(d, "x", LIMIT, 3, size, mode) for d in data],
+                len(ids), rounds,
+            )  # fmt: skip
+        images = torch.stack([decode_square(d, "x", LIMIT, 3, size, "fast") for d in data])
+        found[f"two views {size} (on the device where there is one)"] = cpu_ms(
+            lambda images=images: [make_view(images, VIEWS, seed=0, epochs=epochs, ids=ids, view=v) for v in (0, 1)],
+            len(ids), rounds,
+        )  # fmt: skip
+    return found
+
+
+# -- what a training waits for ---------------------------------------------------------------------------------------
+
+
+def waiting(manifest: Manifest, size: int, workers: int, steps: int) -> tuple[float, float]:
+    """(seconds of a step, share of them in which it waits for data) of SimCLR training of the embedded encoder."""
+    cfg = RunConfig(encoder=EncoderConfig(image_size=size, in_chans=3, args={"output_stride": 8}), views=VIEWS)
+    model = build_model(cfg, None)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers)) as store:
+        feeder = RoleFeeder(store, manifest, ROLES, 0, BATCH)
+        waits, whole = [], []
+        for step in range(steps + 2):
+            start = time.perf_counter()
+            batch = feeder.batch_at(step)
+            waits.append(time.perf_counter() - start)
+            views = [make_view(batch.images, VIEWS, seed=0, epochs=batch.epochs, ids=batch.ids, view=v) for v in (0, 1)]
+            out = model(torch.cat(views)).output
+            loss = nt_xent(out.view(2, len(batch), -1), 0.2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            whole.append(time.perf_counter() - start)
+    return statistics.median(whole[2:]), sum(waits[2:]) / sum(whole[2:])
+
+
+# -- bytes, shards, order --------------------------------------------------------------------------------------------
+
+
+def forget_bytes(manifest: Manifest, share: float) -> dict[str, float]:
+    """What reading a random share of the images costs, against all bytes of the shards."""
+    ids = np.array(manifest.ids(ROLES))
+    chosen = np.random.default_rng(0).choice(ids, max(1, round(share * len(ids))), replace=False).tolist()
+    reader = Reader(manifest)
+    reader.read([manifest.by_id[i] for i in chosen])
+    everything = sum(shard.bytes for shard in manifest.shard_files.values())
+    needed = sum(manifest.by_id[i].length for i in chosen)
+    return {
+        "images": len(chosen), "reads": reader.counts.reads, "bytes": reader.counts.bytes,
+        "share": reader.counts.bytes / everything, "against needed": reader.counts.bytes / needed,
+    }  # fmt: skip
+
+
+def shard_cost(source: Photos, folder: Path, sizes: Sequence[int], rounds: int) -> dict[int, tuple[int, float, float]]:
+    """{images per shard: (shards, CPU ms per image to read an epoch in order, batch by batch, reads per image)}."""
+    found = {}
+    for size in sizes:
+        manifest = shards(source, folder / f"by-{size}", size)
+        order = epoch_order(manifest, ROLES, 0, 0)
+        reader = Reader(manifest)
+
+        def epoch(manifest: Manifest = manifest, order: list[str] = order, reader: Reader = reader) -> None:
+            for start in range(0, len(order), BATCH):
+                reader.read([manifest.by_id[i] for i in order[start : start + BATCH]])
+
+        spent = cpu_ms(epoch, len(order), rounds)
+        found[size] = (len(manifest.shards()), spent, reader.counts.reads / (rounds * len(order)))
+    return found
+
+
+def shuffle_quality(num_shards: int, per_shard: int, batch: int) -> dict[str, dict[str, float]]:
+    """Of the order of an epoch over made-up shards, against a full shuffle and no shuffle at all.
+
+    shards in a batch: distinct shards among `batch` consecutive images. near: share of consecutive images that lie in
+    the same shard. again: of two images in one batch, the chance to be in one batch in the next epoch, times the
+    chance under a full shuffle.
+    """
+
+    class Made:
+        def __init__(self) -> None:
+            self.ids = [str(n) for n in range(num_shards * per_shard)]
+            self.shards = list(range(num_shards))
+            self.shard_of = np.arange(num_shards * per_shard) // per_shard
+
+        def select(self, roles: Any) -> Made:
+            return self
+
+    made = Made()
+    count = len(made.ids)
+    full = [np.random.default_rng(seed).permutation(count) for seed in (0, 1)]
+    orders = {
+        f"blocks of {stream.BLOCK_SHARDS} shards": [
+            np.array([int(i) for i in stream._order(made, "retain", 0, epoch)]) for epoch in (0, 1)
+        ],
+        "full shuffle": full,
+        "no shuffle": [np.arange(count)] * 2,
+    }
+    found = {}
+    for name, (first, second) in orders.items():
+        whole = count // batch * batch
+        groups = made.shard_of[first[:whole]].reshape(-1, batch)
+        group_of = np.empty(count, dtype=np.int64)
+        group_of[second] = np.arange(count) // batch
+        pairs = group_of[first[:whole]].reshape(-1, batch)
+        together = np.mean([(row[:, None] == row[None]).sum() - batch for row in pairs]) / (batch * (batch - 1))
+        found[name] = {
+            "shards in a batch": float(np.mean([len(np.unique(g)) for g in groups])),
+            "near": float(np.mean(made.shard_of[first][1:] == made.shard_of[first][:-1])),
+            "again": float(together / ((batch - 1) / (count - 1))),
+        }
+    return found
+
+
+# -- the document ----------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def race_rows(found: dict[str, list[tuple[float, float]]]) -> list[list[str]]:
+    """Medians, and ratios to the pure rate of the same mode and to ImageFolder, wall and CPU."""
+    rows = []
+    for name, samples in found.items():
+        bound = found["pure fast" if name.endswith("fast") else "pure exact"]
+        ratios = []
+        for other in (bound, found["imagefolder"]):
+            wall = statistics.median(mine[0] / theirs[0] for mine, theirs in zip(samples, other, strict=True))
+            cpu = statistics.median(theirs[1] / mine[1] for mine, theirs in zip(samples, other, strict=True))
+            ratios += [f"{wall:.2f}", f"{cpu:.2f}"]
+        rate, spent = (statistics.median(s[k] for s in samples) for k in (0, 1))
+        rows.append([name, f"{rate:,.0f}", f"{spent:.2f}", f"{1000 / spent:,.0f}", *ratios])
+    return rows
+
+
+RACE = [
+    "contender", "images/s", "CPU ms/image", "images/s per core", "to pure: wall", "to pure: CPU",
+    "to ImageFolder: wall", "to ImageFolder: CPU",
+]  # fmt: skip
+
+
+def document(raw: dict[str, Any], races: dict[tuple[int, int], Any], args: argparse.Namespace, load: float) -> str:
+    env = environment()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    versions = {name: __import__(name).__version__ for name in ("torchvision", "webdataset", "PIL")}
+    versions["simplejpeg"] = _simplejpeg()
+    text = [
+        f"Date: {date.today()}. Commit {commit}. Python {platform.python_version()}, torch {torch.__version__}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f". Hardware: 2 cores of an x86_64 CPU ({env['cpu']['model']}), {env['memory_gib']} GiB, no GPU; load "
+        f"average {load:.1f} at the start: other work shared the machine, so wall-clock figures say less than CPU "
+        "figures and ratios. GPUs: not measured.",
+        f"{args.images:,} ids over {args.distinct} photos of {SIZE[0]} x {SIZE[1]} pixels, "
+        f"{raw['bytes per image'] / 1000:.0f} kB each, in shards of {args.per_shard}; page cache warm; batches of "
+        f"{BATCH}; {args.rounds} rounds in which the contenders take turns. What they are: the script's text.",
+    ]
+    out = ["# Reading, decoding and feeding images", *(textwrap.fill(part, 118) for part in text)]
+    out.append(f"Command: `python benchmarks/dataloading.py {' '.join(sys.argv[1:])}`")
+    out += ["## One core", table(["step", "CPU ms/image", "images/s per core"],
+            [[k, f"{v:.3f}", f"{1000 / v:,.0f}"] for k, v in raw["parts"].items()])]  # fmt: skip
+    out.append("## End to end")
+    for (size, workers), found in races.items():
+        out += [f"S = {size}, {workers} worker{'s' if workers > 1 else ''}:", table(RACE, race_rows(found))]
+    out += ["## What a training step waits for the data",
+            table(["S", "workers", "seconds of a step", "waiting"],
+                  [[str(s), str(w), f"{a:.2f}", f"{b:.1%}"] for (s, w), (a, b) in raw["waiting"].items()])]  # fmt: skip
+    rows = [[f"{share:.1%}", f"{f['images']:,}", f"{f['reads']:,}", f"{f['bytes']:,}", f"{f['share']:.2%}",
+             f"{f['against needed']:.3f}"] for share, f in raw["forget"].items()]  # fmt: skip
+    out += ["## Bytes read for a forget set", table(
+        ["forget", "images", "reads", "bytes", "of all bytes", "bytes / bytes of its images"], rows)]  # fmt: skip
+    out += ["## Size and number of shards", table(
+        ["images a shard", "shards", "CPU ms/image to read", "reads per image"],
+        [[str(k), str(n), f"{ms:.3f}", f"{r:.2f}"] for k, (n, ms, r) in raw["shards"].items()])]  # fmt: skip
+    out += ["## Shuffling: 64 shards of 256 images, batches of 256", table(
+        ["order", "shards in a batch", "neighbours from one shard", "together again"],
+        [[k, f"{q['shards in a batch']:.1f}", f"{q['near']:.3f}", f"{q['again']:.2f}"]
+         for k, q in raw["shuffle"].items()])]  # fmt: skip
+    numbers = {f"{s} {w}": found for (s, w), found in races.items()}
+    lines = [f"{key} {name}: " + " ".join(f"{rate:.1f}/{ms:.3f}" for rate, ms in samples)
+             for key, found in numbers.items() for name, samples in found.items()]  # fmt: skip
+    out += ["## Raw numbers", "S, workers, contender: images/s / CPU ms per image of every round\n\n```\n"
+            + "\n".join(lines) + "\n```"]  # fmt: skip
+    return "\n\n".join(out) + "\n"
+
+
+def _simplejpeg() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("simplejpeg")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--distinct", type=int, default=400)
+    parser.add_argument("--per-shard", type=int, default=250)
+    parser.add_argument("--count", type=int, default=1024, help="images of one turn of a contender")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="training steps for the share of waiting")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 224])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--document", type=Path, help="write the results here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Photos(args.images, args.distinct)
+        manifest = shards(source, Path(folder) / "shards", args.per_shard)
+        root = image_folder(Photos(args.count, args.distinct, files=source.files), Path(folder) / "files")
+        lengths = [sample.length for sample in manifest.samples]
+        raw: dict[str, Any] = {
+            "bytes per image": statistics.mean(lengths),
+            "parts": parts(manifest, args.rounds),
+            "forget": {share: forget_bytes(manifest, share) for share in (0.001, 0.01, 0.1)},
+            "shards": shard_cost(source, Path(folder), (50, 250, 1000), args.rounds),
+            "shuffle": shuffle_quality(64, 256, 256),
+        }
+        print(json.dumps(raw, indent=1, default=str), flush=True)
+        races = {
+            (size, workers): race(manifest, root, size, workers, args.count, args.rounds)
+            for size in args.sizes for workers in args.workers
+        }  # fmt: skip
+        raw["waiting"] = {(32, w): waiting(manifest, 32, w, args.steps) for w in (0, *args.workers)}
+        text = document(raw, races, args, load)
+    if args.document:
+        args.document.parent.mkdir(parents=True, exist_ok=True)
+        args.document.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The contenders of benchmarks/dataloading.py: ways to get the same centre squares out of the same photos."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distunlearn.data.decode import decode_square
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.reading import Reader
+from distunlearn.data.stream import ImageStore, RoleFeeder
+
+BATCH = 64
+LIMIT = 10**8
+ROLES = ("retain", "forget")
+
+
+def square(image: Image.Image, size: int) -> torch.Tensor:
+    """What decode_square does, as users of PIL write it: uint8 [3, size, size]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+class _Square:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return square(image, self.size)
+
+
+def _decode_all(data: Sequence[bytes], count: int, size: int, mode: str) -> None:
+    torch.set_num_threads(1)
+    for n in range(count):
+        decode_square(data[n % len(data)], "x", LIMIT, 3, size, mode)
+
+
+def pure(data: Sequence[bytes], size: int, mode: str, workers: int, count: int, threads: bool = False) -> None:
+    kind: Any = threading.Thread if threads else multiprocessing.get_context("fork").Process
+    started = [kind(target=_decode_all, args=(data, count // workers, size, mode)) for _ in range(workers)]
+    for each in started:
+        each.start()
+    for each in started:
+        each.join()
+
+
+def streamed(manifest: Manifest, size: int, mode: str, workers: int, count: int) -> None:
+    with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers, decode=mode)) as store:
+        feeder = RoleFeeder(store, manifest, ROLES, 0, BATCH)
+        ahead, last = store.prefetch, count // BATCH - 1
+        for step in range(last + 1):
+            store.prefetch = min(ahead, last - step)  # nothing is decoded that nobody takes, as with the others
+            assert len(feeder.batch_at(step)) == BATCH
+
+
+def loader(dataset: Any, workers: int, count: int, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches: Iterator[Any] = iter(
+            torch.utils.data.DataLoader(dataset, BATCH, num_workers=workers, drop_last=True, **options)
+        )
+        for _ in range(count // BATCH):
+            assert len(next(batches)[0]) == BATCH
+        del batches
+
+
+def imagefolder(root: Path, size: int, workers: int, count: int) -> None:
+    from torchvision.datasets import ImageFolder
+
+    loader(ImageFolder(str(root), transform=_Square(size)), workers, count, shuffle=True)
+
+
+def webdataset(manifest: Manifest, size: int, workers: int, count: int) -> None:
+    import webdataset as wds
+
+    urls = [str(manifest.shard_path(name)) for name in manifest.shards()]
+    data = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).decode("pil")
+    data = data.slice(count // workers)  # each worker's share, so that it decodes no more
+    loader(data.to_tuple("jpg", "cls").map_tuple(_Square(size), int), workers, count)
+
+
+def cost(act: Callable[[], None]) -> tuple[float, float]:
+    """(wall seconds, CPU seconds of this process and its ended children)."""
+
+    def used() -> float:
+        mine, theirs = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return mine.ru_utime + mine.ru_stime + theirs.ru_utime + theirs.ru_stime
+
+    cpu, wall = used(), time.perf_counter()
+    act()
+    return time.perf_counter() - wall, used() - cpu
+
+
+def race(
+    manifest: Manifest, root: Path, size: int, workers: int, count: int, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """{contender: (images/s, CPU ms per image) of every round}; the first round warms up and does not count."""
+    held = Reader(manifest).read([manifest.by_id[i] for i in manifest.ids(ROLES)[:BATCH]])
+    contenders: dict[str, Callable[[], None]] = {
+        "pure exact": lambda: pure(held, size, "exact", workers, count),
+        "stream exact": lambda: streamed(manifest, size, "exact", workers, count),
+        "pure fast": lambda: pure(held, size, "fast", workers, count),
+        "stream fast": lambda: streamed(manifest, size, "fast", workers, count),
+        "imagefolder": lambda: imagefolder(root, size, workers, count),
+        "webdataset": lambda: webdataset(manifest, size, workers, count),
+        "pure threads": lambda: pure(held, size, "exact", workers, count, threads=True),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, act in contenders.items():
+            wall, cpu = cost(act)
+            if turn:
+                found[name].append((count / wall, 1000 * cpu / count))
+        print(size, workers, turn, {k: v[-1] for k, v in found.items() if v}, flush=True)
+    return found
