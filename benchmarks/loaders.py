@@ -61,7 +61,9 @@ def pure(data: Sequence[bytes], size: int, mode: str, workers: int, count: int, 
 def streamed(manifest: Manifest, size: int, mode: str, workers: int, count: int) -> None:
     with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers, decode=mode)) as store:
         feeder = RoleFeeder(store, manifest, ROLES, 0, BATCH)
-        for step in range(count // BATCH):
+        ahead, last = store.prefetch, count // BATCH - 1
+        for step in range(last + 1):
+            store.prefetch = min(ahead, last - step)  # nothing is decoded that nobody takes, as with the others
             assert len(feeder.batch_at(step)) == BATCH
 
 
@@ -87,6 +89,7 @@ def webdataset(manifest: Manifest, size: int, workers: int, count: int) -> None:
 
     urls = [str(manifest.shard_path(name)) for name in manifest.shards()]
     data = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).decode("pil")
+    data = data.slice(count // workers)  # each worker's share, so that it decodes no more
     loader(data.to_tuple("jpg", "cls").map_tuple(_Square(size), int), workers, count)
 
 
