@@ -149,7 +149,9 @@ class Watch:
     def _wait_for_different_things(self) -> bool:
         reports = self._reports()
         fixed = [r for r in reports.values() if r.get("waits") and r["age"] > self.limit / 4 and "error" not in r]
-        return len(fixed) == self.world and not self._silent(reports) and len(_places(fixed)) > 1
+        # Of the same number: a rank that has begun one operation more has left its part of the last one to the others.
+        same = len({r["sequence"] for r in fixed}) == 1
+        return len(fixed) == self.world and same and not self._silent(reports) and len(_places(fixed)) > 1
 
     def _end(self, age: float) -> None:
         """Keep the stack, say who hangs, end the process."""
@@ -166,6 +168,8 @@ class Watch:
                 break
             time.sleep(0.1)
         verdict = self._verdict(reports)
+        with contextlib.suppress(OSError):
+            self._publish(age=age, stuck=True, verdict=verdict)
         prefix = f"rank {self.rank}: " if self.world > 1 else ""
         print(f"{prefix}error: {verdict}", file=sys.stderr, flush=True)
         if self._last is not None:
@@ -233,6 +237,8 @@ class Watch:
             for rank, report in reports.items():
                 if rank != self.rank and "error" in report:
                     return f"rank {rank} failed ({report['error']})"
+                if rank != self.rank and "verdict" in report:
+                    return f"rank {rank} ended the run: {report['verdict'].rstrip('.')}"
             gone = [n for n, r in reports.items() if r["host"] == socket.gethostname() and not _exists(r["pid"])]
             if gone:
                 return f"rank {gone[0]} is gone (process {reports[gone[0]]['pid']}, without a word)"

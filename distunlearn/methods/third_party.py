@@ -171,7 +171,7 @@ class ThirdParty:
         bank = retain_bank(ctx, retained)
         match = functools.partial(self._match_gradients, ctx)
         found = self.evaluator.constrain(ctx, forget, third, bank, match)
-        pull = self._require_pull(found) if ctx.step == 0 else None
+        pull = self._require_pull(ctx, found) if ctx.step == 0 else None
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
         self.spread_output.update(all_gather_uneven(o_t))
@@ -205,17 +205,19 @@ class ThirdParty:
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
 
-    def _require_pull(self, found: Constrained) -> float:
+    def _require_pull(self, ctx: Context, found: Constrained) -> float:
         """Norm of the constraint's gradient where it enters the encoder, for this rank's forget images.
 
         Raises:
-            NumericsError: it is 0 where there are images: the run would forget nothing and not notice.
+            NumericsError: on any rank it is 0 where there are images: the run would forget nothing and not notice.
+                All ranks raise it, for each would wait for the others.
         """
-        if not found.places[0].numel():
-            return 0.0
-        parts = torch.autograd.grad(found.term, found.places, retain_graph=True, allow_unused=True)
-        norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
-        if norm == 0:
+        norm, vanishes = 0.0, False
+        if found.places[0].numel():
+            parts = torch.autograd.grad(found.term, found.places, retain_graph=True, allow_unused=True)
+            norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
+            vanishes = norm == 0
+        if float(all_reduce_mean(torch.tensor(float(vanishes), device=ctx.device))) > 0:
             raise NumericsError(
                 "the gradient constraint has no gradient at the first step, expected one above 0; the encoder's "
                 "per-sample gradients vanish: raise objective.temperature or use an encoder that is not collapsed."

@@ -15,7 +15,7 @@ from distunlearn.data.schedule import Batch
 from distunlearn.data.views import id_hashes
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.errors import NumericsError
-from distunlearn.methods import METHODS, Context
+from distunlearn.methods import METHODS, Context, third_party
 from distunlearn.methods.contrastive import Contrastive
 from distunlearn.methods.third_party import ThirdParty
 from distunlearn.objectives import KeyQueue, make_objective
@@ -144,6 +144,13 @@ def test_a_constraint_without_gradient_stops_the_run():
         ctx.model.last_linear.weight.zero_()
         for parameter in ctx.model.projector.body.parameters():
             parameter.zero_()
+    with pytest.raises(NumericsError, match="no gradient at the first step"):
+        method.loss(ctx, BATCHES)
+
+
+def test_a_constraint_without_gradient_on_another_rank_stops_this_one_too(monkeypatch):
+    method, ctx = started(config())
+    monkeypatch.setattr(third_party, "all_reduce_mean", lambda x: torch.full_like(x, 0.5))  # one of two says so
     with pytest.raises(NumericsError, match="no gradient at the first step"):
         method.loss(ctx, BATCHES)
 
