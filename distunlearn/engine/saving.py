@@ -174,9 +174,11 @@ class Saver:
             self._note(note)
         if found:
             kind, text = found[0]
-            if job.trouble is not None and str(job.trouble) == text:
-                raise job.trouble
-            raise getattr(errors, kind, DistunlearnError)(text)
+            own = job.trouble is not None and str(job.trouble) == text
+            error = job.trouble if own else getattr(errors, kind, DistunlearnError)(text)
+            if isinstance(error, DistunlearnError):
+                error.agreed = True
+            raise error
 
     def _troubles(self, job: _Job) -> list[list[str]]:
         """(class, sentence) of every rank's trouble, in rank order. Collective."""
@@ -281,6 +283,14 @@ def agreed_checkpoint(
     Raises:
         DataError: checkpoints exist but none verifies, one is of a newer format, or the ledger has lost lines.
     """
+    try:
+        return _agreed(folder, backend, ledger, note)
+    except DataError as error:
+        error.agreed = True
+        raise
+
+
+def _agreed(folder: Path, backend: Backend, ledger: Ledger, note: Callable[[str], None]) -> Checkpoint | None:
     rejected: list[str] = []
     for name in backend.broadcast_object(candidates(folder) if backend.is_main else None):
         checkpoint = read_commit(folder / name)

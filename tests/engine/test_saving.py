@@ -198,6 +198,7 @@ def test_a_full_or_broken_disk_is_an_error_and_the_checkpoint_before_stays(
                 time.sleep(0.001)
             one.saver.wait()
     assert fired and one.stop.reason == "a checkpoint that could not be saved" and "\n" not in str(told.value)
+    assert told.value.agreed
     assert one.found() == (1, {1.0})
     one.save(3)
     one.saver.wait()
