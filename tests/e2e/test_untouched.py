@@ -47,6 +47,7 @@ def shown(monkeypatch):
 
     recorded("by_offset")
     recorded("batch")
+    recorded("fill")
     return seen
 
 
