@@ -33,6 +33,7 @@ from distunlearn.config_io import dump_config
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, DistunlearnError
 
 VERDICTS = {0: "pass", EXIT_GATE_FAILED: "fail", EXIT_INCONCLUSIVE: "inconclusive"}
+CONTROLS = ("none", "random_init")
 NUMERICS = 4  # a method that ran away: a result, not a mishap
 KEPT = (
     "attacks", "further_attacks", "utility", "similarity", "tow", "iam", "relearning", "cost", "coverage", "images",
@@ -221,6 +222,9 @@ def main(argv: Sequence[str]) -> None:
     if args.document:
         command = shlex.join(["python", "benchmarks/forgetting.py", *argv])
         write_document(args.document, args.grid, found, command)
+    passed = [Cell(**r["cell"]).name for r in found if r["cell"]["method"] in CONTROLS and r["verdict"] == "pass"]
+    if passed:
+        raise SystemExit(f"controls that must not pass did: {', '.join(passed)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 from distunlearn.config import EncoderConfig, RunConfig
 from distunlearn.config_io import digest, load_config
 from distunlearn.methods import METHODS
-from distunlearn.planning import images_per_step, make_plan
+from distunlearn.planning import make_plan, phase_images
 from distunlearn.recipes import SMALL_RESNET, SMALL_VIT
 
 __all__ = ["GRIDS", "Cell", "Grid", "cell_config", "cell_digest", "estimate", "groups", "methods_of"]
@@ -190,7 +190,7 @@ def estimate(grid: Grid, cells: Sequence[tuple[Cell, RunConfig]]) -> dict[str, f
         phases = plan["phases"]
         audited = sum(plan["roles"].get(r, 0) for r in ("retain", "forget", "third_party_audit", "holdout"))
         entry = METHODS[cell.method]
-        images = cfg.unlearn.steps * images_per_step(cfg, cell.method) if entry.steps == "unlearn" else 0
+        images = phase_images(cfg, cell.method, cfg.unlearn.steps) if entry.steps == "unlearn" else 0
         if cell.method == BASE:
             images = phases["pretrain"]["images"] + (0 if cell.validation else phases["retrain"]["images"])
         encoders = 1 if cell.method != BASE else 2 if cell.validation else 3

@@ -34,9 +34,10 @@ def _objectives() -> dict[str, str]:
 
 
 def _attacks() -> dict[str, str]:
-    from distunlearn.audit import ATTACKS
+    from distunlearn.audit.attacks import ATTACKS, FURTHER, PAIRED
 
-    return {name: _first_line(attack) for name, attack in ATTACKS.items()}
+    attacks = {**ATTACKS, **FURTHER, **{name: attack for name, (attack, _) in PAIRED.items()}}
+    return {name: _first_line(attack) for name, attack in attacks.items()}
 
 
 def _recipes() -> dict[str, str]:

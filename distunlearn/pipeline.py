@@ -245,7 +245,7 @@ def _is_main() -> bool:
 @contextmanager
 def _session(cfg: RunConfig, out: Path) -> Iterator:
     from distunlearn.data.manifest import Manifest
-    from distunlearn.data.stream import ImageStore
+    from distunlearn.data.stream import open_store
     from distunlearn.doctor import environment
     from distunlearn.engine import faults
     from distunlearn.engine.backends import open_backend
@@ -280,18 +280,7 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
         if backend.is_main and cfg.reuse:
             _take_over(cfg, out)
         backend.barrier()
-        store = ImageStore(
-            manifest,
-            cfg.encoder.image_size,
-            cfg.encoder.in_chans,
-            cfg.data.cache_mib,
-            cfg.data.max_pixels,
-            workers=cfg.data.workers,
-            prefetch=cfg.data.prefetch,
-            decode=cfg.data.decode,
-            retries=cfg.data.read_retries,
-            max_undecodable=cfg.data.max_undecodable,
-        )
+        store = open_store(manifest, cfg)
         stack.callback(store.close)
         ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
         stack.callback(ledger.close)

@@ -10,7 +10,7 @@ from distunlearn.config import RunConfig
 from distunlearn.config_io import digest
 from distunlearn.errors import ConfigError, DataError, DistunlearnError
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "phase_images"]
 
 MIB = 1 << 20
 ROLES = ("forget", "third_party")  # feeders of the images that an evaluator sees
@@ -146,7 +146,7 @@ def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]
         "unlearn": (unlearn_steps, cfg.method.name),
         "retrain": (pretrain_steps(cfg, counts["retain"]), "retrain"),
     }
-    images = {name: _images(cfg, method, steps) for name, (steps, method) in phases.items()}
+    images = {name: phase_images(cfg, method, steps) for name, (steps, method) in phases.items()}
     return {
         name: {
             "steps": steps,
@@ -157,7 +157,7 @@ def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]
     }
 
 
-def _images(cfg: RunConfig, method: str | None, steps: int) -> int:
+def phase_images(cfg: RunConfig, method: str | None, steps: int) -> int:
     """Images through an encoder in a training of `steps`; a method may have a second phase without forget images."""
     from distunlearn.methods import METHODS
 

@@ -24,7 +24,7 @@ import numpy as np
 from distunlearn.audit.evidence import make_eye
 from distunlearn.audit.pooled import IN, OUT, UNLEARNED, margins, pooled_figures
 from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import ImageStore
+from distunlearn.data.stream import open_store
 from distunlearn.engine import phases
 from distunlearn.engine.checkpoint import write_json
 from distunlearn.engine.ledger import Ledger
@@ -107,7 +107,8 @@ def _shadow(session: Session, number: int, manifest: Manifest, stack: contextlib
         out.mkdir(parents=True, exist_ok=True)
     session.backend.barrier()
     session.telemetry.note("audit", f"shadow encoder {number + 1} of {session.cfg.audit.shadows}")
-    store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels)
+    store = open_store(manifest, cfg)
+    stack.callback(store.close)
     ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
     stack.callback(ledger.close)
     return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distunlearn.config import RunConfig
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
 from distunlearn.data.tar_stream import read_shard
@@ -25,7 +26,7 @@ from distunlearn.data.undecodable import Undecodable
 from distunlearn.data.workers import PIECE, Decoder, Piece, Pool
 from distunlearn.errors import DataError
 
-__all__ = ["ImageStore", "RoleFeeder", "epoch_order", "read_shard"]
+__all__ = ["ImageStore", "RoleFeeder", "epoch_order", "open_store", "read_shard"]
 
 BLOCK_SHARDS = 8  # shards shuffled together
 
@@ -217,6 +218,22 @@ class _Ahead:
 
     step: int
     pieces: list[tuple[slice, Piece]]
+
+
+def open_store(manifest: Manifest, cfg: RunConfig) -> ImageStore:
+    """The images of a manifest as the settings want them shown and read; `close` it in the end."""
+    return ImageStore(
+        manifest,
+        cfg.encoder.image_size,
+        cfg.encoder.in_chans,
+        cfg.data.cache_mib,
+        cfg.data.max_pixels,
+        workers=cfg.data.workers,
+        prefetch=cfg.data.prefetch,
+        decode=cfg.data.decode,
+        retries=cfg.data.read_retries,
+        max_undecodable=cfg.data.max_undecodable,
+    )
 
 
 class RoleFeeder:

@@ -65,6 +65,17 @@ def test_no_attack_finds_members_where_roles_are_dealt_at_random():
     assert len(missed) <= 1, missed
 
 
+def test_attacks_are_blind_to_which_encoder_is_which():
+    """Names dealt anew deal the results anew, where an attack looks at one encoder alone."""
+    signals = three(STRONG) | {"unlearned": with_parts(make_signals(0.4, seed=8), 0.4, seed=9)}
+    turned = {"original": "unlearned", "unlearned": "retrained", "retrained": "original"}
+    found, other = run_attacks(signals, 0), run_attacks({turned[name]: s for name, s in signals.items()}, 0)
+    for name in (*ATTACKS, *FURTHER):
+        for encoder in signals:
+            np.testing.assert_array_equal(found[name][encoder].shown, other[name][turned[encoder]].shown)
+            assert auc(found[name][encoder].comparison) == auc(other[name][turned[encoder]].comparison)
+
+
 def test_part_crop_is_left_out_without_crops_and_paired_attacks_without_their_reference():
     signals = {"original": make_signals(STRONG, seed=1), "unlearned": make_signals(NONE, seed=2)}
     assert set(run_attacks(signals, 0)) == {*ATTACKS, *FURTHER, "alignment_gap"} - {"part_crop"}

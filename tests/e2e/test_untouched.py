@@ -1,0 +1,70 @@
+"""No method ever sees an image that audits keep for themselves: every image that a store hands out is recorded."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from distunlearn import pipeline
+from distunlearn.config_io import load_config
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.stream import ImageStore
+from distunlearn.methods import METHODS
+
+SMALLEST = [
+    *tiny.TINY, "pretrain.epochs=1", "unlearn.steps=3", "encoder.image_size=16", "encoder.embed_dim=16",
+    "encoder.args={stem_width: 4, channels: [4, 8, 8, 16], layers: [1, 1, 1, 1]}", "audit.relearn_steps=1",
+    "objective.hidden_dim=16", "objective.output_dim=8", "audit.tier=0",
+]  # fmt: skip
+
+
+def config(*extra: str):
+    return load_config("digits", None, [*SMALLEST, *extra], world=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    out = tmp_path_factory.mktemp("untouched") / "base"
+    cfg = config("method.name=none")
+    pipeline.prepare(cfg, out)
+    pipeline.pretrain(cfg, out)
+    return out
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Ids of all images that leave a store."""
+    seen: set[str] = set()
+
+    def recorded(name):
+        original = getattr(ImageStore, name)
+
+        def wrapper(self, ids, *args, **more):
+            seen.update(ids)
+            return original(self, ids, *args, **more)
+
+        monkeypatch.setattr(ImageStore, name, wrapper)
+
+    recorded("by_offset")
+    recorded("batch")
+    recorded("fill")
+    return seen
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.build is not None])
+def test_no_method_sees_what_audits_keep_for_themselves(method, base, shown, tmp_path):
+    cfg = config(f"method.name={method}", f"reuse={base}")
+    pipeline.unlearn(cfg, tmp_path / "run")
+    manifest = Manifest.load(base / "shards")
+    kept = set(manifest.ids(("holdout", "third_party_audit")))
+    assert shown and not shown & kept
+    assert not shown & set(manifest.ids("forget")) or METHODS[method].build(cfg).forgets
+
+
+def test_the_recorder_would_notice(base, shown, tmp_path):
+    """Negative control: an audit does look at them."""
+    cfg = config("method.name=none", f"reuse={base}")
+    pipeline.unlearn(cfg, tmp_path / "run")
+    pipeline.audit(tmp_path / "run", cfg)
+    manifest = Manifest.load(base / "shards")
+    assert set(manifest.ids(("holdout", "third_party_audit"))) <= shown
