@@ -121,7 +121,8 @@ def write_shards(
     jobs = _plan(sources, roles, samples_per_shard, seed)
     try:
         with _partial_folder(folder, {job.name for job in jobs}) as partial:
-            shared = _Shared([source.reader() for source in sources], partial, max_pixels, near_distance is not None)
+            readers = [source.reader() if hasattr(source, "reader") else source for source in sources]
+            shared = _Shared(readers, partial, max_pixels, near_distance is not None)
             processes = num_workers(workers, len(roles), len(jobs))
             columns, files, hashes = _write_all(shared, jobs, roles, processes, progress)
             role, found = duplicate_facts(columns, hashes, copies, near_distance)
@@ -206,7 +207,7 @@ def _rows(number: int, job: _Job, images: list[list[Any]], roles: Mapping[str, s
 
 def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
     """Write one shard and its note, or find both as an earlier attempt left them."""
-    stamps = [shared.readers[source].stamp(sample_id) for source, sample_id, _ in job.entries]
+    stamps = [_stamp(shared.readers[source], sample_id) for source, sample_id, _ in job.entries]
     plan = hashlib.sha256(json.dumps([asdict(job), stamps, shared.hashes]).encode()).hexdigest()
     path, note_path = shared.folder / job.name, _note(shared.folder, job.name)
     note = _good_note(path, note_path, plan)
@@ -228,6 +229,13 @@ def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
     note = {"plan": plan, "bytes": sink.size, "sha256": sink.sha256(), "images": images}
     write_atomic(note_path, json.dumps(note).encode())
     return note
+
+
+def _stamp(source: Source, sample_id: str) -> str:
+    """What changes when an image does; of a source without stamps, the digest of the image."""
+    if hasattr(source, "stamp"):
+        return source.stamp(sample_id)
+    return hashlib.sha256(source.read(sample_id)[0]).hexdigest()
 
 
 def _note(folder: Path, name: str) -> Path:

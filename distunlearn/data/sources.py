@@ -42,7 +42,9 @@ class Source(Protocol):
 
     name: of the source. samples: (id, label or None), in a fixed order. labels_known: no label is None.
     classes: names by label, may be empty. skipped: files that were not taken for images.
-    A source can be sent to another process.
+    A source can be sent to another process. It may also have `stamp(sample_id)`, a short text that changes when the
+    image does and costs less than reading it (DataError if it is gone), and `reader()`, a source that reads the same
+    but lists nothing, so that little is sent.
     """
 
     name: str
@@ -53,14 +55,6 @@ class Source(Protocol):
 
     def read(self, sample_id: str) -> tuple[bytes, str]:
         """(encoded image, "png" | "jpg" | "webp"); DataError if it cannot be read or decoded."""
-        ...
-
-    def stamp(self, sample_id: str) -> str:
-        """A short text that changes when the image does; cheaper than reading it. DataError if it is gone."""
-        ...
-
-    def reader(self) -> Source:
-        """A source that reads the same but lists nothing, so that little is sent to another process."""
         ...
 
 

@@ -17,11 +17,10 @@ from typing import Any, BinaryIO
 
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.shards import check_digest, check_shard_size
+from distunlearn.data.tars import IMAGE_KINDS
 from distunlearn.errors import DataError
 
 __all__ = ["read_shard"]
-
-_IMAGE_KINDS = ("png", "jpg", "webp")
 
 
 def read_shard(manifest: Manifest, shard: str, wanted: Collection[str]) -> dict[str, bytes]:
@@ -42,7 +41,7 @@ def read_shard(manifest: Manifest, shard: str, wanted: Collection[str]) -> dict[
                 if found > len(expected):
                     continue
                 sample = expected[found - 1]
-                data = next((record[kind] for kind in _IMAGE_KINDS if kind in record), None)
+                data = next((record[kind] for kind in IMAGE_KINDS if kind in record), None)
                 if data is None or _record_id(record) != sample.id:
                     raise DataError(
                         f"The shard {shard} has another or a partial sample where {sample.id!r} is expected "
@@ -112,6 +111,8 @@ def _samples(stream: _HashingReader, shard: str) -> Iterator[dict[str, Any]]:
     return iter(wds.DataPipeline(lambda: iter(opened), expand(handler=strict), group(handler=strict)))
 
 
-def _record_id(record: dict[str, Any]) -> Any:
+def _record_id(record: dict[str, Any]) -> str:
+    """The text `id` of the sample's json, else its key: as `tars.read_tar` names samples."""
     content = json.loads(record.get("json", b"null"))
-    return content.get("id") if isinstance(content, dict) else None
+    named = content.get("id") if isinstance(content, dict) else None
+    return named if isinstance(named, str) else record["__key__"]

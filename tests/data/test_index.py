@@ -20,6 +20,7 @@ from distunlearn.data.manifest import Manifest
 from distunlearn.data.prepare import prepare_shards
 from distunlearn.data.purge import purge_shards
 from distunlearn.data.shards import read_sample, verify_shards
+from distunlearn.data.tar_stream import read_shard
 from distunlearn.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
@@ -60,6 +61,9 @@ def test_an_index_lists_what_is_there_and_leaves_it_alone(shards):
                 oracle |= {record["__key__"]: (name, record["jpg"]) for record in grouped}
             assert found.shard_files[name].sha256 == hashlib.sha256(before[name]).hexdigest()
             assert found.shard_files[name].bytes == len(before[name]) and found.shard_files[name].samples == 30
+        if name.endswith(".tar"):  # a reader that checks every sample agrees
+            wanted = {s.id for s in found.in_shard(name)}
+            assert read_shard(found, name, wanted) == {i: oracle[i][1] for i in wanted}
     assert len(oracle) == 60 and {s.id: (s.shard, read_sample(found, s.id)) for s in found.samples} == oracle
     assert found.count_roles() == {
         "retain": 36, "forget": 6, "third_party": 4, "third_party_audit": 4, "calibration": 4, "holdout": 6,

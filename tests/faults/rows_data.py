@@ -1,7 +1,4 @@
-"""Which test covers which row of the catalogue of faults: shards and lists of images to forget.
-
-A row has the ids of its tests (without parameters), or a sentence that says why there is nothing to test.
-"""
+"""Which test shows which row of the fault catalogue: shards, and lists of images to forget."""
 
 from __future__ import annotations
 
@@ -11,97 +8,205 @@ _REFUSALS = "tests/faults/test_refusals.py::"
 _DECODE = "tests/data/test_decode.py::"
 _IDS = "tests/data/test_forget_list.py::"
 
-ROWS: dict[str, list[str] | str] = {
-    "S01": [
-        f"{_SHARDS}test_s01_a_header_broken_in_mid_shard",
-        f"{_SHARDS}test_s01_is_found_by_whoever_reads_the_shard_even_where_digests_are_not_asked_for",
-        f"{_SHARDS}test_s01_s02_a_broken_shard_of_others_is_never_indexed_in_part",
-    ],
-    "S02": [
-        f"{_SHARDS}test_s02_a_shard_that_is_not_whole",
-        f"{_SHARDS}test_s01_s02_a_broken_shard_of_others_is_never_indexed_in_part",
-        f"{_REFUSALS}test_missing_shard",
-        f"{_REFUSALS}test_truncated_shard",
-    ],
-    "S03": [
-        f"{_SHARDS}test_s03_other_bytes_of_the_same_size_are_found_by_the_digest_of_the_image_too",
-        f"{_REFUSALS}test_one_byte_changed_in_a_shard",
-    ],
-    "S04": [f"{_SHARDS}test_s04_a_manifest_that_is_not_of_these_shards"],
-    "S05": [
-        f"{_SHARDS}test_s05_s06_a_member_that_is_not_as_it_should_be",
-        f"{_SHARDS}test_s05_one_key_in_two_shards",
-    ],
-    "S06": [f"{_SHARDS}test_s05_s06_a_member_that_is_not_as_it_should_be"],
-    "S07": [f"{_SHARDS}test_s07_urls_and_commands_are_no_folders_and_no_shards"],
-    "S08": [f"{_SHARDS}test_s08_pickles_among_the_parts_are_never_opened"],
-    "S09": [
-        f"{_SHARDS}test_s09_a_huge_claim_costs_no_memory",
-        f"{_SHARDS}test_s09_s10_s11_an_image_that_cannot_be_used_is_named",
-        f"{_REFUSALS}test_an_image_of_60000_x_60000_pixels",
-        f"{_DECODE}test_huge_claim_is_refused_from_the_header",
-        f"{_DECODE}test_huge_webp_claim_is_refused_from_the_header",
-    ],
-    "S10": [
-        f"{_SHARDS}test_s09_s10_s11_an_image_that_cannot_be_used_is_named",
-        f"{_DECODE}test_damaged_or_foreign_bytes_are_refused_by_name",
-    ],
-    "S11": [
-        f"{_DECODE}test_common_modes_of_white_are_white",
-        f"{_DECODE}test_cmyk_jpeg_is_converted",
-        f"{_DECODE}test_transparency_is_laid_over_white",
-        f"{_DECODE}test_exif_orientation_is_applied",
-        f"{_DECODE}test_sixteen_bit_grey_is_refused",
-        f"{_SHARDS}test_s11_of_an_animation_the_first_frame_counts_and_profiles_do_not",
-    ],
-    "S12": [
-        f"{_SHARDS}test_s12_odd_shapes_are_prepared",
-        f"{_DECODE}test_to_square_of_odd_shapes",
-    ],
-    "S20": [
-        f"{_SHARDS}test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes",
-        f"{_SHARDS}test_s20_what_changed_since_the_kill_is_written_anew",
-        f"{_SHARDS}test_s20_any_number_of_processes_writes_the_same_bytes",
-    ],
-    "S21": [
-        f"{_SHARDS}test_s21_a_second_prepare_into_the_same_folder_is_refused",
-        f"{_SHARDS}test_two_indexes_of_one_folder",
-    ],
-    "F01": [f"{_LISTS}test_f01_a_list_of_nobody", f"{_REFUSALS}test_empty_forget_list"],
-    "F02": [f"{_LISTS}test_f02_ids_that_no_image_has", f"{_REFUSALS}test_unknown_id"],
-    "F03": [f"{_LISTS}test_f03_one_image_listed_in_many_ways_is_one_image"],
-    "F04": [
-        f"{_LISTS}test_f04_a_list_of_nearly_everybody",
-        f"{_LISTS}test_f04_a_list_that_covers_a_class_is_noted",
-    ],
-    "F05": [f"{_LISTS}test_f05_an_id_to_forget_and_to_retain", f"{_REFUSALS}test_id_in_both_forget_and_retain"],
-    "F06": [f"{_LISTS}test_f06_exact_copies_of_a_forgotten_image"],
-    "F07": [
-        f"{_LISTS}test_f07_near_copies_are_counted",
-        f"{_LISTS}test_perceptual_hashes_stay_for_copies_and_differ_for_others",
-        f"{_LISTS}test_near_copies_equal_a_comparison_of_all_pairs",
-    ],
-    "F08": [f"{_LISTS}test_f08_a_list_edited_after_the_shards_were_made"],
-    "F09": [
-        f"{_LISTS}test_f09_a_million_ids_in_bounded_memory",
-        "tests/data/test_manifest.py::test_look_ups_in_mapped_columns_take_no_memory_that_stays",
-    ],
-    "F10": [
-        f"{_LISTS}test_f10_ids_that_are_formulas_markup_or_control_stay_text",
-        f"{_IDS}test_ids_with_markup_and_formulas_stay_plain_text",
-        "tests/report/test_report.py::test_hostile_text_is_inert_wherever_it_stands",
-    ],
-    "F11": [
-        f"{_LISTS}test_f11_an_id_that_is_a_path_out_of_the_folder",
-        f"{_IDS}test_refuses_with_one_sentence",
-    ],
-    "F12": [
-        f"{_LISTS}test_f12_a_malformed_file_is_refused_with_its_line",
-        f"{_LISTS}test_f12_a_file_without_a_line_end_is_never_read_as_a_whole",
-    ],
-    "F13": [
-        f"{_LISTS}test_f13_unicode_form_and_slashes_do_not_matter_and_case_does",
-        f"{_LISTS}test_f13_a_spelling_that_two_images_share_is_refused",
-    ],
-    "F15": "Nothing is signed in this package yet, so there is no key that could be missing.",
+# A row: what goes wrong and what happens, then the tests, or the reason why it does not apply.
+ROWS: dict[str, tuple[str, list[str] | str]] = {
+    "S01": (
+        "header broken in mid-shard: refused at plan with shard, byte, images found and expected; by readers too",
+        [
+            f"{_SHARDS}test_s01_a_header_broken_in_mid_shard",
+            f"{_SHARDS}test_s01_is_found_by_whoever_reads_the_shard_even_where_digests_are_not_asked_for",
+            f"{_SHARDS}test_s01_s02_a_broken_shard_of_others_is_never_indexed_in_part",
+        ],
+    ),
+    "S02": (
+        "truncated, empty, HTML, missing or compressed shard: exit 3 at plan, never a shorter epoch",
+        [
+            f"{_SHARDS}test_s02_a_shard_that_is_not_whole",
+            f"{_SHARDS}test_s01_s02_a_broken_shard_of_others_is_never_indexed_in_part",
+            f"{_REFUSALS}test_missing_shard",
+            f"{_REFUSALS}test_truncated_shard",
+        ],
+    ),
+    "S03": (
+        "same size, other bytes: found by the digest of the shard, and of the image when it is read",
+        [
+            f"{_SHARDS}test_s03_other_bytes_of_the_same_size_are_found_by_the_digest_of_the_image_too",
+            f"{_REFUSALS}test_one_byte_changed_in_a_shard",
+        ],
+    ),
+    "S04": (
+        "manifest of other shards, shard the manifest lacks: refused, told to prepare again",
+        [
+            f"{_SHARDS}test_s04_a_manifest_that_is_not_of_these_shards",
+        ],
+    ),
+    "S05": (
+        "member twice, parts apart, no extension, key in two shards: refused by prepare and index, with the name",
+        [
+            f"{_SHARDS}test_s05_s06_a_member_that_is_not_as_it_should_be",
+            f"{_SHARDS}test_s05_one_key_in_two_shards",
+        ],
+    ),
+    "S06": (
+        "member that climbs, is absolute, a link, folder, device, sparse or too large: refused, nothing extracted",
+        [
+            f"{_SHARDS}test_s05_s06_a_member_that_is_not_as_it_should_be",
+        ],
+    ),
+    "S07": (
+        "URL or command as folder or shard: refused, no process and no connection (audit hook)",
+        [
+            f"{_SHARDS}test_s07_urls_and_commands_are_no_folders_and_no_shards",
+        ],
+    ),
+    "S08": (
+        "pickles among the parts of a sample: never opened, no class looked up (audit hook)",
+        [
+            f"{_SHARDS}test_s08_pickles_among_the_parts_are_never_opened",
+        ],
+    ),
+    "S09": (
+        "60000 x 60000 or 10000 x 10000 pixels: refused from the header, in bounded memory",
+        [
+            f"{_SHARDS}test_s09_a_huge_claim_costs_no_memory",
+            f"{_SHARDS}test_s09_s10_s11_an_image_that_cannot_be_used_is_named",
+            f"{_REFUSALS}test_an_image_of_60000_x_60000_pixels",
+            f"{_DECODE}test_huge_claim_is_refused_from_the_header",
+            f"{_DECODE}test_huge_webp_claim_is_refused_from_the_header",
+        ],
+    ),
+    "S10": (
+        "truncated, empty or foreign file as image: refused by its id",
+        [
+            f"{_SHARDS}test_s09_s10_s11_an_image_that_cannot_be_used_is_named",
+            f"{_DECODE}test_damaged_or_foreign_bytes_are_refused_by_name",
+        ],
+    ),
+    "S11": (
+        "odd pixel formats, EXIF, profiles, animations: converted as documented, 16 bits refused",
+        [
+            f"{_DECODE}test_common_modes_of_white_are_white",
+            f"{_DECODE}test_cmyk_jpeg_is_converted",
+            f"{_DECODE}test_transparency_is_laid_over_white",
+            f"{_DECODE}test_exif_orientation_is_applied",
+            f"{_DECODE}test_sixteen_bit_grey_is_refused",
+            f"{_SHARDS}test_s11_of_an_animation_the_first_frame_counts_and_profiles_do_not",
+        ],
+    ),
+    "S12": (
+        "images of 1 x 1, 1 x 5000, below the crop: prepared and squared",
+        [
+            f"{_SHARDS}test_s12_odd_shapes_are_prepared",
+            f"{_DECODE}test_to_square_of_odd_shapes",
+        ],
+    ),
+    "S20": (
+        "prepare killed at ten points: the next gives the same bytes, keeps whole shards, notices changed images",
+        [
+            f"{_SHARDS}test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes",
+            f"{_SHARDS}test_s20_what_changed_since_the_kill_is_written_anew",
+            f"{_SHARDS}test_s20_any_number_of_processes_writes_the_same_bytes",
+        ],
+    ),
+    "S21": (
+        "second prepare or index into one folder: refused, the first is not disturbed",
+        [
+            f"{_SHARDS}test_s21_a_second_prepare_into_the_same_folder_is_refused",
+            f"{_SHARDS}test_two_indexes_of_one_folder",
+        ],
+    ),
+    "F01": (
+        "list of nobody: exit 3, nothing written",
+        [
+            f"{_LISTS}test_f01_a_list_of_nobody",
+            f"{_REFUSALS}test_empty_forget_list",
+        ],
+    ),
+    "F02": (
+        "ids that no image has: refused with count and first ids, or left out and each recorded",
+        [
+            f"{_LISTS}test_f02_ids_that_no_image_has",
+            f"{_REFUSALS}test_unknown_id",
+        ],
+    ),
+    "F03": (
+        "one image listed in many ways: one image, duplicates counted",
+        [
+            f"{_LISTS}test_f03_one_image_listed_in_many_ways_is_one_image",
+        ],
+    ),
+    "F04": (
+        "nearly everybody: refused above data.forget_cap; whole classes noted in the plan",
+        [
+            f"{_LISTS}test_f04_a_list_of_nearly_everybody",
+            f"{_LISTS}test_f04_a_list_that_covers_a_class_is_noted",
+        ],
+    ),
+    "F05": (
+        "id to forget and to retain, also in two spellings: exit 3, named",
+        [
+            f"{_LISTS}test_f05_an_id_to_forget_and_to_retain",
+            f"{_REFUSALS}test_id_in_both_forget_and_retain",
+        ],
+    ),
+    "F06": (
+        "exact copy among the retained: refused, forgotten too, or kept and recorded",
+        [
+            f"{_LISTS}test_f06_exact_copies_of_a_forgotten_image",
+        ],
+    ),
+    "F07": (
+        "near-copies among the retained: counted by a perceptual hash in summary and plan",
+        [
+            f"{_LISTS}test_f07_near_copies_are_counted",
+            f"{_LISTS}test_perceptual_hashes_stay_for_copies_and_differ_for_others",
+            f"{_LISTS}test_near_copies_equal_a_comparison_of_all_pairs",
+        ],
+    ),
+    "F08": (
+        "list edited after the shards were made: refused by its digest",
+        [
+            f"{_LISTS}test_f08_a_list_edited_after_the_shards_were_made",
+        ],
+    ),
+    "F09": (
+        "list of a million ids: read as a stream, memory bounded",
+        [
+            f"{_LISTS}test_f09_a_million_ids_in_bounded_memory",
+            "tests/data/test_manifest.py::test_look_ups_in_mapped_columns_take_no_memory_that_stays",
+        ],
+    ),
+    "F10": (
+        "formulas, markup and control characters in ids: plain text in manifest, messages and report",
+        [
+            f"{_LISTS}test_f10_ids_that_are_formulas_markup_or_control_stay_text",
+            f"{_IDS}test_ids_with_markup_and_formulas_stay_plain_text",
+            "tests/report/test_report.py::test_hostile_text_is_inert_wherever_it_stands",
+        ],
+    ),
+    "F11": (
+        "id that is a path out of the folder: refused with its line",
+        [
+            f"{_LISTS}test_f11_an_id_that_is_a_path_out_of_the_folder",
+            f"{_IDS}test_refuses_with_one_sentence",
+        ],
+    ),
+    "F12": (
+        "malformed or huge list: refused with its line, never read or unpacked as a whole",
+        [
+            f"{_LISTS}test_f12_a_malformed_file_is_refused_with_its_line",
+            f"{_LISTS}test_f12_a_file_without_a_line_end_is_never_read_as_a_whole",
+        ],
+    ),
+    "F13": (
+        "Unicode form, slashes, case: one documented form; a spelling that two images share is refused",
+        [
+            f"{_LISTS}test_f13_unicode_form_and_slashes_do_not_matter_and_case_does",
+            f"{_LISTS}test_f13_a_spelling_that_two_images_share_is_refused",
+        ],
+    ),
+    "F15": (
+        "key missing when signing",
+        "Nothing is signed in this package yet, so there is no key that could be missing.",
+    ),
 }
