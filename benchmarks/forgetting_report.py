@@ -220,8 +220,8 @@ def draw(path: Path, setting: str, methods: Mapping[str, Mapping[str, Any]]) -> 
     dots = axes.scatter(across, up, c=lost, cmap="viridis_r", s=70, edgecolors="black", linewidths=0.5)
     for name, x, y in zip(shown, across, up, strict=True):
         axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlim(0.07, 1.5 * max([100, *across]))  # before the scale, which would look for limits of its own
     axes.set_xscale("log")
-    axes.set_xlim(0.07, 1.5 * max([100, *across]))
     axes.set_xlabel("images passed, % of retraining (none: drawn at 0.1)")
     axes.set_ylabel("average gap to retrained, points")
     axes.set_title(setting)
