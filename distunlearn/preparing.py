@@ -16,7 +16,7 @@ from distunlearn.engine.progress import Progress
 
 __all__ = ["describe", "index_folder", "make_shards"]
 
-QUIET = 3.0  # seconds; what is refused or done within them shows no progress
+QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a tenth of that
 
 
 def make_shards(cfg: RunConfig, folder: Path) -> Manifest:
@@ -46,11 +46,12 @@ def describe(manifest: Manifest) -> str:
 def _progress(phase: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """A callback (done, all) that shows rate and time left on stderr, once the work has taken a moment."""
     began = time.monotonic()
+    quiet = QUIET / 10 if sys.stderr.isatty() else QUIET
     bars: list[Progress] = []
 
     def show(done: int, total: int) -> None:
         if not bars:
-            if time.monotonic() - began < QUIET or done == total:
+            if time.monotonic() - began < quiet or done == total:
                 return
             bars.append(Progress(phase, total, done, sys.stderr))
         bars[0].update(done, images=done if unit == "images" else 0)

@@ -188,3 +188,17 @@ def test_what_cannot_be_indexed_is_refused(shards, tmp_path):
     (shards / "a b.tar").write_bytes((shards / "00000.tar").read_bytes())
     with pytest.raises(DataError, match="'a b.tar' is not a plain file name"):
         index_shards(ALL, 0, shards)
+
+
+def test_progress_shows_rate_and_time_once_the_work_takes_a_moment(tmp_path, capsys, monkeypatch):
+    from distunlearn import preparing
+
+    words = ["prepare", "digits", *sets(*SETTINGS, "data.samples_per_shard=10")]
+    monkeypatch.setattr(preparing, "QUIET", 1000.0)
+    assert main([*words, "--out", str(tmp_path / "quick")]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(preparing, "QUIET", -1.0)
+    assert main([*words, "--out", str(tmp_path / "slow")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("prepare: 10/58") and lines[-1].startswith("prepare: 58/58")
+    assert " images/s" in lines[-1] and "took" in lines[-1]

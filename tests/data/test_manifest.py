@@ -221,7 +221,7 @@ def test_columns_take_73_bytes_and_the_id(as_columns):
 
 
 def test_look_ups_in_mapped_columns_take_no_memory_that_stays(tmp_path):
-    """200,000 look-ups in a manifest of 1,200,000: 126 MB of columns are mapped, little of them is held."""
+    """200,000 look-ups in a manifest of 1,200,000: less is held, lists included, than the 126 MB that are mapped."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "manifest.py"
     done = subprocess.run(
         [sys.executable, str(script), "--ids", "200000", "--samples", "1200000", "--folder", str(tmp_path)],
