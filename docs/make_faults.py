@@ -37,11 +37,13 @@ SENTENCES = {
     "F13": "spellings that differ in case, Unicode form or slashes", "F14": "fewer images to forget than ranks",
     "F15": "the key of a signature is missing",
     "S01": "a broken header in mid-shard", "S02": "a shard that is truncated, empty, missing or no tar",
-    "S03": "other bytes of the same size", "S04": "a manifest of other shards", "S05": "duplicate or incomplete members",
+    "S03": "other bytes of the same size", "S04": "a manifest of other shards",
+    "S05": "duplicate or incomplete members",
     "S06": "links, devices and paths as members", "S07": "commands and URLs as shards", "S08": "pickles as members",
     "S09": "an image that claims a huge size", "S10": "damaged and foreign bytes as images",
     "S11": "unusual colour modes and orientations", "S12": "tiny and extreme images",
-    "S13": "a retained image cannot be read", "S14": "an image to forget cannot be read", "S15": "a reader process is killed", "S16": "a reader process raises",
+    "S13": "a retained image cannot be read",
+    "S14": "an image to forget cannot be read", "S15": "a reader process is killed", "S16": "a reader process raises",
     "S17": "uneven shares and last batches", "S18": "fewer images than a batch", "S19": "read errors and slow disks",
     "S20": "prepare is interrupted", "S21": "two prepares into one folder",
     "K01": "SIGKILL at every point of a save", "K02": "disk full, read-only or failing",
@@ -66,7 +68,7 @@ def rows() -> dict[str, Row]:
         spec.loader.exec_module(module)
         for name, row in module.ROWS.items():
             assert name not in found, f"{name} is in two tables"
-            found[name] = row if isinstance(row, tuple) else (SENTENCES[name], row)
+            found[name] = row if isinstance(row, tuple) else (SENTENCES.get(name, ""), row)
     order = list(GROUPS)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0])))
 
