@@ -27,6 +27,34 @@ page is made by `python docs/make_faults.py > docs/faults.md`; do not edit it by
 The rows under SLURM need its daemons (`launch/test.sh -m slurm tests/slurm`); all others are part of the default run.
 """
 
+# For tables that name tests alone.
+SENTENCES = {
+    "F01": "empty list", "F02": "ids that no image has", "F03": "one image listed several times",
+    "F04": "a list of nearly all images, or of a class", "F05": "an id to forget and to retain",
+    "F06": "exact copies of a forgotten image among the retained", "F07": "near copies among the retained",
+    "F08": "a list edited after the shards were made", "F09": "millions of ids", "F10": "formulas and markup in ids",
+    "F11": "ids that are paths out of the folder", "F12": "malformed lists",
+    "F13": "spellings that differ in case, Unicode form or slashes", "F14": "fewer images to forget than ranks",
+    "F15": "the key of a signature is missing",
+    "S01": "a broken header in mid-shard", "S02": "a shard that is truncated, empty, missing or no tar",
+    "S03": "other bytes of the same size", "S04": "a manifest of other shards",
+    "S05": "duplicate or incomplete members",
+    "S06": "links, devices and paths as members", "S07": "commands and URLs as shards", "S08": "pickles as members",
+    "S09": "an image that claims a huge size", "S10": "damaged and foreign bytes as images",
+    "S11": "unusual colour modes and orientations", "S12": "tiny and extreme images",
+    "S13": "a retained image cannot be read",
+    "S14": "an image to forget cannot be read", "S15": "a reader process is killed", "S16": "a reader process raises",
+    "S17": "uneven shares and last batches", "S18": "fewer images than a batch", "S19": "read errors and slow disks",
+    "S20": "prepare is interrupted", "S21": "two prepares into one folder",
+    "K01": "SIGKILL at every point of a save", "K02": "disk full, read-only or failing",
+    "K03": "flipped bytes, missing files, edited COMMIT.json or LATEST", "K04": "resumed at every step",
+    "K05": "resumed on another number of ranks", "K06": "a save in flight at the end or a signal",
+    "K07": "removing old checkpoints", "K08": "clocks and file times that jump", "K09": "two runs in one folder",
+    "K10": "an orphan of an earlier attempt", "K11": "checkpoints of other format versions",
+    "K12": "a run directory that was moved", "K13": "random state that is missing or damaged",
+    "K14": "a folder that others may write into",
+}  # fmt: skip
+
 Row = tuple[str, "list[str] | str"]
 
 
@@ -40,8 +68,7 @@ def rows() -> dict[str, Row]:
         spec.loader.exec_module(module)
         for name, row in module.ROWS.items():
             assert name not in found, f"{name} is in two tables"
-            # A table may leave out the sentence; then the names of the tests have to speak.
-            found[name] = row if isinstance(row, tuple) else ("", row)
+            found[name] = row if isinstance(row, tuple) else (SENTENCES.get(name, ""), row)
     order = list(GROUPS)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0])))
 
