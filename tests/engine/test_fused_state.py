@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distunlearn.engine.backends.optimizer_state import collect_state, counter, spread_state
+from distunlearn.engine.backends.optimizer_state import counter, entries_of, nested, spread_state
 from distunlearn.engine.optim import make_optimizer
 
 
@@ -51,7 +51,8 @@ def test_it_goes_on_from_saved_state_bit_for_bit():
     optimizer = make_optimizer("adamw", model.parameters(), 0.1, 0.1)
     trained(optimizer, model, range(3))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    saved = collect_state(optimizer, dict(model.named_parameters()), lambda tensor: tensor)
+    entries = entries_of(optimizer, dict(model.named_parameters()))
+    saved = nested("AdamW", [(f"{name}/{key}", value.clone()) for name, key, value in entries])
     trained(optimizer, model, range(3, 6))
 
     again = fresh()

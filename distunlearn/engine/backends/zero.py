@@ -8,7 +8,6 @@ the forward, as under the other backends, so that a momentum encoder has float32
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
