@@ -71,7 +71,7 @@ def work(jobs: list[Job], folder: Path) -> None:
 
     for number, job in enumerate(jobs):
         cfg = prepared(job.config(), folder / "data" / str(number))
-        with session(cfg, folder / f"run-{number}-{os.environ.get('RANK', '0')}", between) as run:
+        with session(cfg, folder / f"run-{number}", between) as run:
             clock = run.telemetry
             train(run, "pretrain")
 

@@ -132,7 +132,7 @@ def measure(cell: Cell, steps: int) -> dict[str, Any]:
     cfg = prepared(cfg, folder / "data")
     meter = Meter(cell, steps)
     meter.split.install(backend)
-    with session(cfg, folder / "run", meter.between, backend) as run:
+    with session(cfg, folder / "run", meter.between) as run:
         meter.clock = run.telemetry
         samples = train(run, cell.method)[WARM_UP : meter.last]
     batch = cell.batch * cell.world

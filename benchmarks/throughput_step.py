@@ -30,13 +30,8 @@ from distunlearn.config import (
     UnlearnConfig,
     ViewsConfig,
 )
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import ImageStore
 from distunlearn.engine import phases
-from distunlearn.engine.backends import Backend, open_backend
-from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.phases import Session
-from distunlearn.engine.stopping import StopRequest
 from distunlearn.engine.telemetry import Telemetry
 
 __all__ = ["ENCODERS", "VIEWS", "StepClock", "configuration", "prepared", "session", "train"]
@@ -132,22 +127,13 @@ class StepClock(Telemetry):
 
 
 @contextlib.contextmanager
-def session(
-    cfg: RunConfig, folder: Path, between: Callable[[int], None] | None = None, backend: Backend | None = None
-) -> Iterator[Session]:
-    """A session of `cfg` in `folder`, whose telemetry is a `StepClock`. cfg: as `prepared` returns it."""
-    backend = backend or open_backend(cfg)
-    manifest = Manifest.load(Path(cfg.data.shards))
-    store = ImageStore(
-        manifest, cfg.encoder.image_size, cfg.encoder.in_chans, cfg.data.cache_mib, cfg.data.max_pixels
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(folder / "ledger.jsonl", is_main=backend.is_main)
-    try:
-        with StepClock(folder, backend.is_main, between) as clock, StopRequest(folder) as stop:
-            yield Session(cfg, folder, manifest, store, backend, ledger, clock, stop)
-    finally:
-        ledger.close()
+def session(cfg: RunConfig, folder: Path, between: Callable[[int], None] | None = None) -> Iterator[Session]:
+    """A session as the verbs open it, in `folder`, whose telemetry is a `StepClock`. cfg: as `prepared` returns it."""
+    with pipeline._session(cfg, folder) as run:
+        run.telemetry.close()
+        with StepClock(folder, run.backend.is_main, between) as clock:
+            run.telemetry = clock
+            yield run
 
 
 def train(run: Session, method: str) -> list[Sample]:
