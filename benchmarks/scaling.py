@@ -39,6 +39,7 @@ from distunlearn.costs import Measured, fit, leave_one_out
 from distunlearn.planning_costs import count_encoder, work_of
 
 WARM_UP = 2
+POINTS = [(name, batch) for name in ("resnet18-64", "vit_tiny16-64") for batch in (4, 8, 16, 24)]
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -195,6 +196,21 @@ def scale(cells: list[tuple[str, int]], backends: list[str], count: int, save: A
     return found
 
 
+def single_points(count: int) -> list[dict[str, Any]]:
+    """CPU seconds of steps of one process, this one, for several encoders and batches, one after the other."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        for encoder, batch in POINTS:
+            cfg = configuration(ENCODERS[encoder], batch, steps=count + WARM_UP)
+            folder = Path(name) / f"{encoder}-{batch}"
+            cfg = prepared(cfg, folder / "data")
+            with session(cfg, folder / "run") as run:
+                samples = train(run, "pretrain")[WARM_UP : WARM_UP + count]
+            found.append({"encoder": encoder, "batch": batch, "samples": [asdict(sample) for sample in samples]})
+            print(encoder, batch, statistics.median(sample.cpu for sample in samples), flush=True)
+    return found
+
+
 def measured(result: dict[str, Any]) -> list[tuple[str, Measured]]:
     """Named points of the cost model: median CPU seconds of a process and step."""
     counted: dict[str, Any] = {}
@@ -207,6 +223,8 @@ def measured(result: dict[str, Any]) -> list[tuple[str, Measured]]:
         point = Measured(work_of(cfg, counted[encoder], None, world), backend, world, statistics.median(cpus))
         points.append((f"{encoder} {backend} x{world} batch {batch}", point))
 
+    for found in result["single"]:
+        add(found["encoder"], found["batch"], "single", 1, [s["cpu"] for s in found["samples"]])
     for found in result["scaling"]:
         if "error" not in found:
             cpus = {name: [s["cpu"] for row in rows for s in row] for name, rows in found["rounds"].items()}
@@ -235,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", default=["vit_tiny16-64:32", "resnet18-64:16"], metavar="ENCODER:BATCH",
                         help="what a process of a backend trains; batch: its images of a step")  # fmt: skip
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--document", type=Path, help="write the results here; .json and .svg (plot) beside it")
     parser.add_argument("--worker", help="a process of a group, as JSON")
@@ -246,7 +264,7 @@ def main() -> None:
         return
     begun = time.perf_counter()
     result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])}
-    result |= {"machine": machine("cpu"), "scaling": []}
+    result |= {"machine": machine("cpu"), "scaling": [], "single": []}
     cells = [(name, int(batch)) for name, _, batch in (cell.partition(":") for cell in args.cells)]
     if unknown := [name for name, _ in cells if name not in ENCODERS]:
         parser.error(f"--cells names {unknown[0]}, expected one of {', '.join(ENCODERS)} and a batch")
@@ -256,7 +274,11 @@ def main() -> None:
         if args.document:
             args.document.with_suffix(".json").write_text(json_text(result), encoding="utf-8")
 
-    save(scale(cells, args.backends, args.rounds, save))
+    torch.set_num_threads(1)
+    result["single"] = single_points(max(3, args.rounds // 2))
+    save()
+    if args.backends:
+        save(scale(cells, args.backends, args.rounds, save))
     result["model"] = modelled(result)
     result |= {"minutes": (time.perf_counter() - begun) / 60, "load_after": os.getloadavg()[0]}
     save()

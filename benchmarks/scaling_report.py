@@ -48,6 +48,8 @@ def scaling_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def verdicts(result: dict[str, Any]) -> str:
     """The goal for ddp, in words."""
+    if not result["scaling"]:
+        return "Weak and strong scaling over two processes: **not measured** in this run."
     words = []
     for found in result["scaling"]:
         if found["backend"] != "ddp" or "error" in found:
@@ -66,6 +68,7 @@ def model_parts(result: dict[str, Any]) -> list[str]:
     errors = [abs(point["error"]) for point in model["points"]]
     worst, middle = max(errors), statistics.median(errors)
     own = model["machine"]
+    reach = "1 and 2 processes" if result["scaling"] else "one process (so nothing is known of collectives)"
     rates = ", ".join(f"{kind} {rate / 1e9:.1f}e9 operations/s" for kind, rate in own["rate"].items())
     rows = [[p["name"], f"{p['cpu_seconds']:.4f}", f"{100 * p['error']:+.1f} %"] for p in model["points"]]
     return [
@@ -75,8 +78,8 @@ def model_parts(result: dict[str, Any]) -> list[str]:
         f"bandwidth {own['bandwidth'] / 1e9:.2f} GB/s. An infinite figure is a parameter that fits best at no cost. "
         f"Leave one out: worst error {100 * worst:.1f} % (limit {100 * LIMITS[0]:.0f} %: "
         f"{'met' if worst <= LIMITS[0] else 'MISSED'}), median {100 * middle:.1f} % (limit {100 * LIMITS[1]:.0f} %: "
-        f"{'met' if middle <= LIMITS[1] else 'MISSED'}). The measured range is 1 and 2 processes of a CPU; everything "
-        "that `distunlearn plan --world N --gpu ...` prints lies beyond it and is labelled an extrapolation.",
+        f"{'met' if middle <= LIMITS[1] else 'MISSED'}). The measured range is {reach} of a CPU; everything that "
+        "`distunlearn plan --world N --gpu ...` prints lies beyond it and is labelled an extrapolation.",
         table(["point", "CPU seconds", "predicted without it"], rows),
     ]
 
@@ -87,6 +90,9 @@ def document(result: dict[str, Any]) -> str:
         for name, rows in found.get("rounds", {}).items():
             steps = "  ".join(" ".join(f"{s['seconds']:.3f}/{s['cpu']:.3f}" for s in row) for row in rows)
             raw.append(f"{found['encoder']} {found['backend']} {name}: {steps}")
+    for found in result["single"]:
+        steps = " ".join(f"{s['seconds']:.3f}/{s['cpu']:.3f}" for s in found["samples"])
+        raw.append(f"one process, {found['encoder']}, batch {found['batch']}: {steps}")
     parts = [
         *preamble(result),
         "SimCLR pretraining, float32, one thread a process, gloo over loopback; whole steps of real runs. Groups of "
@@ -96,8 +102,8 @@ def document(result: dict[str, Any]) -> str:
         "global batch to that of the backend's two. Clock: the slowest process counts, its waiting for a core "
         "included; CPU: the processes' own CPU seconds, the work of communicating included, waiting not.",
         verdicts(result),
-        table(["encoder", "backend", "batch a process", "images/s", "weak, clock", "weak, CPU", "strong, clock",
-               "strong, CPU"], scaling_rows(result)),
+        *([table(["encoder", "backend", "batch a process", "images/s", "weak, clock", "weak, CPU", "strong, clock",
+                  "strong, CPU"], scaling_rows(result))] if result["scaling"] else []),
         *model_parts(result),
         "Over nodes, and over GPUs of a node: **not measured** (docs/costs.md says how to).",
         "## Raw numbers\n",
