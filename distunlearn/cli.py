@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from distunlearn.endings import complain as _complain
 from distunlearn.endings import is_main as _is_main
 from distunlearn.errors import ConfigError
 from distunlearn.submit import Job
+from distunlearn.target import Target
 from distunlearn.text import printable
 
 if TYPE_CHECKING:
@@ -187,8 +189,6 @@ class Status:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        import json
-
         from distunlearn.status import run_status
 
         print(json.dumps(run_status(self.run_dir), indent=2))
@@ -203,8 +203,6 @@ class Purge:
     apply: Annotated[bool, tyro.conf.arg(help="rewrite the shards", help_behavior_hint="")] = False
 
     def __call__(self) -> int:
-        import json
-
         from distunlearn import pipeline
 
         if _is_main():
@@ -222,13 +220,12 @@ class Plan:
     ] = None
     config: Config = None
     overrides: Overrides = ()
+    target: Target = Target()
 
     def __call__(self) -> int:
-        import json
-
         from distunlearn import pipeline
 
-        planned = pipeline.plan(_resolve(self), self.out)
+        planned = pipeline.plan(_resolve(self), self.out, self.target)
         if _is_main():
             print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
         return 0

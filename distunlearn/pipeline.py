@@ -20,6 +20,7 @@ from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError,
 
 if TYPE_CHECKING:
     from distunlearn.data.manifest import Manifest
+    from distunlearn.target import Target
 
 __all__ = ["audit", "plan", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
 
@@ -328,11 +329,20 @@ def _check_coverage(session) -> None:
 # -- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan(cfg: RunConfig, out: Path | None) -> dict:
-    """Everything that a run would do, checked and counted, with nothing written."""
+def plan(cfg: RunConfig, out: Path | None, target: Target | None = None) -> dict:
+    """Everything that a run would do, checked and counted, with nothing written; on which GPUs, if `target` says so."""
     from distunlearn.planning import make_plan
 
-    return make_plan(cfg, out)
+    if target is None or not target.gpu:
+        if target is not None:
+            target.check()
+        return make_plan(cfg, out)
+    from distunlearn.planning_costs import check_target, estimate
+
+    check_target(cfg, target)  # before data are looked at
+    planned = make_plan(cfg, out)
+    planned["estimate"] = estimate(cfg, planned["phases"], target, planned["encoder"]["classes"])
+    return planned
 
 
 def write_plan(planned: dict, out: Path) -> None:

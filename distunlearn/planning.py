@@ -104,6 +104,7 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
         "embed_dim": model.backbone.num_features,
         "backbone_parameters": backbone,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": classes if cfg.objective.name == "supervised" else None,
     }
 
 

@@ -22,12 +22,13 @@ columns and rows of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from distunlearn.constraints.probes import Layer
@@ -62,13 +63,34 @@ def by_row(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (rows // count, -1)).transpose(0, 1).flatten(0, 1)
 
 
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output on, and its gradient to `arrived` on the way back.
+
+    A copy, since what follows may write into its input. Asking for the gradient of `anchor` runs the backward through
+    every tap, and through nothing that is not needed for one: no gradient of a weight is made.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, anchor: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
+        ctx.arrived = arrived
+        return output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, delta: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.arrived(delta)
+        return delta, delta.new_zeros(()), None
+
+
 class Recorder:
-    """Keeps inputs and outputs of layers over the forwards of one pass, to be differentiated by `gradients`."""
+    """Keeps inputs of layers over the forwards of one pass, and what `gradients` makes of them in the backward."""
 
     def __init__(self, layers: dict[str, Layer]) -> None:
         self.layers = layers
         self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self._outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._deltas: dict[str, dict[int, Tensor]] = {name: {} for name in layers}
+        self._anchor: Tensor | None = None
+        self._finish: Callable[[str, list[Tensor], list[Tensor]], None] | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -82,12 +104,25 @@ class Recorder:
 
     def _hook(self, name: str):
         def keep(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not recomputing():
-                self._inputs[name].append(args[0].detach())
-                self._outputs[name].append(output)
-            return output.clone()  # what follows may write into its input, and the gradient is asked for here
+            if recomputing():
+                return output.clone()  # the graph, and the tap in it, are those of the first forward
+            if self._anchor is None:
+                self._anchor = torch.zeros((), device=output.device, requires_grad=True)
+            call = len(self._inputs[name])
+            self._inputs[name].append(args[0].detach())
+            return _Tap.apply(output, self._anchor, lambda delta: self._arrived(name, call, delta))
 
         return keep
+
+    def _arrived(self, name: str, call: int, delta: Tensor) -> None:
+        """A layer is finished when the gradients of all its calls are here; its records are dropped at once."""
+        deltas = self._deltas[name]
+        deltas[call] = delta
+        if len(deltas) == len(self._inputs[name]):
+            inputs = self._inputs.pop(name)
+            del self._deltas[name]
+            assert self._finish is not None, "the backward belongs to `gradients`"
+            self._finish(name, inputs, [deltas[number] for number in range(len(inputs))])
 
     def gradients(self, total: Tensor, count: int, kept: int | None = None) -> GhostGradients:
         """Per-sample gradients of `total` = sum_i l_i, as norms and factors; its graph and the records are used up.
@@ -97,22 +132,27 @@ class Recorder:
             kept: how many samples, from the first on, the factors are kept of; None: all.
 
         Raises:
-            KeyError: a layer that was never called; the message is its name.
+            KeyError: a layer that was never called, or that `total` does not depend on; the message is its name.
         """
-        flat = [output for name in self.layers for output in self._outputs[name]]
-        deltas = list(torch.autograd.grad(total, flat, allow_unused=True))[::-1]
-        del flat
         kept = count if kept is None else kept
         parts: dict[str, _Gram | _Whole] = {}
-        squares: list[Tensor] = []
-        for name, layer in self.layers.items():
-            own = [deltas.pop() for _ in self._outputs.pop(name)]
-            if not own or any(delta is None for delta in own):
+        squares: dict[str, Tensor] = {}
+
+        def finish(name: str, inputs: list[Tensor], deltas: list[Tensor]) -> None:
+            with torch.no_grad():
+                whole = _factors(self.layers[name], inputs, deltas, count)
+                squares[name] = whole.squared_norm()
+                parts[name] = whole.first(kept)
+
+        self._finish = finish
+        if self._anchor is not None:
+            torch.autograd.grad(total, self._anchor, allow_unused=True)
+        for name in self.layers:
+            if name not in parts:
                 raise KeyError(name)
-            whole = _factors(layer, self._inputs.pop(name), own, count)
-            squares.append(whole.squared_norm())
-            parts[name] = whole.first(kept)
-        return GhostGradients(self.layers, parts, torch.stack(squares).sum(0).clamp_min(0).sqrt(), kept)
+        ordered = {name: parts[name] for name in self.layers}
+        norms = torch.stack([squares[name] for name in self.layers]).sum(0).clamp_min(0).sqrt()
+        return GhostGradients(self.layers, ordered, norms, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +221,8 @@ def _factors(layer: Layer, inputs: list[Tensor], deltas: list[Tensor], count: in
     rows = sum(delta.numel() // (count * d) for delta in deltas)  # T
     by_gram = rows * (p + d) <= p * d
     if by_gram or isinstance(layer, nn.Linear):
-        a = torch.cat([by_sample(columns(layer, x), count) for x in inputs], dim=1)
-        delta = torch.cat([by_sample(tokens(layer, delta), count) for delta in deltas], dim=1)
+        a = _joined([by_sample(columns(layer, x), count) for x in inputs])
+        delta = _joined([by_sample(tokens(layer, delta), count) for delta in deltas])
         return _Gram(layer, a, delta) if by_gram else _Whole(layer, delta.transpose(1, 2) @ a)
     side = [
         torch.cat([x.reshape(-1, count * x.shape[1], *x.shape[2:]) for x in parts]) for parts in (inputs, deltas)
@@ -191,6 +231,11 @@ def _factors(layer: Layer, inputs: list[Tensor], deltas: list[Tensor], count: in
         side[0], (count * d, *weight[1:]), side[1], layer.stride, layer.padding, layer.dilation, groups=count
     )
     return _Whole(layer, matrix.view(count, *weight))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """[n, T, p] of every forward in a row, without a copy where there was one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class GhostGradients:

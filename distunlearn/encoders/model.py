@@ -138,10 +138,14 @@ class MomentumEncoder:
     def update_from(self, named: Mapping[str, Tensor], momentum: float) -> None:
         """`update` with full weights by name, for models whose own parameters hold only a shard."""
         assert 0 <= momentum <= 1, "the momentum is a share"
+        averages, weights = [], []
         for name, ema in self.model.named_parameters():
             weight = named[name].detach()
             assert weight.shape == ema.shape, f"{name} is a shard; gather it and use update_from"
-            ema.mul_(momentum).add_(weight.to(ema.device, torch.float32), alpha=1 - momentum)
+            averages.append(ema)
+            weights.append(weight.to(ema.device, torch.float32))
+        # One pass over the memory, few kernels for many weights on a GPU; and equal weights stay as they are, exactly.
+        torch._foreach_lerp_(averages, weights, 1 - momentum)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights and running statistics by name; they share memory with the encoder."""

@@ -106,8 +106,9 @@ def clip_loss(
     u, v = normalise(image), normalise(text)
     sizes = gather_sizes(u.shape[0], u.device)
     pairs = Columns(torch.arange(u.shape[0], device=u.device) + sum(sizes[: get_rank()]))
-    losses = infonce(u, v, pairs, temperature, sizes, budget=budget, form=form)
-    losses = losses + infonce(v, u, pairs, temperature, sizes, budget=budget, form=form)
+    # Both directions at once: one gather, and one sum over the ranks in the backward.
+    both, others = torch.stack([u, v]), torch.stack([v, u])
+    losses = infonce(both, others, pairs, temperature, sizes, budget=budget, form=form)
     return losses.sum() * mean_scale(sizes) / 2
 
 
@@ -119,7 +120,7 @@ def _gathered(keys: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _plain(queries: Tensor, keys: Tensor, columns: Columns, temperature: float | Tensor) -> Tensor:
     with full_precision(queries):
-        logits = queries @ keys.mT / temperature  # [..., n, K]
+        logits = (queries / temperature) @ keys.mT  # [..., n, K], and no second pass over it
     masked = columns.hidden(slice(0, queries.shape[-2]), slice(0, keys.shape[-2]))
     if masked is not None:
         logits = logits.masked_fill(masked, -torch.inf)

@@ -236,3 +236,15 @@ def test_in_eval_mode_an_image_does_not_depend_on_its_batch_mates_and_statistics
     with torch.no_grad(), batchnorm_mode(model, "train"):
         assert (model(images).output[:2] - model(images[:2]).output).abs().max() > 1e-2
     assert not torch.equal(model.backbone.bn1.running_mean, statistics)
+
+
+def test_an_average_that_has_arrived_stays_exactly_where_it_is():
+    """m * w + (1 - m) * w would drift by rounding."""
+    model = model_of()
+    momentum = MomentumEncoder(model)
+    for _ in range(3):
+        momentum.update(model, 0.99)
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(ema, weights[name]) for name, ema in momentum.model.named_parameters())
+    drifted = [w for w in weights.values() if not torch.equal(0.99 * w + (1 - 0.99) * w, w)]
+    assert drifted, "the numbers of this encoder would not show it"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distunlearn.engine.backends.pieces import Stored
 from distunlearn.errors import DataError
 
-__all__ = ["check_state", "entries_of", "is_per_weight", "nested", "spread_state"]
+__all__ = ["check_state", "counter", "entries_of", "is_per_weight", "nested", "spread_state"]
 
 
 def entries_of(
@@ -63,9 +63,16 @@ def spread_state(
     for name, entries in saved["state"].items():
         parameter = named[name]
         optimizer.state[parameter] = {
-            key: place(value, parameter) if is_per_weight(value) else copy.deepcopy(value)
+            key: place(value, parameter) if is_per_weight(value) else counter(value, optimizer, parameter.device)
             for key, value in entries.items()
         }
+
+
+def counter(value: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> Any:
+    """A copy of a counter where `optimizer` keeps its own: beside the weights if it is fused, else on the CPU."""
+    if isinstance(value, Tensor) and optimizer.defaults.get("fused"):
+        return value.to(device, copy=True)
+    return copy.deepcopy(value)
 
 
 def is_per_weight(value: Any) -> bool:

@@ -8,7 +8,6 @@ the forward, as under the other backends, so that a momentum encoder has float32
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.optimizer_state import check_state, is_per_weight
+from distunlearn.engine.backends.optimizer_state import check_state, counter, is_per_weight
 from distunlearn.engine.backends.pieces import Piece, Stored, part, whole
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.errors import ConfigError, DataError, NumericsError
@@ -273,7 +272,7 @@ class Zero(Backend):
         sample = next(iter(saved.values()))
         for flat in self._flats():  # what DeepSpeed would make in its first step
             self.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if is_per_weight(value) else copy.deepcopy(value)
+                key: torch.zeros_like(flat) if is_per_weight(value) else counter(value, self.optimizer, flat.device)
                 for key, value in sample.items()
             }
         for name, entries in saved.items():
