@@ -12,7 +12,7 @@ from distunlearn.data.stream import ImageStore
 from distunlearn.methods import METHODS
 
 SMALLEST = [
-    *tiny.TINY, "pretrain.epochs=1", "unlearn.steps=3", "encoder.image_size=16", "encoder.embed_dim=16",
+    *tiny.TINY, "pretrain.epochs=1", "encoder.image_size=16", "encoder.embed_dim=16",
     "encoder.args={stem_width: 4, channels: [4, 8, 8, 16], layers: [1, 1, 1, 1]}", "audit.relearn_steps=1",
     "objective.hidden_dim=16", "objective.output_dim=8", "audit.tier=0",
 ]  # fmt: skip
