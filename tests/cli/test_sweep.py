@@ -112,7 +112,8 @@ def test_no_reported_image_is_forgotten_in_the_validation(tmp_path, forget):
 
 
 def test_a_second_forget_set_needs_images(tmp_path):
-    cfg = config("data.members=1000", "data.forget=950", "data.forget_cap=1", "unlearn.retain_batch=32", "unlearn.steps=200")
+    large = ["data.members=1000", "data.forget=950", "data.forget_cap=1", "unlearn.retain_batch=32"]
+    cfg = config(*large, "unlearn.steps=200")
     with pytest.raises(DataError, match="fewer than the 950"):
         prepare_sweep(cfg, Sweep(("finetune",)), tmp_path)
     assert not any(tmp_path.iterdir())
