@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -58,6 +59,8 @@ class Sweep:
             raise ConfigError(
                 "no settings to start from; name a recipe (see: distunlearn list recipes) or give --config"
             )
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("a sweep starts its runs itself; call it without a launcher and give --processes N")
         for option in ("jobs", "processes"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"--{option} is {getattr(self, option)}, expected at least 1")

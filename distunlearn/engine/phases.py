@@ -109,8 +109,8 @@ class Trained:
 # Settings that came later, at the value that changes nothing: left out, so that older folders keep their digest.
 NEUTRAL = {
     "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
-    "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001,
-    "loss_bound": None, "embedding_bound": None,
+    "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001, "loss_bound": None,
+    "embedding_bound": None,
 }  # fmt: skip
 
 
@@ -201,8 +201,7 @@ def retrain(session: Session) -> Path:
 def unlearn(session: Session) -> Path:
     """Run the configured method on the original encoder; returns the run's folder, which holds the result."""
     cfg, entry = session.cfg, METHODS[session.cfg.method.name]
-    counts = {role: len(session.manifest.ids(role)) for role in ROLES}
-    refuse_missing(cfg, counts)
+    refuse_missing(cfg, {role: len(session.manifest.ids(role)) for role in ROLES})
     start = session.out / "original" if entry.start == "original" else None
     method = entry.build(cfg) if entry.build else None
     _train(session, "unlearn", session.out, method, unlearn_digest(session), start=start, steps=entry.steps)
@@ -226,7 +225,7 @@ def _train(
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
     if name != "pretrain" and queue is not None:
-        queue.purge(_hashes(session.manifest.ids("forget")))
+        queue.purge(torch.from_numpy(id_hashes(session.manifest.ids("forget"))))
     if method is None:
         facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
     else:
@@ -276,8 +275,7 @@ def _train(
 
 def _original(session: Session, start: Path | None) -> ContrastiveModel | None:
     """A frozen second copy of the encoder that forgetting starts from, for methods that stay near it."""
-    asks = "teacher" in METHODS[session.cfg.method.name].needs or session.cfg.method.distill_weight
-    if start is None or not asks:
+    if start is None or not ("teacher" in METHODS[session.cfg.method.name].needs or session.cfg.method.distill_weight):
         return None
     return load_trained(start, session).model.to(session.backend.device).eval().requires_grad_(False)
 
@@ -398,7 +396,3 @@ def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, Rol
         )
         for name, size in method.batch_sizes(cfg).items()
     }
-
-
-def _hashes(ids: list[str]) -> torch.Tensor:
-    return torch.from_numpy(id_hashes(ids))
