@@ -198,7 +198,8 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "D14": (
         "the main rank is slow in a checkpoint: the others wait under a limit of its own (`watchdog_save_s`)",
-        [f"{RANKS}::test_a_slow_checkpoint_is_no_hang"],
+        [f"{RANKS}::test_a_slow_checkpoint_is_no_hang_and_the_same_time_in_a_step_is",
+         f"{RANKS}::test_checkpoints_are_marked_as_slow_by_the_loop"],
     ),
     "D15": (
         "torchrun, `accelerate launch` and srun: the same losses",

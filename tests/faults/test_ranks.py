@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from distunlearn.config import RunConfig
+from distunlearn.engine import loop
+from distunlearn.engine.backends.base import Backend
+from distunlearn.engine.backends.process_group import Place
 
 FIRED = "fault injected: {} at {}, rank {}, unlearn step 2"
 
@@ -72,12 +80,37 @@ def test_a_killed_rank_is_named(copied, forget):
     assert group.seconds[0] - group.seconds[1] < 20
 
 
-def test_a_slow_checkpoint_is_no_hang(copied, clean, forget):
-    fault = "sleep@point=save,rank=0,step=2,seconds=10"
-    group = forget(copied, "watchdog_s=8", "watchdog_save_s=60", DISTUNLEARN_FAULT=fault)
-    assert group.wait() == [0, 0], group.said()
-    assert FIRED.format("sleep", "save", 0) in group.said(0)
-    assert same(state(copied), state(clean))
+SLOW = """
+import sys, time
+from pathlib import Path
+from distunlearn.engine.watch import Watch
+with Watch(Path(sys.argv[1]), 0, 1, limit=1.0, slow_limit=600.0) as watch, watch.training():
+    watch.at("checkpoint", "unlearn", 2, slow=True)
+    time.sleep(4)
+    print("the checkpoint was in no hurry", flush=True)
+    watch.at("update", "unlearn", 3)
+    time.sleep(600)
+"""
+
+
+def test_a_slow_checkpoint_is_no_hang_and_the_same_time_in_a_step_is(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SLOW, str(tmp_path)], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 5 and done.stdout == "the checkpoint was in no hurry\n"
+    assert "error: rank 0 of 1 hangs in unlearn step 3, update" in done.stderr
+    assert "time.sleep" not in done.stderr and "Current thread" in (tmp_path / "watch/rank-0000.stack.txt").read_text()
+
+
+def test_checkpoints_are_marked_as_slow_by_the_loop():
+    marks = []
+    runner = object.__new__(loop._Runner)
+    runner.watch = SimpleNamespace(at=lambda place, phase, step, slow: marks.append((place, step, slow)))
+    runner.phase = SimpleNamespace(name="unlearn", method=SimpleNamespace(state_dict=dict))
+    runner.ctx, runner.first = SimpleNamespace(momentum=None, queue=None), 0
+    runner.backend = Backend(RunConfig(), Place(0, 1, torch.device("cpu")))
+    runner._save = lambda step: marks.append("saved")
+    runner._at("update", 1)
+    runner._save_watched(2)
+    assert marks == [("update", 1, False), ("checkpoint", 2, True), "saved"]
 
 
 def test_ranks_that_do_not_run_the_same_are_refused_at_the_start(copied, forget):
