@@ -299,7 +299,7 @@ def verified(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> bool:
     try:
         files = sorted(checkpoint.facts["files"].items())[share::of]
         return all(file_sha256(checkpoint.folder / name) == _sha256(entry) for name, entry in files)
-    except (OSError, DataError):
+    except (OSError, DataError):  # a file that cannot be read
         return False
 
 
