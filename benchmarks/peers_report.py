@@ -91,7 +91,7 @@ def document(result: dict[str, Any]) -> str:
         "package needs torch 2.11. Its loss function was loaded from its wheel by itself where a row names it; a step "
         "of its trainer was not measured.",
         "## Per-sample gradient norms over the whole network\n",
-        "By `constraints/ghost.py` and by Opacus' ghost clipping (hooks and an ordinary backward, as its user has "
+        "By `constraints/ghost.py` and by Opacus' ghost clipping (hooks and an ordinary backward, as usual there). "
         "it). Live memory is the peak of all tensors made within the call, MiB (ours / theirs). Error: largest relative "
         "difference to float64, sample by sample (ours / theirs).",
         table(["layers", "samples", "speed, clock", "speed, CPU", "live memory", "error", "goal"], norm_rows(result))
