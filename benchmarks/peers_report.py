@@ -92,7 +92,7 @@ def document(result: dict[str, Any]) -> str:
         "of its trainer was not measured.",
         "## Per-sample gradient norms over the whole network\n",
         "By `constraints/ghost.py` and by Opacus' ghost clipping (hooks and an ordinary backward, as usual there). "
-        "it). Live memory is the peak of all tensors made within the call, MiB (ours / theirs). Error: largest relative "
+        "Live memory is the peak of all tensors made within the call, MiB (ours / theirs). Error: largest relative "
         "difference to float64, sample by sample (ours / theirs).",
         table(["layers", "samples", "speed, clock", "speed, CPU", "live memory", "error", "goal"], norm_rows(result))
         if result["norms"] else MISSING,
