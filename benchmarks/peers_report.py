@@ -10,6 +10,7 @@ from throughput_stats import paragraphs, preamble, ratio, shown, table
 __all__ = ["document", "norm_rows", "step_rows"]
 
 GOAL = 0.95
+MISSING = "**Not measured** in this run."
 MIB = 2**20
 
 
@@ -90,14 +91,16 @@ def document(result: dict[str, Any]) -> str:
         "package needs torch 2.11. Its loss function was loaded from its wheel by itself where a row names it; a step "
         "of its trainer was not measured.",
         "## Per-sample gradient norms over the whole network\n",
-        "`constraints/ghost.py` and Opacus' ghost clipping (hooks and an ordinary backward, as its user runs it). "
+        "By `constraints/ghost.py` and by Opacus' ghost clipping (hooks and an ordinary backward, as usual there). "
         "Live memory is the peak of all tensors made within the call, MiB (ours / theirs). Error: largest relative "
         "difference to float64, sample by sample (ours / theirs).",
-        table(["layers", "samples", "speed, clock", "speed, CPU", "live memory", "error", "goal"], norm_rows(result)),
+        table(["layers", "samples", "speed, clock", "speed, CPU", "live memory", "error", "goal"], norm_rows(result))
+        if result["norms"] else MISSING,
         "## Gathered losses on two ranks\n",
         "Two processes over gloo; forward and backward from raw outputs; time of the slower rank. Difference: of the "
         "loss averaged over ranks, and of the gradient (relative).",
-        table(["peer", "images a rank", "dim", "ours, ms", "speed, clock", "difference", "goal"], gather_rows(result)),
+        table(["peer", "images a rank", "dim", "ours, ms", "speed, clock", "difference", "goal"], gather_rows(result))
+        if result["gathered"] else MISSING,
         "## Raw numbers\n",
         "Seconds of every step, clock / CPU; the rest is in the JSON file beside this one.",
         raw(result),

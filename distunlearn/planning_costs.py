@@ -35,7 +35,7 @@ SWEEP_SHARE = 0.2  # of the memory's speed, per byte of weights: an AdamW step m
 FIXED = 0.01  # seconds of a step that are none of the others: views, Python, kernel launches
 MFU = {"vit": 0.35, "conv": 0.2}  # share of the data-sheet rate that training reaches
 LABEL = (
-    "extrapolation: computed by a model that was checked on a CPU only, from data-sheet speeds and the assumptions "
+    "extrapolation: computed by a model that no measurement has confirmed yet, from data-sheet speeds and assumptions "
     "named here; no GPU was measured"
 )
 
