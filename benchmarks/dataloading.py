@@ -217,11 +217,13 @@ def race_rows(found: dict[str, list[tuple[float, float]]]) -> list[list[str]]:
     """Medians, and ratios to the pure rate of the same mode and to ImageFolder, wall and CPU."""
     rows = []
     for name, samples in found.items():
-        bound = found["pure fast" if name.endswith("fast") else "pure exact"]
         ratios = []
-        for other in (bound, found["imagefolder"]):
-            wall = statistics.median(mine[0] / theirs[0] for mine, theirs in zip(samples, other, strict=True))
-            cpu = statistics.median(theirs[1] / mine[1] for mine, theirs in zip(samples, other, strict=True))
+        for other in ("pure fast" if name.endswith("fast") else "pure exact", "imagefolder"):
+            if other not in found:
+                ratios += ["", ""]
+                continue
+            wall = statistics.median(mine[0] / theirs[0] for mine, theirs in zip(samples, found[other], strict=True))
+            cpu = statistics.median(theirs[1] / mine[1] for mine, theirs in zip(samples, found[other], strict=True))
             ratios += [f"{wall:.2f}", f"{cpu:.2f}"]
         rate, spent = (statistics.median(s[k] for s in samples) for k in (0, 1))
         rows.append([name, f"{rate:,.0f}", f"{spent:.2f}", f"{1000 / spent:,.0f}", *ratios])
@@ -297,6 +299,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="training steps for the share of waiting")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 224])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contenders; default: all")
     parser.add_argument("--document", type=Path, help="write the results here")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -315,10 +318,10 @@ def main() -> None:
         }
         print(json.dumps(raw, indent=1, default=str), flush=True)
         races = {
-            (size, workers): race(manifest, root, size, workers, args.count, args.rounds)
+            (size, workers): race(manifest, root, size, workers, args.count, args.rounds, args.only)
             for size in args.sizes for workers in args.workers
         }  # fmt: skip
-        raw["waiting"] = {(32, w): waiting(manifest, 32, w, args.steps) for w in (0, *args.workers)}
+        raw["waiting"] = {(32, w): waiting(manifest, 32, w, args.steps) for w in (0, *args.workers) if args.steps}
         text = document(raw, races, args, load)
     if args.document:
         args.document.parent.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def cost(act: Callable[[], None]) -> tuple[float, float]:
 
 
 def race(
-    manifest: Manifest, root: Path, size: int, workers: int, count: int, rounds: int
+    manifest: Manifest, root: Path, size: int, workers: int, count: int, rounds: int, only: Sequence[str] = ()
 ) -> dict[str, list[tuple[float, float]]]:
     """{contender: (images/s, CPU ms per image) of every round}; the first round warms up and does not count."""
     held = Reader(manifest).read([manifest.by_id[i] for i in manifest.ids(ROLES)[:BATCH]])
@@ -119,6 +119,7 @@ def race(
         "webdataset": lambda: webdataset(manifest, size, workers, count),
         "pure threads": lambda: pure(held, size, "exact", workers, count, threads=True),
     }
+    contenders = {name: act for name, act in contenders.items() if not only or name in only}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, act in contenders.items():

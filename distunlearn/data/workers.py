@@ -7,7 +7,7 @@ no rank.
 Why not torch's DataLoader: its results pass through /dev/shm, which containers keep small, in one allocation per
 batch, and each loader has workers of its own. Here all streams of a process share the workers, and a fixed block of
 anonymous shared memory into which workers decode bounds what is held. Why processes: threads were no faster
-(benchmarks/dataloading.py), and they would take turns with the training for Python's lock.
+(benchmarks/dataloading.py), and would take turns with the training for Python's lock.
 
 Workers are forked, never touch a GPU, take no signal that is meant for the run, and end with the process that
 forked them.

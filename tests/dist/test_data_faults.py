@@ -22,6 +22,7 @@ from distunlearn.data.shards import file_sha256, read_sample
 from distunlearn.errors import UndecodableError
 
 pytestmark = pytest.mark.slow
+WAIT = 250  # seconds for what takes ten on an idle machine
 STREAMED = ("backend=ddp", "data.workers=1", "data.cache_mib=0")
 
 
@@ -86,7 +87,7 @@ def test_a_killed_worker_ends_both_ranks_and_leaves_no_process(tmp_path):
     out = tmp_path / "run"
     ranks = start(out, *STREAMED, "pretrain.epochs=400")
     try:
-        limit = time.monotonic() + 200
+        limit = time.monotonic() + WAIT
         needle = '"event":"step","phase":"pretrain","step":6,'
         while not (out / "ledger.jsonl").exists() or needle not in (out / "ledger.jsonl").read_text():
             assert time.monotonic() < limit and all(rank.poll() is None for rank in ranks)
@@ -121,7 +122,7 @@ def test_an_undecodable_retain_image_is_replaced_and_recorded(tmp_path, prepared
     out = tmp_path / "run"
     ranks = start(out, *STREAMED, f"data.shards={prepared}", "data.max_undecodable=0.02", verb="pretrain")
     try:
-        codes = [rank.wait(timeout=250) for rank in ranks]
+        codes = [rank.wait(timeout=WAIT) for rank in ranks]
     finally:
         end(ranks)
     said = [Path(f"{out}.{rank}.log").read_text() for rank in range(2)]
