@@ -25,9 +25,7 @@ _MAX_ID = 1_024  # characters
 _UNPRINTABLE = {"Cc", "Zl", "Zp", "Cs"}
 _ODD = re.compile(r"\\|//|(?:^|/)\.(?:/|$)|^/|/$")
 WINDOW = 1 << 16  # ids made or hashed together
-# Ids looked up together; then the mapped pages are given back. An id touches one place in each of two columns, around
-# which the system maps up to 64 KiB: 64 MiB at most, however large the table.
-LOOK = 1 << 9
+LOOK = 1 << 9  # ids looked up together; then mapped pages are given back
 
 
 def normal_id(sample_id: str) -> str:
