@@ -252,18 +252,10 @@ def _train(
         feeders = _feeders(session, method, optim.accumulate)
         total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
         phase = Phase(
-            name=name,
-            folder=folder,
-            steps=total,
-            optim=optim,
-            method=method,
-            feeders=feeders,
-            sample=session.sample,
-            forget_ids=frozenset(session.manifest.ids("forget")),
-            digest=digest,
-            names_forget="" if name == "pretrain" else "forget",
-            refuse=session.store.undecodable.check,
-        )
+            name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
+            sample=session.sample, forget_ids=frozenset(session.manifest.ids("forget")), digest=digest,
+            names_forget="" if name == "pretrain" else "forget", refuse=session.store.undecodable.check,
+        )  # fmt: skip
         records = (session.ledger, session.telemetry, session.stop, session.watch)
         try:
             facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
