@@ -143,7 +143,7 @@ class MomentumEncoder:
             weight = named[name].detach()
             assert weight.shape == ema.shape, f"{name} is a shard; gather it and use update_from"
             averages.append(ema)
-            weights.append(weight.to(ema.device, torch.float32))
+            weights.append(weight.to(ema.device, ema.dtype))
         # One pass over the memory, few kernels for many weights on a GPU; and equal weights stay as they are, exactly.
         torch._foreach_lerp_(averages, weights, 1 - momentum)
 
