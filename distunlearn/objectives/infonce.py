@@ -120,7 +120,7 @@ def _gathered(keys: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _plain(queries: Tensor, keys: Tensor, columns: Columns, temperature: float | Tensor) -> Tensor:
     with full_precision(queries):
-        logits = (queries / temperature) @ keys.mT  # [..., n, K], and no second pass over it
+        logits = queries @ keys.mT / temperature  # [..., n, K]
     masked = columns.hidden(slice(0, queries.shape[-2]), slice(0, keys.shape[-2]))
     if masked is not None:
         logits = logits.masked_fill(masked, -torch.inf)
