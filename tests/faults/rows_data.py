@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _SHARDS = "tests/faults/test_shard_faults.py::"
+_PREPARE = "tests/faults/test_prepare_faults.py::"
 _LISTS = "tests/faults/test_forget_list_faults.py::"
 _REFUSALS = "tests/faults/test_refusals.py::"
 _DECODE = "tests/data/test_decode.py::"
@@ -103,16 +104,16 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     "S20": (
         "prepare killed at ten points: the next gives the same bytes, keeps whole shards, notices changed images",
         [
-            f"{_SHARDS}test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes",
-            f"{_SHARDS}test_s20_what_changed_since_the_kill_is_written_anew",
-            f"{_SHARDS}test_s20_any_number_of_processes_writes_the_same_bytes",
+            f"{_PREPARE}test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes",
+            f"{_PREPARE}test_s20_what_changed_since_the_kill_is_written_anew",
+            f"{_PREPARE}test_s20_any_number_of_processes_writes_the_same_bytes",
         ],
     ),
     "S21": (
         "second prepare or index into one folder: refused, the first is not disturbed",
         [
-            f"{_SHARDS}test_s21_a_second_prepare_into_the_same_folder_is_refused",
-            f"{_SHARDS}test_two_indexes_of_one_folder",
+            f"{_PREPARE}test_s21_a_second_prepare_into_the_same_folder_is_refused",
+            f"{_PREPARE}test_two_indexes_of_one_folder",
         ],
     ),
     "F01": (

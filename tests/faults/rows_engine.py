@@ -280,6 +280,6 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "X07": (
         "optional packages",
-        "does not apply: every package that a run imports is a requirement; the extras are for tests only.",
+        "does not apply: every package that a run needs is a requirement; `jpeg` only decodes faster, the rest is for tests.",
     ),
 }  # fmt: skip
