@@ -7,6 +7,7 @@ same work; `own_views` replaces the views by the package's.
 
 from __future__ import annotations
 
+import abc
 import copy
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from distunlearn.engine.optim import make_optimizer
 __all__ = ["PEERS", "Peer", "solo_loss"]
 
 
-class Peer:
+class Peer(abc.ABC):
     """One package's step: `step()` does batch, views, forward, loss, backward and update, and returns the loss.
 
     optimizer: "theirs" for torch's AdamW as its constructor gives it, "ours" for the one that our engine makes.
@@ -48,19 +49,21 @@ class Peer:
         )
         self.transform = self.own_transform() if own_views else None
 
+    @abc.abstractmethod
     def build(self) -> None:
         """Head and loss."""
-        raise NotImplementedError
 
     def modules(self) -> list[nn.Module]:
         """What is trained."""
         return [self.backbone, self.head]
 
+    @abc.abstractmethod
     def loss(self, views: list[Tensor]) -> Tensor:
-        raise NotImplementedError
+        """Of the two views of a batch."""
 
     def own_transform(self) -> Callable[[Image.Image], list[Tensor]]:
-        raise NotImplementedError
+        """The package's own views of a picture, where a row compares them."""
+        raise ValueError(f"{type(self).__name__} has no views of its own here; leave own_views out.")
 
     def views(self, batch: Batch) -> list[Tensor]:
         if self.transform is None:

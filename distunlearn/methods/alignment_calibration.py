@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean
+from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import enqueue, retain_bank
 from distunlearn.methods.mixed import mixed_branches, row_losses, with_other_partners
 from distunlearn.objectives.base import Objective
@@ -42,7 +42,7 @@ class AlignmentCalibration(Stateless):
         self.cfg = cfg
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+        return unlearn_batches(cfg, "retain", "forget")
 
     def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
         views = objective.branches * (2 if objective.needs_momentum else 1)

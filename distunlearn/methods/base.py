@@ -31,6 +31,7 @@ __all__ = [
     "StepOutput",
     "concat_batches",
     "embed",
+    "unlearn_batches",
     "image_mean",
     "view_pair",
 ]
@@ -89,6 +90,11 @@ class StepOutput:
     loss: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
     consumed: dict[str, list[str]] = field(default_factory=dict)
+
+
+def unlearn_batches(cfg: RunConfig, *roles: str) -> dict[str, int]:
+    """Global images per step of these roles, as the settings of forgetting have them: for `Method.batch_sizes`."""
+    return {role: getattr(cfg.unlearn, f"{role}_batch") for role in roles}
 
 
 class Method(Protocol):

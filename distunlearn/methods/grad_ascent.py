@@ -17,7 +17,7 @@ import torch
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean
+from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import retain_bank
 from distunlearn.objectives.gather import all_reduce_mean
 
@@ -44,7 +44,7 @@ class GradAscent(Stateless):
         self.cfg = cfg
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+        return unlearn_batches(cfg, "retain", "forget")
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]

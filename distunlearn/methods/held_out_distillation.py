@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean
+from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import enqueue, utility
 from distunlearn.methods.features import apart, directions, original_directions
 from distunlearn.objectives.bank import normalise
@@ -42,11 +42,7 @@ class HeldOutDistillation(Stateless):
         self.cfg = cfg
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {
-            "retain": cfg.unlearn.retain_batch,
-            "forget": cfg.unlearn.forget_batch,
-            "third_party": cfg.unlearn.third_party_batch,
-        }
+        return unlearn_batches(cfg, "retain", "forget", "third_party")
 
     def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
         sizes, momentum = cfg.unlearn, 2 if objective.needs_momentum else 1

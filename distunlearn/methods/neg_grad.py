@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean
+from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import enqueue
 from distunlearn.methods.grad_ascent import require_bounded
 from distunlearn.methods.mixed import mixed_branches, row_losses
@@ -34,7 +34,7 @@ class NegGrad(Stateless):
         self.cfg = cfg
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+        return unlearn_batches(cfg, "retain", "forget")
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch, permutation, random_words
-from distunlearn.methods.base import Context, StepOutput, image_mean
+from distunlearn.methods.base import Context, StepOutput, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import enqueue, utility
 from distunlearn.methods.features import apart, directions, original_directions
 from distunlearn.objectives.bank import normalise
@@ -45,7 +45,7 @@ class RandomTarget:
         self.places = torch.zeros(0, 0)
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+        return unlearn_batches(cfg, "retain", "forget")
 
     def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
         momentum = 2 if objective.needs_momentum else 1

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean
+from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import enqueue, utility
 from distunlearn.methods.features import apart, directions, original_directions
 from distunlearn.objectives.base import Objective
@@ -36,7 +36,7 @@ class Scrub(Stateless):
         self.cfg = cfg
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {"retain": cfg.unlearn.retain_batch, "forget": cfg.unlearn.forget_batch}
+        return unlearn_batches(cfg, "retain", "forget")
 
     def forget_steps(self, cfg: RunConfig) -> int:
         """Steps of the first phase."""

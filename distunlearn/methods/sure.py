@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean
+from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
 from distunlearn.methods.contrastive import enqueue, utility
 from distunlearn.methods.features import directions
 from distunlearn.objectives.base import Objective
@@ -126,11 +126,7 @@ class Sure(Stateless):
         self.critic = Critic(cfg.method.critic_width, cfg.method.critic_lr, cfg.seed)
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {
-            "retain": cfg.unlearn.retain_batch,
-            "forget": cfg.unlearn.forget_batch,
-            "third_party": cfg.unlearn.third_party_batch,
-        }
+        return unlearn_batches(cfg, "retain", "forget", "third_party")
 
     def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
         sizes, momentum = cfg.unlearn, 2 if objective.needs_momentum else 1

@@ -40,7 +40,7 @@ from distunlearn.constraints.evaluators import Constrained, make_evaluator
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, StepOutput, embed, view_pair
+from distunlearn.methods.base import Context, StepOutput, embed, unlearn_batches, view_pair
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
 from distunlearn.objectives.bank import Bank, normalise
 from distunlearn.objectives.base import Branches
@@ -79,12 +79,7 @@ class ThirdParty:
         self.pseudo_labels = torch.zeros(0, dtype=torch.int64)
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        sizes = cfg.unlearn
-        return {
-            "retain": sizes.retain_batch,
-            "forget": sizes.forget_batch,
-            "third_party": sizes.third_party_batch,
-        }
+        return unlearn_batches(cfg, "retain", "forget", "third_party")
 
     # -- calibration ---------------------------------------------------------------------------------------------
 
