@@ -37,13 +37,16 @@ class MoCoV3(MomentumObjective):
 
     def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Symmetrised contrastive loss over the global keys; the bank is not used; a collective call."""
-        losses = self.row_losses(b)
-        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
+        losses, sizes = self._branch_losses(b)
+        return 2 * self.temperature * losses.sum() * mean_scale(sizes)
 
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Both branches' losses of every image, times 2 tau, [n]; a collective call."""
+        return 2 * self.temperature * self._branch_losses(b)[0].sum(0)
+
+    def _branch_losses(self, b: Branches) -> tuple[Tensor, list[int]]:
+        """Losses of both branches, [2, n], and the images of every rank."""
         z, key = self._pair(b)
         sizes = gather_sizes(b.num_samples, z.device)
         own = torch.arange(b.num_samples, device=z.device) + sum(sizes[: get_rank()])
-        losses = infonce(normalise(z), key, Columns(own), self.temperature, sizes, budget=self.budget)  # [2, n]
-        return 2 * self.temperature * losses.sum(0)
+        return infonce(normalise(z), key, Columns(own), self.temperature, sizes, budget=self.budget), sizes
