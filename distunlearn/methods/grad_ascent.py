@@ -24,9 +24,8 @@ from distunlearn.objectives.gather import all_reduce_mean
 __all__ = ["GradAscent", "require_bounded"]
 
 
-def require_bounded(ctx: Context, name: str, level: float) -> None:
-    """Raises NumericsError where the forget loss, which ascent drives up without end, passes method.ascent_bound."""
-    bound = ctx.cfg.method.ascent_bound
+def require_bounded(ctx: Context, name: str, level: float, bound: float) -> None:
+    """Raises NumericsError where the forget loss, which ascent drives up without end, passes `bound` (method.ascent_bound)."""
     if level > bound:
         raise NumericsError(
             f"{name}: the forget loss reached {level:.3g} at step {ctx.step}, above method.ascent_bound = "
@@ -56,6 +55,6 @@ class GradAscent(Stateless):
         losses = ctx.objective.per_sample_loss(branches, bank)
         known = image_mean(losses)
         level = float(all_reduce_mean(known.detach()))
-        require_bounded(ctx, self.name, level)
+        require_bounded(ctx, self.name, level, self.cfg.method.ascent_bound)
         loss = -self.cfg.method.ascent_weight * known
         return StepOutput(loss, {"forget_loss": level}, {"forget": forget.ids})

@@ -44,7 +44,7 @@ class NegGrad(Stateless):
         scale = mean_scale(gather_sizes(len(rows), rows.device))
         loss = (kept.sum() - self.cfg.method.ascent_weight * climbed.sum()) * scale
         level = float(all_reduce_mean(image_mean(climbed.detach())))
-        require_bounded(ctx, self.name, level)
+        require_bounded(ctx, self.name, level, self.cfg.method.ascent_bound)
         enqueue(ctx, branches.part(slice(0, len(retain))))
         metrics = {"utility": float(all_reduce_mean(image_mean(kept.detach()))), "forget_loss": level}
         return StepOutput(loss, metrics, {"retain": retain.ids, "forget": forget.ids})

@@ -104,8 +104,8 @@ OPTIONS = {
     "plan": "--out --config --set --gpu --world --mfu --price", "list": "", "doctor": "--out --config --set",
     "index": "--config --set",
     "submit": (
-        "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run --no-dry-run "
-        "--gpus --memory --name --nodes --partition --requeues --setup --tasks --time --warning"
+        "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run "
+        "--no-dry-run --gpus --memory --name --nodes --partition --requeues --setup --tasks --time --warning"
     ),
     "sweep": (
         "--out --config --set --account --array --attacks --constraint --container --container-image --cpus --dry-run "
