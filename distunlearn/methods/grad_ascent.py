@@ -25,7 +25,7 @@ __all__ = ["GradAscent", "require_bounded"]
 
 
 def require_bounded(ctx: Context, name: str, level: float, bound: float) -> None:
-    """Raises NumericsError where the forget loss, which ascent drives up without end, passes `bound` (method.ascent_bound)."""
+    """Raises NumericsError where the forget loss, which ascent drives up without end, passes method.ascent_bound."""
     if level > bound:
         raise NumericsError(
             f"{name}: the forget loss reached {level:.3g} at step {ctx.step}, above method.ascent_bound = "
