@@ -105,7 +105,7 @@ def _feeders(cfg: RunConfig, manifest: Manifest, backend: Backend) -> Iterator[t
         for name, size in sizes.items():
             yield f"{phase}/{name}", RoleFeeder(
                 store, manifest, FEEDER_ROLES[name], seed=cfg.seed, batch=size // accumulate, rank=backend.rank,
-                world=backend.world, by_offset=name == "forget",
+                world=backend.world,
             )  # fmt: skip
 
 
