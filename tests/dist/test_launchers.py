@@ -38,7 +38,11 @@ SETTINGS = [
 OF_RECIPE = {
     # At 1e-5 MoCo's terms, alike within 1e-6 in the first steps, have drifted by 1.4e-5 after 20 steps of AdamW.
     "digits_moco": ["unlearn.lr=1e-6"],
-    "digits_byol": ["pretrain.optimizer=sgd", "pretrain.lr=1e-3", "unlearn.optimizer=sgd", "unlearn.lr=1e-6"],
+    # The recipe weighs its output term by 4, and what float32 rounding makes of that term with it (5.2e-6 seen).
+    "digits_byol": [
+        "pretrain.optimizer=sgd", "pretrain.lr=1e-3", "unlearn.optimizer=sgd", "unlearn.lr=1e-6",
+        "method.output_weight=1",
+    ],
 }
 PLAIN = [sys.executable, "-m", "distunlearn"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distunlearn"]
@@ -92,6 +96,9 @@ def check(out: Path, expected: Path, phase: str) -> None:
     norms = statistics.median(deviations(logged(out, phase, "grad_norm"), logged(expected, phase, "grad_norm")))
     print(f"{phase}: losses {losses:.1e}, gradient norms {norms:.1e}")
     assert losses <= CLOSE and norms <= 10 * CLOSE
+    if phase == "unlearn":  # a wrong factor in one part of the loss may hide behind the others
+        for part in ("utility", "phi_gradient", "phi_output", "confidence_term"):
+            assert deviation(logged(out, phase, part), logged(expected, phase, part)) <= CLOSE, part
 
 
 @pytest.fixture(scope="module")

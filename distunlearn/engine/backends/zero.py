@@ -196,11 +196,29 @@ class Zero(Backend):
         parameters = list(self.model.parameters())
         return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
 
+    def _release(self) -> None:
+        """Stage 3: no weight stays gathered that a forward left so."""
+        with self._gathered():
+            pass
+
     def adjust(self, change: Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
-        """See `Backend.adjust`; the weights are gathered for it, since the optimizer's own parts are nameless."""
-        with self._gathered(main_writes=True):
+        """See `Backend.adjust`; the optimizer's own parts are nameless, so the weights change and it copies them."""
+        if self.stage < 3:
             super().adjust(change)
+        else:
+            self._adjust_shards(change)
         self._engine.optimizer.refresh_fp32_params()
+
+    @torch.no_grad()
+    def _adjust_shards(self, change: Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """Stage 3: each rank changes its own part of every weight, and all of those that stay gathered."""
+        self._release()
+        for name, parameter in self._named.items():
+            start, count = self._mine(parameter)
+            mine = parameter.ds_tensor.flatten()[:count]
+            mine.copy_(change(name, mine, lambda t, at=slice(start, start + count): t.flatten()[at]))
+            if parameter.data.numel() == parameter.ds_numel:  # gathered: smaller than PERSISTENT
+                parameter.data.copy_(change(name, parameter.data, lambda t: t))
 
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
         """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
@@ -249,8 +267,7 @@ class Zero(Backend):
 
     def _load_shards(self, state: Mapping[str, Stored]) -> None:
         """Stage 3: each rank reads its own part of every weight, and all of those that stay gathered."""
-        with self._gathered():
-            pass  # whatever a forward left behind is released
+        self._release()
         weights = dict(self.model.named_parameters())
         if missing := [name for name in self.model.state_dict() if name not in state]:
             raise DataError(f"the checkpoint lacks {missing[0]!r}; resume with the encoder it was written with.")
