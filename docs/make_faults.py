@@ -1,6 +1,7 @@
 """Print docs/faults.md, made from the tables tests/faults/rows_*.py.
 
     python docs/make_faults.py > docs/faults.md
+    python docs/make_faults.py --tests   # its tests instead, without those that need daemons of SLURM
 
 A test compares the committed page with what this prints, and that every test it names exists.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +27,7 @@ Each row is a fault, what happens, and the tests that bring the fault about. A r
 page is made by `python docs/make_faults.py > docs/faults.md`; do not edit it by hand.
 
 The rows under SLURM need its daemons (`launch/test.sh -m slurm tests/slurm`); all others are part of the default run.
+To run those of this page alone: `launch/test.sh -n 2 --dist loadscope $(python docs/make_faults.py --tests)`.
 """
 
 # For tables that name tests alone.
@@ -99,6 +102,12 @@ def missing() -> list[str]:
     return gone
 
 
+def fault_tests() -> list[str]:
+    """All tests that the tables name and that need no daemon of SLURM, each once."""
+    named = {test for _, shown in rows().values() if isinstance(shown, list) for test in shown}
+    return sorted(test for test in named if not test.startswith("tests/slurm/test_cluster.py"))
+
+
 def page() -> str:
     """The whole page as Markdown."""
     parts, group = [HEAD], ""
@@ -112,4 +121,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    sys.stdout.write("\n".join(fault_tests()) + "\n" if sys.argv[1:] == ["--tests"] else page())

@@ -7,6 +7,10 @@ _PREPARE = "tests/faults/test_prepare_faults.py::"
 _LISTS = "tests/faults/test_forget_list_faults.py::"
 _REFUSALS = "tests/faults/test_refusals.py::"
 _DECODE = "tests/data/test_decode.py::"
+_RUNS = "tests/dist/test_data_faults.py::"
+_STREAM = "tests/data/test_stream.py::"
+_WORKERS = "tests/data/test_workers.py::"
+_READING = "tests/data/test_reading.py::"
 _IDS = "tests/data/test_forget_list.py::"
 
 # A row: what goes wrong and what happens, then the tests, or the reason why it does not apply.
@@ -99,6 +103,65 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         [
             f"{_SHARDS}test_s12_odd_shapes_are_prepared",
             f"{_DECODE}test_to_square_of_odd_shapes",
+        ],
+    ),
+    "S13": (
+        "retained image that cannot be read: the next one in its place, counted, named once; above a share exit 3",
+        [
+            f"{_RUNS}test_an_undecodable_retain_image_is_replaced_and_recorded",
+            f"{_RUNS}test_a_run_with_undecodable_images_goes_through",
+            f"{_RUNS}test_what_must_not_be_replaced_ends_the_run_with_3",
+            f"{_STREAM}test_an_undecodable_image_is_replaced_the_same_way_everywhere",
+            f"{_STREAM}test_too_many_undecodable_images_end_the_run",
+            f"{_STREAM}test_nothing_but_undecodable_images",
+        ],
+    ),
+    "S14": (
+        "image to forget that cannot be read: exit 3, naming it, whatever share is allowed",
+        [
+            f"{_RUNS}test_what_must_not_be_replaced_ends_the_run_with_3",
+            f"{_STREAM}test_an_undecodable_forget_image_is_never_passed_over",
+        ],
+    ),
+    "S15": (
+        "reader process killed or hanging: the run ends within a minute and names the process and its image",
+        [
+            f"{_RUNS}test_a_killed_worker_ends_both_ranks_and_leaves_no_process",
+            f"{_WORKERS}test_a_worker_that_is_killed_at_work",
+            f"{_WORKERS}test_a_worker_that_is_killed_between_batches",
+            f"{_WORKERS}test_a_worker_that_hangs",
+        ],
+    ),
+    "S16": (
+        "reader process raises an error that cannot be pickled: one readable sentence",
+        [
+            f"{_WORKERS}test_a_worker_that_raises_anything",
+        ],
+    ),
+    "S17": (
+        "uneven shares, last batches: as many steps on every rank, each id once an epoch, for any world and workers",
+        [
+            f"{_STREAM}test_every_world_and_worker_count_gives_the_same_batches",
+            f"{_STREAM}test_fewer_forget_rows_than_ranks",
+            "tests/data/test_schedule.py::test_rank_slices_tile_the_batch",
+            "tests/data/test_schedule.py::test_cycle_is_the_concatenation_of_epochs",
+        ],
+    ),
+    "S18": (
+        "fewer images than a batch: each comes again in another epoch; a role without images is refused",
+        [
+            f"{_STREAM}test_fewer_images_than_ranks_times_rows",
+            f"{_STREAM}test_no_image_of_a_role_is_refused",
+        ],
+    ),
+    "S19": (
+        "failing and slow reads: repeated with growing waits, then exit 3; nothing is lost or cut short",
+        [
+            f"{_READING}test_a_read_that_fails_for_a_while_is_repeated",
+            f"{_READING}test_a_read_that_fails_for_good_ends_the_run",
+            f"{_READING}test_an_error_that_cannot_pass_is_not_repeated",
+            f"{_READING}test_short_and_slow_reads_lose_nothing",
+            f"{_READING}test_errors_reach_a_feeder_of_any_worker_count",
         ],
     ),
     "S20": (
@@ -204,6 +267,13 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         [
             f"{_LISTS}test_f13_unicode_form_and_slashes_do_not_matter_and_case_does",
             f"{_LISTS}test_f13_a_spelling_that_two_images_share_is_refused",
+        ],
+    ),
+    "F14": (
+        "fewer images to forget than ranks: each is consumed, ranks without one have empty batches, none hangs",
+        [
+            f"{_STREAM}test_fewer_forget_rows_than_ranks",
+            f"{_STREAM}test_fewer_images_than_ranks_times_rows",
         ],
     ),
     "F15": (
