@@ -51,6 +51,8 @@ from distunlearn.doctor import environment
 from distunlearn.encoders.model import build_model
 from distunlearn.objectives.simclr import nt_xent
 
+BUSY = 1.5  # load average above which other work counted
+
 VIEWS = ViewsConfig(
     crop_scale_min=0.2, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5
 )
@@ -245,8 +247,13 @@ def document(raw: dict[str, Any], races: dict[tuple[int, int], Any], args: argpa
         f"Date: {date.today()}. Commit {commit}. Python {platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". Hardware: 2 cores of an x86_64 CPU ({env['cpu']['model']}), {env['memory_gib']} GiB, no GPU; load "
-        f"average {load:.1f} at the start: other work shared the machine, so wall-clock figures say less than CPU "
-        "figures and ratios. GPUs: not measured.",
+        f"average {load:.1f} at the start"
+        + (
+            ": other work shared the machine, so wall-clock figures say less than CPU figures and ratios"
+            if load > BUSY
+            else ""
+        )
+        + ". GPUs: not measured.",
         f"{args.images:,} ids over {args.distinct} photos of {SIZE[0]} x {SIZE[1]} pixels, "
         f"{raw['bytes per image'] / 1000:.0f} kB each, in shards of {args.per_shard}; page cache warm; batches of "
         f"{BATCH}; {args.rounds} rounds in which the contenders take turns. What they are: the script's text.",

@@ -194,13 +194,14 @@ def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
 
     The crop comes before the resize: the same picture, but a 1 x 60,000,000 image stays cheap.
     """
-    square = _centre(image).contiguous()
+    square = _centre(image)
     if square.shape[-1] == size:
-        return square
+        return square.contiguous()
+    # In the layout it came in: the same numbers, without a pass over the pixels to change it.
     resized = torch.nn.functional.interpolate(
         square[None].float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
     )
-    return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+    return resized[0].round_().clamp_(0, 255).to(torch.uint8).contiguous()
 
 
 def _centre(image: torch.Tensor) -> torch.Tensor:

@@ -153,6 +153,13 @@ def test_to_square_crops_the_centre():
     assert torch.equal(to_square(image.transpose(1, 2), 3), image.transpose(1, 2)[:, 1:4])
 
 
+@pytest.mark.parametrize("size", [7, 16, 40])
+def test_to_square_is_the_same_in_every_layout(size):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)).permute(2, 0, 1)
+    square = to_square(pixels, size)
+    assert square.is_contiguous() and torch.equal(square, to_square(pixels.contiguous(), size))
+
+
 def test_to_square_halves_like_a_triangle_filter():
     image = torch.from_numpy(random_rgb(12, 12)).permute(2, 0, 1)
     size, scale = 6, 2.0
