@@ -174,9 +174,10 @@ class ObjectStore:
         try:
             return _file_system(self.url, os.getpid())
         except Exception as error:  # drivers raise what they like about missing accounts, broken installations ...
+            root = error.__cause__ or error
             raise ConfigError(
-                f"data.store={printable(self.url)} cannot be opened ({type(error).__name__}: {reason(error)}); check "
-                "the driver and its settings."
+                f"data.store={printable(self.url)} cannot be opened ({type(root).__name__}: {reason(root)}); check the "
+                "driver and its settings."
             ) from error
 
     def _short(self, span: Span, found: int, counts: Counts) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from object_server import ObjectServer, serving
 from pictures import feeder, pictures, store
 
+from distunlearn import pipeline
 from distunlearn.cli import main
 from distunlearn.config import DataConfig, RunConfig
 from distunlearn.config_checks import cross_checks
+from distunlearn.config_io import load_config, save_config
 from distunlearn.data import stores
 from distunlearn.data.manifest import Manifest, Sample
 from distunlearn.data.patience import Counts
@@ -26,6 +30,7 @@ from distunlearn.data.shards import read_sample
 from distunlearn.data.store_cache import ShardCache, verify_objects
 from distunlearn.data.stores import ObjectStore, Remote
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.pipeline import find_manifest, shards_remote
 from distunlearn.store_url import DRIVERS, url_problem
 
 
@@ -141,9 +146,12 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch):
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_the_bytes_are_those_of_the_local_shards(local, tmp_path, objects, request, scheme):
-    url = request.getfixturevalue("server").url if scheme == "http" else objects.as_uri()
+@pytest.mark.parametrize("scheme", ["http", "s3", "file"])
+def test_the_bytes_are_those_of_the_local_shards(local, tmp_path, objects, request, monkeypatch, scheme):
+    url = objects.as_uri()
+    if scheme != "file":
+        server = request.getfixturevalue("server")
+        url = server.url if scheme == "http" else as_s3(server, monkeypatch)
     manifest = bare(local, tmp_path, url + "/")
     wanted = samples(manifest, "retain", "forget", "third_party")
     shuffled = [wanted[i] for i in np.random.default_rng(0).permutation(len(wanted))]
@@ -195,6 +203,15 @@ def test_requests_of_a_piece_are_under_way_together(remote, server):
 
 def read_sample_at(server: ObjectServer, sample: Sample) -> bytes:
     return (server.folder / sample.shard).read_bytes()[sample.offset :][: sample.length]
+
+
+def as_s3(server: ObjectServer, monkeypatch) -> str:
+    """Have the S3 driver, where it is installed, take this server for its endpoint."""
+    pytest.importorskip("s3fs")
+    for name, value in (("AWS_ENDPOINT_URL", server.url.removesuffix("/bucket/set")), ("AWS_REGION", "us-east-1"),
+                        ("AWS_ACCESS_KEY_ID", "none"), ("AWS_SECRET_ACCESS_KEY", "none")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return "s3://bucket/set"
 
 
 # -- failures ------------------------------------------------------------------------------------------------------
@@ -478,3 +495,72 @@ def test_processes_that_want_the_same_shard_fetch_it_once(local, tmp_path, serve
     assert all(each == [read_sample(local, s.id) for s in wanted] for each in found)
     assert server.sent == {name: local.shard_files[name].bytes for name in {s.shard for s in wanted}}
     assert len(copies(folder)) == len(server.sent) and not list(folder.glob(".*.partial"))
+
+
+# -- the verbs -----------------------------------------------------------------------------------------------------
+
+
+def prepared(tmp_path: Path) -> tuple[Path, Path]:
+    """(local folder with the manifest alone, folder of its shards) of a tiny run."""
+    folder, objects = tmp_path / "shards", tmp_path / "bucket"
+    assert main(["prepare", "digits", "--out", str(tmp_path / "x"), *tiny.settings(f"data.shards={folder}")]) == 0
+    objects.mkdir()
+    for path in folder.glob("*.tar"):
+        path.rename(objects / path.name)
+    return folder, objects
+
+
+def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
+    folder, objects = prepared(tmp_path)
+    there = tiny.settings(f"data.shards={folder}", f"data.store={objects.as_uri()}")
+    out = tmp_path / "run"
+    assert main(["plan", "digits", "--out", str(out), *there]) == 0
+    assert main(["prepare", "digits", "--out", str(out), *there]) == 0
+    capsys.readouterr()
+    assert main(["plan", "digits", "--out", str(out), *tiny.settings(f"data.shards={folder}")]) == 3  # control
+    assert "missing from" in capsys.readouterr().err
+    out.mkdir()
+    save_config(load_config("digits", None, there[1::2]), out / "run.yaml")
+    assert main(["purge", str(out), "--apply"]) == 2
+    assert f"lie in {objects.as_uri()}, and only local shards can be purged" in capsys.readouterr().err
+    reusing = load_config("digits", None, [*tiny.TINY, f"reuse={out}"])  # its shards, so its store too
+    assert shards_remote(reusing).url == objects.as_uri() and find_manifest(reusing, tmp_path).remote is not None
+    victim = sorted(objects.iterdir())[2]
+    content = victim.read_bytes()
+    for spoilt, told in ((content[:-512], "bytes; expected"), (content[:-1] + b"x", "does not have the sha256")):
+        victim.write_bytes(spoilt)
+        pipeline._VERIFIED.clear()
+        assert main(["plan", "digits", "--out", str(out), *there]) == 3
+        assert victim.name in (said := capsys.readouterr().err) and told in said
+    for path in folder.iterdir():
+        path.unlink()
+    assert main(["prepare", "digits", "--out", str(out), *there]) == 3
+    assert "holds no manifest of the shards in file:///" in capsys.readouterr().err and not any(folder.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_through_a_store_is_the_run_on_local_shards(tmp_path):
+    """Training, audit and a run that is done again, to the bit; the streams go through two workers."""
+    pytest.importorskip("aiohttp")
+    folder, objects = prepared(tmp_path)
+    streamed = ("data.cache_mib=0", "data.workers=2", f"data.shards={folder}")
+    with serving(objects) as server:
+        out = tmp_path / "remote"
+        done = tiny.run(out, *streamed, f"data.store={server.url}")
+        assert done.returncode in (0, 6, 7) and "Traceback" not in done.stderr, done.stderr
+        assert sum(server.sent.values()) > 2 * sum(path.stat().st_size for path in objects.iterdir())
+        victim = sorted(objects.iterdir())[0]
+        content = victim.read_bytes()
+        victim.write_bytes(content[:-1] + b"x")
+        again = tiny.run(out, *streamed, f"data.store={server.url}")
+        assert again.returncode == 3 and "does not have the sha256 of the manifest" in again.stderr
+        victim.write_bytes(content)
+    for path in objects.iterdir():
+        path.rename(folder / path.name)
+    local = tiny.run(tmp_path / "local", *streamed)
+    assert local.returncode == done.returncode, local.stderr
+    for name in ("original", ".", "retrained"):
+        there, here = (json.loads((tmp_path / run / name / "done.json").read_text()) for run in ("remote", "local"))
+        assert there["state_sha256"] == here["state_sha256"], name
+    there, here = (json.loads((tmp_path / run / "audit/summary.json").read_text()) for run in ("remote", "local"))
+    assert there["gates"] == here["gates"]
