@@ -18,8 +18,8 @@ _PLACES = {"s3": _BUCKET, "gs": _BUCKET, "az": _CONTAINER, "abfs": _CONTAINER, "
 
 
 def scheme_of(url: str) -> str:
-    """What stands before the first colon, in lower case."""
-    return url.partition(":")[0].lower()
+    """What stands before the first colon."""
+    return url.partition(":")[0]
 
 
 def url_problem(url: str) -> str | None:
@@ -32,20 +32,20 @@ def url_problem(url: str) -> str | None:
     if "::" in url:
         return "chains file systems with '::'; give the URL of one folder"
     scheme, colon, rest = url.partition("://")
-    if not colon or scheme.lower() not in DRIVERS:
+    if not colon or scheme not in DRIVERS:
         found = f"begins with {scheme_of(url)[:20] + ':'!r}" if ":" in url else "is no URL"
         return f"{found}; expected {', '.join(name + '://' for name in DRIVERS)} and the folder of the shards"
     if "?" in rest or "#" in rest:
         return "has a query or a fragment, which may hold a secret; give the folder alone"
     place, _, path = rest.partition("/")
-    if "@" in place and scheme.lower() not in ("az", "abfs") or re.search(r":.*@", place):
+    if "@" in place and scheme not in ("az", "abfs") or re.search(r":.*@", place):
         return "holds a user or a password; leave it out, the drivers find credentials in the environment"
     if any(part in (".", "..") for part in re.split(r"[/\\]", unquote(path))):
         return "has a part '.' or '..'; give the folder without it"
-    if scheme.lower() == "file":
+    if scheme == "file":
         return None if not place and path else "is no absolute path; expected file:/// and the folder"
-    if not _PLACES[scheme.lower()].fullmatch(place) or not _has_port(url):
-        return f"names no {'host' if scheme.lower().startswith('http') else 'bucket'} that is one; correct it"
+    if not _PLACES[scheme].fullmatch(place) or not _has_port(url):
+        return f"names no {'host' if scheme.startswith('http') else 'bucket'} that is one; correct it"
     return None
 
 

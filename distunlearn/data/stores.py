@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from distunlearn.data.patience import FIRST_WAIT, Counts, is_transient, reason, status_of
 from distunlearn.errors import ConfigError, DataError
@@ -86,8 +87,18 @@ class ObjectStore:
         Raises:
             DataError: a shard is missing or may not be read, its size is not told, or the store fails for good.
         """
-        spans = [Span(shard, about="its size") for shard in shards]
-        return [int(info["size"]) for info in self._in_parts("info", spans, _judge_info, counts)]
+        return [int(info["size"]) for info in self.infos(shards, counts)]
+
+    def infos(self, shards: Sequence[str], counts: Counts) -> list[dict[str, Any]]:
+        """What the driver tells about each shard, `size` among it; errors as `sizes`."""
+        return self._in_parts("info", [Span(shard, about="its size") for shard in shards], _judge_info, counts)
+
+    def names(self, counts: Counts) -> list[str]:
+        """Names of the .tar files in the folder, sorted; errors as `sizes`, and DataError if none is listed."""
+        entries = self._patiently("ls", [Span("", about="the list of its shards")], lambda *_: None, counts)[0]
+        if found := sorted({path.rpartition("/")[2] for path in entries if path.endswith(".tar")}):
+            return found
+        raise DataError(f"{printable(self.url)} lists no .tar files; give the folder that holds the shards.")
 
     def read(self, spans: Sequence[Span], counts: Counts) -> list[bytes]:
         """The bytes of each span, in the order given.
@@ -156,7 +167,7 @@ class ObjectStore:
     def _ask(self, method: str, spans: Sequence[Span]) -> list[Any]:
         """One request a span, all at once if the driver can: answers, or the exceptions in their place."""
         files, folder = self._files()
-        asked = [(f"{folder}/{s.shard}", {"start": s.start, "end": s.stop} if s.stop else {}) for s in spans]
+        asked = [(f"{folder}/{span.shard}", _options(method, span)) for span in spans]
         if not files.async_impl:
             return [_tried(getattr(files, method), path, options) for path, options in asked]
         from fsspec.asyn import sync
@@ -193,15 +204,16 @@ class ObjectStore:
         if isinstance(error, DataError):
             return error
         status, url = status_of(error), printable(self.url)
+        what = f"shard {span.shard}" if span.shard else "folder"
         if status == 416 and isinstance(short := self._short(span, 0, counts), DataError):
             return short
         if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            return DataError(f"The shard {span.shard} may not be read from {url} ({reason(error)}); check the "
+            return DataError(f"The {what} may not be read from {url} ({reason(error)}); check the "
                              "credentials that the driver finds in the environment.")  # fmt: skip
         if status == 404 or status is None and isinstance(error, FileNotFoundError) and not is_transient(error):
-            return DataError(f"The shard {span.shard} is missing from {url}; put it there, or correct data.store.")
+            return DataError(f"The {what} is missing from {url}; put it there, or correct data.store.")
         times = f" {attempt + 1} times" if attempt else ""
-        return DataError(f"The shard {span.shard} with {span.about} could not be read{times} from {url} "
+        return DataError(f"The {what} with {span.about} could not be read{times} from {url} "
                          f"({reason(error)}); check the network and the store.")  # fmt: skip
 
 
@@ -214,7 +226,14 @@ def _file_system(url: str, pid: int) -> tuple[Any, str]:
     """
     from fsspec.core import url_to_fs
 
-    return url_to_fs(url, skip_instance_cache=True)
+    files, folder = url_to_fs(url, skip_instance_cache=True)
+    return files, folder if scheme_of(url).startswith("http") else unquote(folder)
+
+
+def _options(method: str, span: Span) -> dict[str, Any]:
+    if method == "cat_file":
+        return {"start": span.start, "end": span.stop}
+    return {"detail": False} if method == "ls" else {}
 
 
 def _tried(function: Callable[..., Any], path: str, options: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,12 +74,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.fired[fault] += 1
         path = self.server.folder / name
         status = int(fault) if fault and fault.isdigit() else 200
+        if self.path == "/bucket/set/":
+            links = "".join(f'<a href="{each.name}">{each.name}</a>' for each in sorted(self.server.folder.iterdir()))
+            return self._send(method, name, status, links.encode(), {"Content-Type": "text/html"})
         if status == 200 and not (self.path.startswith("/bucket/set/") and path.is_file()):
             status = 404
         if status != 200:
             return self._send(method, name, status, b"<html>an error page that is no image</html>")
         data = path.read_bytes()
-        extra = {}
+        extra = {"ETag": f'"{zlib.crc32(data):08x}"'}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked and fault != "whole":
             start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))

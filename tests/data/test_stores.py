@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from fsspec.exceptions import FSTimeoutError
 from object_server import ObjectServer, serving
 from pictures import feeder, pictures, store
 
@@ -23,8 +27,9 @@ from distunlearn.config import DataConfig, RunConfig
 from distunlearn.config_checks import cross_checks
 from distunlearn.config_io import load_config, save_config
 from distunlearn.data import stores
+from distunlearn.data.index import index_shards
 from distunlearn.data.manifest import Manifest, Sample
-from distunlearn.data.patience import Counts
+from distunlearn.data.patience import Counts, is_transient, reason
 from distunlearn.data.reading import Reader
 from distunlearn.data.shards import read_sample
 from distunlearn.data.store_cache import ShardCache, verify_objects
@@ -32,6 +37,9 @@ from distunlearn.data.stores import ObjectStore, Remote
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.pipeline import find_manifest, shards_remote
 from distunlearn.store_url import DRIVERS, url_problem
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from hostile_tars import img2dataset  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,7 @@ def local(tmp_path_factory) -> Manifest:
 @pytest.fixture
 def objects(local, tmp_path) -> Path:
     """A copy of the shards that a test may spoil."""
-    folder = tmp_path / "objects"
+    folder = tmp_path / "objects of 100% ours"
     folder.mkdir()
     for name in local.shards():
         shutil.copy(local.shard_path(name), folder)
@@ -87,6 +95,7 @@ def samples(manifest: Manifest, *roles: str) -> list[Sample]:
 REFUSED = {
     "pipe:cat /etc/passwd": "space", "pipe:cat$IFS/etc/passwd": "begins with 'pipe:'", "/data/shards": "is no URL",
     "s3:bucket/set": "begins with 's3:'", "ftp://host/set": "begins with 'ftp:'", "memory://set": "'memory:'",
+    "S3://bucket/set": "begins with 'S3:'",
     "simplecache::s3://bucket/set": "chains", "zip://x.tar::http://host/set": "chains", "s3://bucket/a::b": "chains",
     "s3://bucket/../other": "'..'", "http://host/a/%2e%2E/b": "'..'", "file:///data/./x": "'..'",
     "http://host/set?X-Amz-Signature=s3cret": "query", "gs://bucket/set#s3cret": "query",
@@ -114,8 +123,8 @@ def test_urls_that_are_refused_before_any_work(tmp_path, capsys, url, monkeypatc
 @pytest.mark.parametrize(
     "url",
     ["s3://bucket", "s3://my.bucket-1/a/set/", "gs://bucket/set", "az://container/set", "https://host:8443/a%20b/set",
-     "abfs://container@account.dfs.core.windows.net/set", "http://[::1]:80/x", "http://127.0.0.1/..x/y",
-     "file:///data/set", "S3://bucket/user@example"],
+     "abfs://container@account.dfs.core.windows.net/set", "http://[fe80:0:0:0:0:0:0:1]:80/x", "http://127.0.0.1/..x/y",
+     "file:///data/set", "s3://bucket/user@example"],
 )  # fmt: skip
 def test_urls_that_are_taken(url):
     assert url_problem(url) is None
@@ -197,8 +206,9 @@ def test_requests_of_a_piece_are_under_way_together(remote, server):
                 server.release.set()
 
     server.asked = Asked()
-    assert Reader(remote).read([first, other]) == [read_sample_at(server, s) for s in (first, other)]
-    assert server.fired["hang"] == 1
+    reader = Reader(remote)
+    assert reader.read([first, other]) == [read_sample_at(server, s) for s in (first, other)]
+    assert server.fired["hang"] == 1 and reader.counts.repeated == 0
 
 
 def read_sample_at(server: ObjectServer, sample: Sample) -> bytes:
@@ -275,6 +285,46 @@ def test_what_cannot_pass_is_refused_at_once(remote, server, waits, fault, told)
     with pytest.raises(DataError, match=f"{wanted[0].shard} {told}"):
         Reader(remote).read(wanted)
     assert server.fired[fault] == 1 and waits == []
+
+
+def _error(name: str, base: type = Exception, cause: BaseException | None = None, **facts) -> BaseException:
+    """An error of a driver that may not be installed: what counts is its name and what it states."""
+    error = type(name, (base,), facts)()
+    error.__cause__ = cause
+    return error
+
+
+def _boto(status: int) -> BaseException:
+    return _error("ClientError", response={"ResponseMetadata": {"HTTPStatusCode": status}})
+
+
+def test_errors_of_all_drivers_are_told_apart():
+    passing = [
+        _boto(503), _boto(429), _error("HttpError", code=502), _error("HttpResponseError", status_code=500),
+        _error("ServiceRequestError"), FSTimeoutError(), ConnectionResetError(), OSError(errno.EBUSY, "slow down"),
+        _error("ReadTimeout", type("HTTPClientError", (Exception,), {})),
+        _error("X", FileNotFoundError, _error("ClientResponseError", status=503)),  # as the HTTP driver tells it
+        _error("RequestTimeout", TimeoutError, _boto(400)),  # S3 says so with this status
+        _error("ClientPayloadError", cause=_error("ContentLengthError", code=400)),  # a code that is no status
+    ]  # fmt: skip
+    final = [
+        _boto(403), _boto(404), _error("HttpError", code="401"), _error("HttpResponseError", status_code=404),
+        FileNotFoundError("x"), PermissionError(errno.EACCES, "no"), ValueError("no"), _error("NoCredentialsError"),
+        _error("ClientConnectorCertificateError", type("ClientSSLError", (ConnectionError,), {})),
+        _error("Y", OSError, _boto(416)),
+    ]  # fmt: skip
+    assert [is_transient(error) for error in passing] == [True] * len(passing)
+    assert [is_transient(error) for error in final] == [False] * len(final)
+    signed = reason(ValueError("no https://host/x?X-Amz-Signature=s3cret&y here\n"))
+    assert "s3cret" not in signed and "\n" not in signed and signed.startswith("no https://host/x?...")
+
+
+def test_failures_reach_the_run_from_its_workers(remote, server):
+    server.plan(remote.shards()[0], *["403"] * 9)
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=f"^The shard {remote.shards()[0]} may not be read from http"):
+            batches(remote, workers)
+    assert server.fired["403"] >= 2
 
 
 def test_a_missing_object_is_named_by_the_check_of_sizes(remote, server, waits, objects):
@@ -373,6 +423,32 @@ def batches(manifest: Manifest, workers: int) -> list:
         images.close()
     assert images.pool.counts.images >= 64
     return [(batch.ids, batch.images.numpy().tobytes()) for batch in found]
+
+
+WATCHED = """
+import pickle, sys
+from distunlearn.data.manifest import Manifest
+from distunlearn.data.reading import Reader
+from distunlearn.data.stores import Remote
+from distunlearn.data.store_cache import verify_objects
+events = []
+names = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")
+sys.addaudithook(lambda event, args: events.append(event) if event in names else None)
+manifest = Manifest.load(sys.argv[1], Remote(sys.argv[2], cache=sys.argv[3] if len(sys.argv) > 3 else None))
+verify_objects(manifest, deep=True)
+images = Reader(manifest).read(list(manifest.samples))
+assert len(images) == len(manifest) and not events, events
+pickle.loads(pickle.dumps(OSError))
+assert events == ["pickle.find_class"], events
+"""
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_program_is_started_and_nothing_is_unpickled(remote, server, tmp_path, cached):
+    command = [sys.executable, "-c", WATCHED, str(remote.folder), server.url, *[str(tmp_path / "copies")] * cached]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert server.sent
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
@@ -495,6 +571,65 @@ def test_processes_that_want_the_same_shard_fetch_it_once(local, tmp_path, serve
     assert all(each == [read_sample(local, s.id) for s in wanted] for each in found)
     assert server.sent == {name: local.shard_files[name].bytes for name in {s.shard for s in wanted}}
     assert len(copies(folder)) == len(server.sent) and not list(folder.glob(".*.partial"))
+
+
+# -- an index ------------------------------------------------------------------------------------------------------
+
+ALL = DataConfig(source="webdataset", members=0, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4)
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_an_index_of_a_store_is_that_of_the_local_shards(tmp_path, scheme):
+    img2dataset(tmp_path / "there")
+    here, expected = tmp_path / "here", tmp_path / "local"
+    here.mkdir()
+    shutil.copytree(tmp_path / "there", expected)
+    if scheme == "http":
+        pytest.importorskip("aiohttp")
+    with serving(tmp_path / "there") as server:
+        url = server.url if scheme == "http" else (tmp_path / "there").as_uri()
+        for workers in (1, 2):
+            manifest = index_shards(dataclasses.replace(ALL, store=url, prepare_workers=workers), 0, here)
+        assert manifest.fingerprint == index_shards(ALL, 0, expected).fingerprint
+        assert sorted(path.name for path in here.iterdir()) == ["manifest.jsonl", "summary.json"]
+        assert (here / "summary.json").read_bytes() == (expected / "summary.json").read_bytes()
+        verify_objects(manifest, deep=True)
+        wanted = samples(manifest, "forget")
+        assert Reader(manifest).read(wanted) == [read_sample(Manifest.load(expected), s.id) for s in wanted]
+        (tmp_path / "there" / "00001.tar").write_bytes(b"no tar" * 1000)
+        with pytest.raises(DataError, match="^00001.tar"):
+            index_shards(dataclasses.replace(ALL, store=url), 0, here)
+        for path in (tmp_path / "there").glob("*.tar"):
+            path.unlink()
+        with pytest.raises(DataError, match="lists no .tar files"):
+            index_shards(dataclasses.replace(ALL, store=url), 0, here)
+    assert not (here / ".index.partial").exists()
+
+
+def test_an_index_that_was_interrupted_goes_on(tmp_path):
+    pytest.importorskip("aiohttp")
+    img2dataset(tmp_path / "there")
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with serving(tmp_path / "there") as server:
+        cfg = dataclasses.replace(ALL, store=server.url, prepare_workers=1)
+        first, second = server.folder / "00000.tar", server.folder / "00001.tar"
+        with pytest.raises(KeyboardInterrupt):
+            index_shards(cfg, 0, here, interrupt)
+        assert server.sent[first.name] == first.stat().st_size and not server.sent[second.name]
+        assert not list(here.rglob("*.tar"))
+        with pytest.raises(KeyboardInterrupt):  # what was read is known, unless the object is another now
+            index_shards(cfg, 0, here, interrupt)
+        assert server.sent[first.name] == first.stat().st_size
+        first.write_bytes(first.read_bytes() + bytes(512))
+        index_shards(cfg, 0, here)
+        assert server.sent[first.name] == 2 * first.stat().st_size - 512
+        assert server.sent[second.name] == second.stat().st_size
 
 
 # -- the verbs -----------------------------------------------------------------------------------------------------
