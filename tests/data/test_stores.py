@@ -216,12 +216,12 @@ def read_sample_at(server: ObjectServer, sample: Sample) -> bytes:
 
 
 def as_s3(server: ObjectServer, monkeypatch) -> str:
-    """Have the S3 driver, where it is installed, take this server for its endpoint."""
+    """Have the S3 driver, where it is installed, take this server for its endpoint; a URL that no other test has."""
     pytest.importorskip("s3fs")
     for name, value in (("AWS_ENDPOINT_URL", server.url.removesuffix("/bucket/set")), ("AWS_REGION", "us-east-1"),
                         ("AWS_ACCESS_KEY_ID", "none"), ("AWS_SECRET_ACCESS_KEY", "none")):  # fmt: skip
         monkeypatch.setenv(name, value)
-    return "s3://bucket/set"
+    return f"s3://bucket/set/{server.server_port}"
 
 
 # -- failures ------------------------------------------------------------------------------------------------------
@@ -393,11 +393,11 @@ def test_an_object_that_is_replaced(remote, server, objects, waits):
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_workers_give_the_batches_of_local_shards(local, tmp_path, server, monkeypatch, cached):
+@pytest.mark.parametrize(("scheme", "cached"), [("http", False), ("http", True), ("s3", False)])
+def test_workers_give_the_batches_of_local_shards(local, tmp_path, server, monkeypatch, scheme, cached):
     """The store was used in this process before they are forked, as a run's check of the shards does."""
     options = {"cache": str(tmp_path / "copies")} if cached else {}
-    manifest = bare(local, tmp_path, server.url, **options)
+    manifest = bare(local, tmp_path, server.url if scheme == "http" else as_s3(server, monkeypatch), **options)
     verify_objects(manifest, deep=True)
     expected = batches(local, 0)
     for workers in (0, 1, 2):
@@ -656,6 +656,9 @@ def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
     assert "missing from" in capsys.readouterr().err
     out.mkdir()
     save_config(load_config("digits", None, there[1::2]), out / "run.yaml")
+    pipeline._refuse_other_settings(load_config("digits", None, [*tiny.TINY]), out)  # shards may move, a seed may not
+    with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
+        pipeline._refuse_other_settings(load_config("digits", None, [*tiny.TINY, "seed=1"]), out)
     assert main(["purge", str(out), "--apply"]) == 2
     assert f"lie in {objects.as_uri()}, and only local shards can be purged" in capsys.readouterr().err
     reusing = load_config("digits", None, [*tiny.TINY, f"reuse={out}"])  # its shards, so its store too
