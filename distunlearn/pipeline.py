@@ -246,7 +246,10 @@ def _claim(cfg: RunConfig, out: Path) -> None:
 
 
 def verify(cfg: RunConfig, manifest: Manifest) -> None:
-    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process."""
+    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process.
+
+    Of shards in an object store both are compared on one process; every process compares the length of what it reads.
+    """
     from distunlearn.data.selection import check_list
     from distunlearn.data.shards import verify_shards
     from distunlearn.data.store_cache import verify_objects
@@ -257,17 +260,17 @@ def verify(cfg: RunConfig, manifest: Manifest) -> None:
             "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
         )
     check_list(cfg.data, manifest)
-    key = (str(manifest.folder), manifest.place, manifest.fingerprint)
+    key = (str(manifest.folder), manifest.place, manifest.fingerprint, cfg.data.verify)
     deep = cfg.data.verify == "digest" and _is_main() and key not in _VERIFIED
     if manifest.remote is None:
         verify_shards(manifest, deep=deep)
-    elif _is_main() and key not in _VERIFIED:  # the other processes compare the length of each shard that they read
+    elif _is_main() and key not in _VERIFIED:
         verify_objects(manifest, deep=deep)
     if deep or manifest.remote is not None:
         _VERIFIED.add(key)
 
 
-_VERIFIED: set[tuple[str, str, str]] = set()
+_VERIFIED: set[tuple[str, ...]] = set()
 
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",

@@ -116,8 +116,8 @@ class ObjectStore:
             if len(data) < span.stop - span.start:
                 return self._short(span, len(data), counts)
             return DataError(
-                f"{printable(self.url)} gives more of {span.shard} than the range that was asked for; set "
-                "data.store_cache, which reads whole shards, or use a store that serves ranges."
+                f"{printable(self.url)} gives more of {span.shard} than the range that was asked for; use a store that "
+                "serves ranges."
             )
 
         wanted = [place for place, span in enumerate(spans) if span.stop > span.start]

@@ -354,7 +354,7 @@ def test_a_server_that_is_busy_when_asked_for_a_size_is_asked_again(remote, serv
 def test_a_server_without_ranges_is_refused(remote, server, waits):
     wanted = samples(remote, "forget")[:1]
     server.plan(wanted[0].shard, "whole")
-    with pytest.raises(DataError, match="more of .* than the range .*data.store_cache"):
+    with pytest.raises(DataError, match="more of .* than the range .* serves ranges"):
         Reader(remote).read(wanted)
     assert server.fired["whole"] == 1 and waits == []
 
