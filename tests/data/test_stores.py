@@ -702,3 +702,24 @@ def test_a_run_through_a_store_is_the_run_on_local_shards(tmp_path):
         assert there["state_sha256"] == here["state_sha256"], name
     there, here = (json.loads((tmp_path / run / "audit/summary.json").read_text()) for run in ("remote", "local"))
     assert there["gates"] == here["gates"]
+
+
+@pytest.mark.slow
+def test_ranks_share_a_cache(tmp_path):
+    """Two ranks with a worker each fetch every shard once, and train what they train without a cache."""
+    pytest.importorskip("aiohttp")
+    folder, objects = prepared(tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    digests = []
+    for cache in ([], [f"data.store_cache={tmp_path / 'copies'}"]):
+        with serving(objects) as server:
+            out = tmp_path / f"run{len(cache)}"
+            settings = ("backend=ddp", "data.cache_mib=0", "data.workers=1", f"data.shards={folder}", *cache)
+            command = [*launcher, "-m", "distunlearn", "pretrain", "digits", "--out", str(out)]
+            command += tiny.settings(*settings, f"data.store={server.url}")
+            done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=tiny.environment())
+            assert done.returncode == 0, done.stderr
+        digests.append(json.loads((out / "original" / "done.json").read_text())["state_sha256"])
+        sizes = {path.name: path.stat().st_size for path in objects.iterdir()}
+        assert server.sent == sizes if cache else sum(server.sent.values()) > 2 * sum(sizes.values())
+    assert digests[0] == digests[1]
