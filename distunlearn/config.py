@@ -45,6 +45,9 @@ class DataConfig:
     source: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset"] = "digits"
     root: str | None = None  # folder of the source; None: the source's own default place
     shards: str | None = None  # folder of shards and manifest; None: <out>/shards
+    store: str | None = None  # URL of the folder that holds the shards; the manifest stays in data.shards
+    store_cache: str | None = None  # local folder for copies of the store's shards; None: images are read by ranges
+    store_cache_mib: PositiveInt = 51_200  # of those copies, for all processes of a machine; the oldest use goes first
     members: NonNegativeInt = 700  # images the original encoder is trained on (retain + forget); 0: all left over
     forget: int | float | str = 200  # a count, a share in (0, 1), "class:N", or a file of ids (.txt .csv .jsonl)
     allow_missing: bool = False  # leave out listed ids that the source does not have (recorded), instead of refusing

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from distunlearn.config import DataConfig, RunConfig
+from distunlearn.store_url import url_problem
 
 __all__ = ["PATH_KEYS", "cross_checks", "forget_is_file"]
 
-PATH_KEYS = ("reuse", "data.root", "data.shards", "data.third_party_root", "encoder.checkpoint")
+PATH_KEYS = ("reuse", "data.root", "data.shards", "data.store_cache", "data.third_party_root", "encoder.checkpoint")
 
 SOURCES: tuple[str, ...] = get_args(get_type_hints(DataConfig)["source"])
 ROOTLESS = ("digits", "fashion_mnist")  # sources that know where their files are
@@ -36,7 +37,7 @@ RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_seed, _text, _sources, _forget, _sizes, _encoder, _views, _objective, _constraint, _audit)
+    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _objective, _constraint, _audit)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     problems.extend(_shares(cfg, world))
@@ -78,6 +79,17 @@ def _sources(cfg: RunConfig) -> Iterator[str]:
         yield f"data.third_party_source is {other!r}, which is no source{hint}"
     elif other not in ROOTLESS and not data.third_party_root and not data.shards:
         yield f"data.third_party_source={other} needs data.third_party_root, the folder that holds it"
+
+
+def _store(cfg: RunConfig) -> Iterator[str]:
+    data = cfg.data
+    problem = None if data.store is None else url_problem(data.store)
+    if problem is not None:
+        yield f"data.store {problem}"
+    elif data.store is not None and not data.shards:
+        yield "data.store needs data.shards, the local folder that holds the manifest"
+    if data.store_cache is not None and data.store is None:
+        yield "data.store_cache is set without data.store; set both or neither"
 
 
 def _forget(cfg: RunConfig) -> Iterator[str]:

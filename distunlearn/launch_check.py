@@ -24,7 +24,7 @@ from distunlearn.engine.optim import make_optimizer
 from distunlearn.engine.phases import FEEDER_ROLES
 from distunlearn.engine.provenance import require_one_run
 from distunlearn.methods import METHODS, Contrastive
-from distunlearn.pipeline import shards_folder
+from distunlearn.pipeline import shards_folder, shards_remote
 from distunlearn.text import printable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check_launch(cfg: RunConfig, out: Path) -> tuple[list[str], list[str]]:
     backend = open_backend(cfg)
     lines, problems = _processes(backend)
     folder = shards_folder(cfg, out)
-    manifest = Manifest.load(folder) if (folder / "manifest.jsonl").exists() else None
+    manifest = Manifest.load(folder, shards_remote(cfg)) if (folder / "manifest.jsonl").exists() else None
     if not all(backend.gather_objects(manifest is not None)):
         lines.append(f"samples: not checked, for not every process finds shards in {printable(folder)}; run prepare")
     else:

@@ -20,6 +20,7 @@ from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError,
 
 if TYPE_CHECKING:
     from distunlearn.data.manifest import Manifest
+    from distunlearn.data.stores import Remote
     from distunlearn.target import Target
 
 __all__ = ["audit", "plan", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
@@ -29,14 +30,12 @@ VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCON
 
 def prepare(cfg: RunConfig, out: Path) -> str:
     """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`; returns a line that says what."""
-    from distunlearn.data.manifest import Manifest, has_manifest
     from distunlearn.data.selection import check_selection
     from distunlearn.preparing import describe, make_shards
 
-    folder = shards_folder(cfg, out)
-    if not has_manifest(folder):
-        return describe(make_shards(cfg, folder))
-    manifest = Manifest.load(folder)
+    manifest = find_manifest(cfg, out)
+    if manifest is None:
+        return describe(make_shards(cfg, shards_folder(cfg, out)))
     verify(cfg, manifest)
     check_selection(cfg.data, cfg.seed, manifest)
     return describe(manifest)
@@ -104,12 +103,19 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
 
     Raises:
         DataError: the run has not forgotten yet, was not audited, or its shards are not as the manifest says.
+        ConfigError: its shards lie in an object store.
     """
     from distunlearn.data.manifest import Manifest
     from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
     from distunlearn.engine.checkpoint import write_json
 
     cfg, folder = saved_config(run_dir, world=1), Path(run_dir)
+    remote = shards_remote(cfg)
+    if remote is not None:
+        raise ConfigError(
+            f"the shards of {folder} lie in {remote.url}, and only local shards can be purged; purge a local copy of "
+            "them and put it in their place."
+        )
     for name, verb in (("done.json", "unlearn"), ("audit/summary.json", "audit")):
         if not (folder / name).exists():
             raise DataError(
@@ -175,6 +181,35 @@ def shards_folder(cfg: RunConfig, out: Path) -> Path:
     return Path(out) / "shards"
 
 
+def shards_remote(cfg: RunConfig) -> Remote | None:
+    """The object store that holds the shards of a run; None: they lie in `shards_folder`."""
+    from distunlearn.data.stores import Remote
+
+    data = cfg.data
+    if data.store:
+        return Remote(data.store, data.read_retries, data.store_cache, data.store_cache_mib)
+    return shards_remote(saved_config(Path(cfg.reuse), world=1)) if cfg.reuse and not data.shards else None
+
+
+def find_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
+    """The manifest of a run's shards, which knows where they lie; None if there is none yet.
+
+    Raises:
+        DataError: the manifest is damaged; or there is none of shards in an object store, where `prepare` writes none.
+    """
+    from distunlearn.data.manifest import Manifest, has_manifest
+
+    folder, remote = shards_folder(cfg, out), shards_remote(cfg)
+    if has_manifest(folder):
+        return Manifest.load(folder, remote)
+    if remote is not None:
+        raise DataError(
+            f"{folder} holds no manifest of the shards in {remote.url}; copy manifest* and summary.json there, or "
+            "index the shards."
+        )
+    return None
+
+
 def saved_config(run_dir: Path, world: int | None = None) -> RunConfig:
     """The resolved config of a run directory.
 
@@ -211,9 +246,13 @@ def _claim(cfg: RunConfig, out: Path) -> None:
 
 
 def verify(cfg: RunConfig, manifest: Manifest) -> None:
-    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process."""
+    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process.
+
+    Of shards in an object store both are compared on one process; every process compares the length of what it reads.
+    """
     from distunlearn.data.selection import check_list
     from distunlearn.data.shards import verify_shards
+    from distunlearn.data.store_cache import verify_objects
 
     if "purged" in manifest.info:
         raise DataError(
@@ -221,20 +260,23 @@ def verify(cfg: RunConfig, manifest: Manifest) -> None:
             "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
         )
     check_list(cfg.data, manifest)
-    key = (str(manifest.folder), manifest.fingerprint)
+    key = (str(manifest.folder), manifest.place, manifest.fingerprint, cfg.data.verify)
     deep = cfg.data.verify == "digest" and _is_main() and key not in _VERIFIED
-    verify_shards(manifest, deep=deep)
-    if deep:
+    if manifest.remote is None:
+        verify_shards(manifest, deep=deep)
+    elif _is_main() and key not in _VERIFIED:
+        verify_objects(manifest, deep=deep)
+    if deep or manifest.remote is not None:
         _VERIFIED.add(key)
 
 
-_VERIFIED: set[tuple[str, str]] = set()
+_VERIFIED: set[tuple[str, ...]] = set()
 
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
-    "data.prepare_workers", "data.root", "data.third_party_root", "data.workers", "data.prefetch", "data.read_retries",
-    "data.max_undecodable", "reuse", "checkpoint.asynchronous", "checkpoint.sharded", "watchdog_s", "watchdog_save_s",
-    "join_s", "accept_code_change",
+    "data.store", "data.store_cache", "data.store_cache_mib", "data.prepare_workers", "data.root",
+    "data.third_party_root", "data.workers", "data.prefetch", "data.read_retries", "data.max_undecodable", "reuse",
+    "checkpoint.asynchronous", "checkpoint.sharded", "watchdog_s", "watchdog_save_s", "join_s", "accept_code_change",
 )  # fmt: skip
 
 
@@ -261,7 +303,7 @@ def _session(cfg: RunConfig, out: Path) -> Iterator:
 
     out = Path(out)
     backend = open_backend(cfg)
-    manifest = Manifest.load(shards_folder(cfg, out))
+    manifest = Manifest.load(shards_folder(cfg, out), shards_remote(cfg))
     verify(cfg, manifest)
     with contextlib.ExitStack() as stack:
         may_write = None

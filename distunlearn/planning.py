@@ -72,15 +72,14 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int, dict[str, Any]]:
     """Images per role, the number of classes and facts of the request, from existing shards or else from the source."""
     from distunlearn.data.columns import NO_LABEL
-    from distunlearn.data.manifest import Manifest, has_manifest
     from distunlearn.data.roles import draw_roles
     from distunlearn.data.selection import request_facts
     from distunlearn.data.sources import open_sources
-    from distunlearn.pipeline import shards_folder, verify
+    from distunlearn.pipeline import find_manifest, verify
 
-    folder = shards_folder(cfg, out) if (out or cfg.data.shards or cfg.reuse) else None
-    if folder is not None and has_manifest(folder):
-        manifest = Manifest.load(folder)
+    known = out or cfg.data.shards or cfg.reuse
+    manifest = find_manifest(cfg, out or Path()) if known else None
+    if manifest is not None:
         verify(cfg, manifest)
         found = set(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist()) - {NO_LABEL}
         return Counter(manifest.count_roles()), len(found), request_facts(manifest.info)

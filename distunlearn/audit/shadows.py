@@ -57,7 +57,7 @@ def shadow_manifest(manifest: Manifest, ids: list[str], parts: np.ndarray) -> Ma
     """
     role = {sample_id: ROLE_OF[int(part)] for sample_id, part in zip(ids, parts, strict=True)}
     samples = [dataclasses.replace(s, role=role.get(s.id, s.role)) for s in manifest.samples]
-    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info)
+    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
 
 
 def audit_shadows(session: Session) -> dict[str, Any] | None:

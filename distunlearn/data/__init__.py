@@ -16,6 +16,8 @@
 | `purge` | shards without the forgotten images |
 | `schedule` | who sees what, when: pure functions of seed, epoch, step and rank |
 | `reading` | encoded images by offset: neighbours in one read, digests checked, failed reads repeated |
+| `stores`, `patience` | shards in an object store, read by ranges; which failures are worth another try |
+| `store_cache` | local copies of such shards; what a run checks before it reads them |
 | `decode` | untrusted bytes -> uint8 tensors |
 | `workers` | reading and decoding ahead in processes |
 | `undecodable` | images that are none: counted, limited, never passed over in silence |

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,19 @@ from distunlearn.data.decode import check_header
 from distunlearn.data.files import file_sha256, write_atomic
 from distunlearn.data.jobs import num_workers, run_jobs
 from distunlearn.data.manifest import Manifest, Shard, check_shard_name, has_manifest
+from distunlearn.data.patience import Counts
 from distunlearn.data.prepare import Progress, duplicate_facts
 from distunlearn.data.records import CODE, UNUSED
 from distunlearn.data.roles import draw_roles
 from distunlearn.data.sources import tar_names
+from distunlearn.data.stores import ObjectStore, Remote
 from distunlearn.data.tars import read_tar
 from distunlearn.errors import ConfigError, DataError
 
 __all__ = ["index_shards", "role_codes"]
 
 _WORK = ".index.partial"
+_STAMPS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "Last-Modified", "LastModified", "mtime")
 _NAMED = 100  # undecodable images that are named; all of them are counted
 
 
@@ -44,10 +47,14 @@ class _Shared:
     folder: Path
     max_pixels: int
     hashes: bool
+    remote: Remote | None
 
 
 def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progress | None = None) -> Manifest:
     """Read all shards of a folder once, draw the roles, and write manifest and summary beside the shards.
+
+    Shards that lie in an object store (`cfg.store`) are fetched into the folder one at a time, for as long as they are
+    read; manifest and summary stay in the folder.
 
     Args:
         cfg: sizes of the roles, what to forget, policies; its source is not used.
@@ -55,18 +62,21 @@ def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progr
 
     Raises:
         DataError: `read_tar` refuses a shard, two samples have one id, roles or copies are refused, the folder has
-            another manifest, cannot be written, or another index works on it.
+            another manifest, cannot be written, or another index works on it; see also `ObjectStore.sizes`.
         ConfigError: a third-party source of its own is asked for.
     """
     if cfg.third_party_source is not None:
         raise ConfigError("data.third_party_source cannot be indexed with other shards; leave it out, or use prepare.")
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards.")
-    names = [check_shard_name(name) for name in tar_names(folder)]
+        raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards or their manifest.")
+    remote = Remote(cfg.store, cfg.read_retries) if cfg.store else None
+    store = ObjectStore(remote.url, remote.retries) if remote else None
+    listed = store.names(Counts()) if store else tar_names(folder)
+    names = [check_shard_name(name) for name in listed]
     with _work_folder(folder) as work:
-        shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None)
-        total = sum((folder / name).stat().st_size for name in names)
+        shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None, remote)
+        total = sum(store.sizes(names, Counts()) if store else ((folder / name).stat().st_size for name in names))
         workers = num_workers(cfg.prepare_workers, total >> 14, len(names))  # 16 KiB: a small image and its parts
         pieces, files, hashes = [], {}, []
         for number, (name, note) in enumerate(zip(names, run_jobs(_scan, shared, names, workers), strict=True)):
@@ -81,6 +91,7 @@ def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progr
                 f"{folder} has a manifest of another selection; remove manifest* and summary.json there first."
             )
         manifest.save(folder)
+        manifest.remote = remote
         shutil.rmtree(work)
     return manifest
 
@@ -121,19 +132,57 @@ def _manifest(
 
 def _scan(shared: _Shared, name: str) -> dict[str, Any]:
     """Samples, size and digest of one shard: [id, label, offset, length, sha256, perceptual hash] each."""
-    path, note_path = shared.folder / name, shared.folder / _WORK / f"{name}.note"
+    note_path = shared.folder / _WORK / f"{name}.note"
+    plan = _plan(shared, name)
+    with suppress(OSError, ValueError):
+        known = json.loads(note_path.read_bytes()) if plan and note_path.exists() else {}
+        if known.get("plan") == plan:
+            return known
+    with _at_hand(shared, name) as path:
+        note = {"plan": plan, "samples": _samples(shared, path), "bytes": path.stat().st_size}
+        note["sha256"] = file_sha256(path)
+    write_atomic(note_path, json.dumps(note).encode())
+    return note
+
+
+def _plan(shared: _Shared, name: str) -> str:
+    """What tells that a shard was read before, in the same way; "" if nothing does."""
+    if shared.remote is None:
+        try:
+            status = (shared.folder / name).stat()
+        except OSError:
+            return ""
+        stamp = f"{status.st_size}:{status.st_mtime_ns}"
+    else:
+        info = ObjectStore(shared.remote.url, shared.remote.retries).infos([name], Counts())[0]
+        stamps = [str(info[key]) for key in _STAMPS if info.get(key)]
+        if not stamps:
+            return ""
+        stamp = ":".join([shared.remote.url, str(info["size"]), *stamps])
+    return f"{stamp}:{shared.hashes}:{shared.max_pixels}"
+
+
+@contextmanager
+def _at_hand(shared: _Shared, name: str) -> Iterator[Path]:
+    """A shard as a local file: itself, or while it is needed a copy of the one in the store."""
+    if shared.remote is None:
+        yield shared.folder / name
+        return
+    store, counts, path = ObjectStore(shared.remote.url, shared.remote.retries), Counts(), shared.folder / _WORK / name
     try:
-        status = path.stat()
-        plan = f"{status.st_size}:{status.st_mtime_ns}:{shared.hashes}:{shared.max_pixels}"
-        with_note = json.loads(note_path.read_bytes()) if note_path.exists() else {}
-        if with_note.get("plan") == plan:
-            return with_note
-    except (OSError, ValueError):
-        plan = ""
+        with path.open("wb") as handle:
+            for piece in store.stream(name, store.sizes([name], counts)[0], counts):
+                handle.write(piece)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _samples(shared: _Shared, path: Path) -> list[list[Any]]:
     samples: list[list[Any]] = []
     found = read_tar(path)
     if not found:
-        raise DataError(f"{name} holds no sample; remove it.")
+        raise DataError(f"{path.name} holds no sample; remove it.")
     try:
         with path.open("rb") as handle:
             for sample in found:
@@ -143,9 +192,7 @@ def _scan(shared: _Shared, name: str) -> dict[str, Any]:
                 samples.append([sample.id, sample.label, sample.image.offset, len(data), digest, near])
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the disk.") from error
-    note = {"plan": plan, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": samples}
-    write_atomic(note_path, json.dumps(note).encode())
-    return note
+    return samples
 
 
 def _hash(shared: _Shared, data: bytes, sample_id: str) -> int | None:

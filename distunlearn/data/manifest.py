@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,10 @@ from distunlearn.data.records import (
     row_of,
 )
 from distunlearn.errors import DataError
+from distunlearn.text import printable
+
+if TYPE_CHECKING:
+    from distunlearn.data.stores import Remote
 
 __all__ = [
     "COLUMNS",
@@ -76,10 +80,11 @@ class Manifest:
     """Samples of a folder of shards.
 
     Args:
-        folder: where the shards lie.
+        folder: of the manifest, and of the shards unless `remote` says otherwise.
         samples: in shard order; within a shard, in file order. Or their columns.
         shard_files: size, digest and count of every shard, by name, in order.
         info: further facts for summary.json (sources, classes, duplicates ...).
+        remote: the object store that holds the shards; None: they lie in `folder`.
 
     Attributes:
         columns: of all samples. fingerprint: sha256 of the manifest.
@@ -91,8 +96,10 @@ class Manifest:
         samples: Iterable[Sample] | Columns,
         shard_files: Mapping[str, Shard],
         info: Mapping[str, Any] | None = None,
+        remote: Remote | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.remote = remote
         self.shard_files = dict(shard_files)
         self.info = dict(info or {})
         self._names = list(self.shard_files)
@@ -108,6 +115,11 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.columns)
+
+    @property
+    def place(self) -> str:
+        """Where the shards lie, for messages."""
+        return printable(self.remote.url if self.remote else self.folder)
 
     @property
     def is_small(self) -> bool:
@@ -218,8 +230,8 @@ class Manifest:
         write_atomic(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """Read and check a manifest.
+    def load(cls, folder: str | Path, remote: Remote | None = None) -> Manifest:
+        """Read and check a manifest; remote: where its shards lie, if not beside it.
 
         Raises:
             DataError: missing, damaged, or contradicting itself or its summary.
@@ -235,7 +247,7 @@ class Manifest:
             columns.check([f.bytes for f in files], [f.samples for f in files], len(CODES))
         else:
             columns = read_lines(folder / MANIFEST, summary["manifest_sha256"], shards)
-        manifest = cls(folder, columns, shards, summary["info"])
+        manifest = cls(folder, columns, shards, summary["info"], remote)
         manifest.fingerprint = summary["manifest_sha256"]
         manifest._check_ids()
         return manifest

@@ -6,7 +6,6 @@ cannot shorten what is read, and a hundredth of the images costs about a hundred
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import OrderedDict
@@ -15,7 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from distunlearn.data.manifest import Manifest, Sample
+from distunlearn.data.patience import FIRST_WAIT, TRANSIENT, Counts
 from distunlearn.data.shards import check_digest, check_shard_size
+from distunlearn.data.store_cache import ShardCache, check_sizes
+from distunlearn.data.stores import FIX, ObjectStore, Span
 from distunlearn.errors import DataError
 
 __all__ = ["Counts", "Reader", "runs"]
@@ -23,27 +25,6 @@ __all__ = ["Counts", "Reader", "runs"]
 GAP = 16 << 10  # bytes between two images that are read along rather than asked for twice
 LONGEST = 8 << 20  # bytes of one read
 OPEN_SHARDS = 32  # kept open by one reader
-FIRST_WAIT = 0.25  # seconds before a failed read is repeated; doubled each time
-# What may pass: a disk or a network file system that fails for a moment.
-TRANSIENT = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EREMOTEIO, errno.ENOLINK,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNABORTED,
-}  # fmt: skip
-
-
-
-@dataclass
-class Counts:
-    """What reading and decoding cost so far: `images` decoded, `reads`, `bytes` read, failed reads `repeated`."""
-
-    images: int = 0
-    reads: int = 0
-    bytes: int = 0
-    repeated: int = 0
-
-    def add(self, other: Counts) -> None:
-        for name in ("images", "reads", "bytes", "repeated"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(frozen=True)
@@ -82,9 +63,10 @@ def runs(samples: Sequence[Sample]) -> Iterator[Run]:
 
 
 class Reader:
-    """Reads images of one manifest; not for several threads at once.
+    """Reads images of one manifest, out of files or out of an object store; not for several threads at once.
 
     Args:
+        manifest: with `remote`, if the shards lie in a store.
         retries: how often a read that failed is repeated, after 0.25 s, 0.5 s, 1 s and so on.
     """
 
@@ -93,6 +75,10 @@ class Reader:
         self.retries = retries
         self.counts = Counts()
         self._open: OrderedDict[str, int] = OrderedDict()
+        remote = manifest.remote
+        self._store = ObjectStore(remote.url, retries) if remote else None
+        self._cache = ShardCache(self._store, manifest, remote) if self._store and remote and remote.cache else None
+        self._sized: set[str] = set()  # shards in the store whose length was compared
 
     def read(self, samples: Sequence[Sample]) -> list[bytes]:
         """The encoded bytes of each sample, in the order given.
@@ -102,19 +88,43 @@ class Reader:
                 retries; or an image lacks its sha256.
         """
         found: list[bytes] = [b""] * len(samples)
-        for run in runs(samples):
-            block = memoryview(self._patiently(run, samples[run.rows[0]]))
-            for row in run.rows:
-                sample = samples[row]
-                data = bytes(block[sample.offset - run.start :][: sample.length])
-                check_digest(sample, data)
-                found[row] = data
+        wanted = list(runs(samples))
+        for run, block in zip(wanted, self._blocks(wanted, samples), strict=True):
+            try:
+                self._take_apart(run, block, samples, found)
+            except DataError:
+                if self._cache is None or not self._cache.discard_damaged(run.shard):
+                    raise
+                self._forget(run.shard)
+                self._take_apart(run, self._patiently(run, samples[run.rows[0]]), samples, found)
+        if self._cache is not None:
+            self.close()  # a copy that goes for want of room holds its room as long as it is open
         return found
+
+    def _blocks(self, wanted: Sequence[Run], samples: Sequence[Sample]) -> Iterator[bytes]:
+        """The bytes of each run."""
+        if self._store is None or self._cache is not None:
+            yield from (self._patiently(run, samples[run.rows[0]]) for run in wanted)
+            return
+        new = sorted({run.shard for run in wanted} - self._sized)
+        check_sizes(self._store, self.manifest, new, self.counts)
+        self._sized.update(new)
+        spans = [Span(r.shard, r.start, r.stop, f"image {samples[r.rows[0]].id!r}") for r in wanted]
+        yield from self._store.read(spans, self.counts)
 
     def close(self) -> None:
         """Close the shards; safe to call twice, and `read` opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def _take_apart(self, run: Run, block: bytes, samples: Sequence[Sample], found: list[bytes]) -> None:
+        """Write the images of a run to their places in `found`; DataError for one that lacks its sha256."""
+        view = memoryview(block)
+        for row in run.rows:
+            sample = samples[row]
+            data = bytes(view[sample.offset - run.start :][: sample.length])
+            check_digest(sample, data, *([FIX] if self._store else []))
+            found[row] = data
 
     def _patiently(self, run: Run, first: Sample) -> bytes:
         wait = FIRST_WAIT
@@ -127,7 +137,7 @@ class Reader:
                     times = f" {attempt + 1} times" if attempt else ""
                     raise DataError(
                         f"The shard {run.shard} with image {first.id!r} could not be read{times} "
-                        f"({error.strerror or error}); check the disk or the network that holds {self.manifest.folder}."
+                        f"({error.strerror or error}); check the disk or the network that holds {self.manifest.place}."
                     ) from error
                 self.counts.repeated += 1
                 time.sleep(wait)
@@ -156,13 +166,16 @@ class Reader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        with suppress(FileNotFoundError):
-            os.stat(self.manifest.shard_path(shard))  # a failure that may pass is raised as it is
-        handle = os.open(check_shard_size(self.manifest, shard), os.O_RDONLY | os.O_CLOEXEC)
+        handle = self._cache.open(shard, self.counts) if self._cache else self._open_file(shard)
         while len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
         self._open[shard] = handle
         return handle
+
+    def _open_file(self, shard: str) -> int:
+        with suppress(FileNotFoundError):
+            os.stat(self.manifest.shard_path(shard))  # a failure that may pass is raised as it is
+        return os.open(check_shard_size(self.manifest, shard), os.O_RDONLY | os.O_CLOEXEC)
 
     def _forget(self, shard: str) -> None:
         handle = self._open.pop(shard, None)

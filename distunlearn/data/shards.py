@@ -57,11 +57,11 @@ def read_sample(manifest: Manifest, sample_id: str, verify: bool = True) -> byte
     return data
 
 
-def check_digest(sample: Sample, data: bytes) -> None:
-    """DataError unless the bytes have the sha256 that the manifest states."""
+def check_digest(sample: Sample, data: bytes, fix: str = _FIX) -> None:
+    """DataError unless the bytes have the sha256 that the manifest states; fix: what to do then."""
     if hashlib.sha256(data).hexdigest() != sample.sha256:
         raise DataError(
-            f"The image {sample.id!r} in shard {sample.shard} does not have the sha256 of the manifest; {_FIX}."
+            f"The image {sample.id!r} in shard {sample.shard} does not have the sha256 of the manifest; {fix}."
         )
 
 

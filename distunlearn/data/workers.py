@@ -33,7 +33,8 @@ from torch import Tensor
 
 from distunlearn.data.decode import decode_square, find_decoder
 from distunlearn.data.manifest import Manifest, Sample
-from distunlearn.data.reading import Counts, Reader
+from distunlearn.data.patience import Counts
+from distunlearn.data.reading import Reader
 from distunlearn.errors import DataError, UndecodableError
 from distunlearn.text import printable
 
@@ -293,7 +294,7 @@ class Pool:
         self.close()
         raise DataError(
             f"Data worker {number} (process {process.pid}) has not answered for {patience:.0f} s at image {place}; "
-            f"check the disk or the network that holds {self.decoder.reader.manifest.folder}; {_GO_ON}."
+            f"check the disk or the network that holds {self.decoder.reader.manifest.place}; {_GO_ON}."
         )
 
     def _place(self, number: int) -> str:

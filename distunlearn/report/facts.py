@@ -12,7 +12,7 @@ from distunlearn.report.words import METHODS, NOT_EVALUATED, ROLES, SOURCES, UNT
 __all__ = ["cost", "coverage", "provenance", "request"]
 
 CLASS = re.compile(r"class:(-?\d{1,9})")
-PATH_KEYS = frozenset({"root", "shards", "third_party_root", "checkpoint", "forget", "reuse"})
+PATH_KEYS = frozenset({"root", "shards", "store", "store_cache", "third_party_root", "checkpoint", "forget", "reuse"})
 HIDDEN_PATH = "(a path, not shown)"
 MAX_ROWS = 300  # of settings or versions
 
