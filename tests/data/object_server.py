@@ -12,6 +12,11 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from pictures import feeder, store
+
+from distunlearn.data.manifest import Manifest, Sample
+from distunlearn.data.stores import Remote
+
 FAULTS = ("503", "500", "403", "404", "drop", "truncate", "short", "whole", "hang")
 
 
@@ -133,3 +138,40 @@ def serving(folder: Path) -> Iterator[ObjectServer]:
     finally:
         server.stop()
         thread.join(10)
+
+
+def bare(local: Manifest, tmp_path: Path, url: str, **options) -> Manifest:
+    """The manifest in a folder without shards, which lie at the URL."""
+    folder = tmp_path / "manifest"
+    folder.mkdir(exist_ok=True)
+    local.save(folder)
+    assert not list(folder.glob("*.tar"))
+    return Manifest.load(folder, Remote(url, **options))
+
+
+def samples(manifest: Manifest, *roles: str) -> list[Sample]:
+    return [manifest.by_id[i] for i in manifest.ids(roles)]
+
+
+def read_sample_at(server: ObjectServer, sample: Sample) -> bytes:
+    return (server.folder / sample.shard).read_bytes()[sample.offset :][: sample.length]
+
+
+def as_s3(server: ObjectServer, monkeypatch) -> str:
+    """Have the S3 driver take this server for its endpoint; a URL that no other test has."""
+    for name, value in (("AWS_ENDPOINT_URL", server.url.removesuffix("/bucket/set")), ("AWS_REGION", "us-east-1"),
+                        ("AWS_ACCESS_KEY_ID", "none"), ("AWS_SECRET_ACCESS_KEY", "none")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/set/{server.server_port}"
+
+
+def batches(manifest: Manifest, workers: int) -> list:
+    images = store(manifest, workers=workers)
+    feeds = feeder(images, roles=("retain", "forget"))
+    try:
+        found = [feeds.batch_at(step) for step in range(8)]
+    finally:
+        feeds.close()
+        images.close()
+    assert images.pool.counts.images >= 64
+    return [(batch.ids, batch.images.numpy().tobytes()) for batch in found]
