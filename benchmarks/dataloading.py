@@ -2,10 +2,10 @@
 
     python benchmarks/dataloading.py --document benchmarks/results/DATE-dataloading.md
 
-The photos are made by benchmarks/photos.py, the page cache is warm (every file was just written), and the contenders
-take turns in every round. Two figures each: wall-clock images per second, which other work on the machine blurs, and
-CPU seconds per image of all processes together, which it blurs far less. A ratio is the median of the ratios of a
-round.
+The photos are made by benchmarks/photos.py, the page cache is warm (every file was just written; --cold adds turns that
+begin with an empty one), and the contenders take turns in every round. Two figures each: wall-clock images per second,
+which other work on the machine blurs, and CPU seconds per image of all processes together, which it blurs far less. A
+ratio is the median of the ratios of a round.
 
 Contenders, all giving uint8 batches [64, 3, S, S] of the same centre square, `workers` processes each:
 
@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from loaders import BATCH, LIMIT, ROLES, race
+from loaders import BATCH, DROP, LIMIT, ROLES, race
 from photos import SIZE, Photos, image_folder, shards
 
 from distunlearn.config import EncoderConfig, RunConfig, ViewsConfig
@@ -238,7 +238,7 @@ RACE = [
 ]  # fmt: skip
 
 
-def document(raw: dict[str, Any], races: dict[tuple[int, int], Any], args: argparse.Namespace, load: float) -> str:
+def document(raw: dict[str, Any], races: dict[tuple[int, int, str], Any], args: argparse.Namespace, load: float) -> str:
     env = environment()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     versions = {name: __import__(name).__version__ for name in ("torchvision", "webdataset", "PIL")}
@@ -255,7 +255,7 @@ def document(raw: dict[str, Any], races: dict[tuple[int, int], Any], args: argpa
         )
         + ". GPUs: not measured.",
         f"{args.images:,} ids over {args.distinct} photos of {SIZE[0]} x {SIZE[1]} pixels, "
-        f"{raw['bytes per image'] / 1000:.0f} kB each, in shards of {args.per_shard}; page cache warm; batches of "
+        f"{raw['bytes per image'] / 1000:.0f} kB each, in shards of {args.per_shard}; batches of "
         f"{BATCH}; {args.rounds} rounds in which the contenders take turns. What they are: the script's text.",
     ]
     out = ["# Reading, decoding and feeding images", *(textwrap.fill(part, 118) for part in text)]
@@ -263,8 +263,9 @@ def document(raw: dict[str, Any], races: dict[tuple[int, int], Any], args: argpa
     out += ["## One core", table(["step", "CPU ms/image", "images/s per core"],
             [[k, f"{v:.3f}", f"{1000 / v:,.0f}"] for k, v in raw["parts"].items()])]  # fmt: skip
     out.append("## End to end")
-    for (size, workers), found in races.items():
-        out += [f"S = {size}, {workers} worker{'s' if workers > 1 else ''}:", table(RACE, race_rows(found))]
+    for (size, workers, cache), found in races.items():
+        what = f"S = {size}, {workers} worker{'s' if workers > 1 else ''}, {cache} page cache:"
+        out += [what, table(RACE, race_rows(found))]
     out += ["## What a training step waits for the data",
             table(["S", "workers", "seconds of a step", "waiting"],
                   [[str(s), str(w), f"{a:.2f}", f"{b:.1%}"] for (s, w), (a, b) in raw["waiting"].items()])]  # fmt: skip
@@ -279,10 +280,10 @@ def document(raw: dict[str, Any], races: dict[tuple[int, int], Any], args: argpa
         ["order", "shards in a batch", "neighbours from one shard", "together again"],
         [[k, f"{q['shards in a batch']:.1f}", f"{q['near']:.3f}", f"{q['again']:.2f}"]
          for k, q in raw["shuffle"].items()])]  # fmt: skip
-    numbers = {f"{s} {w}": found for (s, w), found in races.items()}
+    numbers = {f"{s} {w} {cache}": found for (s, w, cache), found in races.items()}
     lines = [f"{key} {name}: " + " ".join(f"{rate:.1f}/{ms:.3f}" for rate, ms in samples)
              for key, found in numbers.items() for name, samples in found.items()]  # fmt: skip
-    out += ["## Raw numbers", "S, workers, contender: images/s / CPU ms per image of every round\n\n```\n"
+    out += ["## Raw numbers", "S, workers, cache, contender: images/s / CPU ms per image of every round\n\n```\n"
             + "\n".join(lines) + "\n```"]  # fmt: skip
     return "\n\n".join(out) + "\n"
 
@@ -308,7 +309,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contenders; default: all")
     parser.add_argument("--document", type=Path, help="write the results here")
+    parser.add_argument("--cold", action="store_true", help="also with an empty page cache before every turn (root)")
     args = parser.parse_args()
+    if args.cold and not os.access(DROP, os.W_OK):
+        parser.error(f"--cold needs to write {DROP}; run it as root, or leave it out")
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -324,9 +328,12 @@ def main() -> None:
             "shuffle": shuffle_quality(64, 256, 256),
         }
         print(json.dumps(raw, indent=1, default=str), flush=True)
+        caches = ["warm", "cold"] if args.cold else ["warm"]
         races = {
-            (size, workers): race(manifest, root, size, workers, args.count, args.rounds, args.only)
-            for size in args.sizes for workers in args.workers
+            (size, workers, cache): race(
+                manifest, root, size, workers, args.count, args.rounds, args.only, cold=cache == "cold"
+            )
+            for cache in caches for size in args.sizes for workers in args.workers
         }  # fmt: skip
         raw["waiting"] = {(32, w): waiting(manifest, 32, w, args.steps) for w in (0, *args.workers) if args.steps}
         text = document(raw, races, args, load)

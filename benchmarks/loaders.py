@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import threading
 import time
@@ -105,10 +106,23 @@ def cost(act: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - wall, used() - cpu
 
 
+DROP = Path("/proc/sys/vm/drop_caches")
+
+
+def forget_pages() -> None:
+    """Empty the operating system's cache of files; only root may."""
+    os.sync()
+    DROP.write_text("1")
+
+
 def race(
-    manifest: Manifest, root: Path, size: int, workers: int, count: int, rounds: int, only: Sequence[str] = ()
-) -> dict[str, list[tuple[float, float]]]:
-    """{contender: (images/s, CPU ms per image) of every round}; the first round warms up and does not count."""
+    manifest: Manifest, root: Path, size: int, workers: int, count: int, rounds: int, only: Sequence[str] = (),
+    cold: bool = False,
+) -> dict[str, list[tuple[float, float]]]:  # fmt: skip
+    """{contender: (images/s, CPU ms per image) of every round}; the first round warms up and does not count.
+
+    cold: every turn begins with an empty page cache.
+    """
     held = Reader(manifest).read([manifest.by_id[i] for i in manifest.ids(ROLES)[:BATCH]])
     contenders: dict[str, Callable[[], None]] = {
         "pure exact": lambda: pure(held, size, "exact", workers, count),
@@ -123,6 +137,8 @@ def race(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, act in contenders.items():
+            if cold:
+                forget_pages()
             wall, cpu = cost(act)
             if turn:
                 found[name].append((count / wall, 1000 * cpu / count))
