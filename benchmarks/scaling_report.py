@@ -75,7 +75,8 @@ def model_parts(result: dict[str, Any]) -> list[str]:
         "## Cost model\n",
         f"Fitted to the median CPU seconds of a process and step, {len(errors)} points: rates {rates}; optimizer "
         f"{own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; latency {1e3 * own['latency']:.3f} ms; "
-        f"bandwidth {own['bandwidth'] / 1e9:.2f} GB/s. An infinite figure is a parameter that fits best at no cost. "
+        f"bandwidth {own['bandwidth'] / 1e9:.2f} GB/s; a gather of a unit {1e3 * own['hook']:.2f} ms, weights laid out "
+        f"at {own['copy'] / 1e9:.2f} GB/s. An infinite figure is a parameter that fits best at no cost. "
         f"Leave one out: worst error {100 * worst:.1f} % (limit {100 * LIMITS[0]:.0f} %: "
         f"{'met' if worst <= LIMITS[0] else 'MISSED'}), median {100 * middle:.1f} % (limit {100 * LIMITS[1]:.0f} %: "
         f"{'met' if middle <= LIMITS[1] else 'MISSED'}). The measured range is {reach} of a CPU; everything that "

@@ -1,16 +1,18 @@
 """What a training step costs: time of computing and of collectives, by a model of a few measured parameters.
 
-    T = F / rate + V / sweep + fixed + sum over collectives of T_c
+    T = F / rate + V / sweep + fixed + G hook + S / copy + sum over collectives of T_c
 
-F: floating point operations of this process; V: bytes of weights that its optimizer sweeps over. For M bytes over W
-processes, each with a link of latency a and bandwidth b (Thakur, Rabenseifner and Gropp, "Optimization of collective
-communication operations in MPICH", 2005, for the volumes; latency as of a tree):
+F: floating point operations of this process; V: bytes of weights that its optimizer sweeps over; G: how often a backend
+that shards weights gathers a unit or scatters its gradient, each with Python of its own; S: bytes of weights that a
+backend that shards anything lays out anew for it. G and S are 0 for `single` and `ddp`. For M bytes over W processes,
+each with a link of latency a and bandwidth b (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
+operations in MPICH", 2005, for the volumes; latency as of a tree):
 
     all-gather, reduce-scatter   ceil(log2 W) a + (W - 1) / W M / b          M: the whole, gathered tensor
     all-reduce                   twice that
 
-Nothing overlaps: where it does, an estimate is too slow. T is linear in (1 / rate, 1 / sweep, fixed, a, 1 / b), so that
-these are fitted by least squares of relative errors, none below 0. Which collectives a backend runs:
+Nothing overlaps: where it does, an estimate is too slow. T is linear in (1 / rate, 1 / sweep, fixed, hook, 1 / copy, a,
+1 / b), so that these are fitted by least squares of relative errors, none below 0. Which collectives a backend runs:
 
     ddp     all-reduce of the gradients, in buckets of 25 MB
     zero1   all-reduce of the gradients, all-gather of the weights
@@ -68,13 +70,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Machine:
-    """rate: operations/s by kind of encoder. sweep, bandwidth: bytes/s. latency, fixed: seconds."""
+    """rate: operations/s by kind of encoder. sweep, bandwidth, copy: bytes/s. latency, fixed, hook: seconds."""
 
     rate: Mapping[str, float]
     sweep: float
     fixed: float
     latency: float
     bandwidth: float
+    hook: float = 0.0
+    copy: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,22 @@ def _swept(work: Work, backend: str, world: int) -> float:
     return work.weights / (1 if backend in ("single", "ddp") else world) + work.momentum
 
 
+def _gathers(work: Work, backend: str, world: int) -> int:
+    """How often a unit's weights are gathered or its gradient is scattered."""
+    return work.units * (2 * work.forwards + 1) if world > 1 and backend in ("fsdp2", "zero3") else 0
+
+
+def _laid_out(work: Work, backend: str, world: int) -> float:
+    """Bytes of weights that the backend copies into buffers of its own and back."""
+    return work.weights if world > 1 and backend not in ("single", "ddp") else 0.0
+
+
 def step_time(work: Work, backend: str, world: int, machine: Machine) -> dict[str, float]:
-    """Seconds of a step: compute, optimizer, communication, fixed, total."""
+    """Seconds of a step: compute, optimizer, sharding, communication, fixed, total."""
     parts = {
         "compute": sum(flops / machine.rate[kind] for kind, flops in work.flops.items()),
         "optimizer": _swept(work, backend, world) / machine.sweep,
+        "sharding": _gathers(work, backend, world) * machine.hook + _laid_out(work, backend, world) / machine.copy,
         "communication": sum(collective_time(call, world, machine) for call in collectives(work, backend, world)),
         "fixed": machine.fixed,
     }
@@ -145,7 +160,7 @@ def step_time(work: Work, backend: str, world: int, machine: Machine) -> dict[st
 
 
 def _row(point: Measured, kinds: Sequence[str]) -> list[float]:
-    """Coefficients of (1 / rate of every kind, 1 / sweep, fixed, latency, 1 / bandwidth)."""
+    """Coefficients of (1 / rate of every kind, 1 / sweep, fixed, latency, 1 / bandwidth, hook, 1 / copy)."""
     calls = collectives(point.work, point.backend, point.world)
     return [
         *(point.work.flops.get(kind, 0.0) for kind in kinds),
@@ -153,6 +168,8 @@ def _row(point: Measured, kinds: Sequence[str]) -> list[float]:
         1.0,
         sum(_latencies(call, point.world) for call in calls),
         sum(_sent(call, point.world) for call in calls),
+        _gathers(point.work, point.backend, point.world),
+        _laid_out(point.work, point.backend, point.world),
     ]
 
 
@@ -177,10 +194,10 @@ def fit(points: Sequence[Measured]) -> Machine:
     def speed(inverse: float) -> float:
         return 1 / inverse if inverse > 0 else math.inf
 
-    *rates, sweep, fixed, latency, inverse_bandwidth = found.tolist()
+    *rates, sweep, fixed, latency, inverse_bandwidth, hook, inverse_copy = found.tolist()
     return Machine(
         {kind: speed(rate) for kind, rate in zip(kinds, rates, strict=True)}, speed(sweep), fixed, latency,
-        speed(inverse_bandwidth),
+        speed(inverse_bandwidth), hook, speed(inverse_copy),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from distunlearn.costs import (
     step_time,
 )
 
-MACHINE = Machine({"conv": 4e10, "vit": 8e10}, sweep=2e9, fixed=0.02, latency=3e-4, bandwidth=5e8)
+MACHINE = Machine({"conv": 4e10, "vit": 8e10}, sweep=2e9, fixed=0.02, latency=3e-4, bandwidth=5e8, hook=1e-3, copy=3e8)
 WORK = Work({"conv": 2e10}, weights=40e6, units=8, batchnorms=20, embeddings=1e5)
 
 
@@ -67,7 +67,7 @@ def synthetic() -> list[Measured]:
 def test_a_fit_recovers_the_machine_that_made_the_points():
     found = fit(synthetic())
     assert found.rate == pytest.approx(MACHINE.rate, rel=1e-6)
-    for name in ("sweep", "fixed", "latency", "bandwidth"):
+    for name in ("sweep", "fixed", "latency", "bandwidth", "hook", "copy"):
         assert getattr(found, name) == pytest.approx(getattr(MACHINE, name), rel=1e-6), name
     assert max(map(abs, leave_one_out(synthetic()))) < 1e-6
 
