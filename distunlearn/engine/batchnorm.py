@@ -5,21 +5,29 @@ LeVeque's formula ("Updating formulae and a pairwise algorithm for computing sam
 
     N = sum_r n_r,   mean = sum_r n_r mean_r / N,   M2 = sum_r [ M2_r + n_r (mean_r - mean)^2 ]
 
-The statistics pass through the one differentiable gather of objectives.gather, whose backward sums over the
-ranks. With losses scaled by W / N and parameter gradients averaged over ranks, every gradient is that of
-`nn.BatchNorm` on the whole batch, for uneven shares too.
+The backward sums over the ranks (Ioffe and Szegedy, "Batch normalization", ICML 2015, section 3, in closed form):
+
+    dx = weight invstd [ dy - (sum dy + xhat sum dy xhat) / N ]       xhat = (x - mean) invstd, sums over all ranks
+
+as the gathers of objectives.gather do. With losses scaled by W / N and parameter gradients averaged over ranks, every
+gradient is that of `nn.BatchNorm` on the whole batch, for uneven shares too. It cannot be differentiated
+twice (raises). Passes over the pixels are torch's own kernels, so that it costs what `nn.BatchNorm` costs.
 
 Shapes: n = rows of this rank (0 is allowed), C = channels, W = world; inputs are [n, C] or [n, C, ...].
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.gather import all_gather_with_grad
+from distunlearn.objectives.gather import all_gather_detached, get_world
 
 __all__ = ["SyncBatchNorm", "convert"]
 
@@ -59,19 +67,10 @@ class SyncBatchNorm(_BatchNorm):
     def _normalise(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         x = input if input.dtype in (torch.float32, torch.float64) else input.float()
-        mean, m2, count = _global_statistics(x)
-        variance = m2 / count
+        mean, m2, count = _global_statistics(x.detach())
         if self.track_running_stats:
-            self._track(mean.detach(), m2.detach(), count)
-        # One multiply-add per value, as torch's own CPU kernel: only x is kept for the backward.
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(input.dtype)
+            self._track(mean, m2, count)
+        return _Normalise.apply(x, self.weight, self.bias, mean, m2 / count, count, self.eps).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, m2: Tensor, count: Tensor) -> None:
@@ -82,19 +81,68 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var.lerp_((m2 / (count - 1)).to(self.running_var.dtype), rate)
 
 
+class _Normalise(torch.autograd.Function):
+    """weight (x - mean) / sqrt(variance + eps) + bias, whose statistics are those of the x of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, count: Tensor,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        if not x.numel():
+            return x.clone()
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        mine = _local_sums(grad, x, weight, mean, variance, ctx.eps)
+        # The sums that belong to x are over all ranks, those of weight and bias over this one: backends average them.
+        total, total_xhat = _sum_over_ranks(mine)
+        invstd = (variance + ctx.eps).rsqrt()
+        scale = invstd if weight is None else weight * invstd
+        slope = -scale * invstd * total_xhat / count
+        shift = -scale * total / count - slope * mean
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        dx = torch.addcmul(shift.view(shape), x, slope.view(shape)).addcmul_(grad, scale.view(shape))
+        bias_grad, weight_grad = mine if weight is not None else (None, None)
+        return dx, weight_grad, bias_grad, None, None, None, None
+
+
+def _local_sums(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """[2, C] over this rank's rows: the sum of dy, and of dy xhat."""
+    if not x.numel():
+        return x.new_zeros(2, x.shape[1])
+    _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, variance, None, None, False, eps, [False, True, True]
+    )
+    return torch.stack([plain, weighted])
+
+
+def _sum_over_ranks(mine: Tensor) -> Tensor:
+    if get_world() == 1:
+        return mine
+    total = mine.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], M2 [C] and values per channel [] of the batch over all ranks."""
     channels = x.shape[1]
     count = x.numel() // channels
     if count:
-        dims = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x, dims, correction=0)
-    else:  # no rows here: a weight of 0 in the merge, but still a part of the graph
-        variance = mean = x.sum([0, *range(2, x.dim())])
+        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+    else:  # no rows here: a weight of 0 in the merge
+        mean = variance = x.new_zeros(channels)
     local = torch.cat([mean, variance * count, x.new_full((1,), count)])
-    everyone = all_gather_with_grad(local[None])
-    means, m2s = everyone[:, :channels], everyone[:, channels : 2 * channels]
-    counts = everyone[:, 2 * channels :].detach()
+    everyone = all_gather_detached(local[None])
+    means, m2s, counts = everyone[:, :channels], everyone[:, channels : 2 * channels], everyone[:, 2 * channels :]
     total = counts.sum()
     merged = (counts * means).sum(0) / total
     return merged, m2s.sum(0) + (counts * (means - merged).square()).sum(0), total
