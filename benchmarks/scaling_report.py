@@ -130,7 +130,8 @@ def efficiency_plot(result: dict[str, Any], path: Path) -> None:
         axes.errorbar(places, [r["median"] for r in ratios], yerr=spans, fmt="o", capsize=3, label=name)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.axhline(GOAL, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(found)), [f"{f['backend']}\n{f['encoder']}" for f in found], fontsize=8)
+    names = [f"{f['backend']}\n{f['encoder']}\n{f['batch']} images" for f in found]
+    axes.set_xticks(range(len(found)), names, fontsize=6)
     axes.set_ylabel("weak efficiency, 2 processes")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
