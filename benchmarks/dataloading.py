@@ -51,7 +51,7 @@ from distunlearn.doctor import environment
 from distunlearn.encoders.model import build_model
 from distunlearn.objectives.simclr import nt_xent
 
-BUSY = 1.5  # load average above which other work counted
+BUSY = 2.5  # load average above which other work counted
 
 VIEWS = ViewsConfig(
     crop_scale_min=0.2, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5
