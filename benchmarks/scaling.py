@@ -235,9 +235,8 @@ def measured(result: dict[str, Any]) -> list[tuple[str, Measured]]:
     return points
 
 
-def modelled(result: dict[str, Any]) -> dict[str, Any]:
-    """The fitted parameters and the error of leaving each point out."""
-    points = measured(result)
+def modelled(points: list[tuple[str, Measured]]) -> dict[str, Any]:
+    """The fitted parameters and the error of leaving each named point out."""
     own = fit([point for _, point in points])
     errors = leave_one_out([point for _, point in points])
     return {
@@ -279,7 +278,7 @@ def main() -> None:
     save()
     if args.backends:
         save(scale(cells, args.backends, args.rounds, save))
-    result["model"] = modelled(result)
+    result["model"] = modelled(measured(result))
     result |= {"minutes": (time.perf_counter() - begun) / 60, "load_after": os.getloadavg()[0]}
     save()
     text = document(result)

@@ -64,15 +64,18 @@ def verdicts(result: dict[str, Any]) -> str:
 def model_parts(result: dict[str, Any]) -> list[str]:
     if "model" not in result:
         return []
-    model = result["model"]
+    reach = "1 and 2 processes" if result["scaling"] else "one process (so nothing is known of collectives)"
+    return ["## Cost model\n", *model_text(result["model"], reach)]
+
+
+def model_text(model: dict[str, Any], reach: str) -> list[str]:
+    """Parameters, errors of leaving a point out, and all points."""
     errors = [abs(point["error"]) for point in model["points"]]
     worst, middle = max(errors), statistics.median(errors)
     own = model["machine"]
-    reach = "1 and 2 processes" if result["scaling"] else "one process (so nothing is known of collectives)"
     rates = ", ".join(f"{kind} {rate / 1e9:.1f}e9 operations/s" for kind, rate in own["rate"].items())
     rows = [[p["name"], f"{p['cpu_seconds']:.4f}", f"{100 * p['error']:+.1f} %"] for p in model["points"]]
     return [
-        "## Cost model\n",
         f"Fitted to the median CPU seconds of a process and step, {len(errors)} points: rates {rates}; optimizer "
         f"{own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; latency {1e3 * own['latency']:.3f} ms; "
         f"bandwidth {own['bandwidth'] / 1e9:.2f} GB/s; a gather of a unit {1e3 * own['hook']:.2f} ms, weights laid out "
