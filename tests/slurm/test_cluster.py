@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -204,3 +205,19 @@ def test_tasks_of_an_array_are_requeued_each_by_itself(cluster, tmp_path):
     for index in ("0", "1"):
         assert f"seed: {index}\n" in (tmp_path / index / "run.yaml").read_text()
         assert (tmp_path / index / "report.html").exists()
+
+
+def test_scaling_over_the_nodes_of_an_allocation(cluster, tmp_path):
+    """The template for scaling, with one task a node and no GPU: a figure on one node, then one on both."""
+    root = Path(__file__).parents[2]
+    template = runpy.run_path(str(root / "slurm" / "make_examples.py"))["scaling"]
+    script, out = tmp_path / "scaling.sbatch", tmp_path / "out"
+    script.write_text(template(nodes=2, tasks=1, gpus=0, python=sys.executable))
+    asked = ("-p", "low", "--chdir", str(root), "--output", str(tmp_path / "scaling.log"), "--export", "ALL,STEPS=2")
+    job = cluster.ask("sbatch", "--parsable", *asked, str(script), str(out), "vit_tiny16-64", "4", "ddp", "fp32")
+    cluster.wait_for_state(job, *ENDED, limit=300)
+    assert cluster.state(job) == "COMPLETED", (tmp_path / "scaling.log").read_text()
+    for nodes, backend in ((1, "single"), (2, "ddp")):
+        found = json.loads((out / f"nodes-{nodes}.json").read_text())
+        assert (found["cell"]["backend"], found["cell"]["world"], found["images"]) == (backend, nodes, 4 * nodes)
+        assert len(found["samples"]) == 2 and all(sample["seconds"] > 0 for sample in found["samples"])
