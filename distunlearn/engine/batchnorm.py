@@ -70,7 +70,8 @@ class SyncBatchNorm(_BatchNorm):
         mean, m2, count = _global_statistics(x.detach())
         if self.track_running_stats:
             self._track(mean, m2, count)
-        return _Normalise.apply(x, self.weight, self.bias, mean, m2 / count, count, self.eps).to(input.dtype)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return _Normalise.apply(x, weight, bias, mean, m2 / count, count, self.eps).to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, m2: Tensor, count: Tensor) -> None:
