@@ -198,7 +198,6 @@ def train(case: Case, ctx: Context, precision: str, steps: int, backend: Backend
     right, computing = base.make_view, COMPUTING[precision]
     with (
         mock.patch.object(base, "make_view", lambda *args, **how: right(*args, **how).to(computing)),
-        mock.patch.object(third_party, "CALIBRATION_DRAWS", 2),  # to save time; two are averaged as four are
         computing_in(precision),
     ):
         method = third_party.ThirdParty(ctx.cfg)
