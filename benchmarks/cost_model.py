@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling import measured, modelled
-from scaling_report import model_text
+from scaling_report import errors_of, model_text
 from throughput_stats import paragraphs, table
 
 from distunlearn.costs import Measured
@@ -32,12 +32,6 @@ def merged(runs: list[list[tuple[str, Measured]]]) -> list[tuple[str, Measured]]
             found[name].append(point)
     medians = {name: statistics.median(p.seconds for p in points) for name, points in found.items()}
     return [(name, replace(points[0], seconds=medians[name])) for name, points in found.items()]
-
-
-def errors_of(model: dict[str, Any]) -> tuple[float, float]:
-    """(worst, median) error of leaving a point out."""
-    errors = [abs(point["error"]) for point in model["points"]]
-    return max(errors), statistics.median(errors)
 
 
 def document(paths: list[Path], results: list[dict[str, Any]]) -> str:

@@ -68,16 +68,21 @@ def model_parts(result: dict[str, Any]) -> list[str]:
     return ["## Cost model\n", *model_text(result["model"], reach)]
 
 
+def errors_of(model: dict[str, Any]) -> tuple[float, float]:
+    """(worst, median) error of leaving a point out."""
+    errors = [abs(point["error"]) for point in model["points"]]
+    return max(errors), statistics.median(errors)
+
+
 def model_text(model: dict[str, Any], reach: str) -> list[str]:
     """Parameters, errors of leaving a point out, and all points."""
-    errors = [abs(point["error"]) for point in model["points"]]
-    worst, middle = max(errors), statistics.median(errors)
+    worst, middle = errors_of(model)
     own = model["machine"]
     rates = ", ".join(f"{kind} {rate / 1e9:.1f}e9 operations/s" for kind, rate in own["rate"].items())
     rows = [[p["name"], f"{p['cpu_seconds']:.4f}", f"{100 * p['error']:+.1f} %"] for p in model["points"]]
     return [
-        f"Fitted to the median CPU seconds of a process and step, {len(errors)} points: rates {rates}; optimizer "
-        f"{own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; latency {1e3 * own['latency']:.3f} ms; "
+        f"Fitted to the median CPU seconds of a process and step, {len(model['points'])} points: rates {rates}; "
+        f"optimizer {own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; latency {1e3 * own['latency']:.3f} ms; "
         f"bandwidth {own['bandwidth'] / 1e9:.2f} GB/s; a gather of a unit {1e3 * own['hook']:.2f} ms, weights laid out "
         f"at {own['copy'] / 1e9:.2f} GB/s. An infinite figure is a parameter that fits best at no cost. "
         f"Leave one out: worst error {100 * worst:.1f} % (limit {100 * LIMITS[0]:.0f} %: "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distunlearn.data.manifest import Manifest
+from distunlearn.data.manifest import Manifest, has_manifest
 from distunlearn.data.stream import ImageStore, RoleFeeder
 from distunlearn.encoders.model import build_model
 from distunlearn.engine.backends import open_backend
@@ -53,7 +53,7 @@ def check_launch(cfg: RunConfig, out: Path) -> tuple[list[str], list[str]]:
     backend = open_backend(cfg)
     lines, problems = _processes(backend)
     folder = shards_folder(cfg, out)
-    manifest = Manifest.load(folder, shards_remote(cfg)) if (folder / "manifest.jsonl").exists() else None
+    manifest = Manifest.load(folder, shards_remote(cfg)) if has_manifest(folder) else None
     if not all(backend.gather_objects(manifest is not None)):
         lines.append(f"samples: not checked, for not every process finds shards in {printable(folder)}; run prepare")
     else:

@@ -62,23 +62,22 @@ EXAMPLES = {
     "one_node.sbatch": Job(tasks=8, gpus=8, time="12:00:00"),
     "many_nodes.sbatch": Job(nodes=4, tasks=8, gpus=8, time="24:00:00", partition="gpu"),
     "array_of_seeds.sbatch": Job(gpus=1, time="4:00:00", array="0-9%4"),
-    "array_of_trials.sbatch": Job(gpus=1, time="4:00:00", array="0-63%8", name="distunlearn-trials"),
     "container.sbatch": Job(tasks=8, gpus=8, time="12:00:00", container="/images/distunlearn.sqsh"),
 }
+TRIALS = Job(gpus=1, time="4:00:00", array="0-63%8", name="distunlearn-trials")
 SETTINGS = ["backend=ddp", "precision=bf16"]
 
 
 def examples() -> dict[str, str]:
     """{file name: script}."""
-    made = {"scaling.sbatch": scaling()}
-    for name, job in EXAMPLES.items():
-        if name == "array_of_trials.sbatch":  # what `distunlearn sweep --submit` gives to sbatch
-            trials = Path("/scratch/runs/sweep/trials")
-            made[name] = script(job, None, trials, verb=("sweep", "--task"), python="python")
-        else:
-            settings = SETTINGS if job.tasks > 1 else []
-            made[name] = script(job, None, OUT, Path("/scratch/photos.yaml"), settings, python="python")
-    return made
+    sweep = script(TRIALS, None, Path("/scratch/runs/sweep/trials"), verb=("sweep", "--task"), python="python")
+    return {
+        "scaling.sbatch": scaling(),
+        "array_of_trials.sbatch": sweep,  # what `distunlearn sweep --submit` gives to sbatch
+    } | {
+        name: script(job, None, OUT, Path("/scratch/photos.yaml"), SETTINGS if job.tasks > 1 else [], python="python")
+        for name, job in EXAMPLES.items()
+    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ The backward sums over the ranks (Ioffe and Szegedy, "Batch normalization", ICML
 
 as the gathers of objectives.gather do. With losses scaled by W / N and parameter gradients averaged over ranks, every
 gradient is that of `nn.BatchNorm` on the whole batch, for uneven shares too. It cannot be differentiated
-twice (raises). Passes over the pixels are torch's own kernels, so that it costs what `nn.BatchNorm` costs.
+twice (raises). Passes over the pixels are torch's own kernels.
 
 Shapes: n = rows of this rank (0 is allowed), C = channels, W = world; inputs are [n, C] or [n, C, ...].
 """

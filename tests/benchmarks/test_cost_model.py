@@ -9,8 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from cost_model import errors_of, merged  # noqa: E402
+from cost_model import merged  # noqa: E402
 from scaling import modelled  # noqa: E402
+from scaling_report import errors_of  # noqa: E402
 
 from distunlearn.costs import Measured, Work  # noqa: E402
 

@@ -224,8 +224,6 @@ def same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
 @pytest.fixture(params=["simplejpeg", "torchvision"])
 def quick(request, monkeypatch):
     """One of the faster decoders, which counts its images."""
-    if request.param == "simplejpeg":
-        pytest.importorskip("simplejpeg")
     decoder = getattr(decode, f"_by_{request.param}")
     used = []
 

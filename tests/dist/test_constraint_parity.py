@@ -37,8 +37,8 @@ def cases(backend: str) -> list[tuple[str, str]]:
 
 
 def precisions(kind: str) -> list[str]:
-    """The sharpest first; "mixed" is for DeepSpeed, which keeps its weights in float32."""
-    return ["mixed", "float32"] if kind.startswith("zero") else ["float64", "float32"]
+    """The sharpest first; DeepSpeed keeps its weights in float32."""
+    return ["mixed", "float32"] if kind.startswith("zero") else ["float64", "mixed", "float32"]
 
 
 def case_of(encoder: str, evaluator: str) -> Case:
