@@ -82,8 +82,9 @@ def model_text(model: dict[str, Any], reach: str) -> list[str]:
     rows = [[p["name"], f"{p['cpu_seconds']:.4f}", f"{100 * p['error']:+.1f} %"] for p in model["points"]]
     return [
         f"Fitted to the median CPU seconds of a process and step, {len(model['points'])} points: rates {rates}; "
-        f"optimizer {own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; latency {1e3 * own['latency']:.3f} ms; "
-        f"bandwidth {own['bandwidth'] / 1e9:.2f} GB/s; a gather of a unit {1e3 * own['hook']:.2f} ms, weights laid out "
+        f"optimizer {own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; "
+        f"latency {1e3 * own['latency']:.3f} ms; bandwidth {own['bandwidth'] / 1e9:.2f} GB/s; "
+        f"a gather of a unit {1e3 * own['hook']:.2f} ms, weights laid out "
         f"at {own['copy'] / 1e9:.2f} GB/s. An infinite figure is a parameter that fits best at no cost. "
         f"Leave one out: worst error {100 * worst:.1f} % (limit {100 * LIMITS[0]:.0f} %: "
         f"{'met' if worst <= LIMITS[0] else 'MISSED'}), median {100 * middle:.1f} % (limit {100 * LIMITS[1]:.0f} %: "
