@@ -20,11 +20,12 @@ what was allocated before the step.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def timed(run: Callable[[], None], device: torch.device) -> dict[str, float]:
 
 
 def measured(
-    encoders: dict[str, Any], retain: int, rounds: int, device: str, precision: str
+    encoders: dict[str, Any], retain: int, rounds: int, device: str, precision: str, steps: Sequence[str] = STEPS
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
     """All samples by encoder and step, one for each round; every step runs once before, unmeasured."""
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     order = random.Random(0)
     for name, encoder in encoders.items():
         bench = Bench(encoder, retain, device, precision)
-        runs = {step: bench.step(step) for step in STEPS if allowed(step, precision)}
+        runs = {step: bench.step(step) for step in steps if allowed(step, precision)}
         for run in runs.values():
             run()
         for number in range(rounds):
@@ -98,29 +99,35 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the timed steps")
     parser.add_argument("--retain", type=int, help="retain images of a timed step, a multiple of 4 (cpu: 16, cuda: 64)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="the steps that are timed")
+    parser.add_argument("--counted", type=Path, help="take operations and live memory from this JSON of another run")
     parser.add_argument("--document", type=Path, help="write the results here, and as .json beside it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, and torch finds none; leave it out to measure on the CPU")
     retain = args.retain or (16 if args.device == "cpu" else 64)
-    if retain % 4 or retain < 8 or args.rounds < 1:
-        parser.error("--retain must be a multiple of 4 and at least 8, --rounds at least 1")
+    if retain % 4 or retain < 8 or args.rounds < 1 or "plain" not in args.steps:
+        parser.error("--retain must be a multiple of 4 and at least 8, --rounds at least 1, plain one of --steps")
     torch.set_num_threads(1)
     started = time.perf_counter()
     result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/constraint.py", *sys.argv[1:]])}
     result |= {"machine": machine(args.device), "retain": retain, "rounds": args.rounds}
     result |= {"device": args.device, "precision": args.precision}
     encoders = ENCODERS if args.device == "cpu" else PRODUCTION
-    result["timed"] = measured(encoders, retain, args.rounds, args.device, args.precision)
+    result["timed"] = measured(encoders, retain, args.rounds, args.device, args.precision, args.steps)
     result["time_ratios"] = {
         name: {
             step: {f"{key} to {to}": ratios(samples, step, to, key)
-                   for to in ("plain", "double_backward") for key in samples[step][0]}
+                   for to in ("plain", "double_backward") if to in samples for key in samples[step][0]}
             for step in samples
         }
         for name, samples in result["timed"].items()
     }  # fmt: skip
-    result["counted"] = counted(ENCODERS | PRODUCTION, 16)
+    if args.counted:
+        other = json.loads(args.counted.read_text(encoding="utf-8"))
+        result |= {"counted": other["counted"], "counted_by": f"{other['command']}, {other['machine']['commit']}"}
+    else:
+        result["counted"] = counted(ENCODERS | PRODUCTION, 16)
     result["minutes"] = (time.perf_counter() - started) / 60
     text = document(result)
     if args.document:

@@ -73,7 +73,7 @@ def times(result: dict[str, Any]) -> str:
             found = result["time_ratios"][encoder][step]
             row = [encoder, f"`{step}`", f"{statistics.median(s['seconds'] for s in samples):.4f}"]
             row += [spread(found[f"{key} to plain"]) for key in ("seconds", "cpu_seconds")]
-            row += [spread(found["seconds to double_backward"])]
+            row += [spread(found["seconds to double_backward"]) if "double_backward" in steps else "not timed"]
             if result["device"] == "cuda":
                 row += [f"{statistics.median(s['allocated_bytes'] for s in samples) / MIB:,.0f}",
                         spread(found["allocated_bytes to plain"])]  # fmt: skip
@@ -112,7 +112,8 @@ def document(result: dict[str, Any]) -> str:
         "those of matrix products, convolutions and attention; one multiply-add is two. Live memory is the peak of all "
         "tensors made within the step. With n constraint images to N retain images, half of them to forget, and "
         "without the probes' own work, one expects `head` 1 + n/N = 1.50; `sliced` 1 + n/N + (n_t/N)(2/3) + n_f/N = "
-        "1.92; `sketch` 1 + (2/3) n/N + 2 n_f/N + n_t/N = 2.08.",
+        "1.92; `sketch` 1 + (2/3) n/N + 2 n_f/N + n_t/N = 2.08."
+        + (f" Counted by `{result['counted_by']}`." if "counted_by" in result else ""),
         counts(result),
         "## Time\n",
         f"{retain} retain, {retain // 4} forgotten, {retain // 4} third-party images, {result['precision']}. Medians "

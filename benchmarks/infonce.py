@@ -35,9 +35,10 @@ TEMPERATURE = 0.2
 MIB = 2**20
 
 
-def outputs(num_images: int, dim: int) -> torch.Tensor:
+def outputs(num_images: int, dim: int, device: str = "cpu") -> torch.Tensor:
     """Raw outputs of both views, [2, N, D]."""
-    return torch.randn(2, num_images, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    drawn = torch.randn(2, num_images, dim, generator=torch.Generator().manual_seed(0))
+    return drawn.to(device).requires_grad_()
 
 
 def status(field: str) -> int:
@@ -46,8 +47,10 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(form: str, num_images: int, dim: int) -> dict[str, float]:
+def measure(form: str, num_images: int, dim: int, device: str = "cpu") -> dict[str, float]:
     """One step in this process: extra peak bytes and seconds."""
+    if device == "cuda":
+        return measure_gpu(form, num_images, dim)
     torch.set_num_threads(1)
     nt_xent(outputs(64, dim), TEMPERATURE, form=form).backward()
     z = outputs(num_images, dim)
@@ -57,6 +60,23 @@ def measure(form: str, num_images: int, dim: int) -> dict[str, float]:
     loss.backward()
     seconds = time.perf_counter() - start
     return {"extra": status("VmHWM") - before, "seconds": seconds, "loss": loss.item()}
+
+
+def measure_gpu(form: str, num_images: int, dim: int) -> dict[str, float]:
+    """The second of two steps on the GPU, which is the one that is warm."""
+    found = {}
+    for _ in range(2):
+        z = outputs(num_images, dim, "cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        loss = nt_xent(z, TEMPERATURE, form=form)
+        loss.backward()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        found = {"extra": torch.cuda.max_memory_allocated() - before, "seconds": seconds, "loss": loss.item()}
+        del loss, z
+    return found
 
 
 def error(num_images: int, dim: int) -> tuple[float, float]:
@@ -71,21 +91,25 @@ def error(num_images: int, dim: int) -> tuple[float, float]:
     return float((tiled - plain).abs() / plain), float((tiled_grad - plain_grad).norm() / plain_grad.norm())
 
 
-def child(form: str, num_images: int, dim: int) -> dict[str, float]:
-    """`measure` in a process of its own."""
+def child(form: str, num_images: int, dim: int, device: str) -> dict[str, float]:
+    """`measure` in a process of its own; on a GPU in this one, whose memory torch counts exactly."""
+    if device == "cuda":
+        return measure(form, num_images, dim, device)
     command = [sys.executable, __file__, "--child", form, str(num_images), "--dim", str(dim)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout)
 
 
-def run(sizes: list[int], largest_plain: int, dim: int, rounds: int) -> dict[tuple[str, int], list[dict[str, float]]]:
+def run(
+    sizes: list[int], largest_plain: int, dim: int, rounds: int, device: str = "cpu"
+) -> dict[tuple[str, int], list[dict[str, float]]]:
     """All measurements, the forms in turn; sizes above `largest_plain` tiled only, and once."""
     results: dict[tuple[str, int], list[dict[str, float]]] = {}
     for num_images in sizes:
         both = num_images <= largest_plain
         for _ in range(rounds if both else 1):
             for form in ("plain", "tiled") if both else ("tiled",):
-                results.setdefault((form, num_images), []).append(child(form, num_images, dim))
+                results.setdefault((form, num_images), []).append(child(form, num_images, dim, device))
                 print(form, num_images, results[form, num_images][-1], flush=True)
     return results
 
@@ -115,6 +139,16 @@ def rows(results: dict[tuple[str, int], list[dict[str, float]]]) -> tuple[list[l
     return table, copies
 
 
+ON_CPU = (
+    ": other work shared the machine, which blurs times, not memory. GPUs: not measured.",
+    "the operating system's peak of resident memory during the step minus what was resident before (how and why: the "
+    "script's text).",
+)
+ON_GPU = (
+    "; float32 without TF32, as the package computes losses.",
+    "the peak that torch allocated on the GPU during the step minus what was allocated before.",
+)
+
 HEADER = [
     "images N", "one copy, MiB", "plain extra, MiB", "tiled extra, MiB", "tiled / plain", "tiled / one copy",
     "plain, s", "tiled, s", "tiled / plain",
@@ -132,17 +166,17 @@ def document(results: dict[tuple[str, int], list[dict[str, float]]], args: argpa
         for s in samples
     ]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    where, memory = ON_GPU if gpu else ON_CPU
     paragraphs = [
         f"Date: {date.today()}. Commit {commit}. Python {platform.python_version()}, torch {torch.__version__}. "
-        f"Hardware: {env['cpu']['model']}, {env['cpu']['cores']} cores, {env['memory_gib']} GiB, no GPU; one thread, "
-        f"load average {load:.1f} at the start: other work shared the machine, which blurs times, not memory. GPUs: "
-        "not measured.",
+        f"Hardware: {env['cpu']['model']}, {env['cpu']['cores']} cores, {env['memory_gib']} GiB, {gpu or 'no GPU'}; "
+        f"one thread, load average {load:.1f} at the start{where}",
         f"Command: `python benchmarks/infonce.py {' '.join(sys.argv[1:])}`",
         f"A step is `nt_xent` forward and backward on one process, float32, D = {args.dim}, tau = {TEMPERATURE}, tiles "
         f"of {TILE_BYTES // MIB} MiB. N images are 2N embeddings; one copy of their similarities takes 2N x 2N x 4 "
-        "bytes. Extra memory is the operating system's peak of resident memory during the step minus what was "
-        "resident before (how and why: the script's text). Medians over the processes under \"Raw numbers\"; plain "
-        "and tiled took turns.",
+        f"bytes. Extra memory is {memory} Medians over the measurements under \"Raw numbers\"; plain and tiled took "
+        "turns.",
         "\n".join(lines),
         f"**Derived, not measured:** the plain form above N = {args.largest_plain:,}. At the largest size measured it "
         f"takes {copies:.2f} copies of the similarities; that figure times one copy is what the table shows. The "
@@ -165,13 +199,14 @@ def main() -> None:
     parser.add_argument("--largest-plain", type=int, default=8192, help="measure the plain form up to here")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--document", type=Path, help="write the results here")
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(args.child[0], int(args.child[1]), args.dim)))
         return
     load = os.getloadavg()[0]
-    text = document(run(args.sizes, args.largest_plain, args.dim, args.rounds), args, load)
+    text = document(run(args.sizes, args.largest_plain, args.dim, args.rounds, args.device), args, load)
     if args.document:
         args.document.parent.mkdir(parents=True, exist_ok=True)
         args.document.write_text(text, encoding="utf-8")

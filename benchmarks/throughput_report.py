@@ -12,12 +12,24 @@ __all__ = ["document"]
 
 MIB = 2**20
 GIGA = 1e9
+ON_CPU = (
+    "MFU: counted operations by the step's time and by the matrix rate that the same process measured right before and "
+    "after, by the clock (by CPU seconds). On a shared machine the clock's figure is blurred, for the rate and the "
+    "steps met different disturbances. Memory: peak resident memory of a process, libraries included. \"Not counted\": "
+    "torch cannot count operations on shards; they are those of `single`."
+)
+ON_GPU = (
+    "MFU: counted operations by the step's time and by the matrix rate that the same process measured right before and "
+    "after (by the datasheet's dense peak of this precision, without sparsity). Operations of a compiled step are "
+    "those of the same step as plain code. Memory: the peak that torch allocated on the GPU."
+)
 
 
 def name(cell: dict[str, Any]) -> list[str]:
     method = cell["method"] if cell["method"] != "third_party" else f"third_party/{cell['evaluator']}"
     backend = cell["backend"] if cell["world"] == 1 else f"{cell['backend']} x{cell['world']}"
-    return [cell["encoder"], cell["objective"], method, backend, cell["precision"]]
+    other = f"{', compiled' * cell['compile']}{', channels first' * (not cell['channels_last'])}"
+    return [cell["encoder"], cell["objective"], method, backend, cell["precision"] + other]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -25,15 +37,23 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def mfu(found: dict[str, Any]) -> str:
-    """Share of the measured matrix rate by the clock (by CPU seconds), of cells whose operations were counted."""
-    if not found["flops"]:
+def operations(result: dict[str, Any], found: dict[str, Any]) -> float | None:
+    """Those of a step; a compiled step's are counted in the same step as plain code."""
+    twin = {**found["cell"], "compile": False, "channels_last": True}
+    same = [other["flops"] for other in result["cells"] if other["cell"] == twin]
+    return found["flops"] or (same[0] if same else None)
+
+
+def mfu(result: dict[str, Any], found: dict[str, Any]) -> str:
+    """Share of the measured matrix rate by the clock (by CPU seconds), of cells whose operations were counted; on a GPU
+    by the clock, and of the datasheet's peak.
+    """
+    flops, peak = operations(result, found), result.get("peaks", {}).get(found["cell"]["precision"])
+    if not flops:
         return "not counted"
-    shares = [
-        found["flops"] / statistics.median(s[key] for s in found["samples"]) / found["matrix_rate"]
-        for key in ("seconds", "cpu")
-    ]
-    return f"{shares[0]:.2f} ({shares[1]:.2f})"
+    clock, cpu = (statistics.median(s[key] for s in found["samples"]) for key in ("seconds", "cpu"))
+    other = flops / clock / peak if peak else flops / cpu / found["matrix_rate"]
+    return f"{flops / clock / found['matrix_rate']:.2f} ({other:.2f})"
 
 
 def speed_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -42,10 +62,12 @@ def speed_rows(result: dict[str, Any]) -> list[list[str]]:
         rates = [found["images"] / s["seconds"] for s in found["samples"]]
         low, middle, high = quartiles(rates)
         cpu = statistics.median(s["cpu"] for s in found["samples"])
-        flops = f"{found['flops'] / found['images'] / GIGA:.2f}" if found["flops"] else "not counted"
+        counted = operations(result, found)
+        flops = f"{counted / found['images'] / GIGA:.2f}" if counted else "not counted"
+        memory = found["allocated_bytes"] or found["resident_bytes"]
         rows.append([
             *name(found["cell"]), f"{middle:.1f}", f"{low:.1f} to {high:.1f}", f"{found['images'] / cpu:.1f}", flops,
-            mfu(found), f"{found['resident_bytes'] / MIB:,.0f}",
+            mfu(result, found), f"{memory / MIB:,.0f}",
         ])  # fmt: skip
     return rows
 
@@ -56,7 +78,7 @@ def split_rows(result: dict[str, Any]) -> list[list[str]]:
     for found in result["cells"]:
         shares = []
         for part in PARTS:
-            own = [p[part] / s["seconds"] for p, s in zip(found["parts"], found["samples"], strict=True)]
+            own = [parts[part] / sum(parts.values()) for parts in found["parts"]]
             shares.append(f"{100 * statistics.median(own):.1f}")
         rows.append([*name(found["cell"]), *shares])
     return rows
@@ -80,10 +102,7 @@ def document(result: dict[str, Any]) -> str:
         "Images/s counts source images of the global batch: median and quartiles over steps. \"By CPU\" is the same "
         "with the process's own CPU seconds (for two processes: of rank 0, times the images of both).",
         "## Speed\n",
-        "MFU: counted operations by the step's time and by the matrix rate that the same process measured right "
-        "before and after, by the clock (by CPU seconds). On a shared machine the clock's figure is blurred, for the "
-        "rate and the steps met different disturbances. Memory: peak resident memory of a process, libraries "
-        "included. \"Not counted\": torch cannot count operations on shards; they are those of `single`.",
+        ON_GPU if result["machine"]["gpu"] else ON_CPU,
         table([*head, "images/s", "quartiles", "images/s by CPU", "GFLOP an image", "MFU", "memory, MiB"],
               speed_rows(result)),
         "## Where a step's time goes, %\n",

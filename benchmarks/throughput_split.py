@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from distunlearn.constraints.evaluators import EVALUATORS
-from distunlearn.data.stream import RoleFeeder
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
+from distunlearn.engine.ahead import Ahead
 from distunlearn.engine.backends import Backend
 from distunlearn.methods import base, contrastive, third_party
 from distunlearn.objectives import gather
@@ -35,16 +36,20 @@ COLLECTIVES = (
 
 
 class Split:
-    """Exclusive seconds by part since the last `take`; `install` patches the functions for the life of the process."""
+    """Exclusive seconds by part since the last `take`; `install` patches the functions for the life of the process.
+
+    waits: at both ends of every part, for what the GPU has still to do.
+    """
 
     def __init__(self) -> None:
+        self.waits = False
         self.seconds: Counter[str] = Counter()
         self._stack: list[list[Any]] = []  # [part, start, seconds of inner timers]
         self._ddp: DistributedDataParallel | None = None
 
     def install(self, backend: Backend) -> None:
         patch = self._patch
-        patch(RoleFeeder, "batch_at", "data")
+        patch(Ahead, "at", "data")
         patch(base, "make_view", "views")
         patch(ContrastiveModel, "forward", "forward")
         patch(MomentumEncoder, "__call__", "forward")
@@ -81,10 +86,14 @@ class Split:
             inside = bool(self._stack) and self._stack[-1][3]
             sticky = inside or (part == "constraint" and any(frame[0] == "constraint" for frame in self._stack))
             own = "constraint" if inside and part != "communication" else part
+            if self.waits:
+                torch.cuda.synchronize()
             self._stack.append([own, time.perf_counter(), 0.0, sticky])
             try:
                 return function(*args, **kwargs)
             finally:
+                if self.waits:
+                    torch.cuda.synchronize()
                 own, start, inner, _ = self._stack.pop()
                 passed = time.perf_counter() - start
                 self.seconds[own] += passed - inner

@@ -55,14 +55,15 @@ def preamble(result: dict[str, Any]) -> list[str]:
         ": other work shared the machine, so that only ratios of steps that took turns are to be trusted, and seconds "
         "are longer than they would be on an idle machine"
     )
-    idle = max(own["load_average"], result["load_after"]) <= OWN_LOAD
+    idle = own["gpu"] or max(own["load_average"], result["load_after"]) <= OWN_LOAD
     packages = "".join(f", {name} {version}" for name, version in result.get("packages", {}).items())
+    gpu = own["gpu"] or "no GPU"
     return [
         f"Date: {own['date']}. Commit {own['commit']}. Python {own['python']}, torch {own['torch']}, timm "
-        f"{own['timm']}{packages}. Hardware: 2 cores of an x86_64 CPU ({own['cpu']['model']}), {own['memory_gib']} "
-        f"GiB, no GPU; one thread a process. Load average {own['load_average']:.1f} at the start, "
+        f"{own['timm']}{packages}. Hardware: {own['cpu']['cores']} cores of an x86_64 CPU ({own['cpu']['model']}), "
+        f"{own['memory_gib']} GiB, {gpu}; one thread a process. Load average {own['load_average']:.1f} at the start, "
         f"{result['load_after']:.1f} at the end{'' if idle else busy}. The run took {result['minutes']:.1f} minutes. "
-        "GPUs: **not measured**.",
+        f"{'More than one GPU' if own['gpu'] else 'GPUs'}: **not measured**.",
         f"Command: `{result['command']}`",
     ]
 

@@ -22,6 +22,7 @@ from distunlearn.config import PretrainConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.data.stream import RoleFeeder
 from distunlearn.engine import faults
+from distunlearn.engine.ahead import Ahead
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.pieces import whole
 from distunlearn.engine.checkpoint import Checkpoint
@@ -88,8 +89,9 @@ def train_phase(
         StoppedError: `stop` was asked for, on any rank; the state is saved.
     """
     folder, note = phase.folder / "checkpoints", functools.partial(telemetry.note, phase.name)
-    with watch.training(), Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
-        return _Runner(phase, ctx, backend, ledger, telemetry, stop, watch, saver).run()
+    batches = Ahead(phase.feeders, ctx.device, phase.steps * phase.optim.accumulate)
+    with watch.training(), batches, Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
+        return _Runner(phase, ctx, backend, ledger, telemetry, stop, watch, saver, batches).run()
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,11 @@ def _close(found: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence
 class _Runner:
     def __init__(
         self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest,
-        watch: Watch, saver: Saver,
+        watch: Watch, saver: Saver, batches: Ahead,
     ) -> None:  # fmt: skip
         self.phase, self.ctx, self.backend = phase, ctx, backend
         self.ledger, self.telemetry, self.stop, self.watch, self.saver = ledger, telemetry, stop, watch, saver
+        self.batches = batches
         bounded = phase.names_forget == "forget" and phase.name == "unlearn"
         self.guard = NumericsGuard(phase.name, phase.folder, ctx, backend, bounded=bounded)
         self.first = 0
@@ -259,7 +262,7 @@ class _Runner:
         ctx.micro = micro
         self._at("data", step)
         faults.reach("data", step, phase.name)
-        batches = {name: feeder.batch_at(ctx.draw) for name, feeder in phase.feeders.items()}
+        batches = self.batches.at(ctx.draw)
         ids = {name: batch.ids for name, batch in batches.items()}
         with backend.micro_batch(last=micro == count - 1):
             self._at("loss", step)

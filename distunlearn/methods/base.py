@@ -202,9 +202,11 @@ def embed(
         # The key that goes with query view a is view b, and the other way round.
         keyed = views[1:] if len(online) == 1 else views[::-1]
         ctx.images += n * len(keyed)
-        with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm):
+        # Its weights are float32 whatever the precision; what it computes with them is as precise as the queries are.
+        half = torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.cfg.precision == "bf16")
+        with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm), half:
             keys = ctx.momentum(torch.cat(keyed))
-        target, target_embedding = keys.projection.view(shape), keys.embedding.view(shape)
+        target, target_embedding = keys.projection.float().view(shape), keys.embedding.float().view(shape)
     labels = batch.labels.to(ctx.device) if batch.labels is not None else None
     ids = torch.from_numpy(id_hashes(batch.ids)).to(ctx.device)
     if copies is not None:

@@ -171,9 +171,9 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "D08": (
         "two processes against one, same global batch: losses, gradients and weights agree",
-        [f"{BACKENDS}::test_two_processes_train_as_one", "tests/dist/test_matrix.py::test_every_pair_of_choices",
+        [f"{BACKENDS}::test_two_processes_train_as_one",
          "tests/dist/test_launchers.py::test_two_processes_lose_what_one_loses",
-         "tests/dist/test_constraint_parity.py::test_gradients_and_trajectories_are_those_of_one_process"],
+         "tests/dist/test_constraint_parity.py::test_gradients_and_trajectories_are_those_of_one_process[ddp]"],
     ),
     "D09": (
         "scale of gradients through gathers: that of one process",

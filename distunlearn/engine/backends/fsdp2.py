@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FSDP2"]
 
+
 class FSDP2(Backend):
     """Parameters are DTensors split along their first dimension; buffers are whole on every rank."""
+
+    channels_last = False
 
     def _wrap(self) -> Callable[[Tensor], Any]:
         if self.world > 1:

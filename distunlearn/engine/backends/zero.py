@@ -84,6 +84,8 @@ def _import_deepspeed(device: torch.device) -> Any:
 class Zero(Backend):
     """Forwards go through the plain module, whose hooks DeepSpeed needs: `engine(...)` allows one forward a step."""
 
+    channels_last = False
+
     def __init__(self, cfg: RunConfig, place: Place, stage: int) -> None:
         super().__init__(cfg, place)
         self.stage = stage
