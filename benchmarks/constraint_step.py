@@ -54,7 +54,7 @@ class Bench:
         self.device = torch.device(device)
         self.model: ContrastiveModel = build_model(self.cfg, None)
         if self.device.type != "cpu":  # tensors without values cannot be moved
-            self.model.to(self.device)
+            self.model.to(self.device, memory_format=torch.channels_last)  # as `Backend.synchronise` has it on a GPU
         counts = {"retain": retain, "forget": retain // 4, "third_party": retain // 4}
         self.batches = {role: self._batch(role, count) for role, count in counts.items()}
 

@@ -166,10 +166,17 @@ class ProbeSet:
             assert x.shape[0] == rows, "one sample index per row of the forward"
             if moved is not None:
                 x = x.index_select(0, moved)
-            added = self.outs[index].to(x.dtype) @ (chosen.to(x.dtype) @ self._reduced(index, layer, x))  # [rows, d, T]
-            if isinstance(layer, nn.Linear):
-                added = added.transpose(1, 2)
-            added = added.reshape(len(x), *output.shape[1:])
+            outer, core = self.outs[index].to(x.dtype), chosen.to(x.dtype)
+            layout = _layout(layer, output)
+            small = self._reduced(index, layer, x, layout)
+            if layout == "first":
+                added = (outer @ (core @ small)).view(len(x), *output.shape[1:])
+            else:
+                added = F.linear(small @ core.transpose(1, 2), outer)  # [rows, T, d]
+                if layout == "last":
+                    added = added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2)
+                else:
+                    added = added.view(len(x), *output.shape[1:])
             return added_to(output, added, moved)
 
         return add
@@ -180,30 +187,42 @@ class ProbeSet:
         def listen(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             assert x.shape[0] == len(rows), "one sample index per row of the forward"
-            small = self._reduced(index, layer, x)
-            return _Listener.apply(output, leaf, small, self.outs[index], rows, isinstance(layer, nn.Conv2d))
+            layout = _layout(layer, output)
+            small = self._reduced(index, layer, x, layout)
+            return _Listener.apply(output, leaf, small, self.outs[index], rows, layout)
 
         return listen
 
-    def _reduced(self, index: int, layer: Layer, x: Tensor) -> Tensor:
-        """A x: [R, k_in, T]."""
+    def _reduced(self, index: int, layer: Layer, x: Tensor, layout: str) -> Tensor:
+        """A x: [R, k_in, T] in the layout "first", else [R, T, k_in]."""
         inner = self.ins[index].to(x.dtype)
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, inner).reshape(len(x), -1, self.k_in).transpose(1, 2)
-        return constant_conv2d(layer, x, inner).flatten(2)
+        if layout == "rows":
+            return F.linear(x, inner).reshape(len(x), -1, self.k_in)
+        small = constant_conv2d(layer, x, inner).flatten(2)
+        return small if layout == "first" else small.transpose(1, 2)
+
+
+def _layout(layer: Layer, output: Tensor) -> str:
+    """Where the channels of an output are: "rows" [R, ..., d] of a Linear; [R, d, H, W] of a convolution with them
+    "first" in memory, or "last".
+
+    Products of a probe run over what lies together: to change the layout of an activation costs more than they do.
+    """
+    if isinstance(layer, nn.Linear):
+        return "rows"
+    usual = output.is_contiguous() or not output.is_contiguous(memory_format=torch.channels_last)
+    return "first" if usual else "last"
 
 
 class _Listener(torch.autograd.Function):
     """y -> y + B C (A x) at C = 0. Of its derivatives only those by y and C are not 0: no other is computed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, leaf: Tensor, small: Tensor, outer: Tensor, rows: Tensor, channels_first: bool
-    ) -> Tensor:
-        """y: [R, d, H, W] if channels_first, else [R, ..., d]; leaf: C [n, k_out, k_in]; small: A x [R, k_in, T]."""
+    def forward(ctx: Any, y: Tensor, leaf: Tensor, small: Tensor, outer: Tensor, rows: Tensor, layout: str) -> Tensor:
+        """y: as `_layout` has it; leaf: C [n, k_out, k_in]; small: A x as `ProbeSet._reduced` gives it."""
         ctx.save_for_backward(small, outer, rows)
         ctx.leaf = leaf.shape, leaf.dtype
-        ctx.channels_first = channels_first
+        ctx.layout = layout
         return y.clone()  # not y itself: what follows may write into it
 
     @staticmethod
@@ -211,6 +230,11 @@ class _Listener(torch.autograd.Function):
         """S_i = sum over rows of sample i of (B^T delta) (A x)^T; of operators that can be differentiated again."""
         small, outer, rows = ctx.saved_tensors
         shape, dtype = ctx.leaf
-        delta = grad.flatten(2) if ctx.channels_first else grad.reshape(len(grad), -1, len(outer)).transpose(1, 2)
-        own = (outer.T.to(grad.dtype) @ delta).to(dtype) @ small.transpose(1, 2).to(dtype)  # [R, k_out, k_in]
+        outer = outer.to(grad.dtype)
+        if ctx.layout == "first":
+            own = (outer.T @ grad.flatten(2)).to(dtype) @ small.transpose(1, 2).to(dtype)  # [R, k_out, k_in]
+        else:
+            delta = grad.permute(0, 2, 3, 1) if ctx.layout == "last" else grad
+            reduced = delta.reshape(len(grad), -1, len(outer)) @ outer  # [R, T, k_out]
+            own = reduced.transpose(1, 2).to(dtype) @ small.to(dtype)
         return grad, own.new_zeros(shape).index_add(0, rows, own), None, None, None, None

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ _NOISE = 0x6E6F697365000000
 
 _ASPECT = math.log(4 / 3)  # of a crop: log-uniform in 3/4 .. 4/3 (Inception crops, Szegedy et al. 2015)
 _BLUR_SIGMA = (0.1, 2.0)  # pixels (Chen et al. 2020, SimCLR, appendix A)
+_TAPS = ("tap_0", "tap_1", "tap_2")
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 _TABLE_BITS = 16
 
@@ -86,7 +87,8 @@ def _uniforms(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int, draw
 
 
 def make_view(
-    images: Tensor, cfg: ViewsConfig, *, seed: int, epochs: np.ndarray, ids: Sequence[str], view: int
+    images: Tensor, cfg: ViewsConfig, *, seed: int, epochs: np.ndarray, ids: Sequence[str], view: int,
+    compiled: bool = False,
 ) -> Tensor:
     """One random view of each image, float32 [n, C, S, S] in [-1, 1], on the images' device.
 
@@ -94,6 +96,8 @@ def make_view(
         images: uint8 [n, C, S, S].
         cfg: which operations, how strong.
         seed, epochs, ids, view: the key of every draw, see `uniforms`.
+        compiled: by a few fused kernels of torch.compile in place of one an operation; the same but for rounding,
+            which then may go by n. Without effect where there is noise.
 
     Returns:
         (x - 0.5) / 0.5 of the augmented x in [0, 1].
@@ -108,20 +112,35 @@ def make_view(
     if len(ids) != n:
         raise ValueError(f"{n} images came with {len(ids)} ids")
     u = _uniforms(seed, epochs, ids, view, len(_DRAWS)).astype(np.float64)
-    params = _parameters(cfg, dict(zip(_DRAWS, u.T, strict=True)))
-    x = _to_unit(images)
+    params = _tables(cfg, _parameters(cfg, dict(zip(_DRAWS, u.T, strict=True))), side)
     if n == 0:
-        return x
-    x = _resample(x, cfg, params)
-    x = _jitter(x, params)
-    if cfg.grayscale:
-        gray = _per_sample(params["grayscale"], x) > 0
-        x = torch.where(gray, _luma(x), x)
+        return _to_unit(images)
+    p = _on_device(params, images.device)
+    if compiled and not cfg.noise:
+        return _compiled(cfg)(images, p)
+    x = _coloured(images, cfg, p)
     if cfg.blur:
-        x = _blur(x, params)
+        rows = np.flatnonzero(params["blur"])
+        if rows.size:
+            chosen = torch.from_numpy(rows).to(x.device)
+            taps = [p[name].index_select(0, chosen) for name in _TAPS if name in p]
+            x = x.index_copy(0, chosen, _blur(x.index_select(0, chosen), taps))
     if cfg.noise:
         normals = _normals(_keys(seed, epochs, ids, view), x[0].numel(), x.device).view_as(x)
         x = normals.mul_(cfg.noise).add_(x).clamp_(0, 1)
+    return _normalise(x)
+
+
+@lru_cache(maxsize=8)
+def _compiled(cfg: ViewsConfig) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    return torch.compile(partial(_fused, cfg=cfg), dynamic=False)
+
+
+def _fused(images: Tensor, p: Mapping[str, Tensor], cfg: ViewsConfig) -> Tensor:
+    """All of a view but noise, without looking at a value: what is blurred is chosen at the end."""
+    x = _coloured(images, cfg, p)
+    if cfg.blur:
+        x = torch.where(p["blur"] > 0, _blur(x, [p[name] for name in _TAPS if name in p]), x)
     return _normalise(x)
 
 
@@ -228,6 +247,34 @@ def _parameters(cfg: ViewsConfig, u: Mapping[str, np.ndarray]) -> dict[str, np.n
     return params
 
 
+def _tables(cfg: ViewsConfig, p: Mapping[str, np.ndarray], side: int) -> dict[str, np.ndarray]:
+    """What the pixels are computed with, float64 [n] each, from `_parameters`; images have `side` pixels.
+
+    a to f: the crop, its rotation and flip take pixel (x, y) from (a x + b y + c, d x + e y + f).
+    """
+    found = {
+        "a": p["width"] * p["mirror"] * p["cos"], "b": -p["height"] * p["sin"], "c": p["centre_x"],
+        "d": p["width"] * p["mirror"] * p["sin"], "e": p["height"] * p["cos"], "f": p["centre_y"],
+    }  # fmt: skip
+    found |= {name: p[name] for name in ("brightness", "contrast", "saturation") if name in p}
+    if "hue" in p:
+        found |= {"hue_cos": np.cos(2 * np.pi * p["hue"]), "hue_sin": np.sin(2 * np.pi * p["hue"])}
+    if cfg.grayscale:
+        found["grayscale"] = p["grayscale"]
+    if cfg.blur:
+        reach = 1 if side < 16 else 2
+        taps = np.exp(-0.5 * (np.arange(reach + 1)[:, None] / p["sigma"]) ** 2)
+        taps /= taps[0] + 2 * taps[1:].sum(0)
+        found |= dict(zip(_TAPS, taps, strict=False)) | {"blur": p["blur"]}
+    return found
+
+
+def _on_device(params: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """float32 [n, 1, 1, 1] each, in one copy."""
+    table = torch.from_numpy(np.stack(list(params.values())).astype(np.float32)).to(device, non_blocking=True)
+    return dict(zip(params, table[..., None, None, None].unbind(0), strict=True))
+
+
 # -- pixels ------------------------------------------------------------------------------------------------------
 
 
@@ -255,12 +302,13 @@ def _normalise(x: Tensor) -> Tensor:
     return (x - 0.5).div_(0.5)
 
 
-def _per_sample(values: np.ndarray, like: Tensor) -> Tensor:
-    """float32 [n, 1, 1, 1] on the device of `like`."""
-    return torch.from_numpy(values.astype(np.float32)).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+def _coloured(images: Tensor, cfg: ViewsConfig, p: Mapping[str, Tensor]) -> Tensor:
+    """Crop, flip and colour: uint8 [n, C, S, S] -> float32 in [0, 1]."""
+    x = _jitter(_resample(_to_unit(images), cfg, p), p)
+    return torch.where(p["grayscale"] > 0, _luma(x), x) if cfg.grayscale else x
 
 
-def _resample(x: Tensor, cfg: ViewsConfig, p: Mapping[str, np.ndarray]) -> Tensor:
+def _resample(x: Tensor, cfg: ViewsConfig, p: Mapping[str, Tensor]) -> Tensor:
     """Crop, rotation about the crop's centre, and flip, in one bilinear resample of [n, C, S, S].
 
     What a rotated crop takes from outside the image is the image's reflection.
@@ -271,14 +319,13 @@ def _resample(x: Tensor, cfg: ViewsConfig, p: Mapping[str, np.ndarray]) -> Tenso
     # Pixel centres in [-1, 1]; in place of F.affine_grid, whose matrix product may round by batch size.
     line = (torch.arange(side, dtype=torch.float32, device=x.device) * 2 + 1) / side - 1
     across, down = line.view(1, 1, side), line.view(1, side, 1)
-    rows = [
-        p["width"] * p["mirror"] * p["cos"], -p["height"] * p["sin"], p["centre_x"],
-        p["width"] * p["mirror"] * p["sin"], p["height"] * p["cos"], p["centre_y"],
-    ]  # fmt: skip
-    a, b, c, d, e, f = torch.from_numpy(np.stack(rows).astype(np.float32)).to(x.device).view(6, n, 1, 1)
-    grid = x.new_empty(n, side, side, 2)
-    torch.add(a * across, b * down + c, out=grid[..., 0])
-    torch.add(d * across, e * down + f, out=grid[..., 1])
+    a, b, c, d, e, f = (p[name].view(n, 1, 1) for name in "abcdef")
+    if torch.compiler.is_compiling():
+        grid = torch.stack([a * across + (b * down + c), d * across + (e * down + f)], dim=-1)
+    else:
+        grid = x.new_empty(n, side, side, 2)
+        torch.add(a * across, b * down + c, out=grid[..., 0])
+        torch.add(d * across, e * down + f, out=grid[..., 1])
     padding = "reflection" if cfg.rotation else "border"
     return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
@@ -294,6 +341,8 @@ def _luma(x: Tensor) -> Tensor:
 def _image_mean(x: Tensor) -> Tensor:
     """Mean per image, [n, ...] -> [n, 1, 1, 1], by halving: the order of summation never depends on n."""
     total = x.flatten(1)
+    if torch.compiler.is_compiling():
+        return total.mean(1).view(-1, 1, 1, 1)
     count = total.shape[1]
     while total.shape[1] > 1:
         half, odd = divmod(total.shape[1], 2)
@@ -309,25 +358,24 @@ def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (x * factor).add_(other * (1 - factor)).clamp_(0, 1)
 
 
-def _jitter(x: Tensor, p: Mapping[str, np.ndarray]) -> Tensor:
+def _jitter(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
     """Brightness, contrast (about the image's grey mean), saturation and hue, each clamped to [0, 1]."""
     if "brightness" in p:
-        x = (x * _per_sample(p["brightness"], x)).clamp_(0, 1)
+        x = (x * p["brightness"]).clamp_(0, 1)
     if "contrast" in p:
-        x = _blend(x, _image_mean(_luma(x)), _per_sample(p["contrast"], x))
+        x = _blend(x, _image_mean(_luma(x)), p["contrast"])
     if "saturation" in p:
-        x = _blend(x, _luma(x), _per_sample(p["saturation"], x))
-    if "hue" in p:
-        x = _rotate_hue(x, p["hue"])
+        x = _blend(x, _luma(x), p["saturation"])
+    if "hue_cos" in p:
+        x = _rotate_hue(x, p["hue_cos"], p["hue_sin"])
     return x
 
 
-def _rotate_hue(x: Tensor, turns: np.ndarray) -> Tensor:
-    """Rotate the chroma plane of YIQ (NTSC 1953) by `turns` (1 = full circle), [n, 3, S, S]; luma stays.
+def _rotate_hue(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the chroma plane of YIQ (NTSC 1953) by an angle, [n, 3, S, S]; luma stays.
 
     Not HSV as in torchvision: a rotation is linear, keeps grey grey, and costs no branches.
     """
-    cos, sin = _per_sample(np.cos(2 * np.pi * turns), x), _per_sample(np.sin(2 * np.pi * turns), x)
     red, green, blue = x.split(1, dim=1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     in_phase = 0.595716 * red - 0.274453 * green - 0.321263 * blue
@@ -341,22 +389,16 @@ def _rotate_hue(x: Tensor, turns: np.ndarray) -> Tensor:
     return torch.cat(channels, dim=1).clamp_(0, 1)
 
 
-def _blur(x: Tensor, p: Mapping[str, np.ndarray]) -> Tensor:
-    """Separable Gaussian of 5 taps (3 below 16 pixels), reflected at the border, where p["blur"] is 1."""
-    chosen = np.flatnonzero(p["blur"])
-    if chosen.size == 0:
-        return x
-    reach = 1 if x.shape[-1] < 16 else 2
-    taps = np.exp(-0.5 * (np.arange(reach + 1)[:, None] / p["sigma"][chosen]) ** 2)
-    taps /= taps[0] + 2 * taps[1:].sum(0)
-    weights = [_per_sample(tap, x) for tap in taps]
-    rows = torch.from_numpy(chosen).to(x.device)
-    y = x.index_select(0, rows)
+def _blur(x: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    """Separable Gaussian, reflected at the border; taps: [n, 1, 1, 1] each, from the middle outwards (two below 16
+    pixels, else three).
+    """
+    reach = len(taps) - 1
     for dim in (2, 3):
-        size = y.shape[dim]
-        padded = F.pad(y, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="reflect")
-        y = padded.narrow(dim, reach, size) * weights[0]
+        size = x.shape[dim]
+        padded = F.pad(x, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="reflect")
+        x = padded.narrow(dim, reach, size) * taps[0]
         for k in range(1, reach + 1):
             pair = padded.narrow(dim, reach - k, size) + padded.narrow(dim, reach + k, size)
-            y.add_(pair.mul_(weights[k]))
-    return x.index_copy(0, rows, y)
+            x.add_(pair.mul_(taps[k]))
+    return x

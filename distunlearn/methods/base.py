@@ -159,9 +159,10 @@ def image_mean(values: Tensor) -> Tensor:
 def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     """Two random views of a batch on the encoder's device, float [n, C, S, S] each; `pair` gives others."""
     images = batch.images.to(ctx.device, non_blocking=True)
+    key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
+    compiled = ctx.cfg.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
     return [
-        make_view(images, ctx.cfg.views, seed=ctx.view_seed, epochs=batch.epochs, ids=batch.ids, view=view)
-        for view in (2 * pair, 2 * pair + 1)
+        make_view(images, ctx.cfg.views, **key, view=view, compiled=compiled) for view in (2 * pair, 2 * pair + 1)
     ]
 
 
@@ -206,7 +207,8 @@ def embed(
         half = torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.cfg.precision == "bf16")
         with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm), half:
             keys = ctx.momentum(torch.cat(keyed))
-        target, target_embedding = keys.projection.float().view(shape), keys.embedding.float().view(shape)
+        target = keys.projection.view(shape)
+        target_embedding = keys.embedding.to(target.dtype).view(shape)
     labels = batch.labels.to(ctx.device) if batch.labels is not None else None
     ids = torch.from_numpy(id_hashes(batch.ids)).to(ctx.device)
     if copies is not None:

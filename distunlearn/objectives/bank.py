@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distunlearn.objectives.gather import all_gather_uneven, gather_ids
-from distunlearn.objectives.tiles import DEFAULT_BUDGET, TILE_BYTES, Columns, SoftmaxMean
+from distunlearn.objectives.tiles import DEFAULT_BUDGET, Columns, SoftmaxMean, tile_size
 
 __all__ = [
     "Bank",
@@ -225,7 +225,7 @@ def _softmax_mean(u: Tensor, bank: Bank, query_ids: Tensor | None, budget: int) 
     ids = None if query_ids is None else query_ids.expand(u.shape[:-1]).flatten()
     columns = Columns(None, query_ids=ids, key_ids=None if ids is None else bank.ids, valid=bank.valid)
     with full_precision(u):
-        lse, mean = SoftmaxMean.apply(flat, bank.keys.to(u.dtype), columns, min(budget, TILE_BYTES))
+        lse, mean = SoftmaxMean.apply(flat, bank.keys.to(u.dtype), columns, tile_size(flat.device, budget))
     return lse.view(u.shape[:-1]), mean.view(u.shape)
 
 

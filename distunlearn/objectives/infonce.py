@@ -34,7 +34,7 @@ from distunlearn.objectives.gather import (
     get_rank,
     mean_scale,
 )
-from distunlearn.objectives.tiles import DEFAULT_BUDGET, TILE_BYTES, Columns, TiledInfoNCE
+from distunlearn.objectives.tiles import DEFAULT_BUDGET, Columns, TiledInfoNCE, tile_size
 
 __all__ = ["Form", "choose_form", "clip_loss", "infonce"]
 
@@ -82,7 +82,7 @@ def infonce(
     form = form or choose_form(queries, sizes, budget)
     if form == "plain":
         return _plain(queries, _gathered(keys, sizes), columns, temperature)
-    tile_bytes = min(budget, TILE_BYTES)
+    tile_bytes = tile_size(queries.device, budget)
     with full_precision(queries):
         scaled = queries / temperature
         everyone, travelling = (keys, list(sizes)) if form == "ring" else (_gathered(keys, sizes), None)

@@ -29,11 +29,17 @@ from torch.autograd.function import once_differentiable
 
 from distunlearn.objectives.gather import RingPass, get_rank
 
-__all__ = ["DEFAULT_BUDGET", "Columns", "SoftmaxMean", "TiledInfoNCE"]
+__all__ = ["DEFAULT_BUDGET", "Columns", "SoftmaxMean", "TiledInfoNCE", "tile_size"]
 
 DEFAULT_BUDGET = 1 << 30  # bytes that one copy of the similarities of this rank's queries may take
 
-TILE_BYTES = 4 << 20  # of one tile, at most: fits the caches of a CPU core and fills a GPU
+TILE_BYTES = 4 << 20  # of one tile, at most: fits the caches of a CPU core
+GPU_TILE_BYTES = 64 << 20  # fills a GPU: with tiles of 4 MiB it waits for the next launch most of the time
+
+
+def tile_size(device: torch.device, budget: int) -> int:
+    """The largest tile on this device, within the budget for one copy of the similarities."""
+    return min(budget, GPU_TILE_BYTES if device.type == "cuda" else TILE_BYTES)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,9 @@ N, VIEWS = 3, 2
 
 def problem(encoder: str):
     """A model in float64 and evaluation mode, VIEWS * N images branch by branch, weights of a loss of each sample."""
-    ctx = small.context(small.config(encoder, "sketch"))
+    ctx = small.context(small.config(encoder.removesuffix(" channels last"), "sketch"))
+    if encoder.endswith("channels last"):
+        ctx.model.to(memory_format=torch.channels_last)
     g = torch.Generator().manual_seed(0)
     images = torch.randn(VIEWS * N, 1, 16, 16, generator=g, dtype=torch.float64)
     weights = torch.randn(VIEWS * N, 6, generator=g, dtype=torch.float64)
@@ -49,7 +51,7 @@ def per_sample(model, images, weights, names):
     return {name: found[f"{name}.weight"] for name in names}
 
 
-@pytest.mark.parametrize("encoder", ["vit", "resnet"])
+@pytest.mark.parametrize("encoder", ["vit", "resnet", "resnet channels last"])
 def test_gradients_of_cores_are_sketches_of_per_sample_gradients(encoder):
     model, images, weights = problem(encoder)
     probes = ProbeSet(probed_layers(model), 3, 2, seed=1, step=4, dtype=torch.float64)
@@ -89,8 +91,9 @@ def test_ghost_norms_are_those_of_per_sample_gradients(encoder):
         nn.Conv2d(3, 5, 3, padding=1),
         nn.Conv2d(3, 5, (3, 2), stride=2, padding=(2, 1), dilation=2, bias=False),
         nn.Conv2d(3, 5, 2, stride=2),
+        nn.Conv2d(3, 5, 3, padding=1).to(memory_format=torch.channels_last),
     ],
-    ids=["linear", "conv", "strided", "patches"],
+    ids=["linear", "conv", "strided", "patches", "channels last"],
 )
 def test_a_probed_row_sees_other_weights(layer):
     """Each row's output is that of the layer with this row's weight: for probes and for ghost gradients."""

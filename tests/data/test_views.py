@@ -229,7 +229,8 @@ def test_right_angles_are_rotations():
     batch = images(1, 1, 16)
     cfg = config(rotation=90.0)
     u = {name: np.array([1.0 if name == "angle" else 0.5]) for name in views._DRAWS}
-    view = views._resample(batch.float() / 255, cfg, views._parameters(cfg, u))
+    tables = views._tables(cfg, views._parameters(cfg, u), batch.shape[-1])
+    view = views._resample(batch.float() / 255, cfg, views._on_device(tables, batch.device))
     expected = torch.rot90(batch.float() / 255, 1, dims=(2, 3))
     torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
 
@@ -329,17 +330,21 @@ def test_blur_touches_only_the_drawn_share():
 def test_hue_keeps_luma_and_grey_and_turns_the_circle():
     from distunlearn.data import views
 
+    def turned_by(pixels: torch.Tensor, turns: float) -> torch.Tensor:
+        cos, sin = (torch.tensor(f(2 * np.pi * turns), dtype=torch.float32) for f in (np.cos, np.sin))
+        return views._rotate_hue(pixels, cos, sin)
+
     def luma_of(pixels: torch.Tensor) -> torch.Tensor:
         return (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
 
     x = images(4, 3).float() / 255 * 0.2 + 0.4  # far from the clamps
-    turned = views._rotate_hue(x, np.full(4, 0.2))
+    turned = turned_by(x, 0.2)
     torch.testing.assert_close(luma_of(turned), luma_of(x), atol=2e-4, rtol=0)
     assert (turned - x).abs().max() > 0.02
-    torch.testing.assert_close(views._rotate_hue(x, np.full(4, 1.0)), x, atol=2e-4, rtol=0)
-    torch.testing.assert_close(views._rotate_hue(turned, np.full(4, -0.2)), x, atol=4e-4, rtol=0)
+    torch.testing.assert_close(turned_by(x, 1.0), x, atol=2e-4, rtol=0)
+    torch.testing.assert_close(turned_by(turned, -0.2), x, atol=4e-4, rtol=0)
     grey = x[:, :1].expand(-1, 3, -1, -1)
-    torch.testing.assert_close(views._rotate_hue(grey, np.full(4, 0.3)), grey, atol=2e-4, rtol=0)
+    torch.testing.assert_close(turned_by(grey, 0.3), grey, atol=2e-4, rtol=0)
 
 
 def test_noise_is_standard_normal_and_fresh_everywhere():
@@ -422,3 +427,20 @@ def test_wrong_keys_are_refused(change, words):
 def test_a_negative_number_of_draws_is_refused():
     with pytest.raises(ValueError, match="draws is -1"):
         uniforms(0, np.zeros(1, dtype=np.int64), ["a"], 0, -1)
+
+
+@pytest.mark.parametrize("side", [12, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_fused_form_is_one_graph_and_gives_the_same_view(channels, side):
+    """What a GPU compiles with compile=true: here traced whole, and run operation by operation."""
+    from dataclasses import replace
+
+    from distunlearn.data import views
+
+    cfg, batch, n = replace(everything(channels), noise=0.0), images(24, channels, side), 24
+    draws = uniforms(0, np.zeros(n, dtype=np.int64), names(n), 0, len(views._DRAWS)).numpy().astype(np.float64)
+    params = views._parameters(cfg, dict(zip(views._DRAWS, draws.T, strict=True)))
+    table = views._on_device(views._tables(cfg, params, side), batch.device)
+    fused = torch.compile(views._fused, backend="aot_eager", dynamic=False, fullgraph=True)(batch, table, cfg)
+    torch.testing.assert_close(fused, view_of(batch, cfg), atol=2e-5, rtol=0)
+    assert (fused - view_of(batch, cfg, view=1)).abs().max() > 0.1, "another view would be told apart"
