@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows
+from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows, product_added_to
 from distunlearn.errors import ConfigError
 
 __all__ = ["ProbeSet", "probed_layers"]
@@ -93,8 +93,7 @@ class ProbeSet:
     ) -> None:
         self.layers = layers
         self.k_out, self.k_in = k_out, k_in
-        self.ins: list[Tensor] = []  # A, [k_in, p] or [k_in, C, kernel]
-        self.outs: list[Tensor] = []  # B, [d, k_out]
+        drawn: list[np.ndarray] = []
         for index, layer in enumerate(layers.values()):
             bits = np.random.Philox(
                 key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, _PROBE_STREAM]
@@ -105,10 +104,11 @@ class ProbeSet:
                 width, shape = layer.out_features, (k_in, layer.in_features)
             else:
                 width, shape = layer.out_channels, (k_in, layer.in_channels, *layer.kernel_size)
-            inner = torch.from_numpy(generator.standard_normal(shape) / k_in**0.5)
-            outer = torch.from_numpy(generator.standard_normal((width, k_out)) / k_out**0.5)
-            self.ins.append(inner.to(device, dtype))
-            self.outs.append(outer.to(device, dtype))
+            drawn.append(generator.standard_normal(shape) / k_in**0.5)
+            drawn.append(generator.standard_normal((width, k_out)) / k_out**0.5)
+        moved = _at_once(drawn, torch.device(device), dtype)
+        self.ins = moved[0::2]  # A, [k_in, p] or [k_in, C, kernel]
+        self.outs = moved[1::2]  # B, [d, k_out]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -133,10 +133,12 @@ class ProbeSet:
         """
         signs = [1.0] * len(rows) if signs is None else [float(sign) for sign in signs]
         assert len(signs) == len(rows), "one sign per row"
-        moved = moved_rows(signs, rows.device)
+        # On a GPU the rows without a sign get cores of 0: to pick the others costs more than they do.
+        moved = moved_rows(signs, rows.device) if rows.device.type == "cpu" else None
         taken = rows if moved is None else rows[moved]
-        factors = torch.tensor([sign for sign in signs if sign], device=rows.device)
-        chosen = [core.index_select(0, taken) * factors.to(core)[:, None, None] for core in cores]
+        factors = torch.tensor(signs if moved is None else [sign for sign in signs if sign], device=rows.device)
+        whole = torch.stack(list(cores)).index_select(1, taken)
+        chosen = (whole * factors.to(whole)[:, None, None]).unbind(0)
         with self._hooked(lambda index: self._add(index, chosen[index], len(rows), moved)):
             yield
 
@@ -170,14 +172,14 @@ class ProbeSet:
             layout = _layout(layer, output)
             small = self._reduced(index, layer, x, layout)
             if layout == "first":
-                added = (outer @ (core @ small)).view(len(x), *output.shape[1:])
-            else:
-                added = F.linear(small @ core.transpose(1, 2), outer)  # [rows, T, d]
-                if layout == "last":
-                    added = added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2)
-                else:
-                    added = added.view(len(x), *output.shape[1:])
-            return added_to(output, added, moved)
+                return added_to(output, (outer @ (core @ small)).view(len(x), *output.shape[1:]), moved)
+            through = small @ core.transpose(1, 2)  # [rows, T, k_out]
+            if layout == "rows" and moved is None:
+                return product_added_to(output, through, outer)
+            added = F.linear(through, outer)  # [rows, T, d]
+            if layout == "last":
+                return added_to(output, added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2), moved)
+            return added_to(output, added.view(len(x), *output.shape[1:]), moved)
 
         return add
 
@@ -200,6 +202,15 @@ class ProbeSet:
             return F.linear(x, inner).reshape(len(x), -1, self.k_in)
         small = constant_conv2d(layer, x, inner).flatten(2)
         return small if layout == "first" else small.transpose(1, 2)
+
+
+def _at_once(drawn: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Arrays as tensors on a device, in one copy that a GPU does not make the program wait for."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in drawn])).to(dtype)
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    parts = flat.to(device).split([array.size for array in drawn])
+    return [part.view(array.shape) for part, array in zip(parts, drawn, strict=True)]
 
 
 def _layout(layer: Layer, output: Tensor) -> str:

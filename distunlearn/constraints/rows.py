@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["added_to", "constant_conv2d", "moved_rows"]
+__all__ = ["added_to", "constant_conv2d", "moved_rows", "product_added_to"]
 
 
 def moved_rows(signs: Sequence[float], device: torch.device | str) -> Tensor | None:
@@ -36,6 +36,14 @@ def added_to(output: Tensor, added: Tensor, moved: Tensor | None) -> Tensor:
     return output + added if moved is None else _AddRows.apply(output, added, moved)
 
 
+def product_added_to(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`output` [R, ..., d] plus left [R, T, k] @ right [d, k]^T with a constant `right`; half precision is widened.
+
+    The product is added as it is computed: what would have the size of `output` is never written.
+    """
+    return _AddProduct.apply(output, left, right)
+
+
 def constant_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """x through a convolution like `layer` with a constant weight [d, C / groups, *kernel] and no bias."""
     return _ConstantConv2d.apply(x, weight, layer.stride, layer.padding, layer.dilation, groups)
@@ -51,6 +59,25 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (moved,) = ctx.saved_tensors
         return grad, grad.index_select(0, moved), None
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        half = output.dtype in (torch.float16, torch.bfloat16)
+        right = right.float() if half else right.to(output.dtype)
+        ctx.save_for_backward(right)
+        ctx.kinds = output.dtype, left.dtype, left.shape
+        found = output.to(right.dtype, copy=True, memory_format=torch.contiguous_format)
+        found.view(-1, len(right)).addmm_(left.reshape(-1, right.shape[1]).to(right.dtype), right.T)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (right,) = ctx.saved_tensors
+        dtype, kind, shape = ctx.kinds
+        grad_left = (grad.reshape(-1, len(right)) @ right).view(shape)
+        return grad.to(dtype), grad_left.to(kind), None
 
 
 class _ConstantConv2d(torch.autograd.Function):

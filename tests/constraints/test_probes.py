@@ -107,6 +107,8 @@ def test_a_probed_row_sees_other_weights(layer):
     change = probes.outs[0] @ core @ probes.ins[0].flatten(1)
     with probes.armed([core], rows, signs.tolist()):
         found = layer(x)
+    with probes.armed([core], rows[:3], signs[:3].tolist()):  # none without a sign: nothing is picked
+        torch.testing.assert_close(layer(x[:3]), found[:3], rtol=1e-12, atol=1e-12)
     recorder = Recorder({"it": layer})
     with recorder.recording():
         total = (layer(x).square().flatten(1).sum(1) * torch.arange(1.0, 5.0)).sum()
@@ -120,6 +122,7 @@ def test_a_probed_row_sees_other_weights(layer):
     torch.testing.assert_close(stepped[4] - still[0], stepped[0] - still[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(stepped[7] - still[2], still[2] - stepped[2], rtol=1e-9, atol=1e-12)
     for row in range(4):
+
         def moved(by, row=row):
             changed = dict(layer.named_parameters()) | {"weight": layer.weight + by.view_as(layer.weight)}
             return functional_call(layer, changed, (x[row : row + 1],))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows
+from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows, product_added_to
 
 CPU = torch.device("cpu")
 
@@ -37,6 +37,25 @@ def test_adding_to_rows():
     assert kept(lambda: output.index_add(0, moved, added)) > len(moved)  # why it is not torch's own
     half = added_to(output.bfloat16(), added.bfloat16() / 1e4, moved)
     assert half.dtype == torch.float32 and (half[moved] != output.bfloat16().float()[moved]).all()
+
+
+def test_adding_a_product():
+    output = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+    left = torch.randn(4, 5, 2, dtype=torch.float64, requires_grad=True)
+    right = torch.randn(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(product_added_to(output, left, right), output + left @ right.T, rtol=1e-14, atol=1e-14)
+    before = output.detach().clone()
+    assert gradcheck(lambda x, y: product_added_to(x, y, right), (output, left))
+    assert torch.equal(output, before), "the layer's own output stays as it is"
+    assert kept(lambda: product_added_to(output, left, right)) == right.numel()
+    turned = output.transpose(0, 1)
+    torch.testing.assert_close(
+        product_added_to(turned, left.transpose(0, 1), right), (output + left @ right.T).transpose(0, 1)
+    )
+    half = product_added_to(output.bfloat16(), left.bfloat16() / 1e4, right.bfloat16())
+    assert half.dtype == torch.float32 and (half != output.bfloat16().float()).all()
+    half.sum().backward()
+    assert output.grad.dtype == torch.float64 and torch.equal(output.grad, torch.ones_like(output))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
