@@ -174,8 +174,8 @@ def document(results: dict[tuple[str, int], list[dict[str, float]]], args: argpa
         f"one thread, load average {load:.1f} at the start{where}",
         f"Command: `python benchmarks/infonce.py {' '.join(sys.argv[1:])}`",
         f"A step is `nt_xent` forward and backward on one process, float32, D = {args.dim}, tau = {TEMPERATURE}, tiles "
-        f"of {tile_size(torch.device(args.device), DEFAULT_BUDGET) // MIB} MiB. N images are 2N embeddings; one copy of "
-        "their similarities takes 2N x 2N x 4 "
+        f"of {tile_size(torch.device(args.device), DEFAULT_BUDGET) // MIB} MiB. N images are 2N embeddings; one copy "
+        "of their similarities takes 2N x 2N x 4 "
         f"bytes. Extra memory is {memory} Medians over the measurements under \"Raw numbers\"; plain and tiled took "
         "turns.",
         "\n".join(lines),
