@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from distunlearn.recipes import SMALL_RESNET, SMALL_VIT
 __all__ = ["GRIDS", "Cell", "Grid", "cell_config", "cell_digest", "estimate", "groups", "methods_of"]
 
 BASE = "none"
+OURS = "third_party"
 LEFT_OUT = ("retrain",)  # the reference itself: its gap is 0 by definition
 # Measured on the digits recipe: an audit took 41 s of processor time for three encoders and 1,400 images at 0.385 ms an
 # image of training, and starting a run, reading its data and writing its report about 10 s.
@@ -42,6 +43,7 @@ class Cell:
     seed: int
     method: str
     validation: bool = False
+    variant: str = ""  # a changed setting of the method, as `Grid.variants` names it
 
     @property
     def setting(self) -> str:
@@ -53,7 +55,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.group}-{self.method}"
+        return f"{self.group}-{self.method}" + (f"-{self.variant}" if self.variant else "")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Grid:
     cap: float
     gpu: bool = False
     methods: tuple[str, ...] | None = None  # None: all
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of third_party, by name: settings
+    plain: tuple[str, ...] = ()  # data sets without variants
 
 
 SMALL_LR = {"vit": ("pretrain.lr=1e-3",)}
@@ -93,6 +97,23 @@ GRIDS: dict[str, Grid] = {
     "small": Grid(
         ("digits", "fashion_mnist"), ("simclr", "moco"), {"resnet": SMALL_RESNET, "vit": SMALL_VIT}, (0, 1, 2), (100,),
         ("data.forget=0.2", "pretrain.epochs=300"), SMALL_LR, 12.0,
+    ),
+    # Which part of the loss does what, and what the evaluators and other strangers change.
+    "ablation": Grid(
+        ("digits", "digits_fashion_strangers"), ("simclr",), {"resnet": SMALL_RESNET}, (0, 1, 2), (100,),
+        ("data.forget=0.2", "pretrain.epochs=300"),
+        {"digits_fashion_strangers": ("data.third_party_source=fashion_mnist",)}, 2.0,
+        methods=("none", "third_party"), plain=("digits_fashion_strangers",),
+        variants={
+            "no-utility": ("method.utility_weight=0",),
+            "no-gradient": ("method.gradient_weight=0",),
+            "no-output": ("method.output_weight=0",),
+            "no-gradient-no-output": ("method.gradient_weight=0", "method.output_weight=0"),
+            "no-confidence": ("method.confidence_weight=0",),
+            "sketch": ("constraint.evaluator=sketch",),
+            "ghost_norm": ("constraint.evaluator=ghost_norm",),
+            "input_gp": ("constraint.evaluator=input_gp",),
+        },
     ),
     # Alignment Calibration (Wang et al., TMLR 2025): 45,000 members of CIFAR-10, 4,500 to forget, 800 epochs, 10 epochs
     # of unlearning (880 steps of 512 images). Non-members are the other 15,000 of both parts.
@@ -137,7 +158,10 @@ def groups(grid: Grid) -> list[list[Cell]]:
                 for objective in grid.objectives:
                     for encoder in grid.encoders:
                         names = [BASE] if validation else methods_of(grid)
-                        result.append([Cell(dataset, objective, encoder, seed, m, validation) for m in names])
+                        group = [Cell(dataset, objective, encoder, seed, m, validation) for m in names]
+                        if not validation and dataset not in grid.plain:
+                            group += [Cell(dataset, objective, encoder, seed, OURS, variant=v) for v in grid.variants]
+                        result.append(group)
     return result
 
 
@@ -160,6 +184,7 @@ def cell_config(
                                 for s in grid.by_name.get(name, ()))]  # fmt: skip
     given += [f"seed={cell.seed}", f"objective.name={cell.objective}", f"method.name={cell.method}", "threads=1"]
     given += [f"{key}={json.dumps(value)}" for key, value in tuned.get(cell.method, {}).items()]
+    given += grid.variants[cell.variant] if cell.variant else ()
     given += [f"audit.tier={0 if cell.validation else 1}", f"audit.keep_signals={str(cell.method == BASE).lower()}"]
     given += [f"data.root={roots[cell.dataset]}"] if cell.dataset in roots else []
     given += [f"reuse={reuse}"] if reuse else []

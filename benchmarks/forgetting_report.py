@@ -84,7 +84,8 @@ def rows_of(results: Sequence[Result], attacks: Sequence[str]) -> dict[str, dict
         cell = result["cell"]
         if not cell["validation"]:
             setting = f"{cell['dataset']}-{cell['objective']}-{cell['encoder']}"
-            grouped.setdefault(setting, {}).setdefault(cell["method"], []).append(result)
+            label = ", ".join(part for part in (cell["method"], cell.get("variant")) if part)
+            grouped.setdefault(setting, {}).setdefault(label, []).append(result)
     return {s: {m: _figures(found, attacks) for m, found in methods.items()} for s, methods in grouped.items()}
 
 

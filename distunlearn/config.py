@@ -166,6 +166,7 @@ class MethodConfig:
         "third_party", "alignment_calibration", "neg_grad", "grad_ascent", "scrub", "salun", "sure",
         "held_out_distillation", "random_target", "l1_sparse", "finetune", "retrain", "none", "random_init",
     ] = "third_party"  # fmt: skip
+    utility_weight: NonNegativeFloat = 1.0  # third_party only: of the loss on retained images
     gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
     output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
     confidence_weight: NonNegativeFloat = 0.1

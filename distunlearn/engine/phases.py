@@ -110,7 +110,7 @@ class Trained:
 NEUTRAL = {
     "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
     "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001, "loss_bound": None,
-    "embedding_bound": None,
+    "embedding_bound": None, "utility_weight": 1.0,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """third_party: make forgotten images look like images the model never met.
 
-    L = L_utility(retain)
+    L = utility_weight    * L_utility(retain)
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
@@ -173,7 +173,7 @@ class ThirdParty:
         phi_o, output_term = self._match(ctx, self._scale_out(o_f), self._scale_out(o_t), self.switch_output)
         confidence_term, active = self._confidence(ctx, found.third, bank, c_t)
         total = (
-            task
+            weights.utility_weight * task
             + weights.gradient_weight * found.term
             + weights.output_weight * output_term
             + weights.confidence_weight * confidence_term

@@ -70,6 +70,22 @@ def test_settings_of_cells_are_valid_and_their_digest_knows_no_folder(tmp_path):
     assert tuned.unlearn.lr == 1e-5 and cell_digest(tuned) != cell_digest(plain)
 
 
+def test_variants_are_cells_of_their_own_and_change_what_they_say(tmp_path):
+    grid = GRIDS["ablation"]
+    cells = [cell for group in groups(grid) for cell in group]
+    assert len({cell.name for cell in cells}) == len(cells) == 2 + 3 * (2 + len(grid.variants)) + 3 * 2
+    varied = {cell.variant: cell_config(cell, grid, {}, {}) for cell in cells if cell.dataset == "digits"}
+    assert set(varied) == {"", *grid.variants}
+    assert varied["no-utility"].method.utility_weight == 0 and varied[""].method.utility_weight == 1
+    assert varied["sketch"].constraint.evaluator == "sketch"
+    assert len({json.dumps(forgetting_grid.dataclasses.asdict(cfg)) for cfg in varied.values()}) == len(varied)
+    found = [result("none", 0, 0.2, validation=True), result("third_party", 0, 0.02), result("third_party", 0, 0.1)]
+    found[2]["cell"]["variant"] = "no-gradient"
+    rows = rows_of(found, ["view_agreement"])["digits-simclr-resnet"]
+    assert set(rows) == {"third_party", "third_party, no-gradient"}
+    assert rows["third_party, no-gradient"]["gaps"][0] == pytest.approx(100 * 0.1 / 3)
+
+
 def test_published_settings():
     muc = cell_config(Cell("cifar10", "moco", "resnet18", 0, "none"), GRIDS["muc"], {"cifar10": "/x"}, {})
     assert (muc.data.members, muc.data.forget, muc.pretrain.epochs, muc.pretrain.lr) == (45000, 4500, 800, 0.06)
