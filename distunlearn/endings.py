@@ -7,6 +7,7 @@ import sys
 import traceback
 
 from distunlearn.errors import ConfigError, DistunlearnError, LaunchError, RankLostError, StoppedError
+from distunlearn.text import printable
 
 __all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "complain", "ended", "is_main"]
 
@@ -38,6 +39,15 @@ def ended(error: BaseException) -> int:
         return EXIT_STOPPED
     from distunlearn.engine.backends.process_group import lost_rank
 
+    if _is_out_of_memory(error):
+        who = f"rank {rank()}" if "RANK" in os.environ else "this process"
+        told = printable(str(error).splitlines()[0], 200).rstrip(".")
+        print(
+            f"error: {who} ran out of memory ({told}); make the batches smaller, or set accumulate of the phase above 1, "
+            "activation_checkpointing=true or a backend that shards, or free the device.",
+            file=sys.stderr,
+        )  # by every rank: any may be the one
+        return ConfigError.exit_code
     lost = lost_rank(error)
     if lost is None:
         if "RANK" in os.environ:
@@ -46,6 +56,14 @@ def ended(error: BaseException) -> int:
         return EXIT_INTERNAL
     print(f"error: {lost}", file=sys.stderr)  # by every rank: the main one may be the lost one
     return RankLostError.exit_code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the machine where torch asked for it."""
+    import torch
+
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or told
 
 
 def complain(error: DistunlearnError) -> None:

@@ -24,6 +24,7 @@ from distunlearn.data.schedule import Batch, permutation, random_words
 from distunlearn.data.sources import open_sources
 from distunlearn.encoders.backbone import create_backbone
 from distunlearn.encoders.model import MomentumEncoder, build_model
+from distunlearn.endings import ended
 from distunlearn.engine import provenance
 from distunlearn.engine.ledger import Ledger, read_ledger
 from distunlearn.engine.telemetry import Telemetry, read_metrics
@@ -256,3 +257,28 @@ def test_neither_hash_seed_nor_threads_change_the_order():
     assert found == hashlib.sha256(text.encode()).hexdigest()
     one, two = np.array(numbers, dtype=float).reshape(2, 2)
     assert np.allclose(one, two, rtol=1e-4)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_not_there_ends_in_one_sentence_and_resumes(tmp_path, monkeypatch, capsys):
+    """torch is asked for more than any machine has, in mid-training; a GPU's error is of a class of its own."""
+    real, fired = Contrastive.loss, []
+
+    def greedy(self, ctx, batches):
+        if ctx.step == 3 and not fired:
+            fired.append(ctx.step)
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return real(self, ctx, batches)
+
+    out = tmp_path / "run"
+    assert main(plan(out=out, verb="prepare")) == 0
+    monkeypatch.setattr(Contrastive, "loss", greedy)
+    assert main(plan(out=out, verb="pretrain")) == 2 and fired
+    told = capsys.readouterr().err
+    assert "ran out of memory" in told and "activation_checkpointing=true" in told and "Traceback" not in told
+    assert main(plan(out=out, verb="pretrain")) == 0
+    assert ended(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")) == 2
+    assert "this process ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in capsys.readouterr().err
+    assert ended(RuntimeError("another one")) == 70
