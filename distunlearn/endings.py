@@ -43,8 +43,8 @@ def ended(error: BaseException) -> int:
         who = f"rank {rank()}" if "RANK" in os.environ else "this process"
         told = printable(str(error).splitlines()[0], 200).rstrip(".")
         print(
-            f"error: {who} ran out of memory ({told}); make the batches smaller, or set accumulate of the phase above 1, "
-            "activation_checkpointing=true or a backend that shards, or free the device.",
+            f"error: {who} ran out of memory ({told}); make the batches smaller, or set the phase's accumulate above "
+            "1, activation_checkpointing=true or a backend that shards, or free the device.",
             file=sys.stderr,
         )  # by every rank: any may be the one
         return ConfigError.exit_code

@@ -50,6 +50,9 @@ ENCODERS = {
 }  # fmt: skip
 SIZES = {"retain": 16, "forget": 9, "third_party": 10, "calibration": 10}
 RATE = 1e-2  # large enough for the rounding of weights not to count, and stable
+# In bf16 smaller: at 1e-2 a few steps turned half a unit in the last place of the weights into another training, so that
+# the difference after the last step said nothing of a backend.
+BF16_RATE = 1e-3
 MOMENTUM = 0.9
 EPSILON = torch.finfo(torch.float32).eps
 # Precision -> types of the weights (their gradients, communication and updates too) and of the computing. "mixed" shows
@@ -70,6 +73,10 @@ class Case:
     compile: bool = False
     bf16: bool = False
     accumulate: int = 1
+
+    @property
+    def rate(self) -> float:
+        return BF16_RATE if self.bf16 else RATE
 
     def config(self, backend: str = "single") -> RunConfig:
         return RunConfig(
@@ -275,7 +282,7 @@ def plain(case: Case, precision: str = "float32", steps: int = 4, nudge: int | N
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + EPSILON / 2 * torch.randn(p.shape, generator=generator))
-    optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = make_optimizer("sgd", model.parameters(), lr=case.rate, weight_decay=0.0)
     momentum, queue = parts_of(case, model, precision)
 
     def forward(pixels: torch.Tensor) -> EncoderOutput:
@@ -306,13 +313,13 @@ def sharded(case: Case, kind: str, precision: str = "float32", steps: int = 4) -
     momentum, queue = parts_of(case, model, precision)
     if momentum is not None:
         momentum.model = backend.synchronise(momentum.model)
-    optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = make_optimizer("sgd", model.parameters(), lr=case.rate, weight_decay=0.0)
     forward = backend.prepare(model, optimizer, 0.0)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue,
         rank=backend.rank, world=backend.world, plain_forward=backend.plain_forward(),
     )  # fmt: skip
-    backend.set_learning_rate(RATE)
+    backend.set_learning_rate(case.rate)
 
     def update() -> None:
         backend.step()
