@@ -340,8 +340,11 @@ def limits(case: Case, precision: str) -> tuple[float, float]:
     if precision == "float64":
         return 1e-9, 1e-8
     if case.bf16:
-        return 0.1, 0.5
-    return (2e-6, 3e-5) if case.evaluator in ("head", "input_gp") else (2e-4, 2e-4)
+        return 0.02, 0.3
+    if case.evaluator == "head":
+        return 2e-6, 3e-5
+    # A penalty's curvature is large: half a unit in the last place of the weights changes four steps of it by 3e-3.
+    return (2e-6, 2e-4) if case.evaluator == "input_gp" else (2e-4, 2e-4)
 
 
 def errors(states: list[dict], expected: list[dict]) -> tuple[float, float]:
@@ -364,11 +367,11 @@ def rounding(case: Case, steps: int) -> tuple[float, float]:
 
 
 def within(found: tuple[float, float], case: Case, precision: str, steps: int) -> bool:
-    """Within the limits; where layers compute in float32 or bf16: or within twice what rounding does to one process."""
+    """Within the limits; where layers compute in float32: or within twice what rounding does to one process."""
     stated = limits(case, precision)
     if all(error <= limit for error, limit in zip(found, stated, strict=True)):
         return True
-    if precision != "float32":
+    if precision != "float32" or case.bf16:
         return False
     # The caps keep a cell that is mostly rounding from passing at any distance.
     allowed = (min(max(s, 2 * r), cap) for s, r, cap in zip(stated, rounding(case, steps), (0.1, 1.0), strict=True))

@@ -162,7 +162,7 @@ def run(kind: str, cases: list[Case], folder: Path, timeout: float) -> list[dict
 def judged(found: tuple[float, float], case: Case, precision: str) -> dict:
     """Whether a cell is right, and by what: the stated limits alone, or what rounding does to one process."""
     stated = all(error <= limit for error, limit in zip(found, limits(case, precision), strict=True))
-    needed = None if stated or precision != "float32" else rounding(case, STEPS)
+    needed = None if stated or precision != "float32" or case.bf16 else rounding(case, STEPS)
     return {"ok": within(found, case, precision, STEPS), "rounding": needed}
 
 
