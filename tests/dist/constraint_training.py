@@ -340,7 +340,7 @@ def limits(case: Case, precision: str) -> tuple[float, float]:
     if precision == "float64":
         return 1e-9, 1e-8
     if case.bf16:
-        return 0.02, 0.3
+        return 0.05, 0.5
     if case.evaluator == "head":
         return 2e-6, 3e-5
     # A penalty's curvature is large: half a unit in the last place of the weights changes four steps of it by 3e-3.
