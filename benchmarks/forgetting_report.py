@@ -84,7 +84,7 @@ def rows_of(results: Sequence[Result], attacks: Sequence[str]) -> dict[str, dict
         cell = result["cell"]
         if not cell["validation"]:
             setting = f"{cell['dataset']}-{cell['objective']}-{cell['encoder']}"
-            label = ", ".join(part for part in (cell["method"], cell.get("variant")) if part)
+            label = cell["method"] + (f" ({cell['variant']})" if cell.get("variant") else "")
             grouped.setdefault(setting, {}).setdefault(label, []).append(result)
     return {s: {m: _figures(found, attacks) for m, found in methods.items()} for s, methods in grouped.items()}
 
@@ -220,7 +220,8 @@ def draw(path: Path, setting: str, methods: Mapping[str, Mapping[str, Any]]) -> 
     lost = [100 * (row["knn_original"] - row["knn"]) for row in shown.values()]
     dots = axes.scatter(across, up, c=lost, cmap="viridis_r", s=70, edgecolors="black", linewidths=0.5)
     for name, x, y in zip(shown, across, up, strict=True):
-        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        side = {"xytext": (5, 4)} if x < 10 else {"xytext": (-6, 4), "ha": "right"}  # away from the nearer edge
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, **side)
     axes.set_xlim(0.07, 1.5 * max([100, *across]))  # before the scale, which would look for limits of its own
     axes.set_xscale("log")
     axes.set_xlabel("images passed, % of retraining (none: drawn at 0.1)")

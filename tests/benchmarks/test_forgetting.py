@@ -82,8 +82,8 @@ def test_variants_are_cells_of_their_own_and_change_what_they_say(tmp_path):
     found = [result("none", 0, 0.2, validation=True), result("third_party", 0, 0.02), result("third_party", 0, 0.1)]
     found[2]["cell"]["variant"] = "no-gradient"
     rows = rows_of(found, ["view_agreement"])["digits-simclr-resnet"]
-    assert set(rows) == {"third_party", "third_party, no-gradient"}
-    assert rows["third_party, no-gradient"]["gaps"][0] == pytest.approx(100 * 0.1 / 3)
+    assert set(rows) == {"third_party", "third_party (no-gradient)"}
+    assert rows["third_party (no-gradient)"]["gaps"][0] == pytest.approx(100 * 0.1 / 3)
 
 
 def test_published_settings():
