@@ -192,7 +192,7 @@ def test_every_pair_of_choices(kind, tmp_path):
             assert "flash" in cell["attention"]
     case = cases[0]  # control: the same training with another constraint is told apart
     precision = precision_of(kind, case)
-    other = replace(case, evaluator="head" if case.evaluator in ("sketch", "double_backward") else "sketch")  # the same one exactly
+    other = replace(case, evaluator="head" if case.evaluator in ("sketch", "double_backward") else "sketch")
     assert not within(errors(plainly(other, precision), plainly(case, precision)), case, precision, STEPS)
 
 
