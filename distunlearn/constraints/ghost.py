@@ -32,7 +32,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from distunlearn.constraints.probes import Layer
-from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows
+from distunlearn.constraints.rows import MovedRows, added_to, constant_conv2d, moved_rows
+from distunlearn.data.transfer import on_device
 from distunlearn.encoders.recompute import recomputing
 
 __all__ = ["GhostGradients", "Recorder"]
@@ -258,10 +259,10 @@ class GhostGradients:
         in turn, i = 0 .. kept - 1, once or several times. steps: [kept]; rho / n_i makes a step of length rho.
         A forward that the backward repeats gets them too: see `encoders.recompute`.
         """
-        moved = moved_rows(signs, steps.device)
+        moved = moved_rows(signs)
         taken = [sign for sign in signs if sign]
         assert self.kept == 0 or len(taken) % self.kept == 0, "every kept sample moves in as many rows"
-        factors = torch.tensor(taken, dtype=steps.dtype, device=steps.device)
+        factors = on_device(torch.tensor(taken, dtype=steps.dtype), steps.device)
         if self.kept:
             factors = factors * steps.repeat(len(taken) // self.kept)
         handles = [
@@ -276,13 +277,13 @@ class GhostGradients:
                 handle.remove()
 
     @staticmethod
-    def _hook(part: _Gram | _Whole, rows: int, moved: Tensor | None, factors: Tensor):
+    def _hook(part: _Gram | _Whole, rows: int, moved: MovedRows, factors: Tensor):
         def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             assert x.shape[0] == rows, "one sign per row of the forward"
-            x = x if moved is None else x.index_select(0, moved)
+            x = moved.take(x)
             added = part.times(x).reshape(len(x), *output.shape[1:])
             added = added * factors.to(x.dtype).view(-1, *[1] * (output.dim() - 1))
-            return added_to(output, added, moved)
+            return added_to(output, added, moved, wide=isinstance(layer, nn.Conv2d))
 
         return add

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distunlearn.data.transfer import on_device
 from distunlearn.objectives.bank import full_precision
 
 __all__ = ["NORM_FLOOR", "HeadGradients", "gradient_features", "head_gradients", "sketch_matrices"]
@@ -107,8 +108,8 @@ def sketch_matrices(
     out_matrix = generator.standard_normal((k_out, out_dim)) / k_out**0.5
     in_matrix = generator.standard_normal((k_in, in_dim)) / k_in**0.5
     return (
-        torch.from_numpy(out_matrix).to(device=device, dtype=dtype),
-        torch.from_numpy(in_matrix).to(device=device, dtype=dtype),
+        on_device(out_matrix, device, dtype),
+        on_device(in_matrix, device, dtype),
     )
 
 

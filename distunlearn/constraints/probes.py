@@ -20,6 +20,8 @@ Shapes: n = samples, R = rows of one forward (a sample may have several: branche
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +32,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distunlearn.constraints.rows import added_to, constant_conv2d, moved_rows, product_added_to
+from distunlearn.constraints.rows import (
+    MovedRows,
+    added_to,
+    constant_conv2d,
+    moved_rows,
+    product_added_to,
+    reduced_rows,
+)
+from distunlearn.data.transfer import on_device
 from distunlearn.errors import ConfigError
 
 __all__ = ["ProbeSet", "probed_layers"]
@@ -93,7 +103,7 @@ class ProbeSet:
     ) -> None:
         self.layers = layers
         self.k_out, self.k_in = k_out, k_in
-        drawn: list[np.ndarray] = []
+        drawn: list[tuple[np.random.Generator, tuple[int, ...], float]] = []
         for index, layer in enumerate(layers.values()):
             bits = np.random.Philox(
                 key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, _PROBE_STREAM]
@@ -104,8 +114,7 @@ class ProbeSet:
                 width, shape = layer.out_features, (k_in, layer.in_features)
             else:
                 width, shape = layer.out_channels, (k_in, layer.in_channels, *layer.kernel_size)
-            drawn.append(generator.standard_normal(shape) / k_in**0.5)
-            drawn.append(generator.standard_normal((width, k_out)) / k_out**0.5)
+            drawn += [(generator, shape, k_in**0.5), (generator, (width, k_out), k_out**0.5)]
         moved = _at_once(drawn, torch.device(device), dtype)
         self.ins = moved[0::2]  # A, [k_in, p] or [k_in, C, kernel]
         self.outs = moved[1::2]  # B, [d, k_out]
@@ -127,90 +136,128 @@ class ProbeSet:
         Args:
             cores: [n, k_out, k_in] per layer, in the order of `layers`.
             rows: int64 [R], the sample that each row of the forward belongs to.
-            signs: R factors of the rows (+1, -1; 0 for a row without probe, which costs nothing); None: 1.
+            signs: R factors of the rows (+1, -1; 0 for a row without probe, which costs nothing); None: 1. In every
+                branch the rows with a sign come first.
 
         A forward that the backward repeats (activation checkpointing) gets them too: see `encoders.recompute`.
         """
         signs = [1.0] * len(rows) if signs is None else [float(sign) for sign in signs]
         assert len(signs) == len(rows), "one sign per row"
-        # On a GPU the rows without a sign get cores of 0: to pick the others costs more than they do.
-        moved = moved_rows(signs, rows.device) if rows.device.type == "cpu" else None
-        taken = rows if moved is None else rows[moved]
-        factors = torch.tensor(signs if moved is None else [sign for sign in signs if sign], device=rows.device)
-        whole = torch.stack(list(cores)).index_select(1, taken)
+        moved = moved_rows(signs)
+        if not moved.first:
+            yield
+            return
+        factors = on_device(torch.tensor([sign for sign in signs if sign]), rows.device)
+        whole = torch.stack(list(cores)).index_select(1, moved.take(rows))
         chosen = (whole * factors.to(whole)[:, None, None]).unbind(0)
-        with self._hooked(lambda index: self._add(index, chosen[index], len(rows), moved)):
+        with self._hooked(moved, lambda index: functools.partial(self._add, index, chosen[index], moved)):
             yield
 
     @contextmanager
-    def listening(self, leaves: Sequence[Tensor], rows: Tensor) -> Iterator[None]:
+    def listening(self, leaves: Sequence[Tensor], rows: Tensor, *, twice: bool = False) -> Iterator[None]:
         """As `armed` with cores of value 0 (`leaves`), for their gradients alone: nothing is added to activations.
 
-        The gradients may be differentiated again.
+        twice: the gradients may be differentiated again.
         """
-        with self._hooked(lambda index: self._listen(index, leaves[index], rows)):
+        every = MovedRows(1, len(rows), len(rows))
+        with self._hooked(
+            every, lambda index: functools.partial(self._listen, index, leaves[index], rows), once=not twice
+        ):
             yield
 
     @contextmanager
-    def _hooked(self, make: Callable[[int], Callable]) -> Iterator[None]:
-        handles = [layer.register_forward_hook(make(index)) for index, layer in enumerate(self.layers.values())]
+    def _hooked(
+        self, moved: MovedRows, make: Callable[[int], Callable[..., Tensor]], once: bool = True
+    ) -> Iterator[None]:
+        """Hooks that call make(index)(layer, A x of the rows that move, output) after every forward of a layer.
+
+        A x is taken before the layer runs, so that both read the x that autocast has narrowed once for both.
+        """
+        handles = []
+        for index, layer in enumerate(self.layers.values()):
+            then, found = make(index), []
+
+            def before(layer: Layer, args: tuple[Tensor, ...], index: int = index, found: list = found) -> tuple:
+                x = _narrowed(args[0])
+                assert x.shape[0] == moved.branches * moved.total, "one sample index per row of the forward"
+                x, small = self._reduced(index, layer, x, moved, once)
+                found.append(small)
+                return (x,)
+
+            def after(
+                layer: Layer, args: tuple, output: Tensor, then: Callable = then, found: list = found
+            ) -> Tensor:
+                return then(layer, found.pop(), output)
+
+            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, index: int, chosen: Tensor, rows: int, moved: Tensor | None) -> Callable:
-        """The hook of `armed`. chosen: the core of every row that moves, signed."""
-
-        def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            assert x.shape[0] == rows, "one sample index per row of the forward"
-            if moved is not None:
-                x = x.index_select(0, moved)
-            outer, core = self.outs[index].to(x.dtype), chosen.to(x.dtype)
-            layout = _layout(layer, output)
-            small = self._reduced(index, layer, x, layout)
-            if layout == "first":
-                return added_to(output, (outer @ (core @ small)).view(len(x), *output.shape[1:]), moved)
-            through = small @ core.transpose(1, 2)  # [rows, T, k_out]
-            if layout == "rows" and moved is None:
-                return product_added_to(output, through, outer)
-            added = F.linear(through, outer)  # [rows, T, d]
-            if layout == "last":
-                return added_to(output, added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2), moved)
-            return added_to(output, added.view(len(x), *output.shape[1:]), moved)
-
-        return add
-
-    def _listen(self, index: int, leaf: Tensor, rows: Tensor) -> Callable:
-        """The hook of `listening`."""
-
-        def listen(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            assert x.shape[0] == len(rows), "one sample index per row of the forward"
-            layout = _layout(layer, output)
-            small = self._reduced(index, layer, x, layout)
-            return _Listener.apply(output, leaf, small, self.outs[index], rows, layout)
-
-        return listen
-
-    def _reduced(self, index: int, layer: Layer, x: Tensor, layout: str) -> Tensor:
-        """A x: [R, k_in, T] in the layout "first", else [R, T, k_in]."""
+    def _reduced(
+        self, index: int, layer: Layer, x: Tensor, moved: MovedRows, once: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x for the layer, and A x of the rows that move: [r, T, k_in], or [r, k_in, H, W] of a convolution."""
         inner = self.ins[index].to(x.dtype)
+        if isinstance(layer, nn.Conv2d):
+            if x.device.type == "cpu":
+                return x, constant_conv2d(layer, moved.take(x), inner)
+            return x, moved.take(constant_conv2d(layer, x, inner))  # on a GPU a copy of rows costs more than they do
+        if once:
+            return reduced_rows(x, inner, moved)
+        return x, F.linear(moved.take(x), inner).reshape(moved.branches * moved.first, -1, self.k_in)
+
+    def _add(self, index: int, chosen: Tensor, moved: MovedRows, layer: Layer, small: Tensor, output: Tensor) -> Tensor:
+        """The output with the probe in it. chosen: the core of every row that moves, signed."""
+        outer, core = self.outs[index].to(small.dtype), chosen.to(small.dtype)
+        layout = _layout(layer, output)
+        small = _flat(small, layout)
+        if layout == "first":
+            added = (outer @ (core @ small)).view(len(small), *output.shape[1:])
+            return added_to(output, added, moved)
+        through = small @ core.transpose(1, 2)  # [r, T, k_out]
         if layout == "rows":
-            return F.linear(x, inner).reshape(len(x), -1, self.k_in)
-        small = constant_conv2d(layer, x, inner).flatten(2)
-        return small if layout == "first" else small.transpose(1, 2)
+            return product_added_to(output, through, outer, moved)
+        added = F.linear(through, outer)  # [r, T, d]
+        return added_to(output, added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2), moved)
+
+    def _listen(
+        self, index: int, leaf: Tensor, rows: Tensor, layer: Layer, small: Tensor, output: Tensor
+    ) -> Tensor:
+        layout = _layout(layer, output)
+        return _Listener.apply(output, leaf, _flat(small, layout), self.outs[index], rows, layout)
 
 
-def _at_once(drawn: Sequence[np.ndarray], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Arrays as tensors on a device, in one copy that a GPU does not make the program wait for."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in drawn])).to(dtype)
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    parts = flat.to(device).split([array.size for array in drawn])
-    return [part.view(array.shape) for part, array in zip(parts, drawn, strict=True)]
+def _narrowed(x: Tensor) -> Tensor:
+    """x in the precision in which autocast lets a layer compute, if it is on."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _flat(small: Tensor, layout: str) -> Tensor:
+    """A x of a convolution, [r, k_in, H, W], as [r, k_in, T] in the layout "first", else as [r, T, k_in]."""
+    if layout == "rows":
+        return small
+    return small.flatten(2) if layout == "first" else small.flatten(2).transpose(1, 2)
+
+
+def _at_once(
+    drawn: Sequence[tuple[np.random.Generator, tuple[int, ...], float]], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Normal numbers of generators, each in a shape and divided by a number, as tensors on a device, in one copy."""
+    sizes = [math.prod(shape) for _, shape, _ in drawn]
+    flat, start = np.empty(sum(sizes)), 0
+    for (generator, _, divisor), size in zip(drawn, sizes, strict=True):
+        part = flat[start : start + size]
+        generator.standard_normal(out=part)
+        part /= divisor
+        start += size
+    parts = on_device(flat, device, dtype).split(sizes)
+    return [part.view(shape) for part, (_, shape, _) in zip(parts, drawn, strict=True)]
 
 
 def _layout(layer: Layer, output: Tensor) -> str:
@@ -234,7 +281,7 @@ class _Listener(torch.autograd.Function):
         ctx.save_for_backward(small, outer, rows)
         ctx.leaf = leaf.shape, leaf.dtype
         ctx.layout = layout
-        return y.clone()  # not y itself: what follows may write into it
+        return y.detach()  # its memory, which no backward pass needs: see `rows.added_to`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

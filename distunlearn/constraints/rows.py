@@ -1,47 +1,93 @@
 """What is added to some rows of a layer's output, keeping for the backward pass only what that pass needs.
 
-torch's own `index_add` keeps its source and `conv2d` its input, whether or not a gradient needs them: for added terms
-whose weights are constant that is a copy of every activation for nothing.
+torch's own `index_add` keeps its source, a product both factors and `conv2d` its input, whether or not a gradient needs
+them: for added terms whose weights are constant that is a copy of every activation for nothing. And each makes a new
+tensor of the size of an activation where the old one's memory is free to be written to.
 
-Shapes: R = rows of one forward.
+Shapes: R = V * total rows of one forward, V branches after one another; T = tokens or positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["added_to", "constant_conv2d", "moved_rows", "product_added_to"]
+__all__ = ["MovedRows", "added_to", "constant_conv2d", "moved_rows", "product_added_to", "reduced_rows"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
-def moved_rows(signs: Sequence[float], device: torch.device | str) -> Tensor | None:
-    """int64: the rows whose sign is not 0; None if that is all of them. A plain sequence is read without the device."""
-    rows = [row for row, sign in enumerate(signs) if sign]
-    return None if len(rows) == len(signs) else torch.tensor(rows, dtype=torch.int64, device=device)
+class MovedRows(NamedTuple):
+    """The first `first` of the `total` rows of every branch."""
+
+    branches: int
+    first: int
+    total: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of [R, ...], one branch after the other, [V * first, ...]; all of them without a copy."""
+        return x if self.first == self.total else self._of(x).flatten(0, 1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Their tokens, a view of contiguous [R, ..., d]: [V, first * T, d], or [1, R * T, d] if all rows move."""
+        d = x.shape[-1]
+        if self.first == self.total:
+            return x.view(1, -1, d)
+        return self._of(x).view(self.branches, -1, d)
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.branches, self.total))[:, : self.first]
+
+    def add_to(self, x: Tensor, added: Tensor) -> None:
+        """Add [V * first, ...] to these rows of x, in place."""
+        self._of(x).add_(added.unflatten(0, (self.branches, self.first)))
 
 
-def added_to(output: Tensor, added: Tensor, moved: Tensor | None) -> Tensor:
-    """`output` [R, ...] plus `added` at the rows `moved` (None: at all); half precision is widened to float32.
+def moved_rows(signs: Sequence[float]) -> MovedRows:
+    """The rows whose sign is not 0; in every branch they come first."""
+    moves = [sign != 0 for sign in signs]
+    first = moves.index(False) if False in moves else len(moves)
+    total = next((row for row in range(first, len(moves)) if moves[row]), len(moves)) if first else len(moves)
+    found = MovedRows(len(moves) // total if total else 1, first, total)
+    assert moves == ([True] * first + [False] * (total - first)) * found.branches, "rows that move come first"
+    return found
 
-    Rounding the sum to bf16 would lose most of a step of a finite difference, and round both copies differently.
-    Out of place: the layer's own output may be needed as it is by its backward, or be a view.
+
+def added_to(output: Tensor, added: Tensor, moved: MovedRows, *, wide: bool = True) -> Tensor:
+    """`output` [R, ...] plus `added` [V * first, ...] at the rows that move.
+
+    The sum takes the place of `output`, which therefore must be needed by no backward pass: that of a linear layer or
+    a convolution needs only what went in.
+
+    wide: half precision is widened to float32 first. Rounding the sum to bf16 loses a part of a step of a finite
+        difference, and rounds both copies differently, which few channels do not average out.
     """
-    if output.dtype in (torch.float16, torch.bfloat16):
+    if wide and output.dtype in HALF:
         output = output.float()
-    added = added.to(output.dtype)
-    return output + added if moved is None else _AddRows.apply(output, added, moved)
+    return _AddRows.apply(output, added.to(output.dtype), moved)
 
 
-def product_added_to(output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`output` [R, ..., d] plus left [R, T, k] @ right [d, k]^T with a constant `right`; half precision is widened.
+def product_added_to(output: Tensor, left: Tensor, right: Tensor, moved: MovedRows) -> Tensor:
+    """`output` [R, ..., d] of a linear layer plus left [V * first, T, k] @ right [d, k]^T at the rows that move.
 
-    The product is added as it is computed: what would have the size of `output` is never written.
+    As `added_to`, in the place of `output` and in its type; `right` is constant. The product is added as it is
+    computed, with one rounding: what would have the size of `output` is never written.
     """
-    return _AddProduct.apply(output, left, right)
+    return _AddProduct.apply(output, left, right.to(output.dtype), moved)
+
+
+def reduced_rows(x: Tensor, inner: Tensor, moved: MovedRows) -> tuple[Tensor, Tensor]:
+    """x [R, ..., p] as it is, and x @ inner [k, p]^T of the rows that move, [V * first, T, k]; `inner` is constant.
+
+    The layer must take the x that this returns, and nothing else may: the gradient by the small product is added to
+    the one that comes back for it, in its place. Not differentiable twice.
+    """
+    return _Reduce.apply(x, inner.to(x.dtype), moved)
 
 
 def constant_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
@@ -51,33 +97,58 @@ def constant_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, groups: int = 1
 
 class _AddRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, added: Tensor, moved: Tensor) -> Tensor:
-        ctx.save_for_backward(moved)
-        return output.index_add(0, moved, added)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (moved,) = ctx.saved_tensors
-        return grad, grad.index_select(0, moved), None
-
-
-class _AddProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        half = output.dtype in (torch.float16, torch.bfloat16)
-        right = right.float() if half else right.to(output.dtype)
-        ctx.save_for_backward(right)
-        ctx.kinds = output.dtype, left.dtype, left.shape
-        found = output.to(right.dtype, copy=True, memory_format=torch.contiguous_format)
-        found.view(-1, len(right)).addmm_(left.reshape(-1, right.shape[1]).to(right.dtype), right.T)
+    def forward(ctx: Any, output: Tensor, added: Tensor, moved: MovedRows) -> Tensor:
+        ctx.moved = moved
+        found = output.detach()  # its memory; writing there as into `output` is what autograd would forbid
+        moved.add_to(found, added)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, ctx.moved.take(grad), None
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, left: Tensor, right: Tensor, moved: MovedRows) -> Tensor:
+        ctx.save_for_backward(right)
+        ctx.moved, ctx.left = moved, (left.dtype, left.shape)
+        found = output.detach() if output.is_contiguous() else output.contiguous()
+        block = moved.tokens(found)
+        block.baddbmm_(left.to(right.dtype).reshape(len(block), -1, right.shape[1]), _each(right.T, block))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (right,) = ctx.saved_tensors
-        dtype, kind, shape = ctx.kinds
-        grad_left = (grad.reshape(-1, len(right)) @ right).view(shape)
-        return grad.to(dtype), grad_left.to(kind), None
+        dtype, shape = ctx.left
+        block = ctx.moved.tokens(grad.contiguous())
+        return grad, torch.bmm(block, _each(right, block)).view(shape).to(dtype), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inner: Tensor, moved: MovedRows) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(inner)
+        ctx.moved = moved
+        block = moved.tokens(x.contiguous())
+        small = torch.bmm(block, _each(inner.T, block))
+        return x.detach(), small.view(moved.branches * moved.first, -1, len(inner))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_small: Tensor) -> tuple[Tensor, None, None]:
+        (inner,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        block = ctx.moved.tokens(grad)
+        block.baddbmm_(grad_small.reshape(len(block), -1, len(inner)), _each(inner, block))
+        return grad, None, None
+
+
+def _each(matrix: Tensor, block: Tensor) -> Tensor:
+    """The same matrix for every part of a batched product, without a copy."""
+    return matrix.expand(len(block), *matrix.shape)
 
 
 class _ConstantConv2d(torch.autograd.Function):

@@ -81,6 +81,7 @@ class PhiSwitch:
         self.target = 0.0
         self._sum = 0.0
         self._weight = 0.0
+        self._unread: Tensor | None = None  # the latest Phi, where it may still be under way on a GPU
         self.set_target(target)
 
     def set_target(self, target: float) -> None:
@@ -95,12 +96,23 @@ class PhiSwitch:
         self.target = max(0.0, target)
 
     def update(self, phi: Tensor | float) -> None:
-        """Take in the global Phi of one step.
+        """Take in the global Phi of one step. A GPU's is not waited for: it is read when it is needed, a step later.
 
         Raises:
-            NumericsError: it is not finite; the switch would otherwise silently stay off.
+            NumericsError: it is not finite (a GPU's: the one before); the switch would otherwise silently stay off.
         """
-        phi = float(phi)
+        self._read()
+        if isinstance(phi, Tensor) and phi.device.type != "cpu":
+            self._unread = phi.detach()
+        else:
+            self._take(float(phi))
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._take(float(unread))
+
+    def _take(self, phi: float) -> None:
         if not math.isfinite(phi):
             raise NumericsError(f"the distance between the gradients is {phi}; lower the learning rate or use fp32")
         self._sum = self.momentum * self._sum + (1 - self.momentum) * phi
@@ -109,6 +121,7 @@ class PhiSwitch:
     @property
     def mean(self) -> float:
         """Running mean of Phi; NaN before the first step."""
+        self._read()
         return self._sum / self._weight if self._weight else math.nan
 
     @property
@@ -122,9 +135,11 @@ class PhiSwitch:
 
     def state_dict(self) -> dict[str, Tensor]:
         """"target", "sum" and "weight", float64 [1] each."""
+        self._read()
         values = {"target": self.target, "sum": self._sum, "weight": self._weight}
         return {name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`, exact."""
         self.target, self._sum, self._weight = (float(state[name]) for name in ("target", "sum", "weight"))
+        self._unread = None

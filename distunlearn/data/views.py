@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distunlearn.config import ViewsConfig
+from distunlearn.data.transfer import on_device
 from distunlearn.errors import ConfigError
 
 __all__ = ["id_hashes", "make_view", "plain_view", "uniforms"]
@@ -122,7 +123,7 @@ def make_view(
     if cfg.blur:
         rows = np.flatnonzero(params["blur"])
         if rows.size:
-            chosen = torch.from_numpy(rows).to(x.device)
+            chosen = on_device(rows, x.device)
             taps = [p[name].index_select(0, chosen) for name in _TAPS if name in p]
             x = x.index_copy(0, chosen, _blur(x.index_select(0, chosen), taps))
     if cfg.noise:
@@ -201,7 +202,7 @@ def _normals(keys: np.ndarray, count: int, device: torch.device) -> Tensor:
     """
     quarter, mask = 1 << (_TABLE_BITS - 2), (1 << _TABLE_BITS) - 1
     radius, cosine = _normal_tables(device)
-    start = torch.from_numpy(keys.view(np.int64) ^ np.int64(_signed(_NOISE))).to(device)
+    start = on_device(keys.view(np.int64) ^ np.int64(_signed(_NOISE)), device)
     counters = torch.arange(1, -(-count // 4) + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
     z = start[:, None] + counters
     z = _xor_shift(z, 30) * _signed(_MIX_1)
@@ -271,7 +272,7 @@ def _tables(cfg: ViewsConfig, p: Mapping[str, np.ndarray], side: int) -> dict[st
 
 def _on_device(params: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """float32 [n, 1, 1, 1] each, in one copy."""
-    table = torch.from_numpy(np.stack(list(params.values())).astype(np.float32)).to(device, non_blocking=True)
+    table = on_device(np.stack(list(params.values())).astype(np.float32), device)
     return dict(zip(params, table[..., None, None, None].unbind(0), strict=True))
 
 

@@ -266,13 +266,17 @@ class _Runner:
         ids = {name: batch.ids for name, batch in batches.items()}
         with backend.micro_batch(last=micro == count - 1):
             self._at("loss", step)
-            out = self.guard.loss(lambda: phase.method.loss(ctx, batches), Place(step, rate, micro, ids))
+            place = Place(step, rate, micro, ids)
+            out = self.guard.loss(lambda: phase.method.loss(ctx, batches), place)
             loss = faults.poison_gradient("gradient", out.loss, step, phase.name)
             self._at("backward", step)
             faults.reach("backward", step, phase.name)
             backend.backward(loss / count)
+            # Only now is a value of the loss looked at: a GPU has its backward to do while this waits for the forward.
+            self._at("finite check", step)
+            metrics = self.guard.check(out, place)
         replaced = [i for batch in batches.values() for i in batch.replaced]
-        return _Part(out.loss.detach(), out.metrics, out.consumed, ids, replaced)
+        return _Part(out.loss.detach(), metrics, out.consumed, ids, replaced)
 
     def _at(self, place: str, step: int, *, slow: bool = False) -> None:
         """The first step of an attempt may compile, and takes its time."""

@@ -57,21 +57,30 @@ class NumericsGuard:
             ctx.forward = self._measured(ctx.forward)
 
     def loss(self, call: Callable[[], StepOutput], place: Place) -> StepOutput:
-        """The method's output, sound on every rank. Collective.
+        """The method's output, not looked at yet: that is for `check`.
 
         Raises:
-            NumericsError: it is not; `agreed`.
+            NumericsError: the method itself says that the step is not sound; `agreed`.
         """
         self._norm = torch.zeros((), device=self.ctx.device)
-        reason = None
         try:
             out = call()
         except NumericsError as error:  # of figures that all ranks have, so that all of them are here
-            reason, out = str(error), StepOutput(torch.tensor(float("nan"), device=self.ctx.device))
+            out = StepOutput(torch.tensor(float("nan"), device=self.ctx.device))
+            self.require(out.loss, "loss", place, out, str(error))
+            raise  # the check was switched off
         out.loss = faults.poison("loss", out.loss, place.step, self.phase)
-        self.require(out.loss, "loss", place, out, reason)
-        self._require_bounds(out, place)
         return out
+
+    def check(self, out: StepOutput, place: Place) -> dict[str, float]:
+        """The figures of an output that is sound on every rank; before any weight changes. Collective.
+
+        Raises:
+            NumericsError: it is not sound; `agreed`.
+        """
+        self.require(out.loss, "loss", place, out)
+        self._require_bounds(out, place)
+        return {name: float(value) for name, value in out.metrics.items()}
 
     def require(
         self, value: Tensor, what: str, place: Place, out: StepOutput | None = None, reason: str | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distunlearn.config import RunConfig
 from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.data.transfer import on_device
 from distunlearn.data.views import id_hashes, make_view
 from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, MomentumEncoder, batchnorm_mode
 from distunlearn.objectives.base import Branches, Objective
@@ -85,10 +86,13 @@ class Context:
 
 @dataclass
 class StepOutput:
-    """Result of one step: `loss` is a scalar to minimise, `consumed` the ids that entered it, by role."""
+    """Result of one step: `loss` is a scalar to minimise, `consumed` the ids that entered it, by role.
+
+    metrics: figures to log; a tensor of one element is read after the backward, when nothing waits for it.
+    """
 
     loss: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
     consumed: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -158,7 +162,7 @@ def image_mean(values: Tensor) -> Tensor:
 
 def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     """Two random views of a batch on the encoder's device, float [n, C, S, S] each; `pair` gives others."""
-    images = batch.images.to(ctx.device, non_blocking=True)
+    images = on_device(batch.images, ctx.device)
     key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
     compiled = ctx.cfg.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
     return [
@@ -209,8 +213,8 @@ def embed(
             keys = ctx.momentum(torch.cat(keyed))
         target = keys.projection.view(shape)
         target_embedding = keys.embedding.to(target.dtype).view(shape)
-    labels = batch.labels.to(ctx.device) if batch.labels is not None else None
-    ids = torch.from_numpy(id_hashes(batch.ids)).to(ctx.device)
+    labels = on_device(batch.labels, ctx.device) if batch.labels is not None else None
+    ids = on_device(id_hashes(batch.ids), ctx.device)
     if copies is not None:
         shape = (len(online), len(copies), -1)
         ids, labels = ids[copies], None if labels is None else labels[copies]

@@ -62,7 +62,7 @@ class Contrastive(Stateless):
         batch = batches[self.feeder]
         value, branches = utility(ctx, batch)
         enqueue(ctx, branches)
-        return StepOutput(loss=value, metrics={"utility": float(value.detach())}, consumed={self.feeder: batch.ids})
+        return StepOutput(loss=value, metrics={"utility": value.detach()}, consumed={self.feeder: batch.ids})
 
 
 class Retrain(Contrastive):

@@ -39,6 +39,7 @@ from distunlearn.constraints.distances import DISTANCES, permutation_test, surro
 from distunlearn.constraints.evaluators import Constrained, make_evaluator
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
+from distunlearn.data.transfer import on_device
 from distunlearn.errors import NumericsError
 from distunlearn.methods.base import Context, StepOutput, embed, unlearn_batches, view_pair
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
@@ -164,6 +165,7 @@ class ThirdParty:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
         task, retained = utility(ctx, retain)  # first: the batch statistics change the buffers the second forward saves
         bank = retain_bank(ctx, retained)
+        on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
         match = functools.partial(self._match_gradients, ctx)
         found = self.evaluator.constrain(ctx, forget, third, bank, match)
         pull = self._require_pull(ctx, found) if ctx.step == 0 else None
@@ -183,20 +185,20 @@ class ThirdParty:
             total = total + weights.distill_weight * drift
         enqueue(ctx, retained)
         metrics = {
-            "utility": float(task.detach()),
-            "phi_gradient": float(found.phi),
-            "phi_output": float(phi_o),
-            "gradient_term_on": float(self.switch_gradient.active),
-            "output_term_on": float(self.switch_output.active),
-            "confidence_term": float(confidence_term.detach()),
-            "third_party_confidence": float(c_t.detach().mean()),
+            "utility": task.detach(),
+            "phi_gradient": found.phi,
+            "phi_output": phi_o,
+            "gradient_term_on": on["gradient"],
+            "output_term_on": on["output"],
+            "confidence_term": confidence_term.detach(),
+            "third_party_confidence": c_t.detach().mean(),
             "hinge_active_share": active,
             **found.metrics,
         }
         if pull is not None:
             metrics["constraint_gradient"] = pull
         if weights.distill_weight:
-            metrics["drift"] = float(drift.detach())
+            metrics["drift"] = drift.detach()
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
 
@@ -269,14 +271,17 @@ class ThirdParty:
         pull = surrogate(forget, local, ctx.world)
         return phi, active * (pull + (phi - pull).detach())  # Phi in value, the pull in gradient
 
-    def _confidence(self, ctx: Context, third: list[Branches], bank: Bank | None, c: Tensor) -> tuple[Tensor, float]:
+    def _confidence(
+        self, ctx: Context, third: list[Branches], bank: Bank | None, c: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The term, and the share of third-party images whose confidence it lowers."""
         sizes = gather_sizes(c.shape[0], c.device)
         share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, uneven or not
         if self.cfg.method.confidence == "entropy":
             terms = [entropy_confidence(ctx.objective.logits(b, bank)) for b in third]
             return share * torch.stack(terms).mean(), 1.0
-        term, active = hinge_confidence(c, self.threshold.to(c))
-        return share * term, float(all_reduce_mean(torch.as_tensor(share * active)))
+        term, active = hinge_confidence(c, on_device(self.threshold, c.device, c.dtype))
+        return share * term, all_reduce_mean(torch.as_tensor(share * active))
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,8 @@ def test_input_penalty_against_double_backward(encoder, center):
     ctx = context(cfg)
     gp = small.evaluator(cfg)
     forget, third = small.batch("forget"), small.batch("third_party")
-    mixed = gp._interpolates(ctx, forget, third, 0, 0)
+    shown = [torch.cat(both) for both in zip(small.views(ctx, forget), small.views(ctx, third), strict=True)]
+    mixed = gp._interpolates(ctx, shown, len(forget), 0, 0)
     own, other = (small.views(ctx, b) for b in (forget, third))
     rows = torch.arange(len(forget)) % len(third)
     share = (mixed[0] - other[0][rows]).flatten(1).norm(dim=1) / (own[0] - other[0][rows]).flatten(1).norm(dim=1)

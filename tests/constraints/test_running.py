@@ -139,6 +139,31 @@ def test_values_that_are_not_finite_stop_the_run(bad):
         PhiSwitch(bad, 0.9)
 
 
+class OnGpu(torch.Tensor):
+    """A value that says it lies on a GPU; `reads` counts how often one was waited for."""
+
+    reads = 0
+    device = torch.device("cuda")
+
+    def __float__(self) -> float:
+        OnGpu.reads += 1
+        return float(self.as_subclass(torch.Tensor))
+
+
+def test_a_value_on_a_gpu_is_read_when_the_switch_is_needed():
+    own, other = PhiSwitch(1.0, 0.9), PhiSwitch(1.0, 0.9)
+    OnGpu.reads = 0
+    for step, phi in enumerate([3.0, 0.2, 0.1]):
+        assert own.active == other.active and OnGpu.reads == step
+        own.update(torch.tensor(phi, dtype=torch.float64).as_subclass(OnGpu))
+        other.update(phi)
+        assert OnGpu.reads == step, "no step waits for its own"
+    assert own.state_dict() == other.state_dict() and OnGpu.reads == 3
+    own.update(torch.tensor(math.nan).as_subclass(OnGpu))
+    with pytest.raises(NumericsError, match="distance between the gradients"):
+        _ = own.mean
+
+
 def test_state_of_the_switch_is_exact_through_a_file():
     rng = np.random.default_rng(0)
     whole, first, resumed = PhiSwitch(1 / 3, 0.9), PhiSwitch(1 / 3, 0.9), PhiSwitch(0.0, 0.9)

@@ -233,7 +233,7 @@ def gradients(case: Case, ctx: Context, method: third_party.ThirdParty, backend:
             with backend.micro_batch(last=ctx.micro == case.accumulate - 1):
                 out = method.loss(ctx, batches)
                 backend.backward(out.loss / case.accumulate)
-    return out.metrics
+    return {name: float(value) for name, value in out.metrics.items()}
 
 
 @contextmanager

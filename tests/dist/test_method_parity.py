@@ -96,7 +96,8 @@ def train(method, ctx: Context, dtype: torch.dtype, backward: Callable, update: 
             update()
             states.append(state())
     kept = {k: v for k, v in method.state_dict().items() if not k.startswith("places")}
-    return {"states": states, "started": started, "state": kept, "metrics": out.metrics}
+    metrics = {name: float(value) for name, value in out.metrics.items()}
+    return {"states": states, "started": started, "state": kept, "metrics": metrics}
 
 
 def plain(name: str, objective: str, dtype: torch.dtype) -> dict:

@@ -86,7 +86,7 @@ def test_the_constraint_has_a_gradient_for_every_objective(objective):
     cfg = config(objective)
     method, ctx = started(cfg)
     out = method.loss(ctx, BATCHES)
-    assert torch.isfinite(out.loss) and all(np.isfinite(value) for value in out.metrics.values())
+    assert torch.isfinite(out.loss) and all(np.isfinite(float(value)) for value in out.metrics.values())
     assert out.consumed == {role: BATCHES[role].ids for role in BATCHES}
 
     def gradient(**weights: float) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_every_distance_is_drawn_anew_at_every_step(name):
         return inner(ctx, pairs, bank, draw)
 
     ctx.step, method.evaluator._describe = 7, remember
-    found = method.loss(ctx, BATCHES).metrics["phi_gradient"]
+    found = float(method.loss(ctx, BATCHES).metrics["phi_gradient"])
     forget, third = (method._scale(rows) for rows in features)
     assert found == pytest.approx(float(DISTANCES[name](forget, third, seed=3, step=7)), rel=1e-5)
     other = float(DISTANCES[name](forget, third, seed=3, step=8))
@@ -209,9 +209,9 @@ def test_confidence_is_lowered_on_third_party_only(confidence):
     restore()
     other = method.loss(ctx, {**BATCHES, "forget": batch("forget-other", 6)})
     restore()
-    assert out.metrics["confidence_term"] == pytest.approx(other.metrics["confidence_term"], rel=1e-6)
+    assert float(out.metrics["confidence_term"]) == pytest.approx(float(other.metrics["confidence_term"]), rel=1e-6)
     third = method.loss(ctx, {**BATCHES, "third_party": batch("third-other", 8)})
-    assert out.metrics["confidence_term"] != pytest.approx(third.metrics["confidence_term"], rel=1e-6)
+    assert float(out.metrics["confidence_term"]) != pytest.approx(float(third.metrics["confidence_term"]), rel=1e-6)
 
 
 def test_hinge_is_active_at_the_start():

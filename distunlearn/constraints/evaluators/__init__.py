@@ -13,9 +13,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Look, Match
+from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Look, Match, Views
 from distunlearn.constraints.evaluators.ghost_norm import GhostNorm
 from distunlearn.constraints.evaluators.head import Head
 from distunlearn.constraints.evaluators.input_gp import InputGP
@@ -37,13 +37,13 @@ EVALUATORS: dict[str, Callable[..., Evaluator]] = {
 }
 
 
-def make_evaluator(cfg: RunConfig, look: Look, views: Callable[..., Any]) -> Evaluator:
+def make_evaluator(cfg: RunConfig, look: Look, views: Views) -> Evaluator:
     """The evaluator that `cfg` names.
 
-    look: see `base.Look`. views: (ctx, batch, pair) -> the two views of a batch, for interpolates.
+    look, views: see `base.Look` and `base.Views`.
     """
     build = EVALUATORS[cfg.constraint.evaluator]
-    return build(cfg, look, views) if build is InputGP else build(cfg, look)
+    return build(cfg, look) if build in (Head, Sliced) else build(cfg, look, views)
 
 
 def extra_images(evaluator: str, branches: int, momentum: bool, forget: int, third: int) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "Look",
     "Match",
     "StepCheck",
+    "Views",
     "default_rho",
     "grad_wanted",
     "joined",
@@ -48,6 +49,8 @@ __all__ = [
 
 # look(ctx, batch, pair=, copies=, network=, momentum=, views=): `embed` with running statistics, labels settled.
 Look = Callable[..., Branches]
+# views(ctx, batch, pair) -> both views of every image: what `look` shows, made once for all passes of a step.
+Views = Callable[["Context", Batch, int], list[Tensor]]
 # match(forget [n, k] with graph, third [m, k]) -> Phi without graph, and the local term with Phi's gradient.
 Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

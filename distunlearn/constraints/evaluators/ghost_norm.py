@@ -18,6 +18,7 @@ from distunlearn.constraints.evaluators.base import (
     Look,
     Match,
     StepCheck,
+    Views,
     default_rho,
     grad_wanted,
     joined,
@@ -47,8 +48,8 @@ RHO = {"fp32": 5e-4, "bf16": 6e-3}  # length of a step in the space of all weigh
 class GhostNorm:
     """Features ln max(n_i, floor), [n, 1]."""
 
-    def __init__(self, cfg: RunConfig, look: Look) -> None:
-        self.cfg, self.look = cfg, look
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
+        self.cfg, self.look, self.views = cfg, look, views
         self.rho = default_rho(cfg, RHO)
         self.check = StepCheck(cfg, self.rho)
 
@@ -57,14 +58,15 @@ class GhostNorm:
         found = []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
-            gradients, pairs = self._gradients(ctx, piece, bank, kept=0)
+            gradients, pairs = self._gradients(ctx, piece, bank, self._viewed(ctx, piece), kept=0)
             found.append((_describe(gradients.norm()), pairs))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
         batch, count = concat_batches(forget, third), len(forget)
-        gradients, seen = self._gradients(ctx, batch, bank, kept=count)
+        viewed = self._viewed(ctx, batch)
+        gradients, seen = self._gradients(ctx, batch, bank, viewed, kept=count)
         norms = gradients.norm()
         leaf = norms[:count].detach().requires_grad_()
         phi, goal = match(_describe(leaf), _describe(norms[count:]))
@@ -76,8 +78,8 @@ class GhostNorm:
             steps = rho / norms[:count].clamp_min(NORM_FLOOR)
             with gradients.armed(signs * ctx.objective.branches, steps), shared(ctx, count, len(copies)):
                 shown = [
-                    self.look(ctx, batch, pair=pair, copies=copies, network=network, momentum=False)
-                    for pair in range(self.cfg.method.view_pairs)
+                    self.look(ctx, batch, views=views, copies=copies, network=network, momentum=False)
+                    for views in viewed
                 ]
             shown = [reuse_targets(b, first, copies) for b, first in zip(shown, seen, strict=True)]
             plus, minus = ([b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count)))
@@ -93,16 +95,18 @@ class GhostNorm:
         pull = pulls.sum()
         return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
 
+    def _viewed(self, ctx: Context, batch: Batch) -> list[list[Tensor]]:
+        """Both views of a batch, by pair."""
+        return [self.views(ctx, batch, pair) for pair in range(self.cfg.method.view_pairs)]
+
     @grad_wanted
     def _gradients(
-        self, ctx: Context, batch: Batch, bank: Bank | None, kept: int
+        self, ctx: Context, batch: Batch, bank: Bank | None, viewed: list[list[Tensor]], kept: int
     ) -> tuple[GhostGradients, list[Branches]]:
         """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches; without graph."""
         recorder = Recorder(probed_layers(ctx.model, self.cfg.constraint.layers))
         with recorder.recording():
-            pairs = [
-                self.look(ctx, batch, pair=pair, network=ctx.first_pass) for pair in range(self.cfg.method.view_pairs)
-            ]
+            pairs = [self.look(ctx, batch, views=views, network=ctx.first_pass) for views in viewed]
         total = mean_loss(ctx, pairs, bank).sum()
         try:
             gradients = recorder.gradients(total, len(batch), kept)

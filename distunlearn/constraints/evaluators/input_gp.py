@@ -23,6 +23,7 @@ from distunlearn.constraints.evaluators.base import (
     Look,
     Match,
     StepCheck,
+    Views,
     default_rho,
     grad_wanted,
     reuse_targets,
@@ -30,6 +31,7 @@ from distunlearn.constraints.evaluators.base import (
     without_graph,
 )
 from distunlearn.data.schedule import Batch, concat_batches, random_words
+from distunlearn.data.transfer import on_device
 from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.gather import all_gather_uneven, all_reduce_mean, gather_sizes, mean_scale
@@ -48,24 +50,25 @@ RHO = {"fp32": 1e-2, "bf16": 1e-1}  # length of a step in the space of all pixel
 class InputGP:
     """No features are compared: the term is the penalty itself, and third-party images take part in interpolates."""
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Callable[[Context, Batch, int], list[Tensor]]) -> None:
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
         self.cfg, self.look, self.views = cfg, look, views
         self.rho = default_rho(cfg, RHO)
         self.check = StepCheck(cfg, self.rho)
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[None, list[Branches]]:
         """See `Evaluator.features`: None, and branches by pair of views."""
-        return None, self._pairs(ctx, batch)
+        return None, [self.look(ctx, batch, pair=pair) for pair in range(self.cfg.method.view_pairs)]
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`; `match` is not used."""
-        pairs = self._pairs(ctx, concat_batches(forget, third))
-        count = len(forget)
+        batch, count = concat_batches(forget, third), len(forget)
+        viewed = [self.views(ctx, batch, pair) for pair in range(self.cfg.method.view_pairs)]
+        pairs = [self.look(ctx, batch, views=views) for views in viewed]
         sizes = gather_sizes(count, ctx.device)
         scale = mean_scale(sizes) / len(pairs)
         penalty, term, places, wholes, halves = 0.0, 0.0, [], [], []
         for pair in range(len(pairs)):
-            views = self._interpolates(ctx, forget, third, pair, sum(sizes[: ctx.rank]))
+            views = self._interpolates(ctx, viewed[pair], count, pair, sum(sizes[: ctx.rank]))
             slopes, along, first = self._slopes(ctx, forget, bank, pair, views)
             excess = slopes - self.cfg.constraint.center
             pulls = 2 * excess * self._differences(
@@ -85,20 +88,18 @@ class InputGP:
         parts = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
         return Constrained(phi, term + (phi - term).detach(), *parts, metrics, places)
 
-    def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
-        return [self.look(ctx, batch, pair=pair) for pair in range(self.cfg.method.view_pairs)]
-
-    def _interpolates(self, ctx: Context, forget: Batch, third: Batch, pair: int, first: int) -> list[Tensor]:
-        """Both views of every x_i, [n, C, S, S]; `first` is this rank's first row in the global forget batch.
+    def _interpolates(self, ctx: Context, views: list[Tensor], count: int, pair: int, first: int) -> list[Tensor]:
+        """Both views of every x_i, [n, C, S, S], from those of n = `count` forgotten images and of third-party images
+        after them; `first` is this rank's first row in the global forget batch.
 
         Partners and alphas go by the row in the global batch, so that they do not depend on the number of ranks.
         """
-        rows = torch.arange(first, first + len(forget), device=ctx.device)
-        words = random_words(first + len(forget), "interpolate", self.cfg.seed, ctx.draw, pair)[first:]
-        alpha = torch.from_numpy((words >> 11) / 2.0**53).to(ctx.device)[:, None, None, None]
+        rows = torch.arange(first, first + count, device=ctx.device)
+        words = random_words(first + count, "interpolate", self.cfg.seed, ctx.draw, pair)[first:]
+        alpha = on_device((words >> 11) / 2.0**53, ctx.device)[:, None, None, None]
         mixed = []
-        for own, other in zip(self.views(ctx, forget, pair), self.views(ctx, third, pair), strict=True):
-            partners = all_gather_uneven(other)
+        for view in views:
+            own, partners = view[:count], all_gather_uneven(view[count:])
             share = alpha.to(own.dtype)
             mixed.append(share * own + (1 - share) * partners[rows % len(partners)])
         return mixed

@@ -26,6 +26,7 @@ from distunlearn.constraints.evaluators.base import (
     Look,
     Match,
     StepCheck,
+    Views,
     default_rho,
     grad_wanted,
     joined,
@@ -74,31 +75,34 @@ def describe(sketches: Tensor) -> Tensor:
 class _Probing:
     """The first pass: sketches of all samples of a batch."""
 
-    def __init__(self, cfg: RunConfig, look: Look) -> None:
-        self.cfg, self.look = cfg, look
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
+        self.cfg, self.look, self.views = cfg, look, views
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.features`; without graph, and a part of the batch at a time."""
         probes, found = draw_probes(self.cfg, ctx, draw), []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
-            sketches, pairs = self._sketches(ctx, piece, bank, probes)
+            sketches, pairs = self._sketches(ctx, piece, bank, probes, self._viewed(ctx, piece))
             found.append((describe(sketches), [without_graph(b) for b in pairs]))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
+    def _viewed(self, ctx: Context, batch: Batch) -> list[list[Tensor]]:
+        """Both views of a batch, by pair."""
+        return [self.views(ctx, batch, pair) for pair in range(self.cfg.method.view_pairs)]
+
     @grad_wanted
     def _sketches(
-        self, ctx: Context, batch: Batch, bank: Bank | None, probes: ProbeSet, exact: bool = False
+        self, ctx: Context, batch: Batch, bank: Bank | None, probes: ProbeSet, viewed: list[list[Tensor]],
+        exact: bool = False,
     ) -> tuple[Tensor, list[Branches]]:
         """S [n, L, k_out, k_in] and the branches they come from; with a graph of second order if `exact`."""
         leaves = probes.leaves(len(batch))
         rows = torch.arange(len(batch), device=ctx.device).repeat(ctx.objective.branches)
         attention = sdpa_kernel(SDPBackend.MATH) if exact else nullcontext()  # fused kernels differentiate once
         network = ctx.forward if exact else ctx.first_pass  # what the optimizer sees, or not
-        with probes.listening(leaves, rows), attention:
-            pairs = [
-                self.look(ctx, batch, pair=pair, network=network) for pair in range(self.cfg.method.view_pairs)
-            ]
+        with probes.listening(leaves, rows, twice=exact), attention:
+            pairs = [self.look(ctx, batch, views=views, network=network) for views in viewed]
             total = mean_loss(ctx, pairs, bank).sum()
             sketches = torch.autograd.grad(total, leaves, create_graph=exact, allow_unused=True)
         for name, sketch in zip(probes.layers, sketches, strict=True):
@@ -110,8 +114,8 @@ class _Probing:
 class Sketch(_Probing):
     """Features (log |S|, S) over the chosen layers, differentiated by signed copies of the forgotten images."""
 
-    def __init__(self, cfg: RunConfig, look: Look) -> None:
-        super().__init__(cfg, look)
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
+        super().__init__(cfg, look, views)
         self.rho = default_rho(cfg, RHO)
         self.check = StepCheck(cfg, self.rho)
 
@@ -119,7 +123,8 @@ class Sketch(_Probing):
         """See `Evaluator.constrain`."""
         batch, count = concat_batches(forget, third), len(forget)
         probes = draw_probes(self.cfg, ctx, ctx.draw)
-        sketches, seen = self._sketches(ctx, batch, bank, probes)
+        viewed = self._viewed(ctx, batch)
+        sketches, seen = self._sketches(ctx, batch, bank, probes, viewed)
         seen = [without_graph(b) for b in seen]
         leaf = sketches[:count].detach().requires_grad_()
         phi, goal = match(describe(leaf), describe(sketches[count:]))
@@ -134,11 +139,10 @@ class Sketch(_Probing):
             rows = copies.clamp_max(count - 1).repeat(branches)  # third-party: any core, its sign is 0
             with probes.armed((rho * unit).unbind(1), rows, signs * branches), shared(ctx, count, len(copies)):
                 shown = [
-                    reuse_targets(
-                        self.look(ctx, batch, pair=pair, copies=copies, network=network, momentum=False), first, copies
-                    )
-                    for pair, first in enumerate(seen)
+                    self.look(ctx, batch, views=views, copies=copies, network=network, momentum=False)
+                    for views in viewed
                 ]
+            shown = [reuse_targets(b, first, copies) for b, first in zip(shown, seen, strict=True)]
             plus, minus = (
                 [b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count))
             )
@@ -162,8 +166,8 @@ class DoubleBackward(_Probing):
         ConfigError: the backend shards weights.
     """
 
-    def __init__(self, cfg: RunConfig, look: Look) -> None:
-        super().__init__(cfg, look)
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
+        super().__init__(cfg, look, views)
         if cfg.backend in ("fsdp2", "zero3"):
             raise ConfigError(
                 f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
@@ -173,7 +177,8 @@ class DoubleBackward(_Probing):
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
         probes, count = draw_probes(self.cfg, ctx, ctx.draw), len(forget)
-        sketches, pairs = self._sketches(ctx, concat_batches(forget, third), bank, probes, exact=True)
+        batch = concat_batches(forget, third)
+        sketches, pairs = self._sketches(ctx, batch, bank, probes, self._viewed(ctx, batch), exact=True)
         own = sketches[:count]
         phi, term = match(describe(own), describe(sketches[count:]))
         parts = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
