@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the timed steps")
     parser.add_argument("--retain", type=int, help="retain images of a timed step, a multiple of 4 (cpu: 16, cuda: 64)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--encoders", nargs="+", metavar="TEXT", help="only those whose name holds one of these")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="the steps that are timed")
     parser.add_argument("--counted", type=Path, help="take operations and live memory from this JSON of another run")
     parser.add_argument("--document", type=Path, help="write the results here, and as .json beside it")
@@ -114,6 +115,10 @@ def main() -> None:
     result |= {"machine": machine(args.device), "retain": retain, "rounds": args.rounds}
     result |= {"device": args.device, "precision": args.precision}
     encoders = ENCODERS if args.device == "cpu" else PRODUCTION
+    if args.encoders:
+        encoders = {name: encoder for name, encoder in encoders.items() if any(text in name for text in args.encoders)}
+    if not encoders:
+        parser.error(f"no encoder timed on {args.device} is named like {' or '.join(args.encoders)}")
     result["timed"] = measured(encoders, retain, args.rounds, args.device, args.precision, args.steps)
     result["time_ratios"] = {
         name: {
