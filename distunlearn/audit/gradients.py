@@ -22,7 +22,8 @@ from distunlearn.encoders.model import ContrastiveModel
 
 __all__ = ["network_gradient_norms"]
 
-CHUNK_BYTES = 256 << 20  # of per-sample gradients held at a time
+CHUNK_BYTES = 256 << 20  # of per-sample gradients held at a time by a CPU
+GPU_SHARE = 8  # a GPU: this part of its memory
 CHUNK_IMAGES = 64
 
 
@@ -46,12 +47,30 @@ def network_gradient_norms(model: ContrastiveModel, views: Tensor, delta: Tensor
         gradients = grad(weighted_output)(weights, sample, cotangent)
         return torch.stack([g.double().square().sum() for g in gradients.values()]).sum()
 
-    size = 4 * sum(p.numel() for p in weights.values())
-    step = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // size))
+    step = _chunk(sum(p.numel() for p in weights.values()), views.device)
     delta = delta.to(next(iter(weights.values())).dtype)
-    found = []
+    found, start = [], 0
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
-        for start in range(0, views.shape[1], step):
+        while start < views.shape[1]:
             rows = slice(start, start + step)
-            found.append(vmap(squared_norm, in_dims=(1, 1))(views[:, rows], delta[:, rows]).detach().sqrt())
+            try:
+                squares = vmap(squared_norm, in_dims=(1, 1))(views[:, rows], delta[:, rows]).detach()
+            except torch.OutOfMemoryError:  # by the activations of large images, which nothing above counts
+                if step == 1:
+                    raise
+                squares = None
+            if squares is None:  # the error is gone now, and what it held on to
+                step //= 2
+                torch.cuda.empty_cache()
+                continue
+            found.append(squares.sqrt())
+            start += step
     return torch.cat(found).cpu().numpy() if found else np.zeros(0)
+
+
+def _chunk(numbers: int, device: torch.device) -> int:
+    """Images at a time whose gradients of so many numbers fit into what is set aside for them; the norms are alike."""
+    room = CHUNK_BYTES
+    if device.type == "cuda":
+        room = max(room, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+    return max(1, min(CHUNK_IMAGES, room // (4 * numbers)))

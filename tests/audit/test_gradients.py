@@ -78,6 +78,31 @@ def test_norms_are_those_of_one_backward_pass_per_image(encoder, name, monkeypat
     assert min(expected) > 1e-8  # else equal norms would say nothing
 
 
+def test_fewer_images_at_a_time_where_memory_runs_out(monkeypatch):
+    model, objective, views, branches, bank = setting(RESNET, "simclr", n=7)
+    with torch.no_grad():
+        delta = objective.per_sample_delta(branches(slice(None)), bank)
+    whole = network_gradient_norms(model, views, delta)
+    tried, most = [], 3
+
+    def scarce(function, in_dims):
+        def run(views, delta):
+            tried.append(views.shape[1])
+            if views.shape[1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.func.vmap(function, in_dims=in_dims)(views, delta)
+
+        return run
+
+    monkeypatch.setattr(gradients, "vmap", scarce)
+    monkeypatch.setattr(gradients, "CHUNK_IMAGES", 5)
+    np.testing.assert_allclose(network_gradient_norms(model, views, delta), whole, rtol=1e-12)
+    assert tried == [5, 2, 2, 2, 1]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        network_gradient_norms(model, views, delta)
+
+
 def test_leaving_out_a_branch_is_noticed():
     """Negative control: the norm of one branch alone is another number."""
     model, objective, views, branches, bank = setting(RESNET, "simclr")
