@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -145,8 +146,7 @@ def _head(grid: str, results: Sequence[Result], command: str, ranking: list, att
     cores = (env.get("cpu") or {}).get("cores")
     ranked = ", ".join(f"{name} {100 * power:.1f}" for name, power in ranking)
     hours = sum(r["processor_seconds"] for r in results) / 3600
-    return "\n\n".join([
-        f"# Forgetting benchmark, grid {grid}",
+    paragraphs = [
         f"Date: {date.today()}. Python {env.get('python')}, distunlearn {env.get('distunlearn')}, {packages}. "
         f"Hardware: {cores} cores of a {platform.machine()} CPU; {hours:.2f} hours of processor time. "
         "GPUs: not measured.",
@@ -155,7 +155,9 @@ def _head(grid: str, results: Sequence[Result], command: str, ranking: list, att
         "The four were ranked on the validation groups by power, |AUC - 0.5| on the original encoder in points: "
         f"{ranked}. Chosen: {', '.join(attacks)}. Intervals: 95 %, Student's t over seeds; differences paired by seed. "
         f"A method is *tied* with `{OURS}` where the interval of the difference contains 0.",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    wrapped = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) for text in paragraphs]
+    return "\n\n".join([f"# Forgetting benchmark, grid {grid}", *wrapped])
 
 
 HEADER = (
@@ -207,27 +209,36 @@ def _ahead(settings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             decided = np.isfinite(low) and (low > 0 or high < 0)
             places["tied" if not decided else "larger" if mean > 0 else "smaller"].append(name)
         lines.append(f"| {setting} | " + " | ".join(", ".join(names) or "-" for names in places.values()) + " |")
-    note = "With one seed no difference is decided, and every method counts as tied."
-    return "\n".join(lines) + f"\n\n{note}"
+    text = "\n".join(lines)
+    if any(len(row["gaps"]) == 1 for methods in settings.values() for row in methods.values()):
+        text += "\n\nWith one seed no difference is decided, and such a method counts as tied."
+    return text
 
 
 def draw(path: Path, setting: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
     """Cost across, average gap up, utility lost by colour; the best place is the lower left, in a light colour."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
     shown = {name: row for name, row in methods.items() if row["gaps"]}
     across = [max(100 * row["cost"], 0.1) for row in shown.values()]
     up = [t_interval(list(row["gaps"].values()))[0] for row in shown.values()]
     lost = [100 * (row["knn_original"] - row["knn"]) for row in shown.values()]
     dots = axes.scatter(across, up, c=lost, cmap="viridis_r", s=70, edgecolors="black", linewidths=0.5)
-    for name, x, y in zip(shown, across, up, strict=True):
-        side = {"xytext": (5, 4)} if x < 10 else {"xytext": (-6, 4), "ha": "right"}  # away from the nearer edge
-        axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, **side)
+    order = sorted(range(len(up)), key=lambda at: -up[at])
+    names, least, span = list(shown), min(up), (max(up) - min(up)) or 1.0
+    places = np.linspace(1.0, 0.0, len(order)) if len(order) > 1 else [0.5]
+    for at, place in zip(order, places, strict=True):  # names in a column of their own: methods lie close together
+        axes.annotate(
+            f"{names[at]}, {up[at]:.1f}", (across[at], up[at]), xytext=(1.04, place), textcoords="axes fraction",
+            fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey", "relpos": (0, 0.5)},
+        )  # fmt: skip
+    axes.set_ylim(least - 0.08 * span, least + 1.08 * span)
     axes.set_xlim(0.07, 1.5 * max([100, *across]))  # before the scale, which would look for limits of its own
     axes.set_xscale("log")
     axes.set_xlabel("images passed, % of retraining (none: drawn at 0.1)")
     axes.set_ylabel("average gap to retrained, points")
     axes.set_title(setting)
-    figure.colorbar(dots, label="kNN accuracy lost, points")
+    figure.colorbar(dots, label="kNN accuracy lost, points", location="left", pad=0.02)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 

@@ -52,11 +52,13 @@ class Job:
     backend: str = "single"
     world: int = 1
     steps: int = 10
+    sync_batchnorm: bool = True
 
     def config(self) -> Any:
         return configuration(
-            ENCODERS[self.encoder], self.batch * self.world, backend=self.backend, steps=self.steps + WARM_UP
-        )
+            ENCODERS[self.encoder], self.batch * self.world, backend=self.backend, steps=self.steps + WARM_UP,
+            sync_batchnorm=self.sync_batchnorm,
+        )  # fmt: skip
 
 
 def work(jobs: list[Job], folder: Path) -> None:
@@ -160,7 +162,9 @@ def started(group: Group) -> None:
         group.step()
 
 
-def scale(cells: list[tuple[str, int]], backends: list[str], count: int, save: Any) -> list[dict[str, Any]]:
+def scale(
+    cells: list[tuple[str, int]], backends: list[str], count: int, save: Any, sync_batchnorm: bool = True
+) -> list[dict[str, Any]]:
     """Rounds of every cell (encoder, batch of a process) and backend beside the independent processes and the single
     one, which stay alive over all of them.
     """
@@ -172,7 +176,7 @@ def scale(cells: list[tuple[str, int]], backends: list[str], count: int, save: A
         beside = {"independent": Group(small, folder / "small", copies=2), "one": Group(large, folder / "large")}
         try:
             for backend in backends:
-                jobs = [Job(encoder, batch, backend, 2, count) for encoder, batch in cells]
+                jobs = [Job(encoder, batch, backend, 2, count, sync_batchnorm) for encoder, batch in cells]
                 groups = {**beside, "backend": Group(jobs, folder / backend)}
                 try:
                     for encoder, batch in cells:
@@ -217,7 +221,7 @@ def measured(result: dict[str, Any]) -> list[tuple[str, Measured]]:
     points = []
 
     def add(encoder: str, batch: int, backend: str, world: int, cpus: list[float]) -> None:
-        cfg = Job(encoder, batch, backend, world).config()
+        cfg = Job(encoder, batch, backend, world, sync_batchnorm=not result["local_batchnorm"]).config()
         if encoder not in counted:
             counted[encoder] = count_encoder(cfg)
         point = Measured(work_of(cfg, counted[encoder], None, world), backend, world, statistics.median(cpus))
@@ -254,6 +258,7 @@ def main() -> None:
                         help="what a process of a backend trains; batch: its images of a step")  # fmt: skip
     parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--local-batchnorm", action="store_true", help="batch statistics of each process's own images")
     parser.add_argument("--document", type=Path, help="write the results here; .json and .svg (plot) beside it")
     parser.add_argument("--worker", help="a process of a group, as JSON")
     parser.add_argument("--folder", type=Path)
@@ -263,7 +268,7 @@ def main() -> None:
         return
     begun = time.perf_counter()
     result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])}
-    result |= {"machine": machine("cpu"), "scaling": [], "single": []}
+    result |= {"machine": machine("cpu"), "scaling": [], "single": [], "local_batchnorm": args.local_batchnorm}
     cells = [(name, int(batch)) for name, _, batch in (cell.partition(":") for cell in args.cells)]
     if unknown := [name for name, _ in cells if name not in ENCODERS]:
         parser.error(f"--cells names {unknown[0]}, expected one of {', '.join(ENCODERS)} and a batch")
@@ -277,7 +282,7 @@ def main() -> None:
     result["single"] = single_points(max(3, args.rounds // 2))
     save()
     if args.backends:
-        save(scale(cells, args.backends, args.rounds, save))
+        save(scale(cells, args.backends, args.rounds, save, not args.local_batchnorm))
     result["model"] = modelled(measured(result))
     result |= {"minutes": (time.perf_counter() - begun) / 60, "load_after": os.getloadavg()[0]}
     save()
