@@ -1,6 +1,6 @@
 """The training loop: the same for pretraining, retraining and every way to forget.
 
-Step = batches of the schedule -> loss of the method -> finite check over ranks -> backward (up to here once for each
+Step = batches of the schedule -> loss of the method -> backward -> finite check over ranks (up to here once for each
 micro-batch) -> optimizer -> momentum encoder -> ledger, metrics, now and then a checkpoint. State at step k is
 (weights, optimizer, momentum encoder, queue, method, k): data order and views are pure functions of the step, so that
 a killed run, started again, ends in the same weights.

@@ -281,7 +281,7 @@ def test_attention_stays_fused_but_for_double_backward(name):
 
 
 @pytest.mark.parametrize("name", ["sketch", "ghost_norm"])
-def test_attention_sees_bf16_although_probes_add_in_float32(name):
+def test_attention_sees_bf16_where_probes_add(name):
     cfg = replace(config("vit", name), precision="bf16")
     ctx = context(cfg, torch.float32, autocast=True)
     keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
