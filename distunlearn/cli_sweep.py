@@ -40,6 +40,9 @@ class Sweep:
     attacks: Annotated[int, tyro.conf.arg(help="how many of the strongest attacks enter the score")] = 4
     jobs: Annotated[int, tyro.conf.arg(help="runs at a time, on this machine or of the array")] = 1
     processes: Annotated[int, tyro.conf.arg(help="processes of one run on this machine")] = 1
+    report: Annotated[
+        bool, tyro.conf.arg(help="run what was chosen on the report seeds; else end with chosen.json")
+    ] = True
     submit: Annotated[bool, tyro.conf.arg(help="give the next stage to SLURM", help_behavior_hint="")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="print that stage's script", help_behavior_hint="")] = False
     task: Annotated[
@@ -75,16 +78,22 @@ class Sweep:
         if self.submit or self.dry_run:
             print(self._next_stage())
         else:
-            print(run_sweep(self.out, self.jobs, self.processes))
+            print(run_sweep(self.out, self.jobs, self.processes, report=self.report))
         return 0
 
     def _next_stage(self) -> str:
         """Submit the array of the first unfinished stage, or print its script; with none left, the results' path."""
         from distunlearn.submit import script, submit
-        from distunlearn.sweep import STAGES, pending, plan_stage, write_results
+        from distunlearn.sweep import STAGES, pending, plan_stage, write_chosen, write_results
 
         for stage in STAGES:
-            left = [str(task.index) for task in pending(self.out, stage, plan_stage(self.out, stage))]
+            if stage == "reports":
+                chosen = write_chosen(self.out)
+                if not self.report:
+                    return str(chosen)
+            planned = plan_stage(self.out, stage)
+            wanted = planned[:1] if stage == "bases" and not self.report else planned
+            left = [str(task.index) for task in pending(self.out, stage, wanted)]
             if left:
                 at_once = f"%{self.jobs}" if self.jobs > 1 else ""
                 job = dataclasses.replace(self.job, array=",".join(left) + at_once, name=f"{self.job.name}-{stage}")

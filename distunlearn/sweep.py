@@ -5,7 +5,7 @@
     DIR/bases/0, 1, ...         original and retrained encoder of the validation seed, then of each report seed
     DIR/trials/0, 1, ...        a run each, on the validation base; reports/0, 1, ... the chosen settings on the others
     DIR/<stage>.json            the tasks of a stage; DIR/<stage>/<index>.json the result of one, written when it ended
-    DIR/results.json, results.md
+    DIR/chosen.json             {method: {key: value}}, written when the trials ended; DIR/results.json, results.md
 
 Every task is a plain run of its own with `reuse` of its base. Finished tasks are skipped by the digest of their config,
 interrupted ones go on. How a trial is chosen: see `sweep_results`.
@@ -35,7 +35,8 @@ from distunlearn.errors import ConfigError, DataError, DistunlearnError, Numeric
 from distunlearn.sweep_results import average_gap, choose, facts, gaps, page, strongest
 
 __all__ = [
-    "STAGES", "Sweep", "Task", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task", "write_results",
+    "STAGES", "Sweep", "Task", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task", "write_chosen",
+    "write_results",
 ]  # fmt: skip
 
 STAGES = ("bases", "trials", "reports")
@@ -228,17 +229,25 @@ def _digest(cfg: RunConfig) -> str:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_sweep(out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str] = ()) -> Path:
-    """All stages that are not finished, `jobs` runs at a time on this machine; returns results.md.
+def run_sweep(
+    out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str] = (), *, report: bool = True
+) -> Path:
+    """All stages that are not finished, `jobs` runs at a time on this machine; returns results.md, or chosen.json.
 
     processes: of one run, started by torchrun; more than 1 needs a distributed backend. extra: settings that change no
-        result, such as threads=1.
+        result, such as threads=1. report: run the chosen settings on the report seeds; without it only the
+        validation's base and the trials are run.
 
     Raises:
         DistunlearnError: a task ended otherwise than with an audit or by diverging; the others keep their results.
     """
     for stage in STAGES:
-        tasks = pending(out, stage, plan_stage(out, stage))
+        if stage == "reports":
+            chosen = write_chosen(out)
+            if not report:
+                return chosen
+        planned = plan_stage(out, stage)
+        tasks = pending(out, stage, planned[:1] if stage == "bases" and not report else planned)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shared = [f"threads={max(1, cores // (jobs * processes))}", *extra] if jobs > 1 else list(extra)
         folders = [out / stage / str(task.index) for task in tasks]
@@ -326,12 +335,19 @@ def _results(out: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _attacks(out: Path, what: Mapping[str, Any]) -> list[str]:
-    return strongest(_results(out, "bases")[0]["figures"], what["attacks"])
+    return strongest(_read(out / "bases" / "0.json")["figures"], what["attacks"])
 
 
 def _chosen(out: Path, what: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
     trials, attacks = _results(out, "trials"), _attacks(out, what)
     return {m: choose([t for t in trials if t["method"] == m], attacks) for m in what["methods"]}
+
+
+def write_chosen(out: Path) -> Path:
+    """chosen.json, {method: {key: value}} of all methods with a choice, from the results of all trials; its path."""
+    chosen = _chosen(out, _read(out / "sweep.json"))
+    _write(out / "chosen.json", {method: trial["settings"] for method, trial in chosen.items() if trial is not None})
+    return out / "chosen.json"
 
 
 def write_results(out: Path) -> Path:
