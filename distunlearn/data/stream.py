@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from distunlearn.config import RunConfig
 from distunlearn.data.manifest import Manifest
+from distunlearn.data.read_ahead import ReadAhead
 from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
 from distunlearn.data.tar_stream import read_shard
 from distunlearn.data.undecodable import Undecodable
@@ -56,10 +58,24 @@ class _Order(Sequence[str]):
 
 def _order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> _Order:
     chosen = manifest.select(roles)
-    name = roles if isinstance(roles, str) else ",".join(sorted(set(roles)))
-    place = np.argsort(permutation(len(chosen.shards), seed, "shards of", name, epoch))
-    block = place[chosen.shard_of] // BLOCK_SHARDS
-    return _Order(chosen.ids, np.lexsort((random_words(len(chosen.ids), seed, "samples of", name, epoch), block)))
+    block = np.argsort(_shard_order(manifest, roles, seed, epoch))[chosen.shard_of] // BLOCK_SHARDS
+    words = random_words(len(chosen.ids), seed, "samples of", _name(roles), epoch)
+    return _Order(chosen.ids, np.lexsort((words, block)))
+
+
+def _blocks(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> list[list[str]]:
+    """The shards of each block of this epoch, in the order in which it visits the blocks."""
+    shards = manifest.select(roles).shards
+    order = [shards[number] for number in _shard_order(manifest, roles, seed, epoch)]
+    return [order[start : start + BLOCK_SHARDS] for start in range(0, len(order), BLOCK_SHARDS)]
+
+
+def _shard_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> np.ndarray:
+    return permutation(len(manifest.select(roles).shards), seed, "shards of", _name(roles), epoch)
+
+
+def _name(roles: str | Sequence[str]) -> str:
+    return roles if isinstance(roles, str) else ",".join(sorted(set(roles)))
 
 
 class ImageStore:
@@ -273,6 +289,8 @@ class RoleFeeder:
         self._manifest = manifest
         self._roles = roles
         self._ahead: deque[_Ahead] = deque()
+        self._read_ahead: ReadAhead | None = None  # made when the first batch is streamed
+        self._new_read_ahead = partial(ReadAhead, manifest, roles, partial(_blocks, manifest, roles, seed), rank)
         count = self.rows.stop - self.rows.start
         # Small enough that all workers share a batch, which then is there sooner.
         self._piece = max(1, min(PIECE, -(-count // max(1, store.pool.num_workers))))
@@ -309,6 +327,8 @@ class RoleFeeder:
     def close(self) -> None:
         """Give up what was asked for ahead, and the room for it; the last call."""
         self._give_up()
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         self._store.pool.reserve(-self._reserved)
         self._reserved = 0
 
@@ -338,6 +358,10 @@ class RoleFeeder:
 
     def _ask(self, step: int) -> _Ahead:
         ids = self.cycle.at(step, self.rows)[1]
+        epochs, positions = self.cycle.positions(step, self.rows)
+        if ids:
+            self._read_ahead = self._read_ahead or self._new_read_ahead()
+            self._read_ahead.at(int(epochs[0]), int(positions[0]))
         pieces = []
         for start in range(0, len(ids), self._piece):
             rows = slice(start, min(start + self._piece, len(ids)))
