@@ -49,7 +49,7 @@ class Bench:
     runs: Path
     results: Path
     roots: dict[str, str]
-    tuned: dict[str, dict[str, Any]]
+    tuned: dict[str, dict[str, dict[str, Any]]]
     cap: float  # hours
     spent: float = 0.0  # seconds
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -180,7 +180,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--group", type=int, help="number of one group (a task of a SLURM array)")
     parser.add_argument("--methods", nargs="+", help="only these methods, besides the base")
     parser.add_argument("--root", action="append", default=[], metavar="DATASET=DIR", help="where a data set lies")
-    parser.add_argument("--tuned", type=Path, help="JSON {method: {key: value}}, chosen on other forget sets")
+    parser.add_argument(
+        "--tuned", action="append", default=[], metavar="DATASET=FILE",
+        help="chosen.json of `distunlearn sweep --no-report`: settings chosen on other forget sets of this data set",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="groups at a time")
     parser.add_argument("--cap", type=float, help="hours of processor time; default: the grid's own")
     parser.add_argument("--report", action="store_true", help="run nothing, write the document")
@@ -204,7 +207,8 @@ def main(argv: Sequence[str]) -> None:
         print(array_script(argv, len(everything)), end="")
         return
     roots = dict(text.split("=", 1) for text in args.root)
-    tuned = json.loads(args.tuned.read_text(encoding="utf-8")) if args.tuned else {}
+    chosen_for = dict(text.split("=", 1) for text in args.tuned)
+    tuned = {name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in chosen_for.items()}
     results = args.results or args.runs / "results"
     bench = Bench(grid, args.runs, results, roots, tuned, args.cap or grid.cap)
     if not args.report:

@@ -110,4 +110,3 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--seeds is {printable(text, 60)!r}, expected whole numbers such as 0,1,2")
     return tuple(int(part) for part in parts)
-

@@ -229,9 +229,7 @@ def _digest(cfg: RunConfig) -> str:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def run_sweep(
-    out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str] = (), *, report: bool = True
-) -> Path:
+def run_sweep(out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str] = (), *, report: bool = True) -> Path:
     """All stages that are not finished, `jobs` runs at a time on this machine; returns results.md, or chosen.json.
 
     processes: of one run, started by torchrun; more than 1 needs a distributed backend. extra: settings that change no

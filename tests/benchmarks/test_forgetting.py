@@ -66,8 +66,10 @@ def test_settings_of_cells_are_valid_and_their_digest_knows_no_folder(tmp_path):
     assert plain.data.forget == 0.2 and plain.encoder.name == "vit_tiny_patch16_224"
     reused = cell_config(cell, grid, {}, {}, tmp_path)
     assert cell_digest(plain) == cell_digest(reused)
-    tuned = cell_config(cell, grid, {}, {cell.method: {"unlearn.lr": 1e-5}})
+    chosen = {cell.method: {"unlearn.lr": 1e-5}}
+    tuned = cell_config(cell, grid, {}, {cell.dataset: chosen})
     assert tuned.unlearn.lr == 1e-5 and cell_digest(tuned) != cell_digest(plain)
+    assert cell_digest(cell_config(cell, grid, {}, {"another": chosen})) == cell_digest(plain)
 
 
 def test_variants_are_cells_of_their_own_and_change_what_they_say(tmp_path):

@@ -207,6 +207,35 @@ def test_results_report_the_chosen_settings_and_not_the_best_report(tmp_path, mo
         pending(tmp_path, "trials", plan_stage(tmp_path, "trials"))
 
 
+def test_without_a_report_the_choice_is_written_and_nothing_else_is_run(tmp_path, monkeypatch, capsys):
+    """The report that follows goes on from there."""
+    ran = []
+
+    def fake(folder, processes, extra):
+        stage, index = folder.parent.name, int(folder.name)
+        task = json.loads((tmp_path / f"{stage}.json").read_text())[index]
+        ran.append((stage, index))
+        folder.parent.mkdir(exist_ok=True)
+        found = figures({("trials", 1): 0.05}.get((stage, index), 0.2))
+        (folder.parent / f"{index}.json").write_text(json.dumps({**task, "code": 6, "figures": found}))
+        return 0, ""
+
+    monkeypatch.setattr(sweeping, "_start", fake)
+    args = ["sweep", "digits", "--out", str(tmp_path), "--methods", "finetune", "--trials", "3", "--seeds", "0,1"]
+    assert main([*args, *settings(), "--no-report"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "chosen.json")
+    assert sorted(ran) == [("bases", 0), ("trials", 0), ("trials", 1), ("trials", 2)]
+    chosen = json.loads((tmp_path / "chosen.json").read_text())
+    assert chosen == {"finetune": random(METHODS["finetune"].space, 2, 0, "finetune")[0]}
+    assert not (tmp_path / "results.json").exists()
+    assert main([*args, *settings(), "--no-report", "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "chosen.json")
+    ran.clear()
+    assert main([*args, *settings()]) == 0
+    assert sorted(ran) == [("bases", 1), ("bases", 2), ("reports", 0), ("reports", 1)]
+    assert (tmp_path / "results.json").exists()
+
+
 def test_a_task_that_fails_ends_the_sweep_with_its_code(tmp_path, monkeypatch):
     prepare_sweep(config(), Sweep(("finetune",)), tmp_path)
     monkeypatch.setattr(sweeping, "_start", lambda *_: (75, "stopped by SIGTERM"))

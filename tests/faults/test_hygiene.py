@@ -110,9 +110,9 @@ OPTIONS = {
     ),
     "sweep": (
         "--out --config --set --account --array --attacks --constraint --container --container-image --cpus --dry-run "
-        "--no-dry-run --gpus --jobs --memory --methods --name --nodes --no-submit --no-task --partition --processes "
-        "--requeues --search --search-seed --seeds --setup --submit --task --tasks --time --trials --validation-seed "
-        "--warning"
+        "--no-dry-run --gpus --jobs --memory --methods --name --nodes --no-report --no-submit --no-task --partition "
+        "--processes --report --requeues --search --search-seed --seeds --setup --submit --task --tasks --time "
+        "--trials --validation-seed --warning"
     ),
 }  # fmt: skip
 
