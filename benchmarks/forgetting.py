@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     found = [result for group in chosen for cell in group if (result := bench.result(cell)) is not None]
     if args.document:
         command = shlex.join(["python", "benchmarks/forgetting.py", *argv])
-        write_document(args.document, args.grid, found, command)
+        write_document(args.document, args.grid, found, command, tuned)
     passed = [Cell(**r["cell"]).name for r in found if r["cell"]["method"] in CONTROLS and r["verdict"] == "pass"]
     if passed:
         raise SystemExit(f"controls that must not pass did: {', '.join(passed)}")

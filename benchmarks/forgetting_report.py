@@ -72,8 +72,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - reach, mean + reach
 
 
-def paired(ours: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float, float]:
-    """other - ours over the seeds that both have: above 0 where ours has the smaller gap."""
+def paired(ours: Mapping[Any, float], other: Mapping[Any, float]) -> tuple[float, float, float]:
+    """other - ours over the seeds (or runs) that both have: above 0 where ours has the smaller gap."""
     seeds = sorted(set(ours) & set(other))
     return t_interval([other[seed] - ours[seed] for seed in seeds])
 
@@ -123,7 +123,9 @@ def _at(tree: Any, path: Sequence[str]) -> float | None:
     return tree
 
 
-def write_document(path: Path, grid: str, results: Sequence[Result], command: str) -> None:
+def write_document(
+    path: Path, grid: str, results: Sequence[Result], command: str, tuned: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """The document, and beside it `<name>-<setting>.png` for every setting with figures."""
     ranking = rank_attacks(results)
     attacks = [name for name, _ in ranking[:CHOSEN]]
@@ -136,7 +138,11 @@ def write_document(path: Path, grid: str, results: Sequence[Result], command: st
         picture = path.with_name(f"{path.stem}-{setting}.png")
         draw(picture, setting, methods)
         parts += [f"## {setting}", _table(methods), f"![forgetting, cost and utility]({picture.name})"]
-    parts += ["## Who is ahead", _ahead(settings), "## Raw figures", _raw(results)]
+    if len(settings) > 1:
+        parts += ["## Over all settings", _overall(settings)]
+    parts += ["## Who is ahead", _ahead(settings)]
+    parts += ["## Settings of the methods", _chosen(tuned)] if tuned else []
+    parts += ["## Raw figures", _raw(results)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -195,6 +201,43 @@ def _shown(mean: float, low: float, high: float, sign: bool = False) -> str:
     if not np.isfinite(mean):
         return "no result"
     return f"{mean:{form}}" + (f" [{low:{form}}, {high:{form}}]" if np.isfinite(low) else " (one seed)")
+
+
+def _overall(settings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Means over all runs of all settings; differences paired by setting and seed."""
+    gaps: dict[str, dict[tuple[str, int], float]] = {}
+    for setting, methods in settings.items():
+        for name, row in methods.items():
+            gaps.setdefault(name, {}).update({(setting, seed): gap for seed, gap in row["gaps"].items()})
+    ours = gaps.get(OURS, {})
+    lines = [f"| method | runs | average gap | minus that of {OURS} | kNN lost, points | images, % of retraining |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, own in sorted(gaps.items(), key=lambda item: t_interval(list(item[1].values()))[0]):
+        rows = [methods[name] for methods in settings.values() if methods.get(name, {}).get("gaps")]
+        if not rows:
+            lines.append(f"| {name} | 0 | no result | | | |")
+            continue
+        lost = float(np.mean([100 * (row["knn_original"] - row["knn"]) for row in rows]))
+        cost = float(np.mean([100 * row["cost"] for row in rows]))
+        minus = "" if name == OURS else _shown(*paired(ours, own), sign=True)
+        mean = t_interval(list(own.values()))[0]
+        lines.append(f"| {name} | {len(own)} | {mean:.2f} | {minus} | {lost:.1f} | {cost:.1f} |")
+    note = (
+        "Differences are paired by setting and seed; their interval treats all runs as independent, though settings of "
+        "one data set and seed forget the same images."
+    )
+    return "\n".join(lines) + "\n\n" + textwrap.fill(note, 120)
+
+
+def _chosen(tuned: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the search of each data set chose; a method that is not there has the recipe's settings."""
+    lines = ["| data set | method | settings |", "|---|---|---|"]
+    for dataset, methods in tuned.items():
+        for name, settings in methods.items():
+            said = ", ".join(f"`{key}={value:.3g}`" if isinstance(value, float) else f"`{key}={value}`"
+                             for key, value in settings.items())  # fmt: skip
+            lines.append(f"| {dataset} | {name} | {said or 'those of the recipe'} |")
+    return "\n".join(lines)
 
 
 def _ahead(settings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

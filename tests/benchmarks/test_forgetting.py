@@ -166,6 +166,29 @@ def test_the_document_says_who_is_ahead_tied_and_behind(tmp_path):
         write_document(path, "small", results[1:], "x")
 
 
+def test_all_settings_together_are_paired_by_setting_and_seed(tmp_path):
+    """Gaps of 4 attacks out of 6 figures: 100 * 4 / 6 of each AUC's distance; against scipy's paired test."""
+    results = [result("none", 100, 0.0, validation=True)]
+    own, other = (0.05, 0.06, 0.055, 0.03), (0.07, 0.06, 0.065, 0.09)
+    for place, (ours, theirs) in enumerate(zip(own, other, strict=True)):
+        for method, gap in (("third_party", ours), ("finetune", theirs), ("broken", 0.0)):
+            made = result(method, place % 2, gap, code=4 if method == "broken" else 0)
+            made["cell"]["encoder"] = ("resnet", "vit")[place // 2]
+            if method == "broken":
+                del made["summary"]
+            results.append(made)
+    path = tmp_path / "d.md"
+    write_document(path, "small", results, "x", {"digits": {"finetune": {"unlearn.lr": 0.00123456}, "sure": {}}})
+    text = path.read_text()
+    scale = 100 * 4 / 6
+    found = stats.ttest_rel([scale * v for v in other], [scale * v for v in own]).confidence_interval(0.95)
+    mean = scale * (sum(other) - sum(own)) / 4
+    row = f"| finetune | 4 | {scale * sum(other) / 4:.2f} | {mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] | 0.0 | 10.0 |"
+    assert row in text and "| broken | 0 | no result | | | |" in text
+    assert f"| third_party | 4 | {scale * sum(own) / 4:.2f} |  | 0.0 | 10.0 |" in text
+    assert "| digits | finetune | `unlearn.lr=0.00123` |" in text and "| digits | sure | those of the recipe |" in text
+
+
 @pytest.mark.matrix
 def test_smoke_grid_from_one_command(tmp_path):
     command = [sys.executable, str(SCRIPTS / "forgetting.py"), "--grid", "smoke", "--runs", str(tmp_path / "runs"),
