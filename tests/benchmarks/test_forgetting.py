@@ -183,8 +183,9 @@ def test_all_settings_together_are_paired_by_setting_and_seed(tmp_path):
     scale = 100 * 4 / 6
     found = stats.ttest_rel([scale * v for v in other], [scale * v for v in own]).confidence_interval(0.95)
     mean = scale * (sum(other) - sum(own)) / 4
-    row = f"| finetune | 4 | {scale * sum(other) / 4:.2f} | {mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] | 0.0 | 10.0 |"
-    assert row in text and "| broken | 0 | no result | | | |" in text
+    minus = f"{mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    assert f"| finetune | 4 | {scale * sum(other) / 4:.2f} | {minus} | 0.0 | 10.0 |" in text
+    assert "| broken | 0 | no result | | | |" in text
     assert f"| third_party | 4 | {scale * sum(own) / 4:.2f} |  | 0.0 | 10.0 |" in text
     assert "| digits | finetune | `unlearn.lr=0.00123` |" in text and "| digits | sure | those of the recipe |" in text
 

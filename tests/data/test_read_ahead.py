@@ -51,7 +51,16 @@ def wait_for(what, seconds: float = 20) -> None:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "read ahead"]
+    """Those that a test has begun."""
+    return [t for t in threading.enumerate() if t.name == "read ahead" and t not in _OTHERS]
+
+
+_OTHERS: list[threading.Thread] = []  # of tests before, which left their stream open
+
+
+@pytest.fixture(autouse=True)
+def only_own_threads() -> None:
+    _OTHERS[:] = threading.enumerate()
 
 
 def test_blocks_hold_the_shards_of_the_order(manifest):
