@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,34 @@ def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]
         "retrain": (pretrain_steps(cfg, counts["retain"]), "retrain"),
     }
     images = {name: phase_images(cfg, method, steps) for name, (steps, method) in phases.items()}
+    before = {"unlearn": calibration_images(cfg, counts)}
     return {
         name: {
             "steps": steps,
             "images": images[name],
-            "share_of_retraining": round(images[name] / images["retrain"], 4),
+            **({"calibration_images": before[name]} if before.get(name) else {}),
+            "share_of_retraining": round((images[name] + before.get(name, 0)) / images["retrain"], 4),
         }
         for name, (steps, _) in phases.items()
     }
+
+
+def calibration_images(cfg: RunConfig, counts: Mapping[str, int]) -> int:
+    """Images through an encoder before the first step of `third_party`, for its targets; 0 for other methods."""
+    from distunlearn.engine.phases import CALIBRATION_LIMIT
+    from distunlearn.methods.third_party import CALIBRATION_DRAWS
+    from distunlearn.objectives import make_objective
+
+    if cfg.method.name != "third_party":
+        return 0
+    objective = make_objective(cfg.objective)
+    views = objective.branches * (2 if objective.needs_momentum else 1)
+    looked_at = sum(min(counts[role], CALIBRATION_LIMIT) for role in ("calibration", "third_party"))
+    signed = objective.branches if cfg.constraint.evaluator == "sliced" else 0  # which shows them in two copies
+    images = CALIBRATION_DRAWS * cfg.method.view_pairs * (views + signed) * looked_at
+    if objective.uses_bank and not objective.uses_queue:
+        images += CALIBRATION_DRAWS * views * (cfg.unlearn.retain_batch // cfg.unlearn.accumulate)
+    return images + (objective.branches * looked_at if cfg.objective.name == "supervised" else 0)
 
 
 def phase_images(cfg: RunConfig, method: str | None, steps: int) -> int:

@@ -41,7 +41,10 @@ def test_a_run_with_each_evaluator(prepared, tmp_path, evaluator):
     assert summary["coverage"]["requested"] == 24 and summary["coverage"]["consumed_min"] == 2
     assert summary["cost"]["unlearn_images"] >= PLAIN + EXTRA.get(evaluator, 0)
     plan = json.loads((out / "plan.json").read_text())
-    assert plan["phases"]["unlearn"]["images"] == PLAIN + EXTRA.get(evaluator, 0)
+    unlearn = plan["phases"]["unlearn"]
+    assert unlearn["images"] == PLAIN + EXTRA.get(evaluator, 0)
+    checks = summary["cost"]["unlearn_images"] - unlearn["images"] - unlearn["calibration_images"]
+    assert checks == {"double_backward": 0, "sliced": 2 * 32, "input_gp": 2 * 32}.get(evaluator, 2 * 48)
 
 
 def ledger(out) -> list[dict]:

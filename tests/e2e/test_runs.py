@@ -67,7 +67,14 @@ def test_cost_counts_every_view(finished):
     per_image = {"digits_moco": 2, "digits_mocov3": 4, "digits_byol": 4}.get(recipe, 2)  # momentum views count too
     assert cost["pretrain_images"] == math.ceil(2 * 96 / 32) * 32 * per_image
     assert cost["retrain_images"] == math.ceil(2 * 72 / 32) * 32 * per_image
-    assert cost["unlearn_images"] >= 6 * (32 + 8 + 8) * per_image  # and the calibration beside it
+    planned = json.loads((out / "plan.json").read_text())["phases"]["unlearn"]
+    assert planned["images"] == 6 * (32 + 8 + 8) * per_image
+    # Four draws of one pair of views of 24 + 24 images; no image's views are counted in a bank that is a queue.
+    bank = 4 * 32 * per_image if recipe != "digits_moco" and recipe != "digits_supervised" else 0
+    labels = 48 * per_image if recipe == "digits_supervised" else 0
+    assert planned["calibration_images"] == 4 * 48 * per_image + bank + labels
+    assert cost["unlearn_images"] == planned["images"] + planned["calibration_images"]
+    assert planned["share_of_retraining"] == round(cost["unlearn_images"] / cost["retrain_images"], 4)
 
 
 def test_metrics_show_a_live_constraint(finished):
