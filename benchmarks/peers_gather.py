@@ -100,6 +100,7 @@ def main() -> None:
             found.append({"peer": name, "images": images, "dim": dim, "difference": off, "seconds": samples})
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()  # gloo may abort a rank that takes its connections down while another is still at work
     dist.destroy_process_group()
 
 
