@@ -24,6 +24,7 @@ __all__ = ["ReadAhead", "free_memory"]
 CHUNK = 1 << 20  # bytes of one read
 WANTED = 0.5  # least share of the images' bytes that the stream will ask for
 SHARE = 0.25  # of the free memory that the shards which are asked for at once may take
+PATIENCE = 5.0  # seconds that the end of a stream waits for the thread
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -53,8 +54,8 @@ class ReadAhead:
         self._place: tuple[int, int] | None = None  # epoch and number of the block that images are asked for from
         self._next: tuple[int, int] | None = None  # the block after it, which has been asked for
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._ended = False
 
     def at(self, epoch: int, position: int) -> None:
         """Images from this place on are asked for next."""
@@ -77,12 +78,14 @@ class ReadAhead:
             self._want([*wanted, *self._blocks(epoch + 1)[0]])
 
     def close(self) -> None:
-        """End the thread, within one read; safe to call twice, and `at` starts another."""
+        """End the thread, within one read; one whose disk does not answer is left. Safe to call twice, and `at` starts
+        another.
+        """
         if self._thread is not None:
-            self._ended = True
+            self._ended.set()
             self._queue.put(None)
-            self._thread.join()
-            self._thread, self._queue, self._ended = None, queue.SimpleQueue(), False
+            self._thread.join(PATIENCE)
+            self._thread, self._queue, self._ended = None, queue.SimpleQueue(), threading.Event()
         self._place = self._next = None
 
     def _want(self, shards: Sequence[str]) -> None:
@@ -92,23 +95,26 @@ class ReadAhead:
         for shard in (*shards[first:], *shards[:first]):
             self._queue.put(shard)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="read ahead", daemon=True)
+            work = (self._manifest, self._queue, self._ended)
+            self._thread = threading.Thread(target=_work, args=work, name="read ahead", daemon=True)
             self._thread.start()
 
-    def _work(self) -> None:
-        buffer = bytearray(CHUNK)
-        while (shard := self._queue.get()) is not None:
-            with suppress(OSError):
-                self._read(self._manifest.shard_path(shard), buffer)
 
-    def _read(self, path: Path, buffer: bytearray) -> None:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            place = 0
-            while not self._ended and (count := os.preadv(handle, [buffer], place)):
-                place += count
-        finally:
-            os.close(handle)
+def _work(manifest: Manifest, wanted: queue.SimpleQueue[str | None], ended: threading.Event) -> None:
+    buffer = bytearray(CHUNK)
+    while (shard := wanted.get()) is not None:
+        with suppress(OSError):
+            _read(manifest.shard_path(shard), buffer, ended)
+
+
+def _read(path: Path, buffer: bytearray, ended: threading.Event) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        place = 0
+        while not ended.is_set() and (count := os.preadv(handle, [buffer], place)):
+            place += count
+    finally:
+        os.close(handle)
 
 
 def _mostly_wanted(manifest: Manifest, roles: str | Sequence[str]) -> bool:

@@ -156,7 +156,7 @@ def test_ranks_begin_with_different_shards(manifest, monkeypatch):
     orders = []
     for rank in (0, 3):
         seen: list[str] = []
-        monkeypatch.setattr(ReadAhead, "_read", lambda self, path, buffer, seen=seen: seen.append(path.name))
+        monkeypatch.setattr(read_ahead, "_read", lambda path, buffer, ended, seen=seen: seen.append(path.name))
         ahead = reader(manifest, rank=rank)
         ahead.at(0, 0)
         wait_for(lambda seen=seen: len(seen) == 16)
@@ -202,6 +202,30 @@ def test_shards_in_an_object_store_are_left_alone(manifest, tmp_path, wishes):
     remote = bare(manifest, tmp_path, "http://localhost:9")
     reader(remote).at(0, 0)
     assert wishes == []
+
+
+def test_a_disk_that_does_not_answer_keeps_nobody_waiting(manifest, monkeypatch):
+    """Nor does the thread that was left go on when it answers in the end."""
+    asked, answer, read = threading.Event(), threading.Event(), []
+
+    def silent(handle: int, buffers, place: int) -> int:
+        asked.set()
+        answer.wait(20)
+        read.append(place)
+        return 1
+
+    monkeypatch.setattr(read_ahead.os, "preadv", silent)
+    monkeypatch.setattr(read_ahead, "PATIENCE", 0.1)
+    ahead = reader(manifest)
+    ahead.at(0, 0)
+    assert asked.wait(20)
+    (stuck,) = threads()
+    start = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - start < 5 and stuck.is_alive()
+    answer.set()
+    stuck.join(20)
+    assert not stuck.is_alive() and len(read) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
