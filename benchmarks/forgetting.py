@@ -208,6 +208,9 @@ def main(argv: Sequence[str]) -> None:
         return
     roots = dict(text.split("=", 1) for text in args.root)
     chosen_for = dict(text.split("=", 1) for text in args.tuned)
+    if unknown := sorted({*roots, *chosen_for} - set(grid.datasets)):
+        known = ", ".join(grid.datasets)
+        raise SystemExit(f"the grid {args.grid} has no data set {', '.join(unknown)}; it has {known}")
     tuned = {name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in chosen_for.items()}
     results = args.results or args.runs / "results"
     bench = Bench(grid, args.runs, results, roots, tuned, args.cap or grid.cap)

@@ -84,16 +84,10 @@ class Sweep:
     def _next_stage(self) -> str:
         """Submit the array of the first unfinished stage, or print its script; with none left, the results' path."""
         from distunlearn.submit import script, submit
-        from distunlearn.sweep import STAGES, pending, plan_stage, write_chosen, write_results
+        from distunlearn.sweep import open_stages, write_results
 
-        for stage in STAGES:
-            if stage == "reports":
-                chosen = write_chosen(self.out)
-                if not self.report:
-                    return str(chosen)
-            planned = plan_stage(self.out, stage)
-            wanted = planned[:1] if stage == "bases" and not self.report else planned
-            left = [str(task.index) for task in pending(self.out, stage, wanted)]
+        for stage, tasks in open_stages(self.out, self.report):
+            left = [str(task.index) for task in tasks]
             if left:
                 at_once = f"%{self.jobs}" if self.jobs > 1 else ""
                 job = dataclasses.replace(self.job, array=",".join(left) + at_once, name=f"{self.job.name}-{stage}")
@@ -102,7 +96,7 @@ class Sweep:
                     return text
                 number = submit(text, job, self.out / stage)
                 return f"{stage}: {len(left)} tasks submitted as job {number}; the same command goes on after them"
-        return str(write_results(self.out))
+        return str(write_results(self.out) if self.report else self.out / "chosen.json")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -35,8 +35,8 @@ from distunlearn.errors import ConfigError, DataError, DistunlearnError, Numeric
 from distunlearn.sweep_results import average_gap, choose, facts, gaps, page, strongest
 
 __all__ = [
-    "STAGES", "Sweep", "Task", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task", "write_chosen",
-    "write_results",
+    "STAGES", "Sweep", "Task", "open_stages", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task",
+    "write_chosen", "write_results",
 ]  # fmt: skip
 
 STAGES = ("bases", "trials", "reports")
@@ -239,13 +239,7 @@ def run_sweep(out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str]
     Raises:
         DistunlearnError: a task ended otherwise than with an audit or by diverging; the others keep their results.
     """
-    for stage in STAGES:
-        if stage == "reports":
-            chosen = write_chosen(out)
-            if not report:
-                return chosen
-        planned = plan_stage(out, stage)
-        tasks = pending(out, stage, planned[:1] if stage == "bases" and not report else planned)
+    for stage, tasks in open_stages(out, report):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shared = [f"threads={max(1, cores // (jobs * processes))}", *extra] if jobs > 1 else list(extra)
         folders = [out / stage / str(task.index) for task in tasks]
@@ -256,7 +250,21 @@ def run_sweep(out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str]
                 raise ERRORS.get(code, DistunlearnError)(
                     f"task {task.index} of {out / stage} ({task.method}) ended with {code}: {said}"
                 )
-    return write_results(out)
+    return write_results(out) if report else out / "chosen.json"
+
+
+def open_stages(out: Path, report: bool = True) -> Iterator[tuple[str, list[Task]]]:
+    """Each stage with its tasks that have no result yet; planned when it is asked for, after those before it ended.
+
+    chosen.json is written before the reports. report: see `run_sweep`.
+    """
+    for stage in STAGES if report else STAGES[:-1]:
+        if stage == "reports":
+            write_chosen(out)
+        planned = plan_stage(out, stage)
+        yield stage, pending(out, stage, planned if report or stage != "bases" else planned[:1])
+    if not report:
+        write_chosen(out)
 
 
 def _start(folder: Path, processes: int, extra: Sequence[str]) -> tuple[int, str]:

@@ -120,6 +120,12 @@ def test_estimate_counts_images_as_the_plan_does(monkeypatch):
     assert found["digits-simclr-resnet-seed0-finetune"] == 6 * 32 * 2
 
 
+@pytest.mark.parametrize("option", ["--tuned", "--root"])
+def test_a_data_set_that_the_grid_has_not_is_refused(tmp_path, option):
+    with pytest.raises(SystemExit, match="no data set fashion; it has digits, fashion_mnist"):
+        forgetting.main(["--grid", "small", "--runs", str(tmp_path), option, f"fashion={tmp_path}/x.json"])
+
+
 def test_a_gpu_grid_says_that_there_is_none(tmp_path, capsys):
     import torch
 
