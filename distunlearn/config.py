@@ -235,6 +235,7 @@ class AuditConfig:
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it
     keep_signals: bool = False  # of original and retrained encoder, for the audits of runs that reuse this one
     shadows: Annotated[int, Field(ge=6, le=64)] = 12  # pooled shadow encoders of tier 2
+    stress: str | None = None  # tier 3, by name, with commas: worst_case, whole_class, canaries, sequential; null: none
     average: str = "view_agreement,encodermi_vector,bank_loss,gradient_norm_network"  # attacks of the average gap
     gates: GatesConfig = field(default_factory=GatesConfig)
 

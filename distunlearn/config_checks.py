@@ -27,6 +27,7 @@ ID_FILES = (".txt", ".csv", ".jsonl")
 CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
+STRESS_TESTS = ("worst_case", "whole_class", "canaries", "sequential")
 GATED_ATTACKS = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
 FURTHER_ATTACKS = (
     "encodermi_set", "encodermi_threshold", "embedding_norm", "gradient_sketch", "part_crop", "rmia", "lira_alignment",
@@ -204,6 +205,13 @@ def _audit(cfg: RunConfig) -> Iterator[str]:
                 yield "audit.gates.also names alignment_gap, which has no power on the original encoder by definition"
     if not audit.average.strip(" ,"):
         yield "audit.average is empty; name at least one attack"
+    for name in filter(None, map(str.strip, (audit.stress or "").split(","))):
+        if name not in STRESS_TESTS:
+            close = difflib.get_close_matches(name, STRESS_TESTS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected names among {', '.join(STRESS_TESTS)}"
+            yield f"audit.stress names {name!r}, which is no stress test; {hint}"
+    if audit.tier == 0 and audit.stress:
+        yield "audit.stress needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
     if audit.tier == 0 and audit.gates.also:
         yield "audit.gates.also needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
 

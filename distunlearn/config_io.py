@@ -111,9 +111,17 @@ def save_config(cfg: RunConfig, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+# Settings that came later, at the value that changes nothing: left out, so that older results keep their digest.
+NEUTRAL = {("audit", "stress"): None}
+
+
 def digest(cfg: RunConfig) -> str:
     """sha256 (hex) of the config as canonical JSON: equal for configs that mean the same run."""
-    text = json.dumps(_tree(_canonical(cfg)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    tree = _tree(_canonical(cfg))
+    for (part, key), value in NEUTRAL.items():
+        if tree[part][key] == value:
+            del tree[part][key]
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from distunlearn.config import RunConfig
 from distunlearn.config_io import field_diff, load_config, save_config
-from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, CoverageError, DataError, StoppedError
+from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
 
 if TYPE_CHECKING:
     from distunlearn.data.manifest import Manifest
@@ -55,11 +55,12 @@ def unlearn(cfg: RunConfig, out: Path) -> None:
     Raises:
         CoverageError: a forget sample never entered the loss of a method that forgets, or entered it as retain.
     """
+    from distunlearn.audit.nested import check_coverage
     from distunlearn.engine import phases
 
     with _session(cfg, out) as session:
         phases.unlearn(session)
-        _check_coverage(session)
+        check_coverage(session)
 
 
 def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
@@ -74,20 +75,23 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
         CoverageError: as `unlearn`; evidence about a run that missed images would mislead.
     """
     from distunlearn.audit.evidence import collect_evidence
+    from distunlearn.audit.nested import check_coverage
     from distunlearn.audit.shadows import audit_shadows
+    from distunlearn.audit.stress import audit_stress
     from distunlearn.engine import phases
 
     cfg = cfg or saved_config(run_dir)
     with _session(cfg, run_dir) as session:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
-            _check_coverage(session)
+            check_coverage(session)
         if cfg.audit.tier:
             phases.retrain(session)
         if session.stop.agreed(session.backend):
             reason = session.stop.honoured(session.backend)
             raise StoppedError(f"stopped by {reason} before the audit; the same command goes on from there.")
         pooled = audit_shadows(session) if cfg.audit.tier == 2 else None
-        verdict = collect_evidence(session, pooled) if session.backend.is_main else None
+        stressed = audit_stress(session) if cfg.audit.stress else None
+        verdict = collect_evidence(session, pooled, stressed) if session.backend.is_main else None
         session.backend.barrier()
         verdict = session.backend.broadcast_object(verdict)
     return VERDICT_CODES[verdict]
@@ -341,31 +345,6 @@ def _take_over(cfg: RunConfig, out: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source / name, partial, ignore=shutil.ignore_patterns("checkpoints"))
             os.replace(partial, out / name)
-
-
-# -- evidence --------------------------------------------------------------------------------------------------------
-
-
-def _check_coverage(session) -> None:
-    from distunlearn.engine.ledger import coverage, read_ledger
-    from distunlearn.methods import METHODS
-
-    if not session.backend.is_main:
-        return
-    session.ledger.sync()
-    found = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget"))
-    entry = METHODS[session.cfg.method.name]
-    forgets = entry.build is not None and entry.build(session.cfg).forgets
-    if found.used_as_retain:
-        raise CoverageError(
-            f"{found.used_as_retain} of {found.requested} forget images entered a loss as retain images."
-        )
-    if forgets and found.consumed_min < 1:
-        missed = sum(count == 0 for count in found.counts.values())
-        raise CoverageError(
-            f"{missed} of {found.requested} forget images never entered the loss; expected every one at least once; "
-            "raise unlearn.steps or unlearn.forget_batch."
-        )
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------

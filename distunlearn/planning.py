@@ -48,6 +48,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         try:
             refuse_missing(cfg, counts)
             _check_schedule(cfg, counts)
+            _check_stress(cfg, counts)
         except DistunlearnError as error:
             problems.append(error)
     if problems:
@@ -207,6 +208,20 @@ def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
             f"unlearn.steps{share} x unlearn.forget_batch = {rows} images cannot reach all {counts['forget']} forget "
             f"images; expected at least {counts['forget']}; raise one of the two."
         )
+
+
+def _check_stress(cfg: RunConfig, counts: Counter[str]) -> None:
+    from distunlearn.audit.stress import check_count, largest_request, stress_names
+
+    if not cfg.audit.stress:
+        return
+    check_count(counts["forget"])
+    largest = largest_request(stress_names(cfg.audit.stress), counts["forget"])
+    if largest > counts["forget"]:
+        try:
+            _check_schedule(cfg, Counter({**counts, "forget": largest}))
+        except DataError as error:
+            raise DataError(f"audit.stress has {largest} forget images in its largest request: {error}") from error
 
 
 def _forget_steps(cfg: RunConfig) -> int:

@@ -4,6 +4,8 @@ tier 0   nothing is trained: attacks, controls and similarity of the original an
          retrained one if the run has it
 tier 1   one retrained encoder: gaps to it, reference attacks, relearning
 tier 2   also pooled shadow encoders (`shadows`)
+
+Stress tests (`stress`, called tier 3) come on top of tier 1 or 2 where `audit.stress` names them.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["collect_evidence", "make_eye"]
 
 
-def collect_evidence(session: Session, pooled: dict[str, Any] | None = None) -> str:
+def collect_evidence(
+    session: Session, pooled: dict[str, Any] | None = None, stress: dict[str, Any] | None = None
+) -> str:
     """Look at the run's encoders (the main process alone), write `audit/`, and return the verdict.
 
-    pooled: figures of the shadow encoders, which all processes have trained before.
+    pooled, stress: figures of the shadow encoders and of the stress tests, whose encoders all processes have trained.
     """
     cfg, out = session.cfg, session.out
     folders = {"original": out / "original", "unlearned": out, "retrained": out / "retrained"}
@@ -52,7 +56,9 @@ def collect_evidence(session: Session, pooled: dict[str, Any] | None = None) -> 
         for unit in ("images", "seconds") for phase, name in phase_of.items()
     }  # fmt: skip
     covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
-    summary, scores = summarise(signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled)
+    summary, scores = summarise(
+        signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled, stress=stress
+    )
     session.ledger.may_write()
     write_audit(out / "audit", summary, scores)
     return summary["gates"]["verdict"]

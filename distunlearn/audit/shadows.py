@@ -15,19 +15,16 @@ encoder; after an interruption the same command goes on. What is measured of it 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distunlearn.audit.evidence import make_eye
+from distunlearn.audit.nested import nested_session, with_roles
 from distunlearn.audit.pooled import IN, OUT, UNLEARNED, margins, pooled_figures
 from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import open_store
 from distunlearn.engine import phases
 from distunlearn.engine.checkpoint import write_json
-from distunlearn.engine.ledger import Ledger
 from distunlearn.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,9 +52,8 @@ def shadow_manifest(manifest: Manifest, ids: list[str], parts: np.ndarray) -> Ma
 
     OUT images get the role holdout, which no training reads.
     """
-    role = {sample_id: ROLE_OF[int(part)] for sample_id, part in zip(ids, parts, strict=True)}
-    samples = [dataclasses.replace(s, role=role.get(s.id, s.role)) for s in manifest.samples]
-    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
+    roles = {sample_id: ROLE_OF[int(part)] for sample_id, part in zip(ids, parts, strict=True)}
+    return with_roles(manifest, roles)
 
 
 def audit_shadows(session: Session) -> dict[str, Any] | None:
@@ -79,7 +75,10 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
     measured = []
     for number, row in enumerate(parts):
         with contextlib.ExitStack() as stack:
-            shadow = _shadow(session, number, shadow_manifest(session.manifest, ids, row), stack)
+            session.telemetry.note("audit", f"shadow encoder {number + 1} of {cfg.audit.shadows}")
+            seed = (cfg.seed + SHADOW_SEED * (number + 1)) % 2**32
+            manifest = shadow_manifest(session.manifest, ids, row)
+            shadow = nested_session(session, f"shadows/{number:02d}", manifest, stack, seed)
             phases.pretrain(shadow)
             phases.unlearn(shadow)
             if session.backend.is_main:
@@ -97,18 +96,3 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
         session.out / "audit" / "shadows.json", {"parts": {"0": "in", "1": "out", "2": "unlearned"}, "ids": rows}
     )
     return pooled_figures(found, parts, cfg)
-
-
-def _shadow(session: Session, number: int, manifest: Manifest, stack: contextlib.ExitStack) -> Session:
-    """A session of its own: directory, seed, ledger and roles; the processes are those of the run."""
-    out = Path(session.out) / "shadows" / f"{number:02d}"
-    cfg = dataclasses.replace(session.cfg, seed=(session.cfg.seed + SHADOW_SEED * (number + 1)) % 2**32)
-    if session.backend.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-    session.backend.barrier()
-    session.telemetry.note("audit", f"shadow encoder {number + 1} of {session.cfg.audit.shadows}")
-    store = open_store(manifest, cfg)
-    stack.callback(store.close)
-    ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
-    stack.callback(ledger.close)
-    return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)

@@ -73,6 +73,12 @@ class Signals:
         """Rows of a role, int64, ascending."""
         return np.flatnonzero(self.roles == role)
 
+    def at(self, rows: np.ndarray) -> Signals:
+        """The signals of some images alone; rows: int64 or bool."""
+        kept = np.arange(len(self.ids))[rows]
+        columns = {f.name: getattr(self, f.name)[kept] for f in fields(Signals) if f.name != "ids"}
+        return Signals(ids=[self.ids[row] for row in kept.tolist()], **columns)
+
 
 @dataclass(frozen=True, eq=False)
 class Eye:

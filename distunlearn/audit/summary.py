@@ -20,6 +20,7 @@ from distunlearn.audit.attacks import ATTACKS, PAIRED, Attacked, run_attacks
 from distunlearn.audit.completeness import average_gap, iam, tow
 from distunlearn.audit.gates import Gate, equivalence, no_loss, overall
 from distunlearn.audit.relearn import Relearned, relearning_figures
+from distunlearn.audit.retained import retained_figures
 from distunlearn.audit.signals import Signals
 from distunlearn.audit.similarity import similarities
 from distunlearn.audit.statistics import (
@@ -55,6 +56,7 @@ def summarise(
     coverage: Mapping[str, float],
     relearned: Mapping[str, Relearned] | None = None,
     pooled: Mapping[str, Any] | None = None,
+    stress: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Scores]:
     """Attack, measure, compare and judge.
 
@@ -62,6 +64,7 @@ def summarise(
         signals: by encoder: original, unlearned and (but for tier 0) retrained; of the same images in the same order.
         relearned: curves of the relearning attack by encoder; None: it was not run.
         pooled: figures of the shadow encoders (`pooled.pooled_figures`); None: there are none.
+        stress: figures of the stress tests (`stress.audit_stress`); None: none was asked for.
 
     Returns:
         What `audit/summary.json` and, by encoder, `audit/scores-<encoder>.json` hold: plain JSON, None for "not
@@ -94,6 +97,8 @@ def summarise(
         **_completeness(signals, found, utility, cfg),
         "relearning": relearning_figures(relearned, cfg) if relearned else None,
         "pooled": pooled,
+        "retained": retained_figures(signals, cfg),
+        "stress": stress,
         "tier": cfg.audit.tier,
         "cost": dict(cost),
         "coverage": dict(coverage),

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distunlearn.errors import DataError
+from distunlearn.errors import CoverageError, DataError
 
-__all__ = ["Coverage", "Ledger", "coverage", "effective_steps", "read_ledger"]
+__all__ = ["Coverage", "Ledger", "coverage", "effective_steps", "read_ledger", "require_coverage"]
 
 
 @dataclass(frozen=True)
@@ -211,3 +211,23 @@ def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn
         used_as_retain=len(misused & requested),
         counts={i: counts[i] for i in forget},
     )
+
+
+def require_coverage(found: Coverage, forgets: bool) -> None:
+    """Refuse a training that did not do what was requested.
+
+    forgets: whether the method is one that shows the forget images to its loss.
+
+    Raises:
+        CoverageError: a forget image never entered the loss of such a method, or entered a loss as a retained one.
+    """
+    if found.used_as_retain:
+        raise CoverageError(
+            f"{found.used_as_retain} of {found.requested} forget images entered a loss as retain images."
+        )
+    if forgets and found.consumed_min < 1:
+        missed = sum(count == 0 for count in found.counts.values())
+        raise CoverageError(
+            f"{missed} of {found.requested} forget images never entered the loss; expected every one at least once; "
+            "raise unlearn.steps or unlearn.forget_batch."
+        )

@@ -198,13 +198,19 @@ def retrain(session: Session) -> Path:
     return folder
 
 
-def unlearn(session: Session) -> Path:
-    """Run the configured method on the original encoder; returns the run's folder, which holds the result."""
+def unlearn(session: Session, start: Path | None = None) -> Path:
+    """Run the configured method on an encoder; returns the session's folder, which holds the result.
+
+    start: folder of the finished encoder to begin with; None: the original one in the session's folder.
+    """
     cfg, entry = session.cfg, METHODS[session.cfg.method.name]
     refuse_missing(cfg, {role: len(session.manifest.ids(role)) for role in ROLES})
-    start = session.out / "original" if entry.start == "original" else None
+    digest = unlearn_digest(session)
+    if start is not None:
+        digest = _digest(unlearn=digest, start=json.loads((start / DONE).read_text(encoding="utf-8"))["state_sha256"])
+    begun = (start or session.out / "original") if entry.start == "original" else None
     method = entry.build(cfg) if entry.build else None
-    _train(session, "unlearn", session.out, method, unlearn_digest(session), start=start, steps=entry.steps)
+    _train(session, "unlearn", session.out, method, digest, start=begun, steps=entry.steps)
     return session.out
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
 from distunlearn.report.numbers import interval, p_value, percent, signed, text
-from distunlearn.report.words import ATTACKS, ENCODERS, FURTHER, NOT_EVALUATED, UTILITY, VERDICTS, attack_words
+from distunlearn.report.words import ATTACKS, ENCODERS, FURTHER, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 
 __all__ = [
     "attack_names", "attack_table", "controls", "distances", "further_table", "gates", "headline", "two_sample",
-    "utility", "verdict",
+    "retained_table", "stress_table", "utility", "verdict",
 ]  # fmt: skip
 
 MAX_ROWS = 40  # attacks that the report has no words for
@@ -170,6 +170,42 @@ def further_table(run: RunFiles) -> list[dict[str, Any]]:
             {"title": title, "question": question, "aucs": aucs, "gap": signed(number(gap, "auc"), 3), "interval": ends}
         )
     return rows
+
+
+def stress_table(run: RunFiles) -> list[dict[str, str]]:
+    """One row a request of the stress tests that were run: view agreement, the worst gap, accuracy."""
+    rows = []
+    for path, (title, question) in STRESS.items():
+        found = tree(run.audit, "stress", *path)
+        attacks = {name: tree(found, "attacks", name) for name in tree(found, "attacks")}
+        gaps = {name: abs(gap) for name, values in attacks.items() if (gap := number(values, "gap")) is not None}
+        if not gaps:
+            continue
+        worst = max(sorted(gaps), key=gaps.__getitem__)
+        before, after = (number(found, "utility", "knn", encoder) for encoder in ("original", "unlearned"))
+        rows.append({
+            "title": title,
+            "question": f"{question} ({text(number(found, 'images', 'forget'), 0)} images)",
+            **{encoder: text(number(attacks, "view_agreement", encoder)) for encoder in ENCODER_NAMES},
+            "worst": attack_words(worst)[0],
+            "gap": signed(number(attacks, worst, "gap"), 3),
+            "interval": interval(number(attacks, worst, "low"), number(attacks, worst, "high"), 3, sign=True),
+            "average": text(number(found, "average_gap"), 2),
+            "knn": signed(None if before is None or after is None else 100 * (after - before), 1),
+        })  # fmt: skip
+    return rows
+
+
+def retained_table(run: RunFiles) -> list[dict[str, Any]]:
+    """AUC of telling retained from held-out images, by statistic, with its change by forgetting."""
+    rows = []
+    for name in tree(run.audit, "retained", "attacks"):
+        found = tree(run.audit, "retained", "attacks", name)
+        ends = interval(number(found, "low"), number(found, "high"), 3, sign=True)
+        aucs = {encoder: text(number(found, encoder)) for encoder in ENCODER_NAMES}
+        change = signed(number(found, "change"), 3)
+        rows.append({"title": attack_words(name)[0], "aucs": aucs, "change": change, "interval": ends})
+    return rows[:MAX_ROWS]
 
 
 def distances(run: RunFiles) -> list[dict[str, str]]:

@@ -64,6 +64,8 @@ def render(run: RunFiles) -> str:
         confidence=f"{100 * (number(run.config, 'audit', 'gates', 'confidence') or 0.9):g}",
         attacks=evidence.attack_table(run),
         further=evidence.further_table(run),
+        retained=evidence.retained_table(run),
+        stress=evidence.stress_table(run),
         distances=evidence.distances(run),
         distributions=_distributions(run),
         rocs=_rocs(run),

@@ -11,6 +11,7 @@ __all__ = [
     "NOT_EVALUATED",
     "ROLES",
     "SOURCES",
+    "STRESS",
     "UTILITY",
     "UNTOUCHED",
     "VERDICTS",
@@ -76,6 +77,19 @@ ATTACKS = {
         "The same question, asked of the last layer only.",
         "size of the change the image asks for",
     ),
+}
+
+# stress test, or part of one -> (title, what was asked)
+STRESS = {
+    ("worst_case", "most"): ("Memorised most", "the third of the forgotten images that the original encoder knew best"),
+    ("worst_case", "random"): ("A random third", "for comparison with the other two thirds"),
+    ("worst_case", "least"): ("Memorised least", "the third that the original encoder knew least"),
+    ("whole_class",): ("A whole class", "every image of the largest class, against unseen images of that class"),
+    ("canaries", "1"): ("In the data once", "images to forget, each in the training data once"),
+    ("canaries", "2"): ("In the data twice", "each in the training data twice, and both copies forgotten"),
+    ("canaries", "4"): ("In the data four times", "each in the training data four times, and all copies forgotten"),
+    ("sequential", "all"): ("Three requests in turn", "each starting from the encoder that the last one left"),
+    ("sequential", "at_once"): ("The same in one request", "this run's own encoder, for comparison"),
 }
 
 # Attacks that are reported beside those above and judged only where the settings say so.

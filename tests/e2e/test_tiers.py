@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from distunlearn import pipeline
 from distunlearn.audit.shadows import assign_parts, audit_shadows
+from distunlearn.audit.stress import audit_stress
 from distunlearn.config_io import load_config
 from distunlearn.data.manifest import Manifest
 from distunlearn.engine.ledger import effective_steps, read_ledger
@@ -78,3 +83,91 @@ def test_too_few_images_for_a_pool_are_refused_before_a_shadow_is_trained(tmp_pa
     with pipeline._session(cfg, out) as session, pytest.raises(DataError, match="audit.tier=1"):
         audit_shadows(session)
     assert not (out / "shadows").exists()
+
+
+def requested(folder) -> set[str]:
+    """Ids that entered the loss as images to forget."""
+    steps = effective_steps(read_ledger(folder / "ledger.jsonl"), "unlearn")
+    return {i for line in steps.values() for i in line["forget"]}
+
+
+def test_stress_tests_forget_what_they_say_and_nothing_else(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    cfg = config("audit.stress=worst_case,whole_class,canaries,sequential", "unlearn.steps=8")
+    assert pipeline.run(cfg, out) in (0, 6, 7)
+    found = summary_of(out)
+    manifest = Manifest.load(out / "shards")
+    ids, members = set(manifest.ids("forget")), manifest.ids(("retain", "forget"))
+
+    worst = {name: requested(out / f"stress/worst_case-{name}") for name in ("most", "random", "least")}
+    assert all(len(chosen) == 8 and chosen < ids for chosen in worst.values())
+    assert not worst["most"] & worst["least"]
+    scores = {e: json.loads((out / f"audit/scores-{e}.json").read_text())["samples"] for e in ("original", "retrained")}
+    gained = {i: np.subtract(*(np.arctanh(scores[e][i]["view_agreement"]) for e in scores)) for i in ids}
+    assert worst["most"] == set(sorted(ids, key=lambda i: gained[i])[-8:])  # the raw scores say the same
+    known = {name: figures["memorisation"] for name, figures in found["stress"]["worst_case"].items()}
+    assert known["most"] > known["random"] > known["least"]
+
+    label = found["stress"]["whole_class"]["label"]
+    labels = dict(zip(members, manifest.labels(members).tolist(), strict=True))
+    assert requested(out / "stress/whole_class") == {i for i, found_label in labels.items() if found_label == label}
+    strangers = manifest.labels(manifest.ids("holdout"))
+    assert found["stress"]["whole_class"]["images"]["holdout"] == int((strangers == label).sum())
+
+    copies = requested(out / "stress/canaries")
+    assert ids < copies and len(copies) == 8 * (1 + 2 + 4)
+    attacked = {count: figures["images"]["forget"] for count, figures in found["stress"]["canaries"].items()}
+    assert attacked == {"1": 8, "2": 8, "4": 8}
+
+    parts = [requested(out / f"stress/sequential-{number}") for number in (1, 2, 3)]
+    assert set.union(*parts) == ids and sum(map(len, parts)) == len(ids)
+    after = found["stress"]["sequential"]["view_agreement_after"]
+    assert np.array(after).shape == (3, 3)
+    last = [r["attacks"]["view_agreement"]["unlearned"] for r in found["stress"]["sequential"]["requests"]]
+    assert after[-1] == pytest.approx(last)
+    assert found["stress"]["sequential"]["at_once"]["attacks"]["view_agreement"]["unlearned"] == pytest.approx(
+        found["attacks"]["view_agreement"]["unlearned"]["auc"]
+    )
+    # Each request starts where the last one ended, not from the original.
+    digests = [json.loads((out / f"stress/sequential-{n}/done.json").read_text())["digest"] for n in (1, 2, 3)]
+    assert len(set(digests)) == 3
+    page = (out / "report.html").read_text()
+    assert "Memorised most" in page and "Three requests in turn" in page and "The images that stay" in page
+
+    monkeypatch.setattr("distunlearn.engine.phases.train_phase", None)  # a second time nothing is trained
+    assert pipeline.audit(out) in (0, 6, 7)
+    assert summary_of(out)["stress"] == found["stress"]
+
+
+def test_a_later_request_starts_from_the_encoder_that_the_last_one_left(tmp_path):
+    """With a learning rate of (nearly) 0 the last encoder is the original; with another start it could not be."""
+    out = tmp_path / "run"
+    cfg = config("audit.stress=sequential", "unlearn.steps=8", "unlearn.lr=1e-12", "unlearn.weight_decay=0")
+    assert pipeline.run(cfg, out) in (0, 6, 7)
+    folders = (out / "original", out / "stress/sequential-3")
+    first, last = (load_file(folder / "training_state.safetensors") for folder in folders)
+    for name, value in first.items():
+        if "running" not in name and "num_batches" not in name and value.is_floating_point():
+            assert torch.allclose(value, last[name], atol=1e-6), name
+    rerun = tmp_path / "other"
+    cfg = config("audit.stress=sequential", "unlearn.steps=8")
+    assert pipeline.run(cfg, rerun) in (0, 6, 7)
+    states = [load_file(rerun / f"stress/sequential-{n}/training_state.safetensors") for n in (1, 2, 3)]
+    start = load_file(rerun / "original/training_state.safetensors")
+    name = next(n for n in start if n.endswith("weight") and start[n].ndim > 1)
+    moved = [float((state[name] - start[name]).norm()) for state in states]
+    assert moved[0] < moved[1] < moved[2]  # it goes on
+
+
+def test_too_few_classes_have_no_whole_class_test(tmp_path):
+    out = tmp_path / "run"
+    cfg = config("audit.stress=whole_class")
+    pipeline.prepare(cfg, out)
+    pipeline.pretrain(cfg, out)
+    pipeline.unlearn(cfg, out)
+    with pipeline._session(cfg, out) as session:
+        bare = [dataclasses.replace(s, label=None) for s in session.manifest.samples]
+        files = session.manifest.shard_files
+        unlabelled = dataclasses.replace(session, manifest=Manifest(session.manifest.folder, bare, files))
+        assert "labels of 0 classes" in audit_stress(unlabelled)["whole_class"]["reason"]
+    assert not (out / "stress").exists()
