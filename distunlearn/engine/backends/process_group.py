@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distunlearn.engine.backends.meeting import meet, number, watch_launcher
+from distunlearn.engine.memory import keep_freed_memory
 from distunlearn.errors import ConfigError, RankLostError
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def join(cfg: RunConfig) -> Place:
         raise ConfigError(f"backend=single cannot use {world} processes; set backend=ddp or start one process.")
     _refuse_unannounced_tasks()
     device = _device(number("LOCAL_RANK", 0))
+    if device.type == "cpu":
+        keep_freed_memory()
     if cfg.backend == "single" and not dist.is_initialized():
         return Place(0, 1, device)
     if not dist.is_initialized():
