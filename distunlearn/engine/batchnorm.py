@@ -109,10 +109,18 @@ class _Normalise(torch.autograd.Function):
         scale = invstd if weight is None else weight * invstd
         slope = -scale * invstd * total_xhat / count
         shift = -scale * total / count - slope * mean
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        dx = torch.addcmul(shift.view(shape), x, slope.view(shape)).addcmul_(grad, scale.view(shape))
+        dx = _per_channel(x, slope, shift, last).addcmul_(grad, scale.view((1, -1) + (1,) * (x.dim() - 2)))
         bias_grad, weight_grad = mine if weight is not None else (None, None)
         return dx, weight_grad, bias_grad, None, None, None, None
+
+
+def _per_channel(x: Tensor, slope: Tensor, shift: Tensor, channels_last: bool) -> Tensor:
+    """slope x + shift, [C] each; by the batch norm kernel where that is the faster one (contiguous images on a CPU)."""
+    if channels_last or x.device.type != "cpu" or not x.numel():
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return torch.addcmul(shift.view(shape), x, slope.view(shape))
+    zero, one = torch.zeros_like(shift), torch.ones_like(shift)
+    return nn.functional.batch_norm(x, zero, one, slope, shift, training=False, eps=0.0)
 
 
 def _local_sums(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
