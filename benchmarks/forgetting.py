@@ -181,8 +181,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only these methods, besides the base")
     parser.add_argument("--root", action="append", default=[], metavar="DATASET=DIR", help="where a data set lies")
     parser.add_argument(
-        "--tuned", action="append", default=[], metavar="DATASET=FILE",
-        help="chosen.json of `distunlearn sweep --no-report`: settings chosen on other forget sets of this data set",
+        "--tuned", action="append", default=[], metavar="DATASET[-ENCODER]=FILE",
+        help="chosen.json of `distunlearn sweep --no-report`: settings chosen on other forget sets of this data set; "
+        "those with an encoder are for that one and win",
     )
     parser.add_argument("--jobs", type=int, default=1, help="groups at a time")
     parser.add_argument("--cap", type=float, help="hours of processor time; default: the grid's own")
@@ -208,7 +209,8 @@ def main(argv: Sequence[str]) -> None:
         return
     roots = dict(text.split("=", 1) for text in args.root)
     chosen_for = dict(text.split("=", 1) for text in args.tuned)
-    if unknown := sorted({*roots, *chosen_for} - set(grid.datasets)):
+    tunable = {*grid.datasets, *(f"{dataset}-{encoder}" for dataset in grid.datasets for encoder in grid.encoders)}
+    if unknown := sorted({*(set(roots) - set(grid.datasets)), *(set(chosen_for) - tunable)}):
         known = ", ".join(grid.datasets)
         raise SystemExit(f"the grid {args.grid} has no data set {', '.join(unknown)}; it has {known}")
     tuned = {name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in chosen_for.items()}

@@ -75,7 +75,7 @@ class Grid:
     methods: tuple[str, ...] | None = None  # None: all
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of third_party, by name: settings
     plain: tuple[str, ...] = ()  # data sets without variants
-    rates: Mapping[str, float] = field(default_factory=dict)  # by encoder: what a tuned learning rate is multiplied by
+    rates: Mapping[str, float] = field(default_factory=dict)  # by encoder: times a rate that was tuned on another one
 
 
 SMOKE = (
@@ -181,7 +181,8 @@ def cell_config(
 ) -> RunConfig:
     """The settings of a cell.
 
-    roots: folders of data sets by name. tuned: {data set: {method: {key: value}}}, chosen on other forget sets.
+    roots: folders of data sets by name. tuned: {data set, or `<data set>-<encoder>`: {method: {key: value}}}, chosen on
+    other forget sets; those of the encoder win, and those of the data set alone have the rate that `rates` makes of it.
     reuse: run directory of the group's base.
 
     Raises:
@@ -194,8 +195,10 @@ def cell_config(
     given += [*grid.settings, *(s for name in (cell.dataset, cell.objective, cell.encoder)
                                 for s in grid.by_name.get(name, ()))]  # fmt: skip
     given += [f"seed={cell.seed}", f"objective.name={cell.objective}", f"method.name={cell.method}", "threads=1"]
-    for key, value in tuned.get(cell.dataset, {}).get(cell.method, {}).items():
-        scaled = value * grid.rates.get(cell.encoder, 1) if key == "unlearn.lr" else value
+    own = tuned.get(f"{cell.dataset}-{cell.encoder}")
+    chosen, rate = (tuned.get(cell.dataset, {}), grid.rates.get(cell.encoder, 1)) if own is None else (own, 1)
+    for key, value in chosen.get(cell.method, {}).items():
+        scaled = value * rate if key == "unlearn.lr" else value
         given.append(f"{key}={json.dumps(scaled)}")
     given += grid.variants[cell.variant] if cell.variant else ()
     given += [f"audit.tier={0 if cell.validation else 1}", f"audit.keep_signals={str(cell.method == BASE).lower()}"]

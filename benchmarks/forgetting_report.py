@@ -230,13 +230,13 @@ def _overall(settings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def _chosen(tuned: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the search of each data set chose; a method that is not there has the recipe's settings."""
-    lines = ["| data set | method | settings |", "|---|---|---|"]
+    """What each search chose; a method that is not there has the grid's settings."""
+    lines = ["| data set, or data set and encoder | method | settings |", "|---|---|---|"]
     for dataset, methods in tuned.items():
         for name, settings in methods.items():
             said = ", ".join(f"`{key}={value:.3g}`" if isinstance(value, float) else f"`{key}={value}`"
                              for key, value in settings.items())  # fmt: skip
-            lines.append(f"| {dataset} | {name} | {said or 'those of the recipe'} |")
+            lines.append(f"| {dataset} | {name} | {said or 'those of the grid'} |")
     return "\n".join(lines)
 
 

@@ -72,6 +72,11 @@ def test_settings_of_cells_are_valid_and_their_digest_knows_no_folder(tmp_path):
     resnet = next(c for group in groups(grid) for c in group if c.encoder == "resnet" and c.method == cell.method)
     assert cell_config(resnet, grid, {}, {resnet.dataset: chosen}).unlearn.lr == 1e-5
     assert cell_digest(cell_config(cell, grid, {}, {"another": chosen})) == cell_digest(plain)
+    searched = {f"{cell.dataset}-vit": {cell.method: {"unlearn.lr": 3e-5}}}  # on the ViT
+    both = {cell.dataset: chosen, resnet.dataset: chosen, **searched}
+    assert [cell_config(c, grid, {}, both).unlearn.lr for c in (cell, resnet)] == [3e-5, 1e-5]
+    start = {cell.dataset: chosen, f"{cell.dataset}-vit": {}}  # the search chose what it had begun with
+    assert cell_digest(cell_config(cell, grid, {}, start)) == cell_digest(plain)
 
 
 def test_variants_are_cells_of_their_own_and_change_what_they_say(tmp_path):
@@ -195,7 +200,7 @@ def test_all_settings_together_are_paired_by_setting_and_seed(tmp_path):
     assert f"| finetune | 4 | {scale * sum(other) / 4:.2f} | {minus} | 0.0 | 10.0 |" in text
     assert "| broken | 0 | no result | | | |" in text
     assert f"| third_party | 4 | {scale * sum(own) / 4:.2f} |  | 0.0 | 10.0 |" in text
-    assert "| digits | finetune | `unlearn.lr=0.00123` |" in text and "| digits | sure | those of the recipe |" in text
+    assert "| digits | finetune | `unlearn.lr=0.00123` |" in text and "| digits | sure | those of the grid |" in text
 
 
 @pytest.mark.matrix
