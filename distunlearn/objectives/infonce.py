@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distunlearn.objectives.bank import full_precision, normalise
 from distunlearn.objectives.gather import (
@@ -120,12 +120,13 @@ def _gathered(keys: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _plain(queries: Tensor, keys: Tensor, columns: Columns, temperature: float | Tensor) -> Tensor:
     with full_precision(queries):
-        logits = queries @ keys.mT / temperature  # [..., n, K]
+        logits = (queries / temperature) @ keys.mT  # [..., n, K]; dividing the queries is a pass over less
     masked = columns.hidden(slice(0, queries.shape[-2]), slice(0, keys.shape[-2]))
     if masked is not None:
         logits = logits.masked_fill(masked, -torch.inf)
     shape = (*queries.shape[:-1], 1)
     if columns.own is not None:
         logits = logits.scatter(-1, columns.own.unsqueeze(-1).expand(shape), -torch.inf)
-    positive = logits.gather(-1, columns.positive.unsqueeze(-1).expand(shape)).squeeze(-1)
-    return logits.logsumexp(-1) - positive
+    rows = logits.shape[:-1]
+    partners = columns.positive.expand(rows).flatten()
+    return nn.functional.cross_entropy(logits.flatten(0, -2), partners, reduction="none").view(rows)

@@ -224,14 +224,17 @@ def old_mocov3(z: torch.Tensor, key: torch.Tensor, temperature: float) -> torch.
 
 @pytest.mark.parametrize("name", ["simclr", "mocov3"])
 @pytest.mark.parametrize("count", [3, 128])
-def test_the_plain_form_is_the_old_code_bit_for_bit(name, count):
-    output = draw(2, count, 64, dtype=torch.float32).requires_grad_()
-    target = draw(2, count, 64, seed=1, dtype=torch.float32)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_the_plain_form_is_the_formula_step_by_step(name, count, dtype, close):
+    """By another kernel than log-sum-exp less the partner: the last digits differ, nothing else."""
+    output = draw(2, count, 64, dtype=dtype).requires_grad_()
+    target = draw(2, count, 64, seed=1, dtype=dtype)
     b = Branches(output, output.detach(), target=target, ids=torch.arange(count))
     now = OBJECTIVES[name](0.2).utility(b)
     then = old_nt_xent(output, 0.2) if name == "simclr" else old_mocov3(output, normalise(target), 0.2)
-    assert torch.equal(now, then)
-    assert torch.equal(*(torch.autograd.grad(loss, output)[0] for loss in (now, then)))
+    assert abs(float((now / then).detach()) - 1) <= close
+    found, expected = (torch.autograd.grad(loss, output)[0] for loss in (now, then))
+    assert float((found - expected).norm() / expected.norm()) <= close
 
 
 def branches_and_bank(name: str) -> tuple[Branches, Bank]:
