@@ -44,12 +44,10 @@ def retained_figures(signals: Mapping[str, Signals], cfg: RunConfig) -> dict[str
     retained, holdout = first.of("retain"), first.of("holdout")
     enough = len(retained) > 0 and len(holdout) > 0
     draws = draw_images(len(retained), len(holdout), cfg.audit.bootstrap, cfg.seed) if enough else None
+    known = {encoder: _statistics(s) for encoder, s in signals.items()}
     attacks: dict[str, Any] = {}
     for number, name in enumerate(("view_agreement", "bank_loss", "gradient_norm_head")):
-        found = {
-            encoder: Comparison.of(_statistics(s)[retained, number], _statistics(s)[holdout, number])
-            for encoder, s in signals.items()
-        }
+        found = {e: Comparison.of(s[retained, number], s[holdout, number]) for e, s in known.items()}
         change, ends = math.nan, (math.nan, math.nan)
         if draws is not None:
             sampled = {encoder: auc_bootstrap(found[encoder], draws) for encoder in ("original", "unlearned")}

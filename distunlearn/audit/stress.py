@@ -30,7 +30,7 @@ from distunlearn.audit.attacks.lira import alignment
 from distunlearn.audit.evidence import make_eye
 from distunlearn.audit.nested import check_coverage, nested_session, with_copies, with_roles
 from distunlearn.audit.signals import Signals, collect_signals
-from distunlearn.audit.stress_figures import accuracies, agreement, request_figures
+from distunlearn.audit.stress_figures import accuracies, agreement, of_request, request_figures
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.records import UNUSED
 from distunlearn.data.schedule import permutation
@@ -45,7 +45,6 @@ __all__ = ["COPIES", "FEWEST", "TESTS", "audit_stress", "check_count", "largest_
 COPIES = (1, 2, 4)  # of a canary; the first is the image itself
 PARTS = 3
 FEWEST = 6  # forget images: two a third
-MOST = "most"
 
 Figures = dict[str, Any]
 
@@ -104,7 +103,7 @@ def _worst_case(session: Session) -> Figures:
     least, _, most = thirds(ids)
     anyone = thirds([ids[row] for row in permutation(len(ids), session.cfg.seed, "stress random").tolist()])[0]
     result = {}
-    for name, chosen in ((MOST, most), ("random", anyone), ("least", least)):
+    for name, chosen in (("most", most), ("random", anyone), ("least", least)):
         manifest = with_roles(session.manifest, dict.fromkeys(ids, "retain") | dict.fromkeys(chosen, "forget"))
         figures = _request(session, f"worst_case-{name}", manifest)
         result[name] = {"memorisation": float(np.mean([scores[i] for i in chosen])), **figures}
@@ -152,14 +151,11 @@ def _canaries(session: Session) -> Figures:
         phases.unlearn(nested, nested.out / "original")
         check_coverage(nested)
         if session.backend.is_main:
-            ends = {"original": nested.out / "original", "retrained": session.out / "retrained"}
-            folders = {**ends, "unlearned": nested.out}
-            signals = {name: _look(session, folder, manifest, nested) for name, folder in folders.items()}
+            signals = _look_at_three(session, nested, nested.out / "original", session.out / "retrained")
             useful = accuracies(signals, session.cfg)
             for group, count in zip(groups, COPIES, strict=True):
-                chosen = set(group)
-                rows = np.array([r != "forget" or i in chosen for i, r in _named(signals["original"])])
-                result[str(count)] = request_figures({e: s.at(rows) for e, s in signals.items()}, useful, session.cfg)
+                kept = {e: s.at(of_request(s, set(group))) for e, s in signals.items()}
+                result[str(count)] = request_figures(kept, useful, session.cfg)
     session.backend.barrier()
     return result
 
@@ -192,19 +188,22 @@ def _sequence_figures(
     parts: Sequence[Sequence[str]], looked: Mapping[str, Signals], stages: Sequence[Signals], session: Session
 ) -> Figures:
     """Of every request after the last one, of all of them together, and of the run's own single request."""
-    cfg, named = session.cfg, _named(looked["original"])
+    cfg = session.cfg
+    reference = {name: looked[name] for name in ("original", "retrained")}
+    ends = {"in_turn": stages[-1], "at_once": looked["at_once"]}
+    encoders = {name: {**reference, "unlearned": signals} for name, signals in ends.items()}
+    useful = {name: accuracies(signals, cfg) for name, signals in encoders.items()}
 
-    def judged(unlearned: Signals, chosen: set[str]) -> Figures:
-        signals = {"original": looked["original"], "unlearned": unlearned, "retrained": looked["retrained"]}
-        rows = np.array([role != "forget" or i in chosen for i, role in named])
-        return request_figures({e: s.at(rows) for e, s in signals.items()}, accuracies(signals, cfg), cfg)
+    def judged(name: str, chosen: set[str]) -> Figures:
+        kept = {e: s.at(of_request(s, chosen)) for e, s in encoders[name].items()}
+        return request_figures(kept, useful[name], cfg)
 
     everyone = {i for part in parts for i in part}
     return {
-        "requests": [judged(stages[-1], set(part)) for part in parts],
+        "requests": [judged("in_turn", set(part)) for part in parts],
         "view_agreement_after": [[agreement(stage, set(part)) for part in parts] for stage in stages],
-        "all": judged(stages[-1], everyone),
-        "at_once": judged(looked["at_once"], everyone),
+        "all": judged("in_turn", everyone),
+        "at_once": judged("at_once", everyone),
     }
 
 
@@ -235,9 +234,7 @@ def _request(
         phases.unlearn(nested, session.out / "original")
         check_coverage(nested)
         if session.backend.is_main:
-            ends = {"original": session.out / "original", "retrained": nested.out / "retrained"}
-            folders = {**ends, "unlearned": nested.out}
-            signals = {e: _look(session, folder, manifest, nested) for e, folder in folders.items()}
+            signals = _look_at_three(session, nested, session.out / "original", nested.out / "retrained")
             kept = [{e: s.at(rows(s)) if rows else s for e, s in signals.items()} for rows in (attacked, useful)]
             result = request_figures(kept[0], accuracies(kept[1], session.cfg), session.cfg)
     session.backend.barrier()
@@ -251,5 +248,7 @@ def _look(session: Session, folder: Path, manifest: Manifest | None = None, nest
     return collect_signals(eye.model, eye.momentum, eye.objective, store, manifest or session.manifest, session.cfg)
 
 
-def _named(signals: Signals) -> list[tuple[str, str]]:
-    return list(zip(signals.ids, signals.roles.tolist(), strict=True))
+def _look_at_three(session: Session, nested: Session, original: Path, retrained: Path) -> dict[str, Signals]:
+    """The encoders of a request, whose unlearned one lies in the nested session's folder."""
+    folders = {"original": original, "unlearned": nested.out, "retrained": retrained}
+    return {name: _look(session, folder, nested.manifest, nested) for name, folder in folders.items()}

@@ -15,7 +15,7 @@ from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_im
 from distunlearn.audit.utility import UTILITIES, correct_predictions
 from distunlearn.config import RunConfig
 
-__all__ = ["accuracies", "agreement", "request_figures"]
+__all__ = ["accuracies", "agreement", "of_request", "request_figures"]
 
 CONFIDENCE = 0.95
 
@@ -67,7 +67,11 @@ def accuracies(signals: Mapping[str, Signals], cfg: RunConfig) -> dict[str, dict
     return result
 
 
+def of_request(signals: Signals, chosen: Collection[str]) -> np.ndarray:
+    """Rows to attack one request by: of the forget images the chosen ones alone, of other roles all. bool [n]."""
+    return np.array([role != "forget" or i in chosen for i, role in zip(signals.ids, signals.roles, strict=True)])
+
+
 def agreement(signals: Signals, chosen: Collection[str]) -> float:
     """AUC of view agreement of some forget images against the holdout."""
-    rows = np.array([role != "forget" or i in chosen for i, role in zip(signals.ids, signals.roles, strict=True)])
-    return auc(ATTACKS["view_agreement"](signals.at(rows), 0).comparison)
+    return auc(ATTACKS["view_agreement"](signals.at(of_request(signals, chosen)), 0).comparison)
