@@ -218,7 +218,12 @@ class Pool:
                 # Python warns of forks beside threads: a lock that one of them holds stays locked in the child. The
                 # workers use none of torch's thread pools and log nothing.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
+                # A signal that comes before the worker ignores it waits, or it would end the worker.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+                try:
+                    process.start()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
             self._workers.append(_Worker(process, ours))
         atexit.register(self.close)  # before multiprocessing's own, which would wait for workers that wait for us
@@ -324,6 +329,7 @@ def _serve(
     """Answer pieces until the other side goes away."""
     for each in _IGNORED:  # a job that is stopped signals all its processes; the run itself decides when to end
         signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)  # they were blocked until now; what came meanwhile is dropped
     for other in others:  # or a worker would keep its siblings' connections open after the run has gone
         other.close()
     threading.Thread(target=_end_with_parent, daemon=True).start()

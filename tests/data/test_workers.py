@@ -163,6 +163,21 @@ def test_signals_for_the_run_do_not_end_its_workers(manifest):
     images.close()
 
 
+def test_signals_before_a_worker_has_begun_do_not_end_it(manifest, monkeypatch):
+    """Between its fork and its first line a worker has the handlers of whoever forked it."""
+    serve = module._serve
+
+    def late(*arguments) -> None:
+        for number in module._IGNORED:
+            os.kill(os.getpid(), number)
+        serve(*arguments)
+
+    monkeypatch.setattr(module, "_serve", late)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    drain(store(manifest, workers=2))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
 SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, {here!r})
