@@ -206,6 +206,7 @@ class ConstraintConfig:
     center: Literal[0, 1] = 1  # input_gp only: gradient norm that the penalty pulls to
     spread_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running estimate of the third-party's spread
     phi_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running mean that switches the term
+    memory: NonNegativeInt = 0  # past steps whose samples the gradient of Phi is taken against too: less noise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,11 @@ class Context:
         return self.step * self.accumulate + self.micro
 
     @property
+    def projection(self) -> int:
+        """Number of the random projections of gradients: `draw`, or one for all steps whose samples are pooled."""
+        return self.draw // (self.cfg.constraint.memory + 1)
+
+    @property
     def view_seed(self) -> int:
         """Seed of the random views; the same for every phase, the epoch makes them differ."""
         return self.cfg.seed

@@ -14,7 +14,8 @@ exported encoder is the backbone alone, which the head would otherwise shield fr
 distance `constraint.distance`, by default the energy distance as a U-statistic. Where a permutation test says that
 third-party and calibration samples differ under the original encoder, their distance is the target Phi*, and the
 term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
-else Phi* is 0 and the term stays on.
+else Phi* is 0 and the term stays on. With `constraint.memory` the gradient of Phi is taken against the samples of the
+last steps as well (`constraints/memory`).
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
 Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
@@ -37,6 +38,7 @@ from distunlearn.config import RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.distances import DISTANCES, permutation_test, surrogate, value_and_cotangent
 from distunlearn.constraints.evaluators import Constrained, make_evaluator
+from distunlearn.constraints.memory import FeatureMemory
 from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.data.transfer import on_device
@@ -58,6 +60,9 @@ __all__ = ["ThirdParty"]
 CALIBRATION_EPOCH = 1 << 32  # far from any training epoch: calibration sees views of its own
 CALIBRATION_DRAWS = 4  # sketches, view pairs and banks averaged into Phi*
 PERMUTATIONS = 499
+RUNNING = (
+    "spread_gradient", "spread_output", "switch_gradient", "switch_output", "memory_gradient", "memory_output",
+)  # fmt: skip
 SIGNIFICANCE = 0.01  # third-party and calibration count as different below this; else Phi* would be sampling noise
 
 
@@ -75,6 +80,8 @@ class ThirdParty:
         self.spread_output = RunningSpread(cfg.constraint.spread_momentum)
         self.switch_gradient = PhiSwitch(0.0, cfg.constraint.phi_momentum)
         self.switch_output = PhiSwitch(0.0, cfg.constraint.phi_momentum)
+        self.memory_gradient = FeatureMemory(cfg.constraint.memory)
+        self.memory_output = FeatureMemory(cfg.constraint.memory)
         self.threshold = torch.zeros(())
         self.pseudo_ids = torch.zeros(0, dtype=torch.int64)
         self.pseudo_labels = torch.zeros(0, dtype=torch.int64)
@@ -172,7 +179,7 @@ class ThirdParty:
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
         self.spread_output.update(all_gather_uneven(o_t))
-        phi_o, output_term = self._match(ctx, self._scale_out(o_f), self._scale_out(o_t), self.switch_output)
+        phi_o, output_term = self._match(ctx, o_f, o_t, self._scale_out, self.switch_output, self.memory_output)
         confidence_term, active = self._confidence(ctx, found.third, bank, c_t)
         total = (
             weights.utility_weight * task
@@ -247,7 +254,9 @@ class ThirdParty:
     def _match_gradients(self, ctx: Context, forget: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
         """`_match` of gradient features as the evaluator gives them; the third party's set the scale."""
         self.spread_gradient.update(all_gather_uneven(third))
-        return self._match(ctx, self._scale(forget), self._scale(third), self.switch_gradient)
+        if ctx.draw % (self.cfg.constraint.memory + 1) == 0:  # `Context.projection` is new: older sketches say nothing
+            self.memory_gradient.clear()
+        return self._match(ctx, forget, third, self._scale, self.switch_gradient, self.memory_gradient)
 
     def _scale(self, features: Tensor) -> Tensor:
         """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm (or number) before it."""
@@ -257,18 +266,31 @@ class ThirdParty:
     def _scale_out(self, features: Tensor) -> Tensor:
         return self.spread_output.scale(features)
 
-    def _match(self, ctx: Context, forget: Tensor, third: Tensor, switch: PhiSwitch) -> tuple[Tensor, Tensor]:
+    def _match(
+        self,
+        ctx: Context,
+        forget: Tensor,
+        third: Tensor,
+        scale: Callable[[Tensor], Tensor],
+        switch: PhiSwitch,
+        memory: FeatureMemory,
+    ) -> tuple[Tensor, Tensor]:
         """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (`surrogate`)."""
         sizes = gather_sizes(forget.shape[0], forget.device)
-        phi, cotangent = value_and_cotangent(
-            self.distance, all_gather_detached(forget, sizes), all_gather_uneven(third),
-            seed=self.cfg.seed, step=ctx.draw,
-        )
+        scaled = scale(forget)
+        whole = all_gather_detached(forget, sizes), all_gather_uneven(third)
+        draw = {"seed": self.cfg.seed, "step": ctx.draw}
+        phi, cotangent = value_and_cotangent(self.distance, *map(scale, whole), **draw)
+        if memory.steps:
+            pooled = memory.pooled(*whole)
+            memory.push(*whole)
+            _, cotangent = value_and_cotangent(self.distance, *map(scale, pooled), **draw)
+            cotangent = cotangent * (len(pooled[0]) / len(whole[0]))  # the mean is over this batch's samples again
         first = sum(sizes[: ctx.rank])
         local = cotangent[first : first + forget.shape[0]]
         active = switch.active  # before this step's Phi enters the mean: see PhiSwitch.active
         switch.update(phi)
-        pull = surrogate(forget, local, ctx.world)
+        pull = surrogate(scaled, local, ctx.world)
         return phi, active * (pull + (phi - pull).detach())  # Phi in value, the pull in gradient
 
     def _confidence(
@@ -291,14 +313,14 @@ class ThirdParty:
             "pseudo_ids": self.pseudo_ids,
             "pseudo_labels": self.pseudo_labels,
         }
-        for name in ("spread_gradient", "spread_output", "switch_gradient", "switch_output"):
+        for name in RUNNING:
             state |= {f"{name}.{key}": value for key, value in getattr(self, name).state_dict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.threshold = state["threshold"][0]
         self.pseudo_ids, self.pseudo_labels = state["pseudo_ids"], state["pseudo_labels"]
-        for name in ("spread_gradient", "spread_output", "switch_gradient", "switch_output"):
+        for name in RUNNING:
             part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
             getattr(self, name).load_state_dict(part)
 

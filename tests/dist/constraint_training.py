@@ -73,6 +73,7 @@ class Case:
     compile: bool = False
     bf16: bool = False
     accumulate: int = 1
+    memory: int = 0
 
     @property
     def rate(self) -> float:
@@ -90,7 +91,9 @@ class Case:
             method=MethodConfig(
                 gradient_weight=0.006 if self.evaluator == "input_gp" else 1.0, output_weight=0.1, confidence_weight=0.1
             ),
-            constraint=ConstraintConfig(evaluator=self.evaluator, sketch_out=3, sketch_in=2, check_every=2),
+            constraint=ConstraintConfig(
+                evaluator=self.evaluator, sketch_out=3, sketch_in=2, check_every=2, memory=self.memory
+            ),
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from constraint_training import ENCODERS, EVALUATORS, SHARDED, Case, errors, pla
 from processes import launch
 from toys import update_error
 
+from distunlearn.constraints.memory import FeatureMemory
 from distunlearn.methods import Context, third_party
 from distunlearn.objectives import Bank
 from distunlearn.objectives.gather import get_rank, get_world
@@ -30,10 +31,13 @@ OBJECTIVE = {"resnet": "byol", "vit": "simclr"}
 # "mixed": weights, gradients, their exchange and the updates in float32, layers in float64. With layers in float32 one
 # process alone is further from float64 than the limits allow, and nothing could be said about the exchange.
 STEPS = {"float64": 4, "mixed": 2, "float32": 2}
+MEMORY = "+memory"  # after an evaluator: with the samples of one past step
+WITH_MEMORY = [("resnet", "head" + MEMORY), ("vit", "sketch" + MEMORY)]
 
 
 def cases(backend: str) -> list[tuple[str, str]]:
-    return [(e, n) for e in ENCODERS for n in EVALUATORS if n != "double_backward" or backend not in SHARDED]
+    every = [(e, n) for e in ENCODERS for n in EVALUATORS if n != "double_backward" or backend not in SHARDED]
+    return every + WITH_MEMORY
 
 
 def precisions(kind: str) -> list[str]:
@@ -42,7 +46,9 @@ def precisions(kind: str) -> list[str]:
 
 
 def case_of(encoder: str, evaluator: str) -> Case:
-    return Case(evaluator, encoder, OBJECTIVE[encoder])
+    return Case(
+        evaluator.removesuffix(MEMORY), encoder, OBJECTIVE[encoder], memory=int(evaluator.endswith(MEMORY))
+    )
 
 
 def wrong_world(power: int):
@@ -60,11 +66,22 @@ def bank_of_one_rank():
     return mock.patch.object(third_party, "retain_bank", alone)
 
 
-# What is done wrong -> the encoder that shows it.
+def memory_of_one_rank():
+    """Past features of this rank alone, as if they were all."""
+    right = FeatureMemory.push
+
+    def push(self: FeatureMemory, x: torch.Tensor, y: torch.Tensor) -> None:
+        right(self, *(part.tensor_split(get_world())[get_rank()] for part in (x, y)))
+
+    return mock.patch.object(FeatureMemory, "push", push)
+
+
+# What is done wrong -> the encoder and evaluator that show it, after so many steps.
 WRONG = {
-    "no factor of the world": ("resnet", lambda: wrong_world(0)),
-    "the factor of the world twice": ("resnet", lambda: wrong_world(2)),
-    "a bank of each rank's own": ("vit", bank_of_one_rank),
+    "no factor of the world": ("resnet", "sketch", 1, lambda: wrong_world(0)),
+    "the factor of the world twice": ("resnet", "sketch", 1, lambda: wrong_world(2)),
+    "a bank of each rank's own": ("vit", "sketch", 1, bank_of_one_rank),
+    "a memory of each rank's own": ("resnet", "head" + MEMORY, 2, memory_of_one_rank),
 }
 
 
@@ -77,9 +94,9 @@ def main() -> None:
         for precision in precisions(kind):
             found = sharded(case_of(encoder, name), kind, precision, STEPS[precision])
             results[f"{encoder}-{name}-{precision}"] = found
-    for mistake, (encoder, patched) in WRONG.items():
+    for mistake, (encoder, name, steps, patched) in WRONG.items():
         with patched():
-            results[mistake] = sharded(case_of(encoder, "sketch"), kind, precisions(kind)[0], steps=1)
+            results[mistake] = sharded(case_of(encoder, name), kind, precisions(kind)[0], steps)
     results["world"] = get_world()
     torch.save(results, folder / f"rank-{get_rank()}.pt")
 
@@ -127,8 +144,10 @@ def test_calibration_and_metrics_agree(ran):
 @pytest.mark.parametrize("mistake", WRONG)
 def test_negative_control(ran, mistake):
     kind, ranks = ran
-    expected = reference(WRONG[mistake][0], "sketch", precisions(kind)[0])["states"]
-    assert update_error(ranks[0][mistake]["states"][1], expected[1], expected[0]) > 0.02
+    encoder, name, steps, _ = WRONG[mistake]
+    expected = reference(encoder, name, precisions(kind)[0])["states"]
+    found = ranks[0][mistake]["states"]
+    assert update_error(found[steps], expected[steps], expected[steps - 1]) > 0.02
 
 
 if __name__ == "__main__":

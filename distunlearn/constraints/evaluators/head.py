@@ -36,7 +36,7 @@ class Head:
         pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
         count = len(forget)
         forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
-        phi, term = match(*(self._describe(ctx, part, bank, ctx.draw) for part in (forget_part, third_part)))
+        phi, term = match(*(self._describe(ctx, part, bank, ctx.projection) for part in (forget_part, third_part)))
         places = [place for b in forget_part for place in (b.output, b.hidden)]
         return Constrained(phi, term, forget_part, third_part, {}, places)
 

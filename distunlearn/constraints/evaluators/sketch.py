@@ -122,7 +122,7 @@ class Sketch(_Probing):
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
         batch, count = concat_batches(forget, third), len(forget)
-        probes = draw_probes(self.cfg, ctx, ctx.draw)
+        probes = draw_probes(self.cfg, ctx, ctx.projection)
         viewed = self._viewed(ctx, batch)
         sketches, seen = self._sketches(ctx, batch, bank, probes, viewed)
         seen = [without_graph(b) for b in seen]
@@ -176,7 +176,7 @@ class DoubleBackward(_Probing):
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
-        probes, count = draw_probes(self.cfg, ctx, ctx.draw), len(forget)
+        probes, count = draw_probes(self.cfg, ctx, ctx.projection), len(forget)
         batch = concat_batches(forget, third)
         sketches, pairs = self._sketches(ctx, batch, bank, probes, self._viewed(ctx, batch), exact=True)
         own = sketches[:count]

@@ -85,8 +85,8 @@ class Sliced:
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
-        count, probes = len(forget), draw_probes(self.cfg, ctx, ctx.draw)
-        core = direction(probes, self.cfg.seed, ctx.draw)
+        count, probes = len(forget), draw_probes(self.cfg, ctx, ctx.projection)
+        core = direction(probes, self.cfg.seed, ctx.projection)
         shown = self._shown(ctx, concat_batches(forget, third), count, probes, core, self.rho)
         values, both = self._values(ctx, shown, count, bank, self.rho)
         strangers = [b.part(slice(2 * count, None)) for b in shown]
