@@ -22,17 +22,19 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
-        retraining), coverage, memory (MiB, per process), encoder, config digest.
+        retraining), audit (the same of what the audit trains besides), coverage, memory (MiB, per process), encoder,
+        config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
         ConfigError: an encoder that cannot be built or loaded; several problems are reported together.
     """
     from distunlearn.methods import refuse_missing
+    from distunlearn.planning_audit import audit_trainings
 
     problems: list[DistunlearnError] = []
     counts: Counter[str] = Counter()
-    classes = 0
+    classes: Counter[int] = Counter()
     facts: dict[str, Any] = {}
     try:
         counts, classes, facts = _roles(cfg, out)
@@ -40,7 +42,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         problems.append(error)
     encoder: dict[str, Any] = {}
     try:
-        encoder = _encoder(cfg, classes or 2)
+        encoder = _encoder(cfg, len(classes) or 2)
     except DistunlearnError as error:
         problems.append(error)
     phases = _phases(cfg, counts) if counts else {}
@@ -66,13 +68,14 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "request": facts,
         "encoder": encoder,
         "phases": phases,
+        "audit": audit_trainings(cfg, counts, classes, phases),
         "coverage": _coverage(cfg, counts),
         "memory_mib": _memory(cfg, counts, encoder),
     }
 
 
-def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int, dict[str, Any]]:
-    """Images per role, the number of classes and facts of the request, from existing shards or else from the source."""
+def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int], dict[str, Any]]:
+    """Images per role, members per label and facts of the request, from existing shards or else from the source."""
     from distunlearn.data.columns import NO_LABEL
     from distunlearn.data.roles import draw_roles
     from distunlearn.data.selection import request_facts
@@ -83,13 +86,16 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], int, dict[st
     manifest = find_manifest(cfg, out or Path()) if known else None
     if manifest is not None:
         verify(cfg, manifest)
-        found = set(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist()) - {NO_LABEL}
-        return Counter(manifest.count_roles()), len(found), request_facts(manifest.info)
+        found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
+        found.pop(NO_LABEL, None)
+        return Counter(manifest.count_roles()), found, request_facts(manifest.info)
     members, guest = open_sources(cfg.data)
     drawn = draw_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
     roles = drawn.roles
-    labels = {label for i, label in members.samples if label is not None and roles.get(i) in ("retain", "forget")}
-    return Counter(roles.values()), len(labels), request_facts(drawn.facts)
+    labels = Counter(
+        label for i, label in members.samples if label is not None and roles.get(i) in ("retain", "forget")
+    )
+    return Counter(roles.values()), labels, request_facts(drawn.facts)
 
 
 def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:

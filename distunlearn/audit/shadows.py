@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distunlearn.audit.evidence import make_eye
-from distunlearn.audit.nested import nested_session, with_roles
+from distunlearn.audit.nested import check_coverage, nested_session, with_roles
 from distunlearn.audit.pooled import IN, OUT, UNLEARNED, margins, pooled_figures
 from distunlearn.data.manifest import Manifest
 from distunlearn.engine import phases
@@ -63,6 +63,7 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
 
     Raises:
         DataError: so few images are forgotten that some shadow would have none to forget or to leave out.
+        CoverageError: a shadow whose unlearning missed one of its images.
     """
     cfg, ids = session.cfg, session.manifest.ids("forget")
     parts = assign_parts(len(ids), cfg.audit.shadows, cfg.seed)
@@ -81,6 +82,7 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             shadow = nested_session(session, f"shadows/{number:02d}", manifest, stack, seed)
             phases.pretrain(shadow)
             phases.unlearn(shadow)
+            check_coverage(shadow)
             if session.backend.is_main:
                 trained = phases.load_trained(shadow.out, shadow)
                 eye = make_eye(session, trained)  # the run's own views and bank, so that shadows differ by weights only

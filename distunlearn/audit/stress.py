@@ -40,11 +40,15 @@ from distunlearn.errors import DataError
 if TYPE_CHECKING:
     from distunlearn.engine.phases import Session
 
-__all__ = ["COPIES", "FEWEST", "TESTS", "audit_stress", "check_count", "largest_request", "stress_names", "thirds"]
+__all__ = [
+    "COPIES", "FEWEST", "FEWEST_CLASSES", "TESTS", "audit_stress", "check_count", "largest_request", "stress_names",
+    "thirds",
+]  # fmt: skip
 
 COPIES = (1, 2, 4)  # of a canary; the first is the image itself
 PARTS = 3
 FEWEST = 6  # forget images: two a third
+FEWEST_CLASSES = 3  # of the members, for one of them to be forgotten
 
 Figures = dict[str, Any]
 
@@ -124,8 +128,10 @@ def _whole_class(session: Session) -> Figures:
     members = session.manifest.ids(("retain", "forget"))
     labels = session.manifest.labels(members)
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
-    if len(classes) < 3:
-        return {"reason": f"the members carry labels of {len(classes)} classes, and at least 3 are needed"}
+    if len(classes) < FEWEST_CLASSES:
+        return {
+            "reason": f"the members carry labels of {len(classes)} classes, and at least {FEWEST_CLASSES} are needed"
+        }
     largest = int(classes[np.argmax(counts)])
     roles = {i: "forget" if label == largest else "retain" for i, label in zip(members, labels.tolist(), strict=True)}
 

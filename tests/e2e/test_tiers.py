@@ -17,7 +17,8 @@ from distunlearn.audit.stress import audit_stress
 from distunlearn.config_io import load_config
 from distunlearn.data.manifest import Manifest
 from distunlearn.engine.ledger import effective_steps, read_ledger
-from distunlearn.errors import DataError
+from distunlearn.errors import CoverageError, DataError
+from distunlearn.planning import make_plan
 
 SMALLEST = [
     *tiny.TINY, "pretrain.epochs=1", "unlearn.steps=3", "encoder.image_size=16", "encoder.embed_dim=16",
@@ -70,6 +71,11 @@ def test_tier_2_pools_shadows_that_never_see_what_they_must_not(tmp_path, monkey
         forgotten = {i for line in steps.values() for i in line["forget"]}
         assert forgotten == {i for i, part in zip(ids, parts[k], strict=True) if part == 2}
         assert [raw[i]["part"][k] for i in ids] == parts[k].tolist()
+    planned = make_plan(cfg)["audit"]
+    assert planned.keys() == {"shadows"}
+    shadows = sorted((out / "shadows").glob("??"))
+    assert planned["shadows"]["unlearn_steps"] == steps_in(shadows, "unlearn")
+    assert planned["shadows"]["pretrain_steps"] == pytest.approx(steps_in(shadows, "pretrain"), abs=len(shadows))
     # The same command again trains no encoder a second time, and measures the same.
     monkeypatch.setattr("distunlearn.engine.phases.train_phase", None)
     assert pipeline.audit(out) in (0, 6, 7)
@@ -85,6 +91,20 @@ def test_too_few_images_for_a_pool_are_refused_before_a_shadow_is_trained(tmp_pa
     assert not (out / "shadows").exists()
 
 
+def test_a_shadow_that_misses_an_image_is_refused(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    cfg = config("audit.tier=2", "audit.shadows=6", "unlearn.steps=1", "unlearn.forget_batch=2")
+    pipeline.prepare(cfg, out)
+    with pipeline._session(cfg, out) as session, pytest.raises(CoverageError, match="never entered"):
+        audit_shadows(session)
+    assert not (out / "shadows/01").exists()
+
+
+def steps_in(folders, phase: str) -> int:
+    """Steps of `phase` that the ledgers of these folders tell of."""
+    return sum(len(effective_steps(read_ledger(folder / "ledger.jsonl"), phase)) for folder in folders)
+
+
 def requested(folder) -> set[str]:
     """Ids that entered the loss as images to forget."""
     steps = effective_steps(read_ledger(folder / "ledger.jsonl"), "unlearn")
@@ -96,6 +116,10 @@ def test_stress_tests_forget_what_they_say_and_nothing_else(tmp_path, monkeypatc
     cfg = config("audit.stress=worst_case,whole_class,canaries,sequential", "unlearn.steps=8")
     assert pipeline.run(cfg, out) in (0, 6, 7)
     found = summary_of(out)
+    for name, planned in make_plan(cfg)["audit"].items():
+        folders = sorted((out / "stress").glob(f"{name}*"))
+        assert planned["unlearn_steps"] == steps_in(folders, "unlearn") > 0, name
+        assert planned["pretrain_steps"] == sum(steps_in(folders, phase) for phase in ("pretrain", "retrain")), name
     manifest = Manifest.load(out / "shards")
     ids, members = set(manifest.ids("forget")), manifest.ids(("retain", "forget"))
 
