@@ -84,6 +84,16 @@ SMOKE = (
     "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "method.view_pairs=1", "audit.views=4",
     "audit.bootstrap=100", "audit.relearn_steps=2", "objective.queue_size=64",
 )  # fmt: skip
+SMALL = (
+    "data.forget=0.2", "pretrain.epochs=300", "unlearn.retain_batch=128", "unlearn.forget_batch=32",
+    "unlearn.third_party_batch=32", "method.view_pairs=1",
+)  # fmt: skip
+# Learning rates are those of pretraining, but for methods with a tuned one. Steps: third_party with `head` stays below
+# 25 % of the images of retraining on digits and 10 % on Fashion-MNIST, its calibration included.
+SMALL_BY_NAME = {
+    "resnet": ("unlearn.lr=4e-3",), "vit": ("pretrain.lr=1e-3", "unlearn.lr=1e-3"),
+    "digits": ("unlearn.steps=200",), "fashion_mnist": ("unlearn.steps=100",),
+}  # fmt: skip
 CIFAR = ("data.source=cifar10", "encoder.in_chans=3", "views.saturation=0.4", "views.hue=0.1", "views.grayscale=0.2",
          "views.flip=0.5", "views.crop_scale_min=0.2")  # fmt: skip
 RESNET18 = EncoderConfig(name="resnet18", image_size=32, in_chans=3, stem="deep", args={"output_stride": 8})
@@ -96,17 +106,7 @@ GRIDS: dict[str, Grid] = {
     # Two cores, at most 12 hours of them. Every figure in it is of this software's own small encoders.
     "small": Grid(
         ("digits", "fashion_mnist"), ("simclr", "moco"), {"resnet": SMALL_RESNET, "vit": SMALL_VIT}, (0, 1, 2), (100,),
-        (
-            "data.forget=0.2", "pretrain.epochs=300", "unlearn.retain_batch=128", "unlearn.forget_batch=32",
-            "unlearn.third_party_batch=32", "method.view_pairs=1",
-        ),
-        # Learning rates are those of pretraining, but for methods with a tuned one. Steps: third_party with `head`
-        # stays below 25 % of the images of retraining on digits and 10 % on Fashion-MNIST, its calibration included.
-        {
-            "resnet": ("unlearn.lr=4e-3",), "vit": ("pretrain.lr=1e-3", "unlearn.lr=1e-3"),
-            "digits": ("unlearn.steps=200",), "fashion_mnist": ("unlearn.steps=100",),
-        },
-        12.0, rates={"vit": 0.25},
+        SMALL, SMALL_BY_NAME, 12.0, rates={"vit": 0.25},
     ),
     # Which part of the loss does what, and what the evaluators and other strangers change.
     "ablation": Grid(
@@ -123,6 +123,17 @@ GRIDS: dict[str, Grid] = {
             "sketch": ("constraint.evaluator=sketch",),
             "ghost_norm": ("constraint.evaluator=ghost_norm",),
             "input_gp": ("constraint.evaluator=input_gp",),
+        },
+    ),
+    # What samples of past steps and a longer warm-up change on the ViT; everything else as in `small`, nothing tuned.
+    "memory": Grid(
+        ("digits", "fashion_mnist"), ("simclr", "moco"), {"vit": SMALL_VIT}, (0, 1, 2), (100,),
+        SMALL, SMALL_BY_NAME, 2.0,
+        methods=("none", "third_party"),
+        variants={
+            "memory-warmup": ("constraint.memory=16", "unlearn.warmup=0.3"),
+            "memory": ("constraint.memory=16",),
+            "warmup": ("unlearn.warmup=0.3",),
         },
     ),
     # Alignment Calibration (Wang et al., TMLR 2025): 45,000 members of CIFAR-10, 4,500 to forget, 800 epochs, 10 epochs
