@@ -322,7 +322,8 @@ class ThirdParty:
         self.pseudo_ids, self.pseudo_labels = state["pseudo_ids"], state["pseudo_labels"]
         for name in RUNNING:
             part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            getattr(self, name).load_state_dict(part)
+            if part or not name.startswith("memory"):  # checkpoints from before there was a memory go on without one
+                getattr(self, name).load_state_dict(part)
 
 
 def _embedding_agreement(b: Branches) -> Tensor:

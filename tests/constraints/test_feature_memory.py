@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from distunlearn.config import RunConfig
 from distunlearn.config_io import digest, load_config
 from distunlearn.constraints.distances import energy_distance, value_and_cotangent
 from distunlearn.constraints.memory import FeatureMemory
+from distunlearn.methods.third_party import ThirdParty
 
 
 def samples(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -98,3 +100,15 @@ def test_a_config_without_memory_keeps_the_digest_it_had_before_there_was_one():
     del tree["constraint"]["memory"], tree["audit"]["stress"]
     before = hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert digest(plain) == before != digest(held)
+
+
+def test_a_checkpoint_from_before_there_was_a_memory_goes_on():
+    method = ThirdParty(RunConfig())
+    method.switch_output.update(0.25)
+    older = {key: value for key, value in method.state_dict().items() if not key.startswith("memory")}
+    again = ThirdParty(RunConfig())
+    again.spread_gradient.update(torch.randn(4, 2))
+    again.load_state_dict(older)
+    assert again.switch_output.mean == 0.25
+    with pytest.raises(KeyError):  # negative control: what every checkpoint holds is not left out
+        again.load_state_dict({key: value for key, value in older.items() if not key.startswith("switch_output")})
