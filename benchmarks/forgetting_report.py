@@ -140,6 +140,10 @@ def write_document(
         parts += [f"## {setting}", _table(methods), f"![forgetting, cost and utility]({picture.name})"]
     if len(settings) > 1:
         parts += ["## Over all settings", _overall(settings)]
+    encoders = {setting.rpartition("-")[2] for setting in settings}
+    for encoder in sorted(encoders) if len(encoders) > 1 else ():
+        of_encoder = {setting: methods for setting, methods in settings.items() if setting.endswith(f"-{encoder}")}
+        parts += [f"## Over all settings of {encoder}", _overall(of_encoder)]
     parts += ["## Who is ahead", _ahead(settings)]
     parts += ["## Settings of the methods", _chosen(tuned)] if tuned else []
     parts += ["## Raw figures", _raw(results)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from distunlearn.config import RunConfig
 
 __all__ = ["audit_trainings"]
+
+Trainings = tuple[list[int], int]  # images of every training from random weights; how many unlearnings
 
 
 def audit_trainings(
@@ -30,15 +31,11 @@ def audit_trainings(
 
     largest = max(classes.values()) if len(classes) >= FEWEST_CLASSES else None
     members, forget = counts["retain"] + counts["forget"], counts["forget"]
-    sets: dict[str, list[int]] = {}  # name -> images of every training from random weights
-    unlearnings: Counter[str] = Counter()
-    if cfg.audit.tier == 2:
-        sets["shadows"] = [members - forget // 3] * cfg.audit.shadows  # give or take what the shares are uneven by
-        unlearnings["shadows"] = cfg.audit.shadows
-    for name in stress_names(cfg.audit.stress):
-        trained, unlearned = STRESS[name](members, forget, largest)
-        sets[name], unlearnings[name] = trained, unlearned
-    return {name: _training(cfg, sets[name], unlearnings[name], phases) for name in sets}
+    planned: dict[str, Trainings] = {}
+    if cfg.audit.tier == 2:  # shares of the forget images are uneven by one or so
+        planned["shadows"] = [members - forget // 3] * cfg.audit.shadows, cfg.audit.shadows
+    planned |= {name: STRESS[name](members, forget, largest) for name in stress_names(cfg.audit.stress)}
+    return {name: _figures(cfg, *trainings, phases) for name, trainings in planned.items()}
 
 
 def _thirds(forget: int) -> list[int]:
@@ -47,23 +44,23 @@ def _thirds(forget: int) -> list[int]:
     return [len(group) for group in thirds([""] * forget)]
 
 
-def _worst_case(members: int, forget: int, largest: int | None) -> tuple[list[int], int]:
+def _worst_case(members: int, forget: int, largest: int | None) -> Trainings:
     least, _, most = _thirds(forget)
     return [members - most, members - least, members - least], 3  # a random request is of the size of the least
 
 
-def _whole_class(members: int, forget: int, largest: int | None) -> tuple[list[int], int]:
+def _whole_class(members: int, forget: int, largest: int | None) -> Trainings:
     return ([], 0) if largest is None else ([members - largest], 1)
 
 
-def _canaries(members: int, forget: int, largest: int | None) -> tuple[list[int], int]:
+def _canaries(members: int, forget: int, largest: int | None) -> Trainings:
     from distunlearn.audit.stress import COPIES
 
     copies = sum(size * (count - 1) for size, count in zip(_thirds(forget), COPIES, strict=True))
     return [members + copies], 1
 
 
-def _sequential(members: int, forget: int, largest: int | None) -> tuple[list[int], int]:
+def _sequential(members: int, forget: int, largest: int | None) -> Trainings:
     return [], 3
 
 
@@ -72,7 +69,7 @@ STRESS = {
 }  # fmt: skip
 
 
-def _training(
+def _figures(
     cfg: RunConfig, sets: list[int], unlearnings: int, phases: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
     from distunlearn.engine.phases import pretrain_steps

@@ -91,7 +91,7 @@ def test_too_few_images_for_a_pool_are_refused_before_a_shadow_is_trained(tmp_pa
     assert not (out / "shadows").exists()
 
 
-def test_a_shadow_that_misses_an_image_is_refused(tmp_path, monkeypatch):
+def test_a_shadow_that_misses_an_image_is_refused(tmp_path):
     out = tmp_path / "run"
     cfg = config("audit.tier=2", "audit.shadows=6", "unlearn.steps=1", "unlearn.forget_batch=2")
     pipeline.prepare(cfg, out)
