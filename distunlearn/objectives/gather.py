@@ -11,7 +11,8 @@ ranks what each of them asks of a slice. The mean over the ranks of the local lo
 global loss, and the mean of their gradients its gradient, whatever W is and however uneven the
 shares are. A backward that averages, or one without communication, is wrong by factors around 1/W.
 
-Without an initialised process group, or in a world of 1, every function is the identity.
+Without an initialised process group, or in a world of 1, every function is the identity. What is small passes through
+the ranks' mailbox where they have one (`use_mailbox`), the rest through the process group.
 Shapes: W = world, n = this rank's rows (may be 0), N = rows of all ranks in rank order.
 """
 
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distunlearn.objectives.mailbox import Mailbox
+
 __all__ = [
     "RingPass",
     "all_gather_detached",
@@ -35,11 +38,36 @@ __all__ = [
     "get_rank",
     "get_world",
     "mean_scale",
+    "small_exchanges",
+    "sum_over_ranks",
+    "use_mailbox",
 ]
 
 
 # torch 2.14 renames the function and warns at every use of the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_mailbox: Mailbox | None = None
+
+
+def use_mailbox(mailbox: Mailbox | None) -> None:
+    """Send small exchanges through `mailbox` from now on; None: all through the process group. Alike on all ranks."""
+    global _mailbox
+    _mailbox = mailbox
+
+
+def small_exchanges() -> int:
+    """Exchanges through the mailbox that this rank has begun."""
+    return 0 if _mailbox is None else _mailbox.count
+
+
+def _everyones(x: Tensor) -> Tensor:
+    """[W, *x.shape]: the x of all ranks, of one shape."""
+    if _mailbox is not None and _mailbox.takes(x):
+        return _mailbox.gather(x)
+    gathered = x.new_empty(get_world() * x.numel())
+    _all_gather_flat(gathered, x.contiguous().view(-1))
+    return gathered.view(-1, *x.shape)
 
 
 def get_world() -> int:
@@ -57,9 +85,7 @@ def gather_sizes(count: int, device: torch.device) -> list[int]:
     world = get_world()
     if world == 1:
         return [count]
-    sizes = torch.zeros(world, dtype=torch.int64, device=device)
-    _all_gather_flat(sizes, torch.tensor([count], dtype=torch.int64, device=device))
-    return sizes.tolist()
+    return _everyones(torch.tensor(count, dtype=torch.int64, device=device)).tolist()
 
 
 def mean_scale(sizes: Sequence[int]) -> float:
@@ -74,17 +100,16 @@ def mean_scale(sizes: Sequence[int]) -> float:
 
 def _concatenate(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """[n, ...] of every rank -> [N, ...] in rank order. Short ranks are padded for the transport only."""
-    world, largest = len(sizes), max(sizes)
+    largest = max(sizes)
     if largest == 0:
         return x.clone()
     padded = x.contiguous()
     if x.shape[0] < largest:
         padded = torch.cat([padded, padded.new_zeros(largest - x.shape[0], *x.shape[1:])])
-    gathered = padded.new_empty(world * largest, *x.shape[1:])
-    _all_gather_flat(gathered, padded)
+    gathered = _everyones(padded)
     if all(size == largest for size in sizes):
-        return gathered
-    return torch.cat([gathered[r * largest : r * largest + size] for r, size in enumerate(sizes)])
+        return gathered.flatten(0, 1)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
 class _AllGather(torch.autograd.Function):
@@ -104,8 +129,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        total = sum_over_ranks(grad)
         return total[ctx.start : ctx.start + ctx.count], None, None
 
 
@@ -140,14 +164,19 @@ def gather_ids(ids: Tensor) -> Tensor:
     return all_gather_uneven(ids)
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum over the ranks of a tensor of one shape, without gradient, the same bits on all; x itself is left alone."""
+    if _mailbox is not None and _mailbox.takes(x):
+        return _mailbox.gather(x, "sum").sum(0, dtype=x.dtype)
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    if get_world() > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean over the ranks of a floating tensor of one shape, without gradient; x itself is left alone."""
-    world = get_world()
-    total = x.detach().clone()
-    if world == 1:
-        return total
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return total / world
+    return sum_over_ranks(x) / get_world()
 
 
 class RingPass:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 C = 3
 WORLDS = (2, 4)
 COUNTS = (8, 7, 3)  # even; uneven; a rank without any image in the world of 4
-KINDS = ("1d", "2d", "cumulative", "no affine", "no buffers", "act")
+KINDS = ("1d", "2d", "images", "cumulative", "no affine", "no buffers", "act")
 WRONG = ("per rank", "dropped reduction", "mean of means")
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
 STEPS = 2
@@ -54,7 +54,7 @@ def build(kind: str) -> nn.Module:
         norm = nn.BatchNorm1d(C)
     else:
         settings = {
-            "2d": {"momentum": 0.3}, "cumulative": {"momentum": None}, "no affine": {"affine": False},
+            "2d": {"momentum": 0.3}, "images": {}, "cumulative": {"momentum": None}, "no affine": {"affine": False},
             "no buffers": {"track_running_stats": False},
         }
         norm = nn.BatchNorm2d(C, **settings[kind])
@@ -68,7 +68,9 @@ def build(kind: str) -> nn.Module:
 def results(kind: str, count: int, norm: nn.Module | None = None) -> dict[str, Tensor]:
     """Two training steps and an eval forward; a loss that depends on every value, scaled as objectives.gather says."""
     norm = norm or batchnorm.convert(build(kind), get_world())
-    shape = (count, C) if kind == "1d" else (count, C, 2, 3)
+    # 6 pixels and 30: by different kernels (batchnorm.FEW_PIXELS); the loss of 30 is not to be larger, nor its rounding
+    shape = (count, C) if kind == "1d" else (count, C, 5, 6) if kind == "images" else (count, C, 2, 3)
+    size = 0.2 if kind == "images" else 1.0
     mine = share(count)
     out = {}
     for step in range(STEPS):
@@ -76,7 +78,7 @@ def results(kind: str, count: int, norm: nn.Module | None = None) -> dict[str, T
         y = norm(x)
         weights = draw(*shape, seed=20 + step)[mine]
         scale = mean_scale(gather_sizes(x.shape[0], x.device))
-        loss = scale * (weights * y.square() + y.pow(3)).sum()
+        loss = size * scale * (weights * y.square() + y.pow(3)).sum()
         wanted = [x, *norm.parameters()]
         grad_x, *grads = torch.autograd.grad(loss, wanted)
         # Summed over ranks by the gather; the backends average: the input's share of the mean loss is 1 / W of it.
@@ -92,15 +94,15 @@ def wrong_results(scheme: str) -> dict[str, Tensor]:
     """What a check that can fail must notice."""
     if scheme == "per rank":
         return results("2d", 8, build("2d"))
-    right = batchnorm._sum_over_ranks, batchnorm._global_statistics
+    right = batchnorm.sum_over_ranks, batchnorm._global_statistics
     try:
         if scheme == "dropped reduction":
-            batchnorm._sum_over_ranks = lambda sums: sums
+            batchnorm.sum_over_ranks = lambda sums: sums
             return results("2d", 8)
         batchnorm._global_statistics = unweighted
         return results("2d", 7)
     finally:
-        batchnorm._sum_over_ranks, batchnorm._global_statistics = right
+        batchnorm.sum_over_ranks, batchnorm._global_statistics = right
 
 
 def unweighted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from distunlearn.engine.backends.pieces import Piece, Stored, whole
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.engine.batchnorm import convert
 from distunlearn.errors import DistunlearnError, RankLostError
-from distunlearn.objectives.gather import all_gather_detached
+from distunlearn.objectives.gather import all_gather_detached, sum_over_ranks
 
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
@@ -132,9 +132,7 @@ class Backend:
         fine = torch.isfinite(value.detach()).all()
         if self.world == 1:
             return bool(fine)
-        agreed = fine.to(self.device, torch.int32)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-        return bool(agreed)
+        return bool(sum_over_ranks(fine.to(self.device, torch.int32)) == self.world)
 
     # -- preparing -----------------------------------------------------------------------------------------------
 

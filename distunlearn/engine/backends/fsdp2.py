@@ -22,6 +22,7 @@ from distunlearn.encoders.blocks import shard_units
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.pieces import Piece, Stored, part
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.objectives.gather import sum_over_ranks
 
 if TYPE_CHECKING:
     from distunlearn.encoders.model import MomentumEncoder
@@ -80,8 +81,7 @@ class FSDP2(Backend):
         self._reshard()
         norms = [torch.linalg.vector_norm(g.to_local()) for g in self._gradients() if g.to_local().numel()]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
-        dist.all_reduce(square)
-        return float(square.sqrt())
+        return float(sum_over_ranks(square).sqrt())
 
     def step(self) -> None:
         """See `Backend.step`."""

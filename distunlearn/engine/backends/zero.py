@@ -22,6 +22,7 @@ from distunlearn.engine.backends.optimizer_state import check_state, counter, is
 from distunlearn.engine.backends.pieces import Piece, Stored, part, whole
 from distunlearn.engine.backends.process_group import Place
 from distunlearn.errors import ConfigError, DataError, NumericsError
+from distunlearn.objectives.gather import sum_over_ranks
 
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
@@ -173,8 +174,7 @@ class Zero(Backend):
     def _measure_norm(self) -> float:
         norms = [torch.linalg.vector_norm(g.float()) for g in self._gradients()]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
-        dist.all_reduce(square)
-        return float(square.sqrt())
+        return float(sum_over_ranks(square).sqrt())
 
     def step(self) -> None:
         """See `Backend.step`; DeepSpeed clips, by the same formula.
