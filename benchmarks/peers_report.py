@@ -97,7 +97,8 @@ def document(result: dict[str, Any]) -> str:
         table(["layers", "samples", "speed, clock", "speed, CPU", "live memory", "error", "goal"], norm_rows(result))
         if result["norms"] else MISSING,
         "## Gathered losses on two ranks\n",
-        "Two processes over gloo; forward and backward from raw outputs; time of the slower rank. Difference: of the "
+        "Two processes over gloo, ours with what is small through shared memory, as its runs do; forward and backward "
+        "from raw outputs; time of the slower rank. Difference: of the "
         "loss averaged over ranks, and of the gradient (relative).",
         table(["peer", "images a rank", "dim", "ours, ms", "speed, clock", "difference", "goal"], gather_rows(result))
         if result["gathered"] else MISSING,

@@ -34,7 +34,8 @@ from distunlearn.errors import RankLostError
 
 __all__ = ["Mailbox", "open_mailbox"]
 
-CAPACITY = 1 << 18  # bytes of a slot; more goes through the process group
+CAPACITY = 1 << 20  # bytes of a slot, at most; more goes through the process group
+ALL_SLOTS = 1 << 25  # bytes of all slots together: containers give /dev/shm 64 MiB
 LINE = 128  # bytes for a rank's counter and the labels of both slots: no two ranks write to one cache line
 LABEL = 56  # bytes of a label
 SPIN = 0.005  # seconds to look for the others without sleeping
@@ -59,12 +60,13 @@ class Mailbox:
         self._shared = mmap.mmap(file, size(world))
         self._numbers = memoryview(self._shared).cast("q")
         slots = torch.frombuffer(self._shared, dtype=torch.uint8, offset=world * LINE)
-        self._slots = slots.view(2, world, CAPACITY)
+        self.capacity = capacity(world)
+        self._slots = slots.view(2, world, self.capacity)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     def takes(self, x: Tensor) -> bool:
         """True if `x` is small enough, and on the CPU, and this process is the rank itself, not a fork of it."""
-        return self.is_mine and x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= CAPACITY
+        return self.is_mine and x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= self.capacity
 
     def _disown(self) -> None:
         self.is_mine = False
@@ -138,9 +140,14 @@ class Mailbox:
         os.close(self.file)
 
 
+def capacity(world: int) -> int:
+    """Bytes of a slot: `CAPACITY`, or less where that would be too much for so many ranks."""
+    return min(CAPACITY, ALL_SLOTS // (2 * world) // LINE * LINE)
+
+
 def size(world: int) -> int:
     """Bytes of the shared file."""
-    return world * LINE + 2 * world * CAPACITY
+    return world * (LINE + 2 * capacity(world))
 
 
 def open_mailbox(patience: float) -> Mailbox | None:

@@ -168,6 +168,13 @@ def test_a_forked_child_has_no_part_in_it(compared):
     assert [rank["child"] for rank in compared[0]] == [0] * WORLD
 
 
+def test_many_ranks_share_what_room_there_is():
+    assert mailbox.capacity(2) == mailbox.CAPACITY and mailbox.size(2) < 2**23
+    for world in (16, 17, 64, 192):
+        assert 2**16 < mailbox.capacity(world) <= 2**20 and mailbox.size(world) < 2**25 + world * mailbox.LINE
+        assert mailbox.capacity(world) % 8 == 0  # slots start where any type may
+
+
 def test_nothing_is_left_behind(compared):
     assert compared[1] == set()
 
