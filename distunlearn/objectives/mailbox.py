@@ -32,7 +32,7 @@ from torch import Tensor
 
 from distunlearn.errors import RankLostError
 
-__all__ = ["Mailbox", "open_mailbox"]
+__all__ = ["Mailbox", "open_mailbox", "usable_cores"]
 
 CAPACITY = 1 << 20  # bytes of a slot, at most; more goes through the process group
 ALL_SLOTS = 1 << 25  # bytes of all slots together: containers give /dev/shm 64 MiB
@@ -161,7 +161,7 @@ def open_mailbox(patience: float) -> Mailbox | None:
     if world == 1 or dist.get_backend() != "gloo":
         return None
     cores: list[set[int]] = [set()] * world
-    dist.all_gather_object(cores, _cores())
+    dist.all_gather_object(cores, usable_cores())
     fits = len(set().union(*cores)) >= world
     told = [_create(world) if rank == 0 and fits else None]
     dist.broadcast_object_list(told, src=0)
@@ -177,7 +177,7 @@ def open_mailbox(patience: float) -> Mailbox | None:
     return None
 
 
-def _cores() -> set[int]:
+def usable_cores() -> set[int]:
     """The cores that this process may use; none where there can be no mailbox."""
     return os.sched_getaffinity(0) if sys.platform == "linux" and platform.machine() == "x86_64" else set()
 

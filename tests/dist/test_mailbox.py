@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32
 DIFFERENT = {"shape": "gather float32 (4,)", "type": "gather int32 (3,)", "purpose": "sum float32 (3,)"}
 REFUSED = ("no room", "another machine", "too few cores")
 pytestmark = pytest.mark.skipif(
-    len(mailbox._cores()) < WORLD, reason="needs Linux on x86-64 and a core for each of two processes"
+    len(mailbox.usable_cores()) < WORLD, reason="needs Linux on x86-64 and a core for each of two processes"
 )
 
 
@@ -122,7 +122,7 @@ def refused(what: str) -> dict[str, Any]:
     elif what == "another machine" and gather.get_rank() == 1:
         mailbox._opened = lambda told, world: None
     elif what == "too few cores":
-        mailbox._cores = lambda: {0}
+        mailbox.usable_cores = lambda: {0}
     return {"none": mailbox.open_mailbox(60) is None}
 
 
