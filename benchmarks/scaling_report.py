@@ -111,8 +111,8 @@ def document(result: dict[str, Any]) -> str:
     parts = [
         *preamble(result),
         f"SimCLR pretraining, float32, one thread a process, gloo over loopback{shared}; whole steps of real runs. "
-        "Groups of processes took turns step by step: two that do not communicate, one with the global batch, the two of the "
-        "backend. Medians over rounds with a distribution-free 95 % interval. Weak efficiency: images/s of the "
+        "Groups of processes took turns step by step: two that do not communicate, one with the global batch, the two "
+        "of the backend. Medians over rounds with a distribution-free 95 % interval. Weak efficiency: images/s of the "
         "backend's two processes to that of the two independent ones. Strong speed-up: step of one process with the "
         "global batch to that of the backend's two. Clock: the slowest process counts, its waiting for a core "
         "included; CPU: the processes' own CPU seconds, the work of communicating included, waiting not. "

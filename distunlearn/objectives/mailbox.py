@@ -34,7 +34,7 @@ from distunlearn.errors import RankLostError
 
 __all__ = ["Mailbox", "open_mailbox", "usable_cores"]
 
-CAPACITY = 1 << 20  # bytes of a slot, at most; more goes through the process group
+CAPACITY = 1 << 22  # bytes of a slot, at most; more goes through the process group
 ALL_SLOTS = 1 << 25  # bytes of all slots together: containers give /dev/shm 64 MiB
 LINE = 128  # bytes for a rank's counter and the labels of both slots: no two ranks write to one cache line
 LABEL = 56  # bytes of a label

@@ -169,9 +169,9 @@ def test_a_forked_child_has_no_part_in_it(compared):
 
 
 def test_many_ranks_share_what_room_there_is():
-    assert mailbox.capacity(2) == mailbox.CAPACITY and mailbox.size(2) < 2**23
+    assert mailbox.capacity(2) == mailbox.capacity(4) == mailbox.CAPACITY > mailbox.capacity(8)
     for world in (16, 17, 64, 192):
-        assert 2**16 < mailbox.capacity(world) <= 2**20 and mailbox.size(world) < 2**25 + world * mailbox.LINE
+        assert 2**16 < mailbox.capacity(world) <= 2**20 and mailbox.size(world) <= 2**25 + world * mailbox.LINE
         assert mailbox.capacity(world) % 8 == 0  # slots start where any type may
 
 
