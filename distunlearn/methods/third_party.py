@@ -280,12 +280,15 @@ class ThirdParty:
         scaled = scale(forget)
         whole = all_gather_detached(forget, sizes), all_gather_uneven(third)
         draw = {"seed": self.cfg.seed, "step": ctx.draw}
-        phi, cotangent = value_and_cotangent(self.distance, *map(scale, whole), **draw)
         if memory.steps:
+            with torch.no_grad():
+                phi = self.distance(*map(scale, whole), **draw)
             pooled = memory.pooled(*whole)
             memory.push(*whole)
             _, cotangent = value_and_cotangent(self.distance, *map(scale, pooled), **draw)
             cotangent = cotangent * (len(pooled[0]) / len(whole[0]))  # the mean is over this batch's samples again
+        else:
+            phi, cotangent = value_and_cotangent(self.distance, *map(scale, whole), **draw)
         first = sum(sizes[: ctx.rank])
         local = cotangent[first : first + forget.shape[0]]
         active = switch.active  # before this step's Phi enters the mean: see PhiSwitch.active
