@@ -11,7 +11,8 @@ in five ways that take turns step by step:
     process group  statistics over both processes, through gloo
     mailbox        statistics over both processes, through shared memory (`objectives/mailbox.py`): what a run does
 
-So `barrier` against `layers` is what it costs to go in step, `process group` against `barrier` what the data add.
+So `barrier` against `layers` is what it costs to meet by way of the process group, `process group` against `barrier`
+what the data add, and `mailbox` against `layers` what it costs to meet and exchange in shared memory.
 """
 
 from __future__ import annotations
@@ -116,8 +117,7 @@ def work(rank: int, folder: str, batch: int, rounds: int, queue: Any) -> None:
 
 
 def measure(batch: int, rounds: int, folder: Path) -> dict[str, Any]:
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue = mp.get_context("spawn").SimpleQueue()
     started = mp.start_processes(work, (str(folder), batch, rounds, queue), nprocs=2, join=False, start_method="spawn")
     found = dict(queue.get() for _ in range(2))
     started.join()
@@ -125,11 +125,15 @@ def measure(batch: int, rounds: int, folder: Path) -> dict[str, Any]:
     return {"batch": batch, "ranks": [found[rank] for rank in range(2)]}
 
 
+def pairs(found: dict[str, Any], way: str) -> list[list[Step]]:
+    """The steps of both processes, by round."""
+    return [[own[way] for own in both] for both in zip(*(rank["steps"] for rank in found["ranks"]), strict=True)]
+
+
 def clocks(found: dict[str, Any], way: str, key: str = "seconds") -> list[float]:
     """Of every round the slower process's seconds, or the mean of their CPU seconds."""
-    pairs = zip(*(rank["steps"] for rank in found["ranks"]), strict=True)
     merge = max if key == "seconds" else statistics.mean
-    return [merge([a[way][key], b[way][key]]) for a, b in pairs]
+    return [merge([own[key] for own in both]) for both in pairs(found, way)]
 
 
 ABOUT = (
@@ -154,8 +158,7 @@ def steps_table(found: dict[str, Any]) -> str:
 def raw(found: dict[str, Any]) -> str:
     lines = []
     for way in WAYS:
-        pairs = zip(*(rank["steps"] for rank in found["ranks"]), strict=True)
-        told = [" ".join(f"{own[way]['seconds']:.3f}/{own[way]['cpu']:.3f}" for own in pair) for pair in pairs]
+        told = [" ".join(f"{own['seconds']:.3f}/{own['cpu']:.3f}" for own in both) for both in pairs(found, way)]
         lines.append(f"{found['batch']} images, {way}: {'  '.join(told)}")
     return "\n".join(lines)
 

@@ -1,9 +1,9 @@
 """Small exchanges between the processes of one machine, through memory that they share.
 
-gloo sends even a few bytes through a socket, and a process that waits for them sleeps. Falling asleep and waking cost a
-millisecond or two on a virtual machine, far more than the exchange itself, and a convolutional network with batch
-statistics over all ranks exchanges some forty times a step (`benchmarks/exchanges.py`). Here a process writes its part
-where the others read it and looks again and again, for `SPIN` seconds, before it begins to sleep.
+gloo sends even a few bytes through a socket and other threads, and a process that waits for them sleeps. That cost a
+millisecond or two an exchange where it was measured (`benchmarks/exchanges.py`), and a convolutional network with batch
+statistics over all ranks exchanges some forty times a step. Here a process writes its part where the others read it and
+looks again and again, for `SPIN` seconds, before it begins to sleep.
 
 Every rank has two slots, used in turn. It writes slot `count % 2`, then its own counter; the others read once they see
 the counter. A slot is written again only after the exchange in between, for which every rank had to have read it.
@@ -166,7 +166,7 @@ def open_mailbox(patience: float) -> Mailbox | None:
     told = [_create(world) if rank == 0 and fits else None]
     dist.broadcast_object_list(told, src=0)
     file = _opened(told[0], world)
-    mailbox = None if file is None else Mailbox(file, rank, world, patience)
+    mailbox = None if file is None else _joined(file, rank, world, patience)
     agreed = torch.tensor([int(mailbox is not None)])
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)  # also: all have opened it
     if rank == 0 and told[0] is not None:
@@ -175,6 +175,15 @@ def open_mailbox(patience: float) -> Mailbox | None:
         return mailbox
     mailbox.close()
     return None
+
+
+def _joined(file: int, rank: int, world: int, patience: float) -> Mailbox | None:
+    """None where the system refuses the mapping or the lock: all ranks hear of it, and do without."""
+    try:
+        return Mailbox(file, rank, world, patience)
+    except OSError:
+        os.close(file)
+        return None
 
 
 def usable_cores() -> set[int]:
