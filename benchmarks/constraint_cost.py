@@ -42,8 +42,15 @@ def _convolution_backward(
     return 2 * math.prod(grad) * math.prod(weight[1:]) * (bool(mask[0]) + bool(mask[1]))
 
 
-# torch's own table lacks the fused attention of CPUs, and takes no notice of groups in the gradient of a weight.
+def _added_product(into: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+# torch's own table lacks the fused attention of CPUs and products that are added in place, and takes no notice of
+# groups in the gradient of a weight.
 CORRECTED = {
+    ATEN.addmm_: _added_product,
+    ATEN.baddbmm_: _added_product,
     ATEN.convolution_backward: _convolution_backward,
     ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -135,7 +135,7 @@ def images_per_step(cfg: RunConfig, method: str | None, step: int = 0) -> int:
         images += views * (cfg.method.view_pairs - 1) * (sizes["forget"] + sizes["third_party"])
         images += objective.branches * sizes["retain"] if cfg.method.distill_weight else 0
         images += cfg.method.view_pairs * extra_images(
-            cfg.constraint.evaluator, objective.branches, objective.needs_momentum, *map(sizes.get, ROLES)
+            cfg, objective.branches, objective.needs_momentum, *map(sizes.get, ROLES)
         )
     return images
 

@@ -117,6 +117,8 @@ class Recorder:
 
     def _arrived(self, name: str, call: int, delta: Tensor) -> None:
         """A layer is finished when the gradients of all its calls are here; its records are dropped at once."""
+        if name not in self._deltas:
+            return  # a later backward, which is not about these gradients
         deltas = self._deltas[name]
         deltas[call] = delta
         if len(deltas) == len(self._inputs[name]):
@@ -125,12 +127,15 @@ class Recorder:
             assert self._finish is not None, "the backward belongs to `gradients`"
             self._finish(name, inputs, [deltas[number] for number in range(len(inputs))])
 
-    def gradients(self, total: Tensor, count: int, kept: int | None = None) -> GhostGradients:
+    def gradients(
+        self, total: Tensor, count: int, kept: int | None = None, *, lasting: bool = False
+    ) -> GhostGradients:
         """Per-sample gradients of `total` = sum_i l_i, as norms and factors; its graph and the records are used up.
 
         Args:
             count: n; every forward had its rows branch by branch, n each.
             kept: how many samples, from the first on, the factors are kept of; None: all.
+            lasting: the graph stays, for a backward that is not recorded.
 
         Raises:
             KeyError: a layer that was never called, or that `total` does not depend on; the message is its name.
@@ -147,7 +152,7 @@ class Recorder:
 
         self._finish = finish
         if self._anchor is not None:
-            torch.autograd.grad(total, self._anchor, allow_unused=True)
+            torch.autograd.grad(total, self._anchor, retain_graph=lasting, allow_unused=True)
         for name in self.layers:
             if name not in parts:
                 raise KeyError(name)

@@ -287,20 +287,25 @@ def _layout(layer: Layer, output: Tensor) -> str:
 
 
 class _Listener(torch.autograd.Function):
-    """y -> y + B C (A x) at C = 0. Of its derivatives only those by y and C are not 0: no other is computed."""
+    """y -> y + B C (A x) at C = 0. Of its derivatives only those by y and C are not 0: no other is computed, and that
+    by C only in the first backward. A later one through the same graph is of a loss that does not ask for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, leaf: Tensor, small: Tensor, outer: Tensor, rows: Tensor, layout: str) -> Tensor:
         """y: as `_layout` has it; leaf: C [n, k_out, k_in]; small: A x as `ProbeSet._reduced` gives it."""
         ctx.save_for_backward(small, outer, rows)
         ctx.leaf = leaf.shape, leaf.dtype
-        ctx.layout = layout
+        ctx.layout, ctx.told = layout, False
         return y.detach()  # its memory, which no backward pass needs: see `rows.added_to`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """S_i = sum over rows of sample i of (B^T delta) (A x)^T; of operators that can be differentiated again."""
         small, outer, rows = ctx.saved_tensors
+        if ctx.told:
+            return grad, *[None] * 5
+        ctx.told = True
         shape, dtype = ctx.leaf
         outer = outer.to(grad.dtype)
         if ctx.layout == "first":

@@ -131,16 +131,19 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inner: Tensor, moved: MovedRows) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(inner)
-        ctx.moved = moved
+        ctx.set_materialize_grads(False)  # zeros would be multiplied and added
+        ctx.moved, ctx.shape = moved, x.shape
         block = moved.tokens(x.contiguous())
         small = torch.bmm(block, _each(inner.T, block))
         return x.detach(), small.view(moved.branches * moved.first, -1, len(inner))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_small: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_small: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad_small is None:
+            return grad, None, None
         (inner,) = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = inner.new_zeros(ctx.shape) if grad is None else grad.contiguous()
         block = ctx.moved.tokens(grad)
         block.baddbmm_(grad_small.reshape(len(block), -1, len(inner)), _each(inner, block))
         return grad, None, None

@@ -43,6 +43,13 @@ def test_operations_of_a_linear_layer_by_hand():
     assert flops(lambda: layer(x.detach()).sum().backward()) == 2 * product
 
 
+def test_operations_of_a_product_added_in_place():
+    """torch's own count takes no notice of it."""
+    one, many = torch.zeros(6, 7), torch.zeros(3, 6, 7)
+    assert flops(lambda: one.addmm_(torch.ones(6, 5), torch.ones(5, 7))) == 2 * 6 * 5 * 7
+    assert flops(lambda: many.baddbmm_(torch.ones(3, 6, 5), torch.ones(3, 5, 7))) == 3 * 2 * 6 * 5 * 7
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_operations_of_a_convolution_by_hand(groups):
     """3 images of 4 x 9 x 7, 6 channels out, kernel 3 x 3, stride 2, padding 1: outputs of 5 x 4."""
@@ -100,8 +107,8 @@ def test_tensors_without_values_count_as_those_with(encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_bounds_hold(encoder):
-    """Constraint pairs = half the retain pairs; 1.6, 2.1 and 2.2 times the plain step."""
-    assert BOUNDS == {"head": 1.6, "sliced": 2.1, "sketch": 2.2}
+    """Constraint pairs = half the retain pairs; 1.6, 2.1 and 2.1 times the plain step."""
+    assert BOUNDS == {"head": 1.6, "sliced": 2.1, "sketch": 2.1}
     with without_values():
         bench = Bench(ENCODERS[encoder], 8)
         plain = flops(bench.step("plain"))

@@ -21,6 +21,7 @@ from distunlearn.constraints.evaluators.head import Head
 from distunlearn.constraints.evaluators.input_gp import InputGP
 from distunlearn.constraints.evaluators.sketch import DoubleBackward, Sketch
 from distunlearn.constraints.evaluators.sliced import Sliced
+from distunlearn.constraints.evaluators.two_passes import shown_once
 
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
@@ -46,13 +47,14 @@ def make_evaluator(cfg: RunConfig, look: Look, views: Views) -> Evaluator:
     return build(cfg, look) if build in (Head, Sliced) else build(cfg, look, views)
 
 
-def extra_images(evaluator: str, branches: int, momentum: bool, forget: int, third: int) -> int:
+def extra_images(cfg: RunConfig, branches: int, momentum: bool, forget: int, third: int) -> int:
     """Images through an encoder per step and pair of views, beside one forward of forgotten and third-party images.
 
     Without the step check of every `constraint.check_every` steps. branches: V of the objective.
     """
+    evaluator = cfg.constraint.evaluator
     if evaluator in ("sketch", "ghost_norm"):
-        return branches * (2 * forget + third)
+        return branches * (2 * forget + (0 if shown_once(cfg, forget, third) else third))
     if evaluator == "sliced":
         return branches * (forget + 2 * third)
     if evaluator == "input_gp":

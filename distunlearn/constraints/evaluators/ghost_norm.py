@@ -7,6 +7,7 @@ sum_i w_i [l_i(+) - l_i(-)] / 2 rho has the gradient of Phi up to O(rho^2).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +24,14 @@ from distunlearn.constraints.evaluators.base import (
     grad_wanted,
     joined,
     mean_loss,
-    reuse_targets,
-    shared,
-    signed_copies,
     unused_layer,
     without_graph,
 )
+from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
 from distunlearn.constraints.ghost import GhostGradients, Recorder
 from distunlearn.constraints.head import NORM_FLOOR
 from distunlearn.constraints.probes import probed_layers
-from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.data.schedule import Batch
 from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
 
@@ -59,32 +58,30 @@ class GhostNorm:
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
             gradients, pairs = self._gradients(ctx, piece, bank, self._viewed(ctx, piece), kept=0)
-            found.append((_describe(gradients.norm()), pairs))
+            found.append((_describe(gradients.norm()), [without_graph(b) for b in pairs]))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
-        batch, count = concat_batches(forget, third), len(forget)
-        viewed = self._viewed(ctx, batch)
-        gradients, seen = self._gradients(ctx, batch, bank, viewed, kept=count)
-        norms = gradients.norm()
-        leaf = norms[:count].detach().requires_grad_()
-        phi, goal = match(_describe(leaf), _describe(norms[count:]))
+
+        def measure(batch: Batch, viewed: list[list[Tensor]], kept: int, lasting: bool) -> Measured:
+            gradients, pairs = self._gradients(ctx, batch, bank, viewed, kept, lasting)
+            return Measured(gradients.norm(), gradients, pairs)
+
+        first = first_pass(ctx, forget, third, self.views, measure)
+        leaf = first.own.detach().requires_grad_()
+        phi, goal = match(_describe(leaf), _describe(first.others))
         (weight,) = torch.autograd.grad(goal, leaf)
 
         def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
             """w_i [l_i(+) - l_i(-)] / 2 rho of this rank's samples, and what signed copies and third-party gave."""
-            copies, signs = signed_copies(count, len(batch), ctx.device)
-            steps = rho / norms[:count].clamp_min(NORM_FLOOR)
-            with gradients.armed(signs * ctx.objective.branches, steps), shared(ctx, count, len(copies)):
-                shown = [
-                    self.look(ctx, batch, views=views, copies=copies, network=network, momentum=False)
-                    for views in viewed
-                ]
-            shown = [reuse_targets(b, first, copies) for b, first in zip(shown, seen, strict=True)]
-            plus, minus = ([b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count)))
-            difference = (mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank)) / (2 * rho)
-            return weight * difference, plus + minus, [b.part(slice(2 * count, None)) for b in shown]
+            steps = rho / first.own.clamp_min(NORM_FLOOR)
+
+            def added(copies: Tensor, signs: tuple[float, ...]) -> AbstractContextManager[None]:
+                return first.kept.armed(signs * ctx.objective.branches, steps)
+
+            difference, both, strangers = second_pass(ctx, first, bank, self.look, added, network)
+            return weight * difference / (2 * rho), both, strangers
 
         pulls, both, strangers = differences(self.rho)
         metrics = {}
@@ -101,18 +98,21 @@ class GhostNorm:
 
     @grad_wanted
     def _gradients(
-        self, ctx: Context, batch: Batch, bank: Bank | None, viewed: list[list[Tensor]], kept: int
+        self, ctx: Context, batch: Batch, bank: Bank | None, viewed: list[list[Tensor]], kept: int,
+        lasting: bool = False,
     ) -> tuple[GhostGradients, list[Branches]]:
-        """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches; without graph."""
+        """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches, whose graph is
+        used up if it is not `lasting`.
+        """
         recorder = Recorder(probed_layers(ctx.model, self.cfg.constraint.layers))
         with recorder.recording():
             pairs = [self.look(ctx, batch, views=views, network=ctx.first_pass) for views in viewed]
         total = mean_loss(ctx, pairs, bank).sum()
         try:
-            gradients = recorder.gradients(total, len(batch), kept)
+            gradients = recorder.gradients(total, len(batch), kept, lasting=lasting)
         except KeyError as error:
             raise unused_layer(error.args[0]) from error
-        return gradients, [without_graph(b) for b in pairs]
+        return gradients, pairs
 
 
 def _describe(norms: Tensor) -> Tensor:

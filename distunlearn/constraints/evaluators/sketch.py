@@ -2,7 +2,7 @@
 
 `sketch` takes two first-order passes. The first one finds the sketches S_i as gradients of zero cores; Phi and its
 derivative V_i = dPhi/dS_i follow from their values. The second one shows every forgotten image twice, with +e V_i and
--e V_i added to the activations (see `constraints/probes.py`), and
+-e V_i added to the activations (see `constraints/probes.py` and `two_passes.py`), and
 
     sum_i [l_i(+e_i V_i) - l_i(-e_i V_i)] / 2 e_i,    e_i = rho / |V_i|,
 
@@ -13,7 +13,7 @@ measured by, and impossible where weights are sharded.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +31,10 @@ from distunlearn.constraints.evaluators.base import (
     grad_wanted,
     joined,
     mean_loss,
-    reuse_targets,
-    shared,
-    signed_copies,
     unused_layer,
     without_graph,
 )
+from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
 from distunlearn.constraints.head import NORM_FLOOR
 from distunlearn.constraints.probes import ProbeSet, probed_layers
 from distunlearn.data.schedule import Batch, concat_batches
@@ -94,9 +92,11 @@ class _Probing:
     @grad_wanted
     def _sketches(
         self, ctx: Context, batch: Batch, bank: Bank | None, probes: ProbeSet, viewed: list[list[Tensor]],
-        exact: bool = False,
+        exact: bool = False, lasting: bool = False,
     ) -> tuple[Tensor, list[Branches]]:
-        """S [n, L, k_out, k_in] and the branches they come from; with a graph of second order if `exact`."""
+        """S [n, L, k_out, k_in] and the branches they come from; with a graph of second order if `exact`, one for
+        another backward if `lasting`.
+        """
         leaves = probes.leaves(len(batch))
         rows = torch.arange(len(batch), device=ctx.device).repeat(ctx.objective.branches)
         attention = sdpa_kernel(SDPBackend.MATH) if exact else nullcontext()  # fused kernels differentiate once
@@ -104,7 +104,9 @@ class _Probing:
         with probes.listening(leaves, rows, twice=exact), attention:
             pairs = [self.look(ctx, batch, views=views, network=network) for views in viewed]
             total = mean_loss(ctx, pairs, bank).sum()
-            sketches = torch.autograd.grad(total, leaves, create_graph=exact, allow_unused=True)
+            sketches = torch.autograd.grad(
+                total, leaves, retain_graph=exact or lasting, create_graph=exact, allow_unused=True
+            )
         for name, sketch in zip(probes.layers, sketches, strict=True):
             if sketch is None:
                 raise unused_layer(name)
@@ -121,33 +123,29 @@ class Sketch(_Probing):
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
-        batch, count = concat_batches(forget, third), len(forget)
         probes = draw_probes(self.cfg, ctx, ctx.projection)
-        viewed = self._viewed(ctx, batch)
-        sketches, seen = self._sketches(ctx, batch, bank, probes, viewed)
-        seen = [without_graph(b) for b in seen]
-        leaf = sketches[:count].detach().requires_grad_()
-        phi, goal = match(describe(leaf), describe(sketches[count:]))
+
+        def measure(batch: Batch, viewed: list[list[Tensor]], kept: int, lasting: bool) -> Measured:
+            sketches, pairs = self._sketches(ctx, batch, bank, probes, viewed, lasting=lasting)
+            return Measured(sketches, None, pairs)
+
+        first = first_pass(ctx, forget, third, self.views, measure)
+        leaf = first.own.detach().requires_grad_()
+        phi, goal = match(describe(leaf), describe(first.others))
         (cotangent,) = torch.autograd.grad(goal, leaf)
         size = cotangent.flatten(1).norm(dim=1)
         unit = cotangent / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None, None]
 
         def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
             """e_i <V_i, S_i> / rho of this rank's samples, and what the signed copies and third-party gave."""
-            copies, signs = signed_copies(count, len(batch), ctx.device)
-            branches = ctx.objective.branches
-            rows = copies.clamp_max(count - 1).repeat(branches)  # third-party: any core, its sign is 0
-            with probes.armed((rho * unit).unbind(1), rows, signs * branches), shared(ctx, count, len(copies)):
-                shown = [
-                    self.look(ctx, batch, views=views, copies=copies, network=network, momentum=False)
-                    for views in viewed
-                ]
-            shown = [reuse_targets(b, first, copies) for b, first in zip(shown, seen, strict=True)]
-            plus, minus = (
-                [b.part(part) for b in shown] for part in (slice(count), slice(count, 2 * count))
-            )
-            difference = (mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank)) / (2 * rho)
-            return size * difference, plus + minus, [b.part(slice(2 * count, None)) for b in shown]
+
+            def added(copies: Tensor, signs: tuple[float, ...]) -> AbstractContextManager[None]:
+                branches = ctx.objective.branches
+                rows = copies.clamp_max(first.count - 1).repeat(branches)  # third-party: any core, its sign is 0
+                return probes.armed((rho * unit).unbind(1), rows, signs * branches)
+
+            difference, both, strangers = second_pass(ctx, first, bank, self.look, added, network)
+            return size * difference / (2 * rho), both, strangers
 
         pulls, both, strangers = differences(self.rho)
         metrics = {}

@@ -1,0 +1,125 @@
+"""What `sketch` and `ghost_norm` share: a first pass that measures gradients, and a second one with signed copies.
+
+The first pass is differentiated by itself, for what it measures of every sample's gradient. The second shows every
+forgotten image with +e and with -e added, and the difference of both losses has the gradient that Phi needs.
+
+Phi does not move third-party images, so they need no copies: only a graph, for the terms on their outputs. That of the
+first pass will do, and saves them a second forward. It is kept where the same weights are still in place at the step's
+backward (see `shown_once`); elsewhere third-party images come along in the second pass.
+
+Shapes: n forgotten and m third-party images of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from distunlearn.constraints.evaluators.base import (
+    Look,
+    Views,
+    mean_loss,
+    reuse_targets,
+    shared,
+    signed_copies,
+    without_graph,
+)
+from distunlearn.data.schedule import Batch, concat_batches
+from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.base import Branches
+
+if TYPE_CHECKING:
+    from distunlearn.config import RunConfig
+    from distunlearn.methods.base import Context
+
+__all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once"]
+
+GATHERING = ("fsdp2", "zero3")  # backends that gather weights for one backward of a forward, and then let go of them
+
+
+class Measured(NamedTuple):
+    """What a first pass gives: values [n, ...] by sample, what else the evaluator keeps, branches by pair of views."""
+
+    values: Tensor
+    kept: Any
+    pairs: list[Branches]
+
+
+# measure(batch, views by pair, first samples to keep more of than values, does the graph last) -> Measured
+Measure = Callable[[Batch, list[list[Tensor]], int, bool], Measured]
+
+
+class FirstPass(NamedTuple):
+    """own [n, ...], others [m, ...]: values of forgotten and third-party images. kept: see `Measured`, of the former.
+
+    count: n. shown, viewed, seen: what the second pass shows, forgotten images first: the images, their views and
+        their branches in the first pass (without graph), by pair. strangers: third-party branches with graph, if they
+        are not among what is shown.
+    """
+
+    own: Tensor
+    others: Tensor
+    kept: Any
+    count: int
+    shown: Batch
+    viewed: list[list[Tensor]]
+    seen: list[Branches]
+    strangers: list[Branches] | None
+
+
+def shown_once(cfg: RunConfig, forget: int, third: int) -> bool:
+    """Whether third-party images go through the encoder once a step, with so many images of both on a rank.
+
+    Not where the graph of a pass is good for one backward: where weights are gathered for it, and in compiled blocks,
+    which may use up what they keep.
+    """
+    return min(forget, third) > 0 and cfg.backend not in GATHERING and not cfg.compile
+
+
+def first_pass(ctx: Context, forget: Batch, third: Batch, views: Views, measure: Measure) -> FirstPass:
+    """Measure forgotten and third-party images, in one pass, or in two of which the second one's graph is kept."""
+    both, count = concat_batches(forget, third), len(forget)
+    viewed = [views(ctx, both, pair) for pair in range(ctx.cfg.method.view_pairs)]
+    if not shown_once(ctx.cfg, count, len(third)):
+        found = measure(both, viewed, count, False)
+        seen = [without_graph(b) for b in found.pairs]
+        return FirstPass(found.values[:count], found.values[count:], found.kept, count, both, viewed, seen, None)
+    apart = [
+        [[view[rows] for view in pair] for pair in viewed] for rows in (slice(count), slice(count, None))
+    ]
+    own = measure(forget, apart[0], count, False)
+    seen = [without_graph(b) for b in own.pairs]
+    own = own._replace(pairs=[])  # their graph may go before the next one is made
+    others = measure(third, apart[1], 0, True)
+    return FirstPass(own.values, others.values, own.kept, count, forget, apart[0], seen, others.pairs)
+
+
+def second_pass(
+    ctx: Context,
+    first: FirstPass,
+    bank: Bank | None,
+    look: Look,
+    added: Callable[[Tensor, tuple[float, ...]], AbstractContextManager[None]],
+    network: Callable | None = None,
+) -> tuple[Tensor, list[Branches], list[Branches]]:
+    """l_i(+) - l_i(-) of the forgotten images [n], the branches of both copies by pair, and third-party branches.
+
+    added(copies, signs): within it forwards of one branch's rows, samples `copies` with these signs, add what is to be
+        added (see `signed_copies`; a third-party sample has sign 0).
+    """
+    count = first.count
+    copies, signs = signed_copies(count, len(first.shown), ctx.device)
+    with added(copies, signs), shared(ctx, count, len(copies)):
+        pairs = [
+            look(ctx, first.shown, views=views, copies=copies, network=network, momentum=False)
+            for views in first.viewed
+        ]
+    pairs = [reuse_targets(b, seen, copies) for b, seen in zip(pairs, first.seen, strict=True)]
+    plus, minus = ([b.part(part) for b in pairs] for part in (slice(count), slice(count, 2 * count)))
+    strangers = first.strangers
+    if strangers is None:
+        strangers = [b.part(slice(2 * count, None)) for b in pairs]
+    return mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank), plus + minus, strangers
