@@ -138,7 +138,7 @@ GRIDS: dict[str, Grid] = {
     ),
     # The ViTs of Fashion-MNIST with three times the images: by how much distributions of finite sets differ falls with
     # their sizes, and with it the least gap that a method can have which makes one look like the other. Settings are
-    # those of `small`; of third_party also those of `memory`.
+    # those of `small`; of third_party also with a memory and a longer warm-up, and as in `memory`, from the start.
     "larger": Grid(
         ("fashion_mnist",), ("simclr",), {"vit": SMALL_VIT}, (0, 1, 2), (100,),
         (*SMALL, "data.members=3000", "data.holdout=1500", "data.third_party=1500", "data.third_party_audit=1500",
@@ -146,6 +146,7 @@ GRIDS: dict[str, Grid] = {
         {"vit": ("pretrain.lr=1e-3", "unlearn.lr=1e-3")}, 3.0,
         methods=("none", "third_party", "neg_grad", "alignment_calibration"),
         variants={
+            "tuned-memory": ("constraint.memory=16", "unlearn.warmup=0.3"),
             "memory-warmup": ("unlearn.lr=1e-3", "method.gradient_weight=1", "method.output_weight=4",
                               "method.confidence_weight=0.05", "constraint.memory=16", "unlearn.warmup=0.3"),
         },
