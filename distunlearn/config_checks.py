@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from distunlearn.config import DataConfig, RunConfig
 from distunlearn.store_url import url_problem
 
-__all__ = ["PATH_KEYS", "cross_checks", "forget_is_file"]
+__all__ = ["PATH_KEYS", "SHARDED", "cross_checks", "forget_is_file"]
 
 PATH_KEYS = ("reuse", "data.root", "data.shards", "data.store_cache", "data.third_party_root", "encoder.checkpoint")
 

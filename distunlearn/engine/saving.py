@@ -25,6 +25,7 @@ from torch import Tensor
 
 from distunlearn import errors
 from distunlearn.config import CheckpointConfig
+from distunlearn.config_checks import SHARDED
 from distunlearn.encoders.weights import check_finite
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.pieces import Piece
@@ -48,7 +49,6 @@ from distunlearn.errors import DataError, DistunlearnError, NumericsError, RankL
 __all__ = ["Saver", "agreed_checkpoint"]
 
 LARGE = 64 * 2**20  # weights above which `auto` shards (float32: 256 MiB, and twice that for AdamW)
-SHARDING = ("fsdp2", "zero3")
 PATIENCE = 600.0  # seconds the main rank waits for the parts of the others
 
 
@@ -122,7 +122,7 @@ class Saver:
         backend, wanted = self._backend, self._settings.sharded
         if backend.world == 1 or wanted == "never":
             return False
-        return wanted == "always" or (backend.cfg.backend in SHARDING and backend.num_weights > LARGE)
+        return wanted == "always" or (backend.cfg.backend in SHARDED and backend.num_weights > LARGE)
 
     def save(self, step: int, extras: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save the state before step `step`. Collective.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from distunlearn.config_checks import SHARDED
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
     Constrained,
@@ -166,7 +167,7 @@ class DoubleBackward(_Probing):
 
     def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
         super().__init__(cfg, look, views)
-        if cfg.backend in ("fsdp2", "zero3"):
+        if cfg.backend in SHARDED:
             raise ConfigError(
                 f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
                 f"backend={cfg.backend}; set constraint.evaluator=sketch."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from distunlearn.config_checks import SHARDED
 from distunlearn.constraints.evaluators.base import (
     Look,
     Views,
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from distunlearn.methods.base import Context
 
 __all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once"]
-
-GATHERING = ("fsdp2", "zero3")  # backends that gather weights for one backward of a forward, and then let go of them
-
 
 class Measured(NamedTuple):
     """What a first pass gives: values [n, ...] by sample, what else the evaluator keeps, branches by pair of views."""
@@ -73,10 +71,10 @@ class FirstPass(NamedTuple):
 def shown_once(cfg: RunConfig, forget: int, third: int) -> bool:
     """Whether third-party images go through the encoder once a step, with so many images of both on a rank.
 
-    Not where the graph of a pass is good for one backward: where weights are gathered for it, and in compiled blocks,
-    which may use up what they keep.
+    Not where the graph of a pass is good for one backward: where sharded weights are gathered for it and let go
+    afterwards, and in compiled blocks, which may use up what they keep.
     """
-    return min(forget, third) > 0 and cfg.backend not in GATHERING and not cfg.compile
+    return min(forget, third) > 0 and cfg.backend not in SHARDED and not cfg.compile
 
 
 def first_pass(ctx: Context, forget: Batch, third: Batch, views: Views, measure: Measure) -> FirstPass:
