@@ -44,6 +44,7 @@ __all__ = [
     "shared",
     "signed_copies",
     "unused_layer",
+    "views_by_pair",
     "without_graph",
 ]
 
@@ -97,6 +98,11 @@ class Evaluator(Protocol):
 def mean_loss(ctx: Context, pairs: list[Branches], bank: Bank | None) -> Tensor:
     """l_i averaged over the pairs of views, [n], at least float32."""
     return torch.stack([ctx.objective.per_sample_loss(b, bank) for b in pairs]).mean(0)
+
+
+def views_by_pair(ctx: Context, batch: Batch, views: Views) -> list[list[Tensor]]:
+    """Both views of every image, by pair of views."""
+    return [views(ctx, batch, pair) for pair in range(ctx.cfg.method.view_pairs)]
 
 
 def reuse_targets(shown: Branches, first: Branches, copies: Tensor) -> Branches:

@@ -25,6 +25,7 @@ from distunlearn.constraints.evaluators.base import (
     joined,
     mean_loss,
     unused_layer,
+    views_by_pair,
     without_graph,
 )
 from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
@@ -57,14 +58,15 @@ class GhostNorm:
         found = []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
-            gradients, pairs = self._gradients(ctx, piece, bank, self._viewed(ctx, piece), kept=0)
+            gradients, pairs = self._gradients(ctx, piece, bank, views_by_pair(ctx, piece, self.views), kept=0)
             found.append((_describe(gradients.norm()), [without_graph(b) for b in pairs]))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
 
-        def measure(batch: Batch, viewed: list[list[Tensor]], kept: int, lasting: bool) -> Measured:
+        def measure(batch: Batch, viewed: list[list[Tensor]], lasting: bool) -> Measured:
+            kept = 0 if lasting else len(forget)  # of third-party images only norms are needed
             gradients, pairs = self._gradients(ctx, batch, bank, viewed, kept, lasting)
             return Measured(gradients.norm(), gradients, pairs)
 
@@ -91,10 +93,6 @@ class GhostNorm:
             metrics = self.check.compare(ctx, pulls, half)
         pull = pulls.sum()
         return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
-
-    def _viewed(self, ctx: Context, batch: Batch) -> list[list[Tensor]]:
-        """Both views of a batch, by pair."""
-        return [self.views(ctx, batch, pair) for pair in range(self.cfg.method.view_pairs)]
 
     @grad_wanted
     def _gradients(

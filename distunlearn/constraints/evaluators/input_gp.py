@@ -28,6 +28,7 @@ from distunlearn.constraints.evaluators.base import (
     grad_wanted,
     reuse_targets,
     shared,
+    views_by_pair,
     without_graph,
 )
 from distunlearn.data.schedule import Batch, concat_batches, random_words
@@ -62,7 +63,7 @@ class InputGP:
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`; `match` is not used."""
         batch, count = concat_batches(forget, third), len(forget)
-        viewed = [self.views(ctx, batch, pair) for pair in range(self.cfg.method.view_pairs)]
+        viewed = views_by_pair(ctx, batch, self.views)
         pairs = [self.look(ctx, batch, views=views) for views in viewed]
         sizes = gather_sizes(count, ctx.device)
         scale = mean_scale(sizes) / len(pairs)

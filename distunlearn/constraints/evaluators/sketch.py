@@ -33,6 +33,7 @@ from distunlearn.constraints.evaluators.base import (
     joined,
     mean_loss,
     unused_layer,
+    views_by_pair,
     without_graph,
 )
 from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
@@ -82,13 +83,9 @@ class _Probing:
         probes, found = draw_probes(self.cfg, ctx, draw), []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
-            sketches, pairs = self._sketches(ctx, piece, bank, probes, self._viewed(ctx, piece))
+            sketches, pairs = self._sketches(ctx, piece, bank, probes, views_by_pair(ctx, piece, self.views))
             found.append((describe(sketches), [without_graph(b) for b in pairs]))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
-
-    def _viewed(self, ctx: Context, batch: Batch) -> list[list[Tensor]]:
-        """Both views of a batch, by pair."""
-        return [self.views(ctx, batch, pair) for pair in range(self.cfg.method.view_pairs)]
 
     @grad_wanted
     def _sketches(
@@ -126,7 +123,7 @@ class Sketch(_Probing):
         """See `Evaluator.constrain`."""
         probes = draw_probes(self.cfg, ctx, ctx.projection)
 
-        def measure(batch: Batch, viewed: list[list[Tensor]], kept: int, lasting: bool) -> Measured:
+        def measure(batch: Batch, viewed: list[list[Tensor]], lasting: bool) -> Measured:
             sketches, pairs = self._sketches(ctx, batch, bank, probes, viewed, lasting=lasting)
             return Measured(sketches, None, pairs)
 
@@ -177,7 +174,7 @@ class DoubleBackward(_Probing):
         """See `Evaluator.constrain`."""
         probes, count = draw_probes(self.cfg, ctx, ctx.projection), len(forget)
         batch = concat_batches(forget, third)
-        sketches, pairs = self._sketches(ctx, batch, bank, probes, self._viewed(ctx, batch), exact=True)
+        sketches, pairs = self._sketches(ctx, batch, bank, probes, views_by_pair(ctx, batch, self.views), exact=True)
         own = sketches[:count]
         phi, term = match(describe(own), describe(sketches[count:]))
         parts = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))

@@ -26,6 +26,7 @@ from distunlearn.constraints.evaluators.base import (
     reuse_targets,
     shared,
     signed_copies,
+    views_by_pair,
     without_graph,
 )
 from distunlearn.data.schedule import Batch, concat_batches
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once"]
 
+
 class Measured(NamedTuple):
     """What a first pass gives: values [n, ...] by sample, what else the evaluator keeps, branches by pair of views."""
 
@@ -46,8 +48,8 @@ class Measured(NamedTuple):
     pairs: list[Branches]
 
 
-# measure(batch, views by pair, first samples to keep more of than values, does the graph last) -> Measured
-Measure = Callable[[Batch, list[list[Tensor]], int, bool], Measured]
+# measure(batch, views by pair, lasting) -> Measured; lasting: third-party images alone, whose graph is needed again
+Measure = Callable[[Batch, list[list[Tensor]], bool], Measured]
 
 
 class FirstPass(NamedTuple):
@@ -80,18 +82,18 @@ def shown_once(cfg: RunConfig, forget: int, third: int) -> bool:
 def first_pass(ctx: Context, forget: Batch, third: Batch, views: Views, measure: Measure) -> FirstPass:
     """Measure forgotten and third-party images, in one pass, or in two of which the second one's graph is kept."""
     both, count = concat_batches(forget, third), len(forget)
-    viewed = [views(ctx, both, pair) for pair in range(ctx.cfg.method.view_pairs)]
+    viewed = views_by_pair(ctx, both, views)
     if not shown_once(ctx.cfg, count, len(third)):
-        found = measure(both, viewed, count, False)
+        found = measure(both, viewed, False)
         seen = [without_graph(b) for b in found.pairs]
         return FirstPass(found.values[:count], found.values[count:], found.kept, count, both, viewed, seen, None)
     apart = [
         [[view[rows] for view in pair] for pair in viewed] for rows in (slice(count), slice(count, None))
     ]
-    own = measure(forget, apart[0], count, False)
+    own = measure(forget, apart[0], False)
     seen = [without_graph(b) for b in own.pairs]
     own = own._replace(pairs=[])  # their graph may go before the next one is made
-    others = measure(third, apart[1], 0, True)
+    others = measure(third, apart[1], True)
     return FirstPass(own.values, others.values, own.kept, count, forget, apart[0], seen, others.pairs)
 
 
