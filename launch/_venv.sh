@@ -33,18 +33,23 @@ use_venv() {
     if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
         fail "$venv exists and is not a virtual environment; move it away"
     fi
+    free="$(df -Pk "$(dirname -- "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')"
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # new, interrupted, or its Python is gone
         find_python
         echo "making the virtual environment $venv (the first installation downloads several GB)"
-        free="$(df -Pk "$(dirname -- "$venv")" | awk 'NR == 2 { print int($4 / 1048576) }')"
         if [ "${free:-99}" -lt 12 ]; then
             echo "warning: only $free GiB are free on this disk; PyTorch with CUDA takes about 6 installed" >&2
         fi
         "$python" -m venv --clear "$venv" || fail "the virtual environment $venv cannot be made" 70
     fi
     rm -rf -- "$repo/build/lib" # setuptools would ship modules that no longer exist
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$requirement" ||
+    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$requirement"; then
+        # pip gives back what it had written, so what is free now would no longer tell.
+        if [ "${free:-99}" -lt 7 ]; then
+            echo "only $free GiB were free where $venv lies; PyTorch with CUDA takes about 6 installed" >&2
+        fi
         fail "the installation failed; the lines above say why, and the same command tries again" 70
+    fi
 }
 
 # explain CODE: what the exit code of `distunlearn run` means, for codes that are a legitimate end.
