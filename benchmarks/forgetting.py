@@ -59,7 +59,7 @@ class Bench:
 
     def config(self, cell: Cell) -> RunConfig:
         base = None if cell.method == "none" else (self.runs / f"{cell.group}-none").resolve()
-        return cell_config(cell, self.grid, self.roots, self.tuned, base)
+        return cell_config(cell, self.grid, self.roots, self.tuned, base, self.runs / "requests")
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The cell's figures, if they are there and of these settings."""

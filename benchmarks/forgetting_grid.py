@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forgetting_requests import write_request
+
 from distunlearn.config import EncoderConfig, RunConfig
 from distunlearn.config_io import digest, load_config
+from distunlearn.data.forget_list import list_sha256
+from distunlearn.data.roles import is_list
 from distunlearn.methods import METHODS
 from distunlearn.planning import make_plan, phase_images
 from distunlearn.recipes import SMALL_RESNET, SMALL_VIT
@@ -76,6 +80,7 @@ class Grid:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of third_party, by name: settings
     plain: tuple[str, ...] = ()  # data sets without variants
     rates: Mapping[str, float] = field(default_factory=dict)  # by encoder: times a rate that was tuned on another one
+    alike: int = 0  # images to forget that are alike, as `forgetting_requests` lists them; 0: as the settings say
 
 
 SMOKE = (
@@ -151,6 +156,21 @@ GRIDS: dict[str, Grid] = {
                               "method.confidence_weight=0.05", "constraint.memory=16", "unlearn.warmup=0.3"),
         },
     ),
+    # Requests as people make them: 100 of 2,000 images, not drawn at random but alike. Settings are those of `small`;
+    # of third_party with both draws of third-party images, without and with the memory and the warm-up of `memory`.
+    "requests": Grid(
+        ("fashion_mnist",), ("simclr",), {"resnet": SMALL_RESNET, "vit": SMALL_VIT}, (0, 1, 2), (100,),
+        (*SMALL, "data.members=2000", "data.holdout=1000", "data.third_party=1500", "data.third_party_audit=1000",
+         "pretrain.epochs=250", "unlearn.steps=150"),
+        {key: SMALL_BY_NAME[key] for key in ("resnet", "vit")}, 4.0,
+        methods=("none", "third_party", "neg_grad", "alignment_calibration"),
+        variants={
+            "matched": ("unlearn.third_party_draw=matched",),
+            "memory": ("constraint.memory=16", "unlearn.warmup=0.3"),
+            "matched-memory": ("unlearn.third_party_draw=matched", "constraint.memory=16", "unlearn.warmup=0.3"),
+        },
+        alike=100,
+    ),
     # Alignment Calibration (Wang et al., TMLR 2025): 45,000 members of CIFAR-10, 4,500 to forget, 800 epochs, 10 epochs
     # of unlearning (880 steps of 512 images). Non-members are the other 15,000 of both parts.
     "muc": Grid(
@@ -203,13 +223,13 @@ def groups(grid: Grid) -> list[list[Cell]]:
 
 def cell_config(
     cell: Cell, grid: Grid, roots: Mapping[str, str], tuned: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    reuse: Path | None = None,
+    reuse: Path | None = None, lists: Path = Path("runs"),
 ) -> RunConfig:
     """The settings of a cell.
 
     roots: folders of data sets by name. tuned: {data set, or `<data set>-<encoder>`: {method: {key: value}}}, chosen on
     other forget sets; those of the encoder win, and those of the data set alone have the rate that `rates` makes of it.
-    reuse: run directory of the group's base.
+    reuse: run directory of the group's base. lists: where lists of images to forget are written, if the grid has them.
 
     Raises:
         ConfigError: see `load_config`.
@@ -230,12 +250,17 @@ def cell_config(
     given += [f"audit.tier={0 if cell.validation else 1}", f"audit.keep_signals={str(cell.method == BASE).lower()}"]
     given += [f"data.root={roots[cell.dataset]}"] if cell.dataset in roots else []
     given += [f"reuse={reuse}"] if reuse else []
+    if grid.alike:
+        request = write_request(lists, cell.dataset, roots.get(cell.dataset), cell.seed, grid.alike)
+        given.append(f"data.forget={request.resolve()}")
     return load_config("fashion_mnist" if cell.dataset == "fashion_mnist" else "digits", None, given, world=1)
 
 
 def cell_digest(cfg: RunConfig) -> str:
     """Digest of what decides a cell's figures: without folders, so that results can move between machines."""
     data = dataclasses.replace(cfg.data, root=None, shards=None, third_party_root=None)
+    if is_list(data.forget):
+        data = dataclasses.replace(data, forget=f"{list_sha256(str(data.forget))}.txt")
     return digest(dataclasses.replace(cfg, reuse=None, data=data))
 
 

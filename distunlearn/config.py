@@ -147,6 +147,7 @@ class UnlearnConfig:
     retain_batch: PositiveInt = 128
     forget_batch: Annotated[int, Field(ge=2)] = 50
     third_party_batch: Annotated[int, Field(ge=2)] = 50
+    third_party_draw: Literal["uniform", "matched"] = "uniform"  # matched: those like the forgotten ones, more often
     accumulate: PositiveInt = 1  # micro-batches a step, each with a part of all three batches
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3

@@ -112,7 +112,7 @@ def save_config(cfg: RunConfig, path: Path) -> None:
 
 
 # Settings that came later, at the value that changes nothing: left out, so that older results keep their digest.
-NEUTRAL = {("audit", "stress"): None, ("constraint", "memory"): 0}
+NEUTRAL = {("audit", "stress"): None, ("constraint", "memory"): 0, ("unlearn", "third_party_draw"): "uniform"}
 
 
 def digest(cfg: RunConfig) -> str:

@@ -168,7 +168,16 @@ def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]
 
 
 def calibration_images(cfg: RunConfig, counts: Mapping[str, int]) -> int:
-    """Images through an encoder before the first step of `third_party`, for its targets; 0 for other methods."""
+    """Images through an encoder before the first step: the targets of `third_party`, the looks of a matched draw."""
+    from distunlearn.engine.counterparts import looked_at
+    from distunlearn.methods import METHODS
+
+    matched = cfg.unlearn.third_party_draw == "matched" and "third_party" in METHODS[cfg.method.name].needs
+    return _target_images(cfg, counts) + (looked_at(counts) if matched else 0)
+
+
+def _target_images(cfg: RunConfig, counts: Mapping[str, int]) -> int:
+    """Images through an encoder for the targets of `third_party`; 0 for other methods."""
     from distunlearn.engine.phases import CALIBRATION_LIMIT
     from distunlearn.methods.third_party import CALIBRATION_DRAWS
     from distunlearn.objectives import make_objective

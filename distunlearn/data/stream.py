@@ -22,7 +22,7 @@ import torch
 from distunlearn.config import RunConfig
 from distunlearn.data.manifest import Manifest
 from distunlearn.data.read_ahead import ReadAhead
-from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
+from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice, systematic
 from distunlearn.data.tar_stream import read_shard
 from distunlearn.data.undecodable import Undecodable
 from distunlearn.data.workers import PIECE, Decoder, Piece, Pool
@@ -56,11 +56,16 @@ class _Order(Sequence[str]):
         return self._ids[int(self._order[position])]
 
 
-def _order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> _Order:
+def _order(
+    manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int, shares: np.ndarray | None = None
+) -> _Order:
     chosen = manifest.select(roles)
     block = np.argsort(_shard_order(manifest, roles, seed, epoch))[chosen.shard_of] // BLOCK_SHARDS
     words = random_words(len(chosen.ids), seed, "samples of", _name(roles), epoch)
-    return _Order(chosen.ids, np.lexsort((words, block)))
+    order = np.lexsort((words, block))
+    if shares is not None:
+        order = order[systematic(shares[order], seed, "shares of", _name(roles), epoch)]
+    return _Order(chosen.ids, order)
 
 
 def _blocks(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> list[list[str]]:
@@ -266,6 +271,8 @@ class RoleFeeder:
         batch: images per global batch, over all ranks. More than there are ids is fine: the cycle runs
             across epochs, so one id may occur several times with different epoch numbers.
         rank, world: this process; its rows are `rank_slice(batch, rank, world)` and may be none.
+        shares: in which share of the epochs each image comes, float64 in the order of the manifest's ids of the roles,
+            with a whole sum, which is the number of images of an epoch; None: all come in every epoch.
 
     Raises:
         DataError: no image has one of these roles.
@@ -280,17 +287,19 @@ class RoleFeeder:
         batch: int,
         rank: int = 0,
         world: int = 1,
+        shares: np.ndarray | None = None,
     ) -> None:
         if not manifest.select(roles).ids:
             raise DataError(f"The manifest in {manifest.folder} has no image of role {roles}; run prepare again.")
         self.rows = rank_slice(batch, rank, world)
-        self.cycle = Cycle(lambda epoch: _order(manifest, roles, seed, epoch), batch)
+        self.cycle = Cycle(lambda epoch: _order(manifest, roles, seed, epoch, shares), batch)
         self._store = store
         self._manifest = manifest
         self._roles = roles
         self._ahead: deque[_Ahead] = deque()
         self._read_ahead: ReadAhead | None = None  # made when the first batch is streamed
         self._new_read_ahead = partial(ReadAhead, manifest, roles, partial(_blocks, manifest, roles, seed), rank)
+        self._whole = shares is None  # a drawn part of a role costs what its own images cost
         count = self.rows.stop - self.rows.start
         # Small enough that all workers share a batch, which then is there sooner.
         self._piece = max(1, min(PIECE, -(-count // max(1, store.pool.num_workers))))
@@ -359,7 +368,7 @@ class RoleFeeder:
     def _ask(self, step: int) -> _Ahead:
         ids = self.cycle.at(step, self.rows)[1]
         epochs, positions = self.cycle.positions(step, self.rows)
-        if ids:
+        if ids and self._whole:
             self._read_ahead = self._read_ahead or self._new_read_ahead()
             self._read_ahead.at(int(epochs[0]), int(positions[0]))
         pieces = []

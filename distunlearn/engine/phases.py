@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from distunlearn.encoders.weights import check_finite, load_backbone
 from distunlearn.engine import faults
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.checkpoint import write_json, write_tensors
+from distunlearn.engine.counterparts import feeder_shares
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optim import make_optimizer
@@ -110,7 +112,7 @@ class Trained:
 NEUTRAL = {
     "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
     "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001, "loss_bound": None,
-    "embedding_bound": None, "utility_weight": 1.0,
+    "embedding_bound": None, "utility_weight": 1.0, "third_party_draw": "uniform",
 }  # fmt: skip
 
 
@@ -235,6 +237,7 @@ def _train(
     if method is None:
         facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
     else:
+        shares, looked_at = feeder_shares(session, name, method, model, folder, digest)
         optim = cfg.unlearn if steps == "unlearn" else cfg.pretrain
         optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
         forward = backend.prepare(model, optimizer, clip=optim.clip)
@@ -252,10 +255,11 @@ def _train(
             original=_original(session, start),
             rank=backend.rank,
             world=backend.world,
+            images=round(looked_at / backend.world),
             plain_forward=backend.plain_forward(),
             note=functools.partial(session.telemetry.note, name),
         )
-        feeders = _feeders(session, method, optim.accumulate)
+        feeders = _feeders(session, method, optim.accumulate, shares)
         total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
         phase = Phase(
             name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
@@ -376,8 +380,10 @@ FEEDER_ROLES = {
 }
 
 
-def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, RoleFeeder]:
-    """One feeder per batch the method asks for.
+def _feeders(
+    session: Session, method: Method, accumulate: int, shares: Mapping[str, np.ndarray]
+) -> dict[str, RoleFeeder]:
+    """One feeder per batch the method asks for. shares: by name, see `RoleFeeder`.
 
     They serve micro-batches: number step * accumulate + m holds the m-th part of the rows that the step's batch has.
     """
@@ -391,6 +397,7 @@ def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, Rol
             batch=size // accumulate,
             rank=backend.rank,
             world=backend.world,
+            shares=shares.get(name),
         )
         for name, size in method.batch_sizes(cfg).items()
     }

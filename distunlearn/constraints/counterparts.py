@@ -1,0 +1,80 @@
+"""Counterparts: the third-party images that are to the third party what the forgotten images are to the retained.
+
+A match of distributions makes the forgotten images look like the third party as a whole. Requests are no fair sample,
+though: the photographs of one person are alike, easier or harder than most, and an encoder that met neither them nor
+the third party would still tell the two sets apart. That difference is no trace, and to remove it is to leave one.
+
+So third-party images are weighed, as controls are matched to cases (Rubin, "Matching to remove bias in observational
+studies", Biometrics 29, 1973; Stuart, Statistical Science 25, 2010). All by the original encoder, without labels, for
+each forgotten image i:
+
+1. its K nearest retained and its K nearest third-party images by the cosine of their directions (what they show);
+2. u_i, the rank of its view agreement among those retained ones: they were trained on as it was, so what training added
+   is on both sides, and the rank says how hard the image is by itself;
+3. third-party image j of step 1, of rank v_j among those, gets weight by a Gaussian kernel in v_j - u_i of width
+   `WIDTH`, reflected at 0 and 1. The weights of each i add up to 1 / n, those of all to 1.
+"""
+
+# Shapes: f, r, t = forgotten, retained, third-party images, E = embedding dim., K = neighbours.
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["NEIGHBOURS", "Look", "counterpart_weights", "effective_number", "inclusion_shares"]
+
+NEIGHBOURS = 50
+WIDTH = 0.1  # of the kernel over ranks
+_ROWS = 1024  # forgotten images compared at a time: bounds memory
+
+
+class Look(NamedTuple):
+    """What the original encoder makes of n images: unit directions [n, E] and view agreements in [-1, 1], [n]."""
+
+    direction: Tensor
+    agreement: Tensor
+
+
+def counterpart_weights(forget: Look, retain: Look, third: Look, neighbours: int = NEIGHBOURS) -> Tensor:
+    """Weights of the third-party images, float64 [t], at least 0, adding up to 1; see the module's text.
+
+    Args:
+        forget, retain, third: at least one image each. Fewer than `neighbours` retained or third-party images: all.
+    """
+    few, many = min(neighbours, len(retain.agreement)), min(neighbours, len(third.agreement))
+    weights = torch.zeros(len(third.agreement), dtype=torch.float64)
+    for start in range(0, len(forget.agreement), _ROWS):
+        rows = slice(start, start + _ROWS)
+        direction, agreement = forget.direction[rows], forget.agreement[rows, None]
+        known = retain.agreement[(direction @ retain.direction.mT).topk(few).indices]
+        below = (known < agreement).sum(1) + 0.5 * (known == agreement).sum(1)
+        rank = (below.double() + 0.5) / (few + 1)
+        near = (direction @ third.direction.mT).topk(many).indices
+        places = third.agreement[near].argsort(dim=1, stable=True).argsort(dim=1)
+        found = _kernel((places.double() + 0.5) / many, rank[:, None])
+        weights.index_add_(0, near.flatten().cpu(), (found / found.sum(1, keepdim=True)).flatten().cpu())
+    return weights / len(forget.agreement)
+
+
+def _kernel(v: Tensor, u: Tensor) -> Tensor:
+    """Gaussian of width WIDTH in v - u on [0, 1], what would lie outside reflected at the ends."""
+    return sum(torch.exp(-0.5 * ((v - centre) / WIDTH) ** 2) for centre in (u, -u, 2 - u))
+
+
+def inclusion_shares(weights: Tensor) -> Tensor:
+    """In which share of the epochs each image is to come, float64 [t] in [0, 1], in proportion to the weights.
+
+    They add up to a whole number, the images of an epoch: as many as there can be without one coming twice, and at
+    least one.
+    """
+    images = max(1, math.floor(float(weights.sum() / weights.max()) + 1e-9))
+    return (weights / weights.sum() * images).clamp(max=1.0)
+
+
+def effective_number(weights: Tensor) -> float:
+    """As how many equally weighted images the weighted ones count (Kish, Survey Sampling, 1965): in [1, t]."""
+    return float(weights.sum() ** 2 / weights.square().sum())
