@@ -8,7 +8,7 @@ by the same shares.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distunlearn.config import RunConfig
 from distunlearn.constraints.counterparts import Look, counterpart_weights, effective_number, inclusion_shares
 from distunlearn.data.schedule import permutation
 from distunlearn.data.transfer import on_device
-from distunlearn.data.views import make_view
+from distunlearn.data.views import make_view, plain_view
 from distunlearn.encoders.model import ContrastiveModel, batchnorm_mode
 from distunlearn.engine.checkpoint import write_json, write_tensors
 from distunlearn.errors import DataError, DistunlearnError
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from distunlearn.engine.phases import Session
     from distunlearn.methods.base import Method
 
-__all__ = ["LOOK_LIMIT", "LOOK_VIEWS", "feeder_shares", "looked_at", "third_party_shares"]
+__all__ = ["LOOK_LIMIT", "LOOK_VIEWS", "feeder_shares", "look", "looked_at", "third_party_shares"]
 
-LOOK_VIEWS = 4  # of each image; their agreement is the mean over the 6 pairs
+LOOK_VIEWS = 4  # of each image: 6 pairs
 LOOK_LIMIT = 32768  # images of a role that are looked at; those that are left out of the third party never come
 LOOK_EPOCH = (1 << 32) + (1 << 16)  # views of their own, far from any training's and from calibration's
 ROLES = ("forget", "retain", "third_party")
@@ -44,7 +45,7 @@ _PIECE = 64  # images
 
 def looked_at(counts: Mapping[str, int]) -> int:
     """Images through the original encoder, from the number of images of each role."""
-    return LOOK_VIEWS * sum(min(counts[role], LOOK_LIMIT) for role in ROLES)
+    return (LOOK_VIEWS + 1) * sum(min(counts[role], LOOK_LIMIT) for role in ROLES)
 
 
 def feeder_shares(
@@ -89,7 +90,7 @@ def third_party_shares(
             "unlearn",
             f"third-party images are drawn by how much they are like the forgotten ones: {facts['images']:.0f} of "
             f"{facts['available']:.0f} an epoch, which count as {facts['effective']:.0f} equally likely ones; nearest "
-            f"cosine {facts['nearest']:.3f} (retained images: {facts['nearest_retained']:.3f})",
+            f"cosine {facts['nearest']:.3f} (of retained images {facts['nearest_retained']:.3f})",
         )
         session.telemetry.log("unlearn", 0, {f"start/counterparts_{name}": value for name, value in facts.items()})
     return kept
@@ -116,6 +117,23 @@ def _chosen(session: Session, role: str) -> list[str]:
 
 
 @torch.no_grad()
+def look(cfg: RunConfig, network: ContrastiveModel, images: Tensor, ids: Sequence[str]) -> Look:
+    """The embedding of the plain image as a unit vector, and the mean cosine of the outputs of two of its `LOOK_VIEWS`
+    random views. By running statistics.
+
+    images: uint8 [n, C, S, S], where the network is.
+    """
+    epochs = np.full(len(ids), LOOK_EPOCH, dtype=np.int64)
+    half = torch.autocast(images.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    total = 0
+    with batchnorm_mode(network, "eval"), half:
+        for view in range(LOOK_VIEWS):
+            shown = make_view(images, cfg.views, seed=cfg.seed, epochs=epochs, ids=ids, view=view)
+            total = total + normalise(network(shown).output.float())
+        direction = normalise(network(plain_view(images)).embedding.float())
+    return Look(direction, (total.square().sum(1) - LOOK_VIEWS) / (LOOK_VIEWS * (LOOK_VIEWS - 1)))
+
+
 def _look(session: Session, model: ContrastiveModel, ids: list[str]) -> Tensor:
     """Per image its direction [E], its view agreement and whether it was decoded: float32 [n, E + 2], on the CPU."""
     backend = session.backend
@@ -146,20 +164,12 @@ def _in_order(rows: Tensor, pieces: list[int]) -> Tensor:
 
 def _look_at(session: Session, model: ContrastiveModel, ids: list[str]) -> Tensor:
     """`_look` of one piece, on the device."""
-    cfg, device = session.cfg, session.backend.device
     images = torch.zeros((len(ids), *session.store.shape), dtype=torch.uint8)
     bad = session.store.fill(ids, images)
     session.store.undecodable.add(bad)
-    decoded = torch.tensor([float(i not in bad) for i in ids], device=device)
-    epochs = np.full(len(ids), LOOK_EPOCH, dtype=np.int64)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    total = 0
-    with batchnorm_mode(model, "eval"), half:
-        for view in range(LOOK_VIEWS):
-            shown = make_view(on_device(images, device), cfg.views, seed=cfg.seed, epochs=epochs, ids=ids, view=view)
-            total = total + normalise(model(shown).embedding.float())
-    agreement = (total.square().sum(1) - LOOK_VIEWS) / (LOOK_VIEWS * (LOOK_VIEWS - 1))
-    return torch.cat([normalise(total), agreement[:, None], decoded[:, None]], dim=1)
+    decoded = torch.tensor([float(i not in bad) for i in ids], device=session.backend.device)
+    found = look(session.cfg, model, on_device(images, session.backend.device), ids)
+    return torch.cat([found.direction, found.agreement[:, None], decoded[:, None]], dim=1)
 
 
 def _weigh(
@@ -167,11 +177,12 @@ def _weigh(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Shares and figures from the looks; written, so that an attempt that goes on has them."""
     seen, decoded = {}, {}
-    for role, look in looks.items():
-        decoded[role] = look[:, -1] > 0
+    for role, found in looks.items():
+        decoded[role] = found[:, -1] > 0
         if not decoded[role].any():
             raise DataError(f"No image of role {role} can be decoded; replace the files and prepare again.")
-        seen[role] = Look(look[decoded[role], :-2], look[decoded[role], -2])
+        there = found[decoded[role]].to(session.backend.device)
+        seen[role] = Look(there[:, :-2], there[:, -2])
     weights = counterpart_weights(seen["forget"], seen["retain"], seen["third_party"])
     place = {sample_id: row for row, sample_id in enumerate(session.manifest.ids("third_party"))}
     shares = np.zeros(len(place))
@@ -193,7 +204,7 @@ def _weigh(
     return shares, facts
 
 
-def _nearest(look: Look, third: Look) -> float:
+def _nearest(seen: Look, third: Look) -> float:
     """Mean over the images of the cosine to the third-party image that is most like it."""
-    best = [part @ third.direction.mT for part in look.direction.split(1024)]
+    best = [part @ third.direction.mT for part in seen.direction.split(1024)]
     return float(torch.cat([part.max(1).values for part in best]).mean())

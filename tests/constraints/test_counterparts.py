@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from distunlearn.constraints.counterparts import (
+    SMOOTHING,
     WIDTH,
     Look,
+    _counterparts,
     counterpart_weights,
     effective_number,
     inclusion_shares,
@@ -25,26 +27,33 @@ def look(n: int, seed: int, dim: int = 5, ties: bool = False) -> Look:
 
 
 def by_loop(forget: Look, retain: Look, third: Look, neighbours: int) -> list[float]:
-    weights = [0.0] * len(third.agreement)
+    def nearest(direction: torch.Tensor, among: Look, but: int | None = None) -> list[int]:
+        cosines = [float(direction @ other) for other in among.direction]
+        return sorted((j for j in range(len(cosines)) if j != but), key=lambda j: -cosines[j])[:neighbours]
 
-    def nearest(i: int, among: Look) -> list[int]:
-        cosines = [float(forget.direction[i] @ other) for other in among.direction]
-        return sorted(range(len(cosines)), key=lambda j: -cosines[j])[:neighbours]
+    def mean(members: Look, itself: bool) -> list[float]:
+        total = [0.0] * len(third.agreement)
+        for i in range(len(members.agreement)):
+            mine = float(members.agreement[i])
+            known = nearest(members.direction[i], retain, i if itself else None)
+            known = [float(retain.agreement[j]) for j in known]
+            u = (sum(k < mine for k in known) + 0.5 * sum(k == mine for k in known) + 0.5) / (len(known) + 1)
+            near = nearest(members.direction[i], third)
+            found = {}
+            for place, j in enumerate(sorted(near, key=lambda j: float(third.agreement[j]))):
+                v = (place + 0.5) / len(near)
+                found[j] = sum(math.exp(-0.5 * ((v - c) / WIDTH) ** 2) for c in (u, -u, 2 - u))
+            for j, value in found.items():
+                total[j] += value / sum(found.values()) / len(members.agreement)
+        return total
 
-    for i in range(len(forget.agreement)):
-        mine = float(forget.agreement[i])
-        known = [float(retain.agreement[j]) for j in nearest(i, retain)]
-        u = (sum(k < mine for k in known) + 0.5 * sum(k == mine for k in known) + 0.5) / (len(known) + 1)
-        near = nearest(i, third)
-        order = sorted(near, key=lambda j: float(third.agreement[j]))
-        found = {}
-        for place, j in enumerate(order):
-            v = (place + 0.5) / len(near)
-            found[j] = sum(math.exp(-0.5 * ((v - c) / WIDTH) ** 2) for c in (u, -u, 2 - u))
-        total = sum(found.values())
-        for j, value in found.items():
-            weights[j] += value / total / len(forget.agreement)
-    return weights
+    count_f, count_r, count_t = (len(seen.agreement) for seen in (forget, retain, third))
+    of_forget, of_retain = mean(forget, False), mean(retain, True)
+    ratio = [
+        (f + SMOOTHING / count_t) / ((count_f * f + count_r * r) / (count_f + count_r) + SMOOTHING / count_t)
+        for f, r in zip(of_forget, of_retain, strict=True)
+    ]
+    return [value / sum(ratio) for value in ratio]
 
 
 @pytest.mark.parametrize(("sizes", "neighbours"), [((7, 30, 25), 6), ((3, 4, 5), 50), ((1, 1, 1), 50), ((1, 9, 2), 3)])
@@ -88,13 +97,24 @@ def test_weighted_strangers_are_as_hard_as_the_forgotten_images():
     assert abs(ease.mean() - ease_third[raw].mean()) > 0.1
 
 
+def test_a_fair_sample_draws_all_of_the_third_party_about_alike():
+    """Although some images are the neighbours of many members: without the ratio they would come more often."""
+    rng = np.random.default_rng(0)
+    retain, _ = strangers(2000, rng, 0.5)
+    third, _ = strangers(1000, rng, 0.0)
+    fair, _ = strangers(2000, rng, 0.5)
+    unfair, _ = strangers(2000, rng, 0.5, where=1.0)
+    plain = _counterparts(fair, retain, third, 50)
+    assert effective_number(counterpart_weights(fair, retain, third)) > 950 > effective_number(plain)
+    assert effective_number(counterpart_weights(unfair, retain, third)) < 800
+
+
 def test_shares_are_proportional_whole_in_sum_and_at_most_one():
     weights = counterpart_weights(look(9, 0), look(30, 1), look(40, 2), 10)
     shares = inclusion_shares(weights)
     assert float(shares.max()) <= 1 and float(shares.min()) >= 0
     assert float(shares.sum()) == pytest.approx(math.floor(1 / float(weights.max())), abs=1e-9)
-    kept = weights > 0
-    torch.testing.assert_close((shares / weights)[kept], (shares.sum() / weights.sum()).expand(int(kept.sum())))
+    torch.testing.assert_close(shares / weights, (shares.sum() / weights.sum()).expand(len(weights)))
     assert inclusion_shares(torch.full((7,), 1 / 7, dtype=torch.float64)).tolist() == pytest.approx([1.0] * 7)
     assert inclusion_shares(torch.tensor([0.9, 0.1], dtype=torch.float64)).tolist() == pytest.approx([0.9, 0.1])
 

@@ -38,7 +38,7 @@ def test_shares_are_kept_and_their_images_counted(base):
     assert logged["start/counterparts_images"] == facts["images"]
     cost = json.loads((base / "audit/summary.json").read_text())["cost"]
     planned = json.loads((base / "plan.json").read_text())["phases"]["unlearn"]
-    assert facts["looked_at"] == 4 * (24 + 72 + 24)
+    assert facts["looked_at"] == 5 * (24 + 72 + 24)
     assert cost["unlearn_images"] == planned["images"] + planned["calibration_images"]
 
 
