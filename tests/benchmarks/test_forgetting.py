@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scipy import stats
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
@@ -16,9 +17,12 @@ sys.path.insert(0, str(SCRIPTS))
 
 import forgetting  # noqa: E402
 import forgetting_grid  # noqa: E402
+import forgetting_requests  # noqa: E402
 from forgetting_grid import GRIDS, Cell, cell_config, cell_digest, groups, methods_of  # noqa: E402
 from forgetting_report import average_gap, paired, rank_attacks, rows_of, t_interval, write_document  # noqa: E402
 
+from distunlearn.data.decode import decode_square  # noqa: E402
+from distunlearn.data.sources import open_source  # noqa: E402
 from distunlearn.methods import METHODS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -54,11 +58,12 @@ def test_every_method_but_the_reference_is_in_the_small_grid():
     assert len(cells) == 2 * 2 * 2 * (3 * len(names) + 1)
 
 
-def test_settings_of_cells_are_valid_and_their_digest_knows_no_folder(tmp_path):
+def test_settings_of_cells_are_valid_and_their_digest_knows_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(forgetting_requests, "alike", lambda *key: ("fashion_mnist/train-000001",))
     for name, grid in GRIDS.items():
         roots = {d: str(tmp_path) for d in grid.datasets if d.startswith("cifar")}
         for group in groups(grid):
-            cfg = cell_config(group[-1], grid, roots, {})
+            cfg = cell_config(group[-1], grid, roots, {}, lists=tmp_path)
             assert cfg.audit.tier == (0 if group[-1].validation else 1), name
             assert (cfg.seed, cfg.objective.name) == (group[0].seed, group[0].objective)
     cell, grid = groups(GRIDS["small"])[-1][1], GRIDS["small"]
@@ -77,6 +82,28 @@ def test_settings_of_cells_are_valid_and_their_digest_knows_no_folder(tmp_path):
     assert [cell_config(c, grid, {}, both).unlearn.lr for c in (cell, resnet)] == [3e-5, 1e-5]
     start = {cell.dataset: chosen, f"{cell.dataset}-vit": {}}  # the search chose what it had begun with
     assert cell_digest(cell_config(cell, grid, {}, start)) == cell_digest(plain)
+
+
+def test_requests_are_alike_and_known_by_their_ids(tmp_path, monkeypatch):
+    source = open_source("digits", None, 1 << 20)
+    ids = forgetting_requests.alike("digits", None, 3, 40)
+    assert len(set(ids)) == 40 and ids == forgetting_requests.alike("digits", None, 3, 40)
+    assert ids != forgetting_requests.alike("digits", None, 4, 40)
+
+    def spread(names) -> float:
+        images = [decode_square(source.read(i)[0], i, 1 << 20, 1, 8).double().flatten() for i in names]
+        return float(torch.stack(images).var(0).sum())
+
+    assert spread(ids) < 0.75 * spread([source.samples[i][0] for i in range(0, 1600, 40)])
+    monkeypatch.setattr(forgetting_requests, "alike", lambda dataset, root, seed, count: (f"fashion_mnist/{seed}",))
+    grid, cells = GRIDS["requests"], [group[0] for group in groups(GRIDS["requests"])]
+    first, other = (next(c for c in cells if c.seed == seed and not c.validation) for seed in (0, 1))
+    here, there = (cell_config(first, grid, {}, {}, lists=tmp_path / name) for name in ("here", "there"))
+    assert Path(here.data.forget).read_text(encoding="utf-8") == "fashion_mnist/0\n" and here != there
+    assert cell_digest(here) == cell_digest(there)
+    Path(there.data.forget).write_text("fashion_mnist/1\n", encoding="utf-8")
+    assert cell_digest(here) != cell_digest(there)
+    assert cell_config(other, grid, {}, {}, lists=tmp_path).data.forget != here.data.forget
 
 
 def test_variants_are_cells_of_their_own_and_change_what_they_say(tmp_path):
