@@ -166,11 +166,13 @@ def estimate(
 ) -> dict[str, Any]:
     """Time, memory and price of every phase of a plan on the GPUs of `target`, and the fastest backend; plain JSON.
 
-    phases: steps and images by phase, as `make_plan` gives them. classes: of a supervised encoder.
+    phases: steps by phase, as `make_plan` gives them. classes: of a supervised encoder.
 
     Raises:
         ConfigError: an unknown GPU, numbers that cannot be, or more processes than images in a batch.
     """
+    from distunlearn.planning import phase_images
+
     check_target(cfg, target)
     gpu, world = target.gpu, target.world or 1
     card = GPUS[gpu]
@@ -188,12 +190,13 @@ def estimate(
         works = {name: work_of(placed[name], encoder, method, world) for name in names}
         times = {name: step_time(works[name], name, world, machine) for name in names}
         chosen = cfg.backend if cfg.backend in times else min(names, key=lambda name: times[name]["total"])
+        images = phase_images(placed[chosen], method, int(facts["steps"]))
         hours = facts["steps"] * times[chosen]["total"] / 3600
         memory = {name: memory_of(placed[name], encoder, name, world, method) for name in names}
         found[phase] = {
             "backend": chosen,
             "step_seconds": {part: round(value, 6) for part, value in times[chosen].items()},
-            "passes_per_second": round(facts["images"] / facts["steps"] / times[chosen]["total"], 1),
+            "passes_per_second": round(images / facts["steps"] / times[chosen]["total"], 1),
             "hours": round(hours, 4),
             "gpu_hours": round(hours * world, 3),
             "cost": round(hours * world * rate, 2),

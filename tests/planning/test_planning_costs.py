@@ -124,6 +124,15 @@ def test_forgetting_costs_more_images_with_an_evaluator_of_the_whole_network():
         assert work.flops["vit"] * 8 == head + 3 * 2 * (2 * 8 + again) * 1e9
 
 
+def test_passes_are_those_of_the_backend_that_is_chosen():
+    """On one process fsdp2 has nothing to shard, and the third party is shown once."""
+    sketch = replace(CFG, backend="fsdp2", constraint=ConstraintConfig(evaluator="sketch"))
+    own = estimate(sketch, phases_of(sketch, {"unlearn": 10}), Target(gpu="h100", world=1))["phases"]["unlearn"]
+    assert own["backend"] == "single"
+    expected = work_of(replace(sketch, backend="single"), COUNTED, "third_party", 1).flops["vit"] / 3e9
+    assert own["passes_per_second"] == pytest.approx(expected / own["step_seconds"]["total"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
