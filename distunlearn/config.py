@@ -174,6 +174,7 @@ class MethodConfig:
     view_pairs: PositiveInt = 1  # third_party only: pairs of views over which each sample's gradient is averaged
     confidence: Literal["hinge", "entropy"] = "hinge"
     confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
+    anchor_weight: NonNegativeFloat = 0.0  # third_party only: third-party images stay as the original encoder has them
     distill_weight: NonNegativeFloat = 0.0  # third_party only: stay near the original encoder's retain embeddings
     target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
     ascent_weight: NonNegativeFloat = 1.0  # grad_ascent, neg_grad: of the forget loss that is climbed

@@ -112,7 +112,10 @@ def save_config(cfg: RunConfig, path: Path) -> None:
 
 
 # Settings that came later, at the value that changes nothing: left out, so that older results keep their digest.
-NEUTRAL = {("audit", "stress"): None, ("constraint", "memory"): 0, ("unlearn", "third_party_draw"): "uniform"}
+NEUTRAL = {
+    ("audit", "stress"): None, ("constraint", "memory"): 0, ("method", "anchor_weight"): 0.0,
+    ("unlearn", "third_party_draw"): "uniform",
+}  # fmt: skip
 
 
 def digest(cfg: RunConfig) -> str:

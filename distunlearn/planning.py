@@ -134,6 +134,7 @@ def images_per_step(cfg: RunConfig, method: str | None, step: int = 0) -> int:
     if method == "third_party":
         images += views * (cfg.method.view_pairs - 1) * (sizes["forget"] + sizes["third_party"])
         images += objective.branches * sizes["retain"] if cfg.method.distill_weight else 0
+        images += objective.branches * cfg.method.view_pairs * sizes["third_party"] if cfg.method.anchor_weight else 0
         images += cfg.method.view_pairs * extra_images(
             cfg, objective.branches, objective.needs_momentum, *map(sizes.get, ROLES)
         )

@@ -112,7 +112,7 @@ class Trained:
 NEUTRAL = {
     "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
     "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001, "loss_bound": None,
-    "embedding_bound": None, "utility_weight": 1.0, "third_party_draw": "uniform",
+    "embedding_bound": None, "utility_weight": 1.0, "third_party_draw": "uniform", "anchor_weight": 0.0,
 }  # fmt: skip
 
 
@@ -277,7 +277,8 @@ def _train(
 
 def _original(session: Session, start: Path | None) -> ContrastiveModel | None:
     """A frozen second copy of the encoder that forgetting starts from, for methods that stay near it."""
-    if start is None or not ("teacher" in METHODS[session.cfg.method.name].needs or session.cfg.method.distill_weight):
+    method = session.cfg.method
+    if start is None or not ("teacher" in METHODS[method.name].needs or method.distill_weight or method.anchor_weight):
         return None
     return load_trained(start, session).model.to(session.backend.device).eval().requires_grad_(False)
 

@@ -4,6 +4,7 @@
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
+    [ + anchor_weight     * mean over third-party views of 1 - cos(output and embedding, the original encoder's) ]
     [ + distill_weight    * mean over retain views of 1 - cos(embedding, the original encoder's embedding) ]
 
 g_i is the gradient of the bank loss of sample i, averaged over `view_pairs` pairs of views (one pair is noisy, and
@@ -15,7 +16,9 @@ distance `constraint.distance`, by default the energy distance as a U-statistic.
 third-party and calibration samples differ under the original encoder, their distance is the target Phi*, and the
 term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
 else Phi* is 0 and the term stays on. With `constraint.memory` the gradient of Phi is taken against the samples of the
-last steps as well (`constraints/memory`).
+last steps as well (`constraints/memory`). Phi compares and knows no level: what pushes forgotten images away pushes
+whatever looks like them, third-party images too, and a stranger that was pushed is no stranger's likeness any more. The
+anchor holds the third party where the original encoder, which never met it, had put it.
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
 Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
@@ -190,6 +193,9 @@ class ThirdParty:
         if weights.distill_weight:
             drift = self._drift(ctx, retain, retained)
             total = total + weights.distill_weight * drift
+        if weights.anchor_weight:
+            moved = self._moved(ctx, third, found.third)
+            total = total + weights.anchor_weight * moved
         enqueue(ctx, retained)
         metrics = {
             "utility": task.detach(),
@@ -206,6 +212,8 @@ class ThirdParty:
             metrics["constraint_gradient"] = pull
         if weights.distill_weight:
             metrics["drift"] = drift.detach()
+        if weights.anchor_weight:
+            metrics["third_party_drift"] = moved.detach()
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
 
@@ -234,6 +242,17 @@ class ThirdParty:
             before = embed(ctx, retain, batchnorm="eval", network=ctx.original, momentum=False)
         cosines = (normalise(retained.embedding) * normalise(before.embedding)).sum(-1).mean(0)
         return (1 - cosines).sum() * mean_scale(gather_sizes(cosines.shape[0], cosines.device))
+
+    def _moved(self, ctx: Context, third: Batch, pairs: list[Branches]) -> Tensor:
+        """How far third-party outputs and embeddings have turned from the original encoder's, same views; in [0, 2]."""
+        cosines = []
+        for number, now in enumerate(pairs):
+            with torch.no_grad():
+                before = embed(ctx, third, batchnorm="eval", network=ctx.original, momentum=False, pair=number)
+            for u, v in ((now.output, before.output), (now.embedding, before.embedding)):
+                cosines.append((normalise(u) * normalise(v)).sum(-1).mean(0))
+        far = 1 - torch.stack(cosines).mean(0)
+        return far.sum() * mean_scale(gather_sizes(far.shape[0], far.device))
 
     def _outputs(self, ctx: Context, pairs: list[Branches], bank: Bank | None) -> tuple[Tensor, Tensor]:
         """Per sample, averaged over its pairs: outputs [n, q] and confidence [n]."""

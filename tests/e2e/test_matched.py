@@ -23,7 +23,7 @@ def rows(out, phase="unlearn"):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     out = tmp_path_factory.mktemp("matched") / "base"
-    done = tiny.run(out, MATCHED)
+    done = tiny.run(out, MATCHED, "method.anchor_weight=1")
     assert done.returncode in ENDED, done.stderr[-3000:]
     assert "third-party images are drawn by how much they are like the forgotten ones" in done.stdout + done.stderr
     return out

@@ -13,9 +13,10 @@ from distunlearn.config import EncoderConfig, MethodConfig, ObjectiveConfig, Run
 from distunlearn.constraints.distances import DISTANCES, energy_distance
 from distunlearn.data.schedule import Batch
 from distunlearn.data.views import id_hashes
-from distunlearn.encoders.model import MomentumEncoder, build_model
+from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import NumericsError
 from distunlearn.methods import METHODS, Context, third_party
+from distunlearn.methods.base import view_pair
 from distunlearn.methods.contrastive import Contrastive
 from distunlearn.methods.third_party import ThirdParty
 from distunlearn.objectives import KeyQueue, make_objective
@@ -238,6 +239,34 @@ def test_distillation_pulls_towards_the_original_and_counts_its_forward():
         for parameter in ctx.model.backbone.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     assert method.loss(ctx, BATCHES).metrics["drift"] > out.metrics["drift"]
+
+
+@pytest.mark.parametrize(("objective", "pairs"), [("simclr", 1), ("simclr", 2), ("moco", 1)])
+def test_the_anchor_is_the_turn_of_third_party_outputs_and_embeddings(objective, pairs):
+    method, ctx = started(config(objective, anchor_weight=2.0, view_pairs=pairs))
+    plain, _ = started(config(objective, view_pairs=pairs))
+    with torch.no_grad():
+        for parameter in ctx.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    ctx.images = 0
+    other = copy.deepcopy(ctx)
+    out = method.loss(ctx, BATCHES)
+    online = ctx.objective.branches
+    cosines = []
+    for pair in range(pairs):  # with the statistics as they are now
+        shown = view_pair(ctx, BATCHES["third_party"], pair)[:online]
+        with torch.no_grad(), batchnorm_mode(ctx.model, "eval"):
+            for view in shown:
+                now, before = ctx.model(view), ctx.original(view)
+                for u, v in ((now.output, before.output), (now.embedding, before.embedding)):
+                    cosines += torch.nn.functional.cosine_similarity(u, v).tolist()
+    assert out.metrics["third_party_drift"] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+    assert out.metrics["third_party_drift"] > 0.01
+    without = plain.loss(other, BATCHES)
+    assert "third_party_drift" not in without.metrics
+    assert ctx.images == other.images + online * pairs * 8
+    added = float(out.loss.detach() - without.loss.detach())
+    assert added == pytest.approx(2 * float(out.metrics["third_party_drift"]), abs=1e-4)
 
 
 def test_one_single_image_in_resampled_views():
