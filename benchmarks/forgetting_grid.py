@@ -157,7 +157,8 @@ GRIDS: dict[str, Grid] = {
         },
     ),
     # Requests as people make them: 100 of 2,000 images, not drawn at random but alike. Settings are those of `small`;
-    # of third_party with both draws of third-party images, without and with the memory and the warm-up of `memory`.
+    # of third_party with both draws of third-party images, each also with the memory and the warm-up of `memory`, and
+    # with an anchor, whose weight was chosen on the ResNet's validation request.
     "requests": Grid(
         ("fashion_mnist",), ("simclr",), {"resnet": SMALL_RESNET, "vit": SMALL_VIT}, (0, 1, 2), (100,),
         (*SMALL, "data.members=2000", "data.holdout=1000", "data.third_party=1500", "data.third_party_audit=1000",
@@ -168,6 +169,8 @@ GRIDS: dict[str, Grid] = {
             "matched": ("unlearn.third_party_draw=matched",),
             "memory": ("constraint.memory=16", "unlearn.warmup=0.3"),
             "matched-memory": ("unlearn.third_party_draw=matched", "constraint.memory=16", "unlearn.warmup=0.3"),
+            "anchor": ("method.anchor_weight=10",),
+            "matched-anchor": ("unlearn.third_party_draw=matched", "method.anchor_weight=10"),
         },
         alike=100,
     ),
