@@ -98,8 +98,11 @@ def test_a_config_without_memory_keeps_the_digest_it_had_before_there_was_one():
     plain, held = (load_config("digits", None, [f"constraint.memory={n}"]) for n in (0, 4))
     tree = dataclasses.asdict(plain)
     del tree["constraint"]["memory"], tree["audit"]["stress"]
+    del tree["method"]["anchor_weight"], tree["unlearn"]["third_party_draw"]  # and later ones that change nothing
     before = hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert digest(plain) == before != digest(held)
+    for changed in ("method.anchor_weight=1", "unlearn.third_party_draw=matched"):
+        assert digest(load_config("digits", None, [changed])) != before
 
 
 def test_a_checkpoint_from_before_there_was_a_memory_goes_on():
