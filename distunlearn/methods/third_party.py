@@ -46,8 +46,9 @@ from distunlearn.constraints.running import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.data.transfer import on_device
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, StepOutput, embed, unlearn_batches, view_pair
+from distunlearn.methods.base import Context, StepOutput, embed, image_mean, unlearn_batches, view_pair
 from distunlearn.methods.contrastive import enqueue, retain_bank, utility
+from distunlearn.methods.features import apart
 from distunlearn.objectives.bank import Bank, normalise
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.gather import (
@@ -240,19 +241,17 @@ class ThirdParty:
         """How far the retain embeddings have turned from the original encoder's, on the same views; in [0, 2]."""
         with torch.no_grad():
             before = embed(ctx, retain, batchnorm="eval", network=ctx.original, momentum=False)
-        cosines = (normalise(retained.embedding) * normalise(before.embedding)).sum(-1).mean(0)
-        return (1 - cosines).sum() * mean_scale(gather_sizes(cosines.shape[0], cosines.device))
+        return image_mean(apart(normalise(retained.embedding), normalise(before.embedding)))
 
     def _moved(self, ctx: Context, third: Batch, pairs: list[Branches]) -> Tensor:
         """How far third-party outputs and embeddings have turned from the original encoder's, same views; in [0, 2]."""
-        cosines = []
+        far = []
         for number, now in enumerate(pairs):
             with torch.no_grad():
                 before = embed(ctx, third, batchnorm="eval", network=ctx.original, momentum=False, pair=number)
             for u, v in ((now.output, before.output), (now.embedding, before.embedding)):
-                cosines.append((normalise(u) * normalise(v)).sum(-1).mean(0))
-        far = 1 - torch.stack(cosines).mean(0)
-        return far.sum() * mean_scale(gather_sizes(far.shape[0], far.device))
+                far.append(apart(normalise(u), normalise(v)))
+        return image_mean(torch.stack(far).mean(0))
 
     def _outputs(self, ctx: Context, pairs: list[Branches], bank: Bank | None) -> tuple[Tensor, Tensor]:
         """Per sample, averaged over its pairs: outputs [n, q] and confidence [n]."""
