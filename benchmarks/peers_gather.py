@@ -22,9 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from distunlearn.objectives.gather import use_mailbox
 from distunlearn.objectives.infonce import clip_loss
-from distunlearn.objectives.mailbox import open_mailbox
 from distunlearn.objectives.simclr import nt_xent
 
 TEMPERATURE = 0.2
@@ -86,7 +84,6 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch renames what open_clip calls
     dist.init_process_group("gloo")
-    use_mailbox(open_mailbox(60.0))  # as the engine does
     order, found = random.Random(0), []
     for name, (ours, make) in PAIRS.items():
         theirs = make()

@@ -36,7 +36,6 @@ from scaling_report import document, efficiency_plot
 from throughput_step import ENCODERS, configuration, prepared, session, train
 
 from distunlearn.costs import Measured, fit, leave_one_out
-from distunlearn.objectives.mailbox import usable_cores
 from distunlearn.planning_costs import count_encoder, work_of
 
 WARM_UP = 2
@@ -226,8 +225,6 @@ def measured(result: dict[str, Any]) -> list[tuple[str, Measured]]:
         if encoder not in counted:
             counted[encoder] = count_encoder(cfg)
         own = work_of(cfg, counted[encoder], None, world)
-        if result.get("mailbox"):  # what is small passes no network: microseconds each (exchanges.py)
-            own = replace(own, batchnorms=0, embeddings=0.0)
         point = Measured(own, backend, world, statistics.median(cpus))
         points.append((f"{encoder} {backend} x{world} batch {batch}", point))
 
@@ -273,7 +270,6 @@ def main() -> None:
     begun = time.perf_counter()
     result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])}
     result |= {"machine": machine("cpu"), "scaling": [], "single": [], "local_batchnorm": args.local_batchnorm}
-    result["mailbox"] = len(usable_cores()) >= 2
     cells = [(name, int(batch)) for name, _, batch in (cell.partition(":") for cell in args.cells)]
     if unknown := [name for name, _ in cells if name not in ENCODERS]:
         parser.error(f"--cells names {unknown[0]}, expected one of {', '.join(ENCODERS)} and a batch")

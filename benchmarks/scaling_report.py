@@ -65,11 +65,7 @@ def model_parts(result: dict[str, Any]) -> list[str]:
     if "model" not in result:
         return []
     reach = "1 and 2 processes" if result["scaling"] else "one process (so nothing is known of collectives)"
-    small = (
-        "Batch statistics and gathered embeddings pass through memory that the processes share, in microseconds "
-        "(`benchmarks/exchanges.py`): for the model they are free. Over a network they are not."
-    )
-    return ["## Cost model\n", *([small] if result.get("mailbox") else []), *model_text(result["model"], reach)]
+    return ["## Cost model\n", *model_text(result["model"], reach)]
 
 
 def errors_of(model: dict[str, Any]) -> tuple[float, float]:
@@ -107,10 +103,9 @@ def document(result: dict[str, Any]) -> str:
     for found in result["single"]:
         steps = " ".join(f"{s['seconds']:.3f}/{s['cpu']:.3f}" for s in found["samples"])
         raw.append(f"one process, {found['encoder']}, batch {found['batch']}: {steps}")
-    shared = " and, for what is small, shared memory" if result.get("mailbox") else ""
     parts = [
         *preamble(result),
-        f"SimCLR pretraining, float32, one thread a process, gloo over loopback{shared}; whole steps of real runs. "
+        "SimCLR pretraining, float32, one thread a process, gloo over loopback; whole steps of real runs. "
         "Groups of processes took turns step by step: two that do not communicate, one with the global batch, the two "
         "of the backend. Medians over rounds with a distribution-free 95 % interval. Weak efficiency: images/s of the "
         "backend's two processes to that of the two independent ones. Strong speed-up: step of one process with the "

@@ -34,8 +34,6 @@ import torch.distributed as dist
 
 from distunlearn.engine.backends.process_group import lost_rank
 from distunlearn.errors import RankLostError
-from distunlearn.objectives import mailbox
-from distunlearn.objectives.gather import small_exchanges
 from distunlearn.text import printable
 
 __all__ = ["WATCH", "Watch"]
@@ -46,7 +44,7 @@ GRACE = 10.0  # seconds for the other processes to come to the same conclusion, 
 SLACK = 5.0  # seconds that a busy machine may let a thread wait
 LAST_WORDS = 3.0  # seconds for a process that fails to say so
 PACKAGE = f"{os.sep}distunlearn{os.sep}"
-COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", mailbox.__file__)  # who is in one of them waits for others
+COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"  # who is in there waits for others
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ class Watch:
         report = {
             "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "count": mark.count,
             "phase": mark.phase, "step": mark.step, "place": mark.place, "age": 0.0, "sequence": _sequence(),
-            "waits": any(place in path for path, _, _ in stack for place in COLLECTIVES),
+            "waits": any(COLLECTIVES in path for path, _, _ in stack),
             "stack": [f"{Path(path).name}:{line} {name}" for path, line, name in stack if PACKAGE in path][-6:], **more,
         }  # fmt: skip
         temporary = self.folder / f".rank-{self.rank:04d}.tmp"
@@ -263,7 +261,7 @@ def _sequence() -> int:
     if not dist.is_available() or not dist.is_initialized():
         return -1
     with contextlib.suppress(Exception):  # of torch's own, without a promise
-        return int(dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()) + small_exchanges()
+        return int(dist.distributed_c10d._get_default_group()._get_sequence_number_for_group())
     return -1
 
 

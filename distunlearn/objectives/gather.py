@@ -11,8 +11,7 @@ ranks what each of them asks of a slice. The mean over the ranks of the local lo
 global loss, and the mean of their gradients its gradient, whatever W is and however uneven the
 shares are. A backward that averages, or one without communication, is wrong by factors around 1/W.
 
-Without an initialised process group, or in a world of 1, every function is the identity. What is small passes through
-the ranks' mailbox where they have one (`use_mailbox`), the rest through the process group.
+Without an initialised process group, or in a world of 1, every function is the identity.
 Shapes: W = world, n = this rank's rows (may be 0), N = rows of all ranks in rank order.
 """
 
@@ -25,8 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distunlearn.objectives.mailbox import Mailbox
-
 __all__ = [
     "RingPass",
     "all_gather_detached",
@@ -38,33 +35,16 @@ __all__ = [
     "get_rank",
     "get_world",
     "mean_scale",
-    "small_exchanges",
     "sum_over_ranks",
-    "use_mailbox",
 ]
 
 
 # torch 2.14 renames the function and warns at every use of the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_mailbox: Mailbox | None = None
-
-
-def use_mailbox(mailbox: Mailbox | None) -> None:
-    """Send small exchanges through `mailbox` from now on; None: all through the process group. Alike on all ranks."""
-    global _mailbox
-    _mailbox = mailbox
-
-
-def small_exchanges() -> int:
-    """Exchanges through the mailbox that this rank has begun."""
-    return 0 if _mailbox is None else _mailbox.count
-
 
 def _everyones(x: Tensor) -> Tensor:
     """[W, *x.shape]: the x of all ranks, of one shape."""
-    if _mailbox is not None and _mailbox.takes(x):
-        return _mailbox.gather(x)
     gathered = x.new_empty(get_world() * x.numel())
     _all_gather_flat(gathered, x.contiguous().view(-1))
     return gathered.view(-1, *x.shape)
@@ -166,8 +146,6 @@ def gather_ids(ids: Tensor) -> Tensor:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum over the ranks of a tensor of one shape, without gradient, the same bits on all; x itself is left alone."""
-    if _mailbox is not None and _mailbox.takes(x):
-        return _mailbox.gather(x, "sum").sum(0, dtype=x.dtype)
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if get_world() > 1:
         dist.all_reduce(total, op=dist.ReduceOp.SUM)

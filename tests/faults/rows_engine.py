@@ -142,8 +142,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     "D02": (
         "a rank is killed: the others end within seconds with 5 and name it",
         [f"{RANKS}::test_a_killed_rank_is_named",
-         f"{LOST}::test_the_survivor_of_a_killed_rank_ends_with_5_and_says_so",
-         "tests/dist/test_mailbox.py::test_a_rank_that_ends_is_noticed_at_once"],
+         f"{LOST}::test_the_survivor_of_a_killed_rank_ends_with_5_and_says_so"],
     ),
     "D03": (
         "a rank hangs: named with the place where it hangs, its stack kept, all end with 5 within `watchdog_s` + 25 s",
@@ -156,8 +155,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "D05": (
         "a rank leaves a collective operation out: told from a slow rank after a quarter of `watchdog_s`",
-        [f"{RANKS}::test_a_collective_left_out_is_told_from_a_slow_rank",
-         "tests/dist/test_mailbox.py::test_different_things_are_an_error_on_all_ranks"],
+        [f"{RANKS}::test_a_collective_left_out_is_told_from_a_slow_rank"],
     ),
     "D06": (
         "wrong RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; a port in use: named, within `join_s`",

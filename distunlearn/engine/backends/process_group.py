@@ -19,8 +19,6 @@ import torch.distributed as dist
 from distunlearn.engine.backends.meeting import meet, number, watch_launcher
 from distunlearn.engine.memory import keep_freed_memory
 from distunlearn.errors import ConfigError, RankLostError
-from distunlearn.objectives.gather import use_mailbox
-from distunlearn.objectives.mailbox import open_mailbox
 
 if TYPE_CHECKING:
     from distunlearn.config import RunConfig
@@ -62,7 +60,6 @@ def join(cfg: RunConfig) -> Place:
         return Place(0, 1, device)
     if not dist.is_initialized():
         _enter(world, device, cfg.join_s)
-        use_mailbox(open_mailbox(PATIENCE.total_seconds()))
     found = dist.get_world_size()
     if found != world:
         raise RankLostError(f"the process group has {found} processes, but WORLD_SIZE is {world}; start the run anew.")
@@ -141,6 +138,5 @@ def lost_rank(error: BaseException) -> str | None:
 
 def _leave() -> None:
     """Without this torch warns at exit, and NCCL may hang."""
-    use_mailbox(None)
     if dist.is_initialized():
         dist.destroy_process_group()
