@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from constraint_step import Bench
 
-from distunlearn.config import CheckpointConfig, EncoderConfig
+from distunlearn.config.schema import CheckpointConfig, EncoderConfig
 from distunlearn.engine.backends import open_backend
-from distunlearn.engine.checkpoint import latest_checkpoint
+from distunlearn.engine.checkpoint.async_save import Saver
+from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.optim import make_optimizer
-from distunlearn.engine.saving import Saver
-from distunlearn.engine.stopping import StopRequest
+from distunlearn.engine.optimizer import make_optimizer
+from distunlearn.engine.preemption import StopRequest
 
 ENCODER = EncoderConfig(name="vit_small_patch16_224", image_size=32, in_chans=3, stem="standard")
 WAYS = {"synchronous": False, "asynchronous": True}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distunlearn.doctor import environment
+from distunlearn.engine.environment import environment
 
 __all__ = ["BOUNDS", "document", "json_text", "machine"]
 

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distunlearn.config import ConstraintConfig, EncoderConfig, ObjectiveConfig, RunConfig
+from distunlearn.config.schema import ConstraintConfig, EncoderConfig, ObjectiveConfig, RunConfig
 from distunlearn.constraints.evaluators import EVALUATORS
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, build_model
-from distunlearn.methods.base import Context, Method
-from distunlearn.methods.contrastive import Finetune
+from distunlearn.methods.base import Method
 from distunlearn.methods.third_party import ThirdParty
+from distunlearn.methods.training import Finetune
 from distunlearn.objectives import make_objective
+from distunlearn.objectives.forward import Context
 
 __all__ = ["ENCODERS", "PRODUCTION", "STEPS", "Bench"]
 

@@ -21,7 +21,7 @@ from scaling import measured, modelled
 from scaling_report import errors_of, model_text
 from throughput_stats import paragraphs, table
 
-from distunlearn.costs import Measured
+from distunlearn.plan.cost_model import Measured
 
 
 def merged(runs: list[list[tuple[str, Measured]]]) -> list[tuple[str, Measured]]:

@@ -28,13 +28,13 @@ import torch
 from forgetting_floor import ATTACKS
 from sklearn.metrics import roc_auc_score
 
-from distunlearn.config import RunConfig
-from distunlearn.config_io import load_config
-from distunlearn.constraints.counterparts import Look, counterpart_weights, effective_number
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import open_store
-from distunlearn.engine.counterparts import look
-from distunlearn.engine.phases import load_trained
+from distunlearn.config.load import load_config
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.stream import open_store
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.engine.matched_sampling import look
+from distunlearn.engine.session import load_trained
+from distunlearn.methods.third_party_weights import Look, counterpart_weights, effective_number
 
 ROLES = ("forget", "retain", "third_party_audit", "holdout")
 FOUR = ("bank_loss", "view_agreement", "gradient_norm_head", "gradient_norm_network")

@@ -39,16 +39,17 @@ import torch
 from loaders import BATCH, DROP, LIMIT, ROLES, race
 from photos import SIZE, Photos, image_folder, shards
 
-from distunlearn.config import EncoderConfig, RunConfig, ViewsConfig
-from distunlearn.data import decode, stream
-from distunlearn.data.decode import decode_square
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.reading import Reader
-from distunlearn.data.stream import ImageStore, RoleFeeder, epoch_order
-from distunlearn.data.tar_stream import read_shard
-from distunlearn.data.views import make_view
-from distunlearn.doctor import environment
+from distunlearn.config.schema import EncoderConfig, RunConfig, ViewsConfig
+from distunlearn.data.augmentations import make_view
+from distunlearn.data.loading import stream
+from distunlearn.data.loading.shard_reader import Reader
+from distunlearn.data.loading.stream import ImageStore, RoleFeeder, epoch_order
+from distunlearn.data.loading.tar_stream import read_shard
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.sources import decode
+from distunlearn.data.sources.decode import decode_square
 from distunlearn.encoders.model import build_model
+from distunlearn.engine.environment import environment
 from distunlearn.objectives.simclr import nt_xent
 
 BUSY = 2.5  # load average above which other work counted

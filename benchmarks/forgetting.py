@@ -28,8 +28,8 @@ from typing import Any
 from forgetting_grid import GRIDS, Cell, Grid, cell_config, cell_digest, estimate, groups
 from forgetting_report import write_document
 
-from distunlearn.config import RunConfig
-from distunlearn.config_io import dump_config
+from distunlearn.config.load import dump_config
+from distunlearn.config.schema import RunConfig
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, DistunlearnError
 
 VERDICTS = {0: "pass", EXIT_GATE_FAILED: "fail", EXIT_INCONCLUSIVE: "inconclusive"}

@@ -18,13 +18,14 @@ from typing import Any
 
 from forgetting_requests import write_request
 
-from distunlearn.config import EncoderConfig, RunConfig
-from distunlearn.config_io import digest, load_config
-from distunlearn.data.forget_list import list_sha256
-from distunlearn.data.roles import is_list
+from distunlearn.config.load import digest, load_config
+from distunlearn.config.recipes import SMALL_RESNET, SMALL_VIT
+from distunlearn.config.schema import EncoderConfig, RunConfig
+from distunlearn.data.prepare.forget_list import list_sha256
+from distunlearn.data.prepare.roles import is_list
 from distunlearn.methods import METHODS
-from distunlearn.planning import make_plan, phase_images
-from distunlearn.recipes import SMALL_RESNET, SMALL_VIT
+from distunlearn.plan.images import phase_images
+from distunlearn.plan.plan import make_plan
 
 __all__ = ["GRIDS", "Cell", "Grid", "cell_config", "cell_digest", "estimate", "groups", "methods_of"]
 
@@ -298,7 +299,7 @@ def seconds_per_image(cfg: RunConfig, steps: int = 3) -> float:
     import numpy as np
     import torch
 
-    from distunlearn.data.views import make_view
+    from distunlearn.data.augmentations import make_view
     from distunlearn.encoders.model import build_model
 
     torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distunlearn.data.decode import decode_square
 from distunlearn.data.schedule import permutation
-from distunlearn.data.sources import open_source
+from distunlearn.data.sources.decode import decode_square
+from distunlearn.data.sources.sources import open_source
 
 __all__ = ["alike", "write_request"]
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from distunlearn.audit.attacks import ATTACKS
-from distunlearn.audit.gates import equivalence, no_loss
+from distunlearn.audit.figures.gates import equivalence, no_loss
+from distunlearn.audit.figures.utility import UTILITIES
 from distunlearn.audit.statistics import Comparison, Part, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.audit.summary import load_scores
-from distunlearn.audit.utility import UTILITIES
-from distunlearn.config_io import load_config
+from distunlearn.config.load import load_config
 
 LOW_IS_MEMBER = ("gradient_norm_network", "gradient_norm_head")
 VERDICTS = {0: "pass", 6: "fail", 7: "inconclusive"}

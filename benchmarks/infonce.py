@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-from distunlearn.doctor import environment
+from distunlearn.engine.environment import environment
 from distunlearn.objectives.simclr import nt_xent
-from distunlearn.objectives.tiles import DEFAULT_BUDGET, tile_size
+from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, tile_size
 
 TEMPERATURE = 0.2
 MIB = 2**20

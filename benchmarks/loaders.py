@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distunlearn.data.decode import decode_square
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.reading import Reader
-from distunlearn.data.stream import ImageStore, RoleFeeder
+from distunlearn.data.loading.shard_reader import Reader
+from distunlearn.data.loading.stream import ImageStore, RoleFeeder
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.sources.decode import decode_square
 
 BATCH = 64
 LIMIT = 10**8

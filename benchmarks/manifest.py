@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distunlearn.data.columns import Columns
-from distunlearn.data.forget_list import resolve_list
-from distunlearn.data.ids import IdTable
-from distunlearn.data.manifest import Manifest, Shard
+from distunlearn.data.manifest.columns import Columns
+from distunlearn.data.manifest.ids import IdTable
+from distunlearn.data.manifest.manifest import Manifest, Shard
+from distunlearn.data.prepare.forget_list import resolve_list
 
 CASES = ((100_000, 1_000_000), (300_000, 3_000_000), (1_000_000, 10_000_000))
 PER_SHARD = 10_000

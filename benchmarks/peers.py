@@ -35,8 +35,8 @@ from peers_report import document
 from peers_steps import PEERS, Peer
 from throughput_step import ENCODERS, configuration, prepared, session, train
 
-from distunlearn.data.stream import RoleFeeder
-from distunlearn.engine.phases import Session
+from distunlearn.data.loading.stream import RoleFeeder
+from distunlearn.engine.session import Session
 
 WARM_UP = 3  # pairs that are not counted
 VARIANTS = {"default optimizer": ("theirs", False), "same optimizer": ("ours", False), "own views": ("ours", True)}

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from distunlearn.constraints.ghost import Recorder
-from distunlearn.constraints.probes import probed_layers
+from distunlearn.constraints.gradients.ghost_norms import Recorder
+from distunlearn.constraints.gradients.probes import probed_layers
 
 __all__ = ["NETWORKS", "brute_force", "opacus_norms", "our_norms"]
 

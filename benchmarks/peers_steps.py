@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.augmentations import make_view
+from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.schedule import Batch
-from distunlearn.data.stream import RoleFeeder
-from distunlearn.data.views import make_view
 from distunlearn.encoders.backbone import create_backbone
-from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.optimizer import make_optimizer
 
 __all__ = ["PEERS", "Peer", "solo_loss"]
 

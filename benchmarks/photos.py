@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.shards import write_shards
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.write_shards import write_shards
 
 SIZE = (500, 400)  # width, height
 

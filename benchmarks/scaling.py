@@ -12,8 +12,8 @@ does to all of them.
 
 By the clock (the slowest process of a group counts) and by CPU seconds (their sum): the clock has what processes wait
 for each other, which on a busy machine is mostly the scheduler; CPU seconds have the work of communicating alone.
-The cost model (`distunlearn/costs.py`) is fitted to CPU seconds of a process, for the same reason, and checked by
-leaving one point out at a time.
+The cost model (`distunlearn/plan/cost_model.py`) is fitted to CPU seconds of a process, for the same reason, and
+checked by leaving one point out at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from constraint_report import json_text, machine
 from scaling_report import document, efficiency_plot
 from throughput_step import ENCODERS, configuration, prepared, session, train
 
-from distunlearn.costs import Measured, fit, leave_one_out
-from distunlearn.planning_costs import count_encoder, work_of
+from distunlearn.plan.cost_model import Measured, fit, leave_one_out
+from distunlearn.plan.gpu_estimate import count_encoder, work_of
 
 WARM_UP = 2
 POINTS = [(name, batch) for name in ("resnet18-64", "vit_tiny16-64") for batch in (4, 8, 16, 24)]

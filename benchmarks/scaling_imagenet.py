@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from distunlearn.config import (
+from distunlearn.config.schema import (
     ConstraintConfig,
     EncoderConfig,
     ObjectiveConfig,
@@ -20,8 +20,8 @@ from distunlearn.config import (
     RunConfig,
     UnlearnConfig,
 )
-from distunlearn.planning_costs import GPUS, estimate, phases_of
-from distunlearn.target import Target
+from distunlearn.plan.gpu_estimate import GPUS, estimate, phases_of
+from distunlearn.plan.gpu_target import Target
 
 IMAGES, EPOCHS, PASSES = 1_281_167, 300, 10
 FORGET = IMAGES // 100

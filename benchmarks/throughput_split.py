@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from distunlearn.constraints.evaluators import EVALUATORS
+from distunlearn.distributed import collectives
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
-from distunlearn.engine.ahead import Ahead
 from distunlearn.engine.backends import Backend
-from distunlearn.methods import base, contrastive, third_party
-from distunlearn.objectives import gather
+from distunlearn.engine.prefetch import Ahead
+from distunlearn.methods import base, third_party, training
 
 __all__ = ["PARTS", "Split"]
 
@@ -53,7 +53,7 @@ class Split:
         patch(base, "make_view", "views")
         patch(ContrastiveModel, "forward", "forward")
         patch(MomentumEncoder, "__call__", "forward")
-        patch(contrastive, "utility", "forward")
+        patch(training, "utility", "forward")
         patch(third_party, "utility", "forward")
         for kind in EVALUATORS.values():
             if "constrain" in vars(kind):
@@ -67,7 +67,7 @@ class Split:
         for name in COLLECTIVES:
             if hasattr(dist, name):
                 patch(dist, name, "communication")
-        patch(gather, "_all_gather_flat", "communication")
+        patch(collectives, "_all_gather_flat", "communication")
         patch(dist.Work, "wait", "communication")
         created = DistributedDataParallel.__init__
 

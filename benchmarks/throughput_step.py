@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from distunlearn import pipeline
-from distunlearn.config import (
+from distunlearn.config.schema import (
     ConstraintConfig,
     DataConfig,
     EncoderConfig,
@@ -31,8 +30,9 @@ from distunlearn.config import (
     ViewsConfig,
 )
 from distunlearn.engine import phases
-from distunlearn.engine.phases import Session
-from distunlearn.engine.telemetry import Telemetry
+from distunlearn.engine.metrics_log import Telemetry
+from distunlearn.engine.session import Session, open_session
+from distunlearn.run import pipeline
 
 __all__ = ["ENCODERS", "VIEWS", "StepClock", "configuration", "prepared", "session", "train"]
 
@@ -129,7 +129,7 @@ class StepClock(Telemetry):
 @contextlib.contextmanager
 def session(cfg: RunConfig, folder: Path, between: Callable[[int], None] | None = None) -> Iterator[Session]:
     """A session as the verbs open it, in `folder`, whose telemetry is a `StepClock`. cfg: as `prepared` returns it."""
-    with pipeline._session(cfg, folder) as run:
+    with open_session(cfg, folder) as run:
         run.telemetry.close()
         with StepClock(folder, run.backend.is_main, between) as clock:
             run.telemetry = clock

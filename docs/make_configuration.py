@@ -1,4 +1,4 @@
-"""Print docs/configuration.md, made from the dataclasses of distunlearn/config.py and the comments beside their fields.
+"""Print docs/configuration.md, made from the dataclasses of distunlearn/config/schema.py and their comments.
 
     python docs/make_configuration.py > docs/configuration.md
 
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 
 HEAD = """\
 # Configuration

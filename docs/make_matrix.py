@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distunlearn.config import ConstraintConfig, RunConfig
-from distunlearn.config_checks import cross_checks
+from distunlearn.config.checks import cross_checks
+from distunlearn.config.schema import ConstraintConfig, RunConfig
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 HEAD = """\

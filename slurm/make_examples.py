@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distunlearn.submit import Job, script
+from distunlearn.run.slurm import Job, script
 
 OUT = Path("/scratch/runs/photos")
 SCALING = """\

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from distunlearn.audit.signals import AUDIT_EPOCH, Eye, audit_bank, sampled, usable_labels
+from distunlearn.audit.signals.collect import AUDIT_EPOCH, Eye, audit_bank, sampled, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
-from distunlearn.config import RunConfig
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import ImageStore
-from distunlearn.objectives.bank import normalise
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.objectives.memory_bank import normalise
 
 __all__ = ["Relearned", "relearn", "relearning_figures"]
 

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from distunlearn.audit.attacks import ATTACKS, PAIRED, Attacked, run_attacks
-from distunlearn.audit.completeness import average_gap, iam, tow
-from distunlearn.audit.gates import Gate, equivalence, no_loss, overall
+from distunlearn.audit.figures.gates import Gate, equivalence, no_loss, overall
+from distunlearn.audit.figures.retained import retained_figures
+from distunlearn.audit.figures.retrain_distance import average_gap, iam, tow
+from distunlearn.audit.figures.similarity import similarities
+from distunlearn.audit.figures.two_sample import describe, two_sample
+from distunlearn.audit.figures.utility import UTILITIES, correct_predictions
 from distunlearn.audit.relearn import Relearned, relearning_figures
-from distunlearn.audit.retained import retained_figures
-from distunlearn.audit.signals import Signals
-from distunlearn.audit.similarity import similarities
+from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.statistics import (
     Comparison,
     Draws,
@@ -33,10 +35,8 @@ from distunlearn.audit.statistics import (
     percentile_interval,
     tpr_at_fpr,
 )
-from distunlearn.audit.two_sample import describe, two_sample
-from distunlearn.audit.utility import UTILITIES, correct_predictions
-from distunlearn.config import RunConfig
-from distunlearn.engine.checkpoint import write_json
+from distunlearn.common.files import write_json
+from distunlearn.config.schema import RunConfig
 
 __all__ = ["ENCODERS", "load_scores", "summarise", "write_audit"]
 

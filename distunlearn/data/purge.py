@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distunlearn.data.files import file_sha256, sync_path
-from distunlearn.data.manifest import COLUMNS, MANIFEST, SUMMARY, Manifest, Sample, Shard
-from distunlearn.data.shards import read_sample, verify_shards
-from distunlearn.data.tars import key_of
+from distunlearn.common.files import file_sha256, sync_path
+from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.manifest.manifest import COLUMNS, MANIFEST, SUMMARY, Manifest, Sample, Shard
+from distunlearn.data.sources.tar_index import key_of
 from distunlearn.errors import DataError
 
 __all__ = ["Purge", "ids_digest", "plan_purge", "purge_shards", "purged_before"]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distunlearn.encoders.names import list_encoders
+from distunlearn.encoders.timm_names import list_encoders
 
 __all__ = ["list_encoders"]

@@ -16,10 +16,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from distunlearn.config import EncoderConfig
-from distunlearn.encoders.names import check_name, is_resnet
+from distunlearn.common.text import printable
+from distunlearn.config.schema import EncoderConfig
+from distunlearn.encoders.timm_names import check_name, is_resnet
 from distunlearn.errors import EncoderError
-from distunlearn.text import printable
 
 __all__ = ["create_args", "create_backbone", "input_size"]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distunlearn.config import EncoderConfig
-from distunlearn.data.shards import sync_path
+from distunlearn.common.files import sync_path
+from distunlearn.config.schema import EncoderConfig
 from distunlearn.encoders.backbone import create_args, input_size
 from distunlearn.encoders.weights import check_finite
 

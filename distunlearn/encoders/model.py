@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distunlearn.config import ObjectiveConfig, RunConfig
+from distunlearn.config.schema import ObjectiveConfig, RunConfig
 from distunlearn.encoders.backbone import create_backbone, input_size
 from distunlearn.errors import EncoderError
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distunlearn.encoders.foreign import Reading, match_names
+from distunlearn.common.text import printable
+from distunlearn.encoders.checkpoint_names import Reading, match_names
 from distunlearn.errors import EncoderError, NumericsError
-from distunlearn.text import printable
 
 __all__ = ["check_finite", "load_backbone"]
 

@@ -18,24 +18,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distunlearn.config import PretrainConfig, UnlearnConfig
+from distunlearn.config.schema import PretrainConfig, UnlearnConfig
+from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.schedule import Batch
-from distunlearn.data.stream import RoleFeeder
-from distunlearn.engine import faults
-from distunlearn.engine.ahead import Ahead
+from distunlearn.distributed.collectives import all_reduce_mean
+from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend
-from distunlearn.engine.backends.pieces import whole
-from distunlearn.engine.checkpoint import Checkpoint
+from distunlearn.engine.backends.tensor_shards import whole
+from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
+from distunlearn.engine.checkpoint.format import Checkpoint
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.numerics import NumericsGuard, Place
-from distunlearn.engine.optim import learning_rate
-from distunlearn.engine.saving import Saver, agreed_checkpoint
-from distunlearn.engine.stopping import StopRequest
-from distunlearn.engine.telemetry import Telemetry
-from distunlearn.engine.watch import Watch
+from distunlearn.engine.metrics_log import Telemetry
+from distunlearn.engine.nan_guard import NumericsGuard, Place
+from distunlearn.engine.optimizer import learning_rate
+from distunlearn.engine.preemption import StopRequest
+from distunlearn.engine.prefetch import Ahead
+from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError, RankLostError, StoppedError
-from distunlearn.methods.base import Context, Method
-from distunlearn.objectives.gather import all_reduce_mean
+from distunlearn.methods.base import Method
+from distunlearn.objectives.forward import Context
 
 __all__ = ["Phase", "PhaseResult", "train_phase"]
 
@@ -154,7 +155,7 @@ class _Runner:
     def run(self) -> PhaseResult:
         phase, ctx = self.phase, self.ctx
         self._at("start", 0, slow=True)
-        faults.reach("start", None, phase.name)
+        fault_injection.reach("start", None, phase.name)
         note = functools.partial(self.telemetry.note, phase.name)
         checkpoint = agreed_checkpoint(self.folder, self.backend, self.ledger, note)
         first = self.first = self._restore(checkpoint)
@@ -217,17 +218,17 @@ class _Runner:
         place = Place(step, rate, ids=_merged([part.ids for part in parts]), parts=figures)
         self.guard.require(torch.as_tensor(norm), "gradient norm", place)
         self._at("update", step)
-        if not faults.reach("update", step, phase.name):
+        if not fault_injection.reach("update", step, phase.name):
             backend.step()
         adjust = getattr(phase.method, "adjust", None)
         if adjust is not None:
             backend.adjust(functools.partial(adjust, ctx))
         if ctx.momentum is not None:
             self._at("momentum encoder", step)
-            if not faults.reach("momentum", step, phase.name):
+            if not fault_injection.reach("momentum", step, phase.name):
                 backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
         self._at("ledger", step)
-        faults.reach("ledger", step, phase.name)
+        fault_injection.reach("ledger", step, phase.name)
         replaced = [i for part in parts for i in part.replaced]
         consumed = backend.gather_ids({**_merged([part.consumed for part in parts]), REPLACED: replaced})
         counted = self._replaced(consumed)
@@ -261,16 +262,16 @@ class _Runner:
         count = ctx.accumulate = phase.optim.accumulate
         ctx.micro = micro
         self._at("data", step)
-        faults.reach("data", step, phase.name)
+        fault_injection.reach("data", step, phase.name)
         batches = self.batches.at(ctx.draw)
         ids = {name: batch.ids for name, batch in batches.items()}
         with backend.micro_batch(last=micro == count - 1):
             self._at("loss", step)
             place = Place(step, rate, micro, ids)
             out = self.guard.loss(lambda: phase.method.loss(ctx, batches), place)
-            loss = faults.poison_gradient("gradient", out.loss, step, phase.name)
+            loss = fault_injection.poison_gradient("gradient", out.loss, step, phase.name)
             self._at("backward", step)
-            faults.reach("backward", step, phase.name)
+            fault_injection.reach("backward", step, phase.name)
             backend.backward(loss / count)
             # Only now is a value of the loss looked at: a GPU has its backward to do while this waits for the forward.
             self._at("finite check", step)
@@ -287,9 +288,9 @@ class _Runner:
     def _save_watched(self, step: int) -> None:
         self._at("checkpoint", step, slow=True)
         self._require_same_state()
-        faults.reach("save", step, self.phase.name)
+        fault_injection.reach("save", step, self.phase.name)
         self._save(step)
-        faults.reach("saved", step, self.phase.name)
+        fault_injection.reach("saved", step, self.phase.name)
 
     def _require_same_state(self) -> None:
         """What every rank keeps a copy of is alike on all of them: the main rank's is what a checkpoint holds.

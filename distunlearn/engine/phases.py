@@ -15,94 +15,35 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from distunlearn.config import RunConfig
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.roles import ROLES
-from distunlearn.data.schedule import Batch
-from distunlearn.data.shards import file_sha256
-from distunlearn.data.stream import ImageStore, RoleFeeder
-from distunlearn.data.views import id_hashes
+from distunlearn.common.files import file_sha256, write_json
+from distunlearn.common.tensors import write_tensors
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.augmentations import id_hashes
+from distunlearn.data.loading.stream import RoleFeeder
+from distunlearn.data.prepare.roles import ROLES
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone
-from distunlearn.engine import faults
-from distunlearn.engine.backends import Backend
-from distunlearn.engine.checkpoint import write_json, write_tensors
-from distunlearn.engine.counterparts import feeder_shares
-from distunlearn.engine.ledger import Ledger
+from distunlearn.engine import fault_injection
+from distunlearn.engine.ledger import coverage, read_ledger, require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
-from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.matched_sampling import feeder_shares
+from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
-from distunlearn.engine.stopping import StopRequest
-from distunlearn.engine.telemetry import Telemetry
-from distunlearn.engine.watch import Watch
-from distunlearn.errors import DataError
+from distunlearn.engine.session import DONE, STATE, Session, Trained, is_done, load_trained, scratch
 from distunlearn.methods import METHODS, Context, Contrastive, Method, refuse_missing
 from distunlearn.objectives import make_objective
-from distunlearn.objectives.queue import KeyQueue
+
+if TYPE_CHECKING:
+    from distunlearn.engine.session import Session
 
 __all__ = ["Session", "Trained", "is_done", "load_trained", "pretrain", "retrain", "unlearn"]
-
-STATE = "training_state.safetensors"
-DONE = "done.json"
-CALIBRATION_LIMIT = 2048  # images a method may calibrate on, per role
-
-
-@dataclass
-class Session:
-    """What the phases of one process share."""
-
-    cfg: RunConfig
-    out: Path
-    manifest: Manifest
-    store: ImageStore
-    backend: Backend
-    ledger: Ledger
-    telemetry: Telemetry
-    stop: StopRequest
-    watch: Watch
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes of the supervised objective: those of the members."""
-        if self.cfg.objective.name != "supervised":
-            return None
-        labels = self.manifest.labels(self.manifest.ids(("retain", "forget")))
-        if len(labels) == 0 or labels.min() < 0:
-            raise DataError("objective.name is supervised, but not every member has a label; expected labels for all.")
-        return int(labels.max()) + 1
-
-    def sample(self, role: str) -> Batch:
-        """The images of a role as one batch, at most `CALIBRATION_LIMIT`, alike on every rank."""
-        ids = self.manifest.ids(role)
-        if len(ids) > CALIBRATION_LIMIT:
-            keep = np.random.default_rng([self.cfg.seed, 17]).choice(len(ids), CALIBRATION_LIMIT, replace=False)
-            ids = [ids[i] for i in np.sort(keep)]
-        ids = self.store.decodable(ids)
-        return Batch(
-            ids=ids,
-            images=self.store.by_offset(ids),
-            epochs=np.zeros(len(ids), dtype=np.int64),
-            labels=torch.from_numpy(self.manifest.labels(ids)),
-        )
-
-
-@dataclass
-class Trained:
-    """An encoder read back from a model folder."""
-
-    model: ContrastiveModel
-    momentum: MomentumEncoder | None
-    queue: KeyQueue | None
-    facts: dict
 
 
 # -- digests ---------------------------------------------------------------------------------------------------------
@@ -157,24 +98,6 @@ def unlearn_digest(session: Session) -> str:
         constraint=cfg.constraint,
         data=session.manifest.fingerprint,
     )
-
-
-def is_done(folder: Path, digest: str) -> bool:
-    """True if `folder` holds a finished model of exactly these settings.
-
-    Raises:
-        DataError: it holds one of other settings, or its weights do not match done.json.
-    """
-    path = folder / DONE
-    if not path.exists():
-        return False
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if facts["digest"] != digest:
-        raise DataError(
-            f"{folder} holds a finished {facts['phase']} of other settings or data; expected this run's own; "
-            "choose another --out."
-        )
-    return True
 
 
 # -- phases ----------------------------------------------------------------------------------------------------------
@@ -288,7 +211,7 @@ def _finish(
 ) -> None:
     """Weights first, `done.json` last; only the main rank writes."""
     backend = session.backend
-    faults.reach("finish", None, name)
+    fault_injection.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
     if backend.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +234,7 @@ def _finish(
 
 def _start(session: Session, name: str) -> Trained:
     """Where a phase without a predecessor starts: fresh weights, or for `pretrain` those of a foreign checkpoint."""
-    trained, cfg = _scratch(session, name), session.cfg
+    trained, cfg = scratch(session, name), session.cfg
     if name != "pretrain" or cfg.encoder.checkpoint is None:
         return trained
     notes = load_backbone(trained.model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
@@ -320,48 +243,6 @@ def _start(session: Session, name: str) -> Trained:
     trained.model.freeze_backbone()
     if trained.momentum is not None:
         trained.momentum = MomentumEncoder(trained.model)
-    return trained
-
-
-def _scratch(session: Session, name: str) -> Trained:
-    """Fresh weights, the same for `pretrain` and `retrain`: only the data differ between the two.
-
-    An encoder "trained" by `random_init` draws others, or its audit would compare one start with itself.
-    """
-    cfg = session.cfg
-    seed = cfg if name != "unlearn" else dataclasses.replace(cfg, seed=cfg.seed + 1_000_003)
-    model = build_model(seed, session.num_classes)
-    objective = make_objective(cfg.objective)
-    momentum = MomentumEncoder(model) if objective.needs_momentum else None
-    queue = KeyQueue(cfg.objective.queue_size, cfg.objective.output_dim) if objective.uses_queue else None
-    return Trained(model, momentum, queue, {})
-
-
-def load_trained(folder: Path, session: Session) -> Trained:
-    """Read a model folder back.
-
-    Raises:
-        DataError: not finished, or the weights differ from what done.json names.
-        NumericsError: weights that are not finite.
-    """
-    if not (folder / DONE).exists():
-        raise DataError(f"{folder} holds no finished encoder ({DONE} is missing); run the phase that trains it first.")
-    facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
-    if file_sha256(folder / STATE) != facts["state_sha256"]:
-        raise DataError(f"{folder / STATE} differs from the digest in {DONE}; restore the file or train it again.")
-    tensors = load_file(folder / STATE)
-    check_finite(tensors)
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    trained = _scratch(session, "pretrain")
-    trained.model.load_state_dict(part("model."))
-    if trained.momentum is not None:
-        trained.momentum.load_state_dict(part("momentum."))
-    if trained.queue is not None:
-        trained.queue.load_state_dict(part("queue."))
-    trained.facts = facts
     return trained
 
 
@@ -402,3 +283,13 @@ def _feeders(
         )
         for name, size in method.batch_sizes(cfg).items()
     }
+
+
+def check_coverage(session: Session) -> None:
+    """CoverageError on the main process if an unlearning missed a forget image or used one as retained."""
+    if not session.backend.is_main:
+        return
+    session.ledger.sync()
+    entry = METHODS[session.cfg.method.name]
+    forgets = entry.build is not None and entry.build(session.cfg).forgets
+    require_coverage(coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")), forgets)

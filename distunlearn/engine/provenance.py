@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distunlearn import __version__
-from distunlearn.config_checks import PATH_KEYS
-from distunlearn.config_io import settings
+from distunlearn.common.text import printable
+from distunlearn.config.checks import PATH_KEYS
+from distunlearn.config.load import settings
 from distunlearn.engine.ledger import Ledger, read_ledger
 from distunlearn.errors import ConfigError, RankLostError
-from distunlearn.text import printable
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.data.manifest import Manifest
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.data.manifest.manifest import Manifest
     from distunlearn.engine.backends import Backend
 
 __all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]

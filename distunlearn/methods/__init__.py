@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.errors import ConfigError
 from distunlearn.methods.alignment_calibration import AlignmentCalibration
-from distunlearn.methods.base import Context, Method, StepOutput
-from distunlearn.methods.contrastive import Contrastive, Finetune, Retrain
+from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.grad_ascent import GradAscent
 from distunlearn.methods.held_out_distillation import HeldOutDistillation
 from distunlearn.methods.l1_sparse import L1Sparse
@@ -17,9 +16,11 @@ from distunlearn.methods.neg_grad import NegGrad
 from distunlearn.methods.random_target import RandomTarget
 from distunlearn.methods.salun import SalUn
 from distunlearn.methods.scrub import Scrub
-from distunlearn.methods.space import Choice, Log, Space
+from distunlearn.methods.search_space import Choice, Log, Space
 from distunlearn.methods.sure import Sure
 from distunlearn.methods.third_party import ThirdParty
+from distunlearn.methods.training import Contrastive, Finetune, Retrain
+from distunlearn.objectives.forward import Context
 
 __all__ = [
     "METHODS",

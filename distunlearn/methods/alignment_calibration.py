@@ -21,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean, unlearn_batches
-from distunlearn.methods.contrastive import enqueue, retain_bank
-from distunlearn.methods.mixed import mixed_branches, row_losses, with_other_partners
+from distunlearn.distributed.collectives import all_reduce_mean, gather_sizes, get_world
+from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.mixed_batch import mixed_branches, row_losses, with_other_partners
+from distunlearn.methods.training import enqueue, retain_bank
 from distunlearn.objectives.base import Objective
-from distunlearn.objectives.gather import all_reduce_mean, gather_sizes, get_world
+from distunlearn.objectives.forward import Context, embed, image_mean
 
 __all__ = ["AlignmentCalibration"]
 

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 
 import torch
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch
+from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, Stateless, StepOutput, embed, image_mean, unlearn_batches
-from distunlearn.methods.contrastive import retain_bank
-from distunlearn.objectives.gather import all_reduce_mean
+from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.training import retain_bank
+from distunlearn.objectives.forward import Context, embed, image_mean
 
 __all__ = ["GradAscent", "require_bounded"]
 

@@ -14,14 +14,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
-from distunlearn.methods.contrastive import enqueue, utility
-from distunlearn.methods.features import apart, directions, original_directions
-from distunlearn.objectives.bank import normalise
+from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean
+from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.embeddings import apart, directions, original_directions
+from distunlearn.methods.training import enqueue, utility
 from distunlearn.objectives.base import Objective
-from distunlearn.objectives.gather import all_gather_uneven, all_reduce_mean
+from distunlearn.objectives.forward import Context, image_mean
+from distunlearn.objectives.memory_bank import normalise
 
 __all__ = ["HeldOutDistillation", "followed"]
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from distunlearn.config import RunConfig
-from distunlearn.methods.base import Context
-from distunlearn.methods.contrastive import Finetune
+from distunlearn.config.schema import RunConfig
+from distunlearn.methods.training import Finetune
+from distunlearn.objectives.forward import Context
 
 __all__ = ["L1Sparse"]
 

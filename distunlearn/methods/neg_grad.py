@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
-from distunlearn.methods.contrastive import enqueue
+from distunlearn.distributed.collectives import all_reduce_mean, gather_sizes, mean_scale
+from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
 from distunlearn.methods.grad_ascent import require_bounded
-from distunlearn.methods.mixed import mixed_branches, row_losses
-from distunlearn.objectives.gather import all_reduce_mean, gather_sizes, mean_scale
+from distunlearn.methods.mixed_batch import mixed_branches, row_losses
+from distunlearn.methods.training import enqueue
+from distunlearn.objectives.forward import Context, image_mean
 
 __all__ = ["NegGrad"]
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch, permutation
-from distunlearn.methods.base import Context, embed
+from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.methods.random_target import RandomTarget, pick
-from distunlearn.objectives.bank import Bank
-from distunlearn.objectives.gather import all_reduce_mean
+from distunlearn.objectives.forward import Context, embed
+from distunlearn.objectives.memory_bank import Bank
 
 __all__ = ["SalUn", "largest"]
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.methods.base import Context, Stateless, StepOutput, image_mean, unlearn_batches
-from distunlearn.methods.contrastive import enqueue, utility
-from distunlearn.methods.features import directions
+from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean
+from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.embeddings import directions
+from distunlearn.methods.training import enqueue, utility
 from distunlearn.objectives.base import Objective
-from distunlearn.objectives.gather import all_gather_uneven, all_reduce_mean
+from distunlearn.objectives.forward import Context, image_mean
 
 __all__ = ["Critic", "Sure", "domain_losses", "reverse"]
 

@@ -37,27 +37,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distunlearn.config import RunConfig
+from distunlearn.common.device import on_device
+from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
-from distunlearn.constraints.distances import DISTANCES, permutation_test, surrogate, value_and_cotangent
+from distunlearn.constraints.cross_batch_memory import FeatureMemory
+from distunlearn.constraints.distances.energy import DISTANCES, permutation_test, surrogate, value_and_cotangent
 from distunlearn.constraints.evaluators import Constrained, make_evaluator
-from distunlearn.constraints.memory import FeatureMemory
-from distunlearn.constraints.running import PhiSwitch, RunningSpread
+from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
-from distunlearn.data.transfer import on_device
-from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Context, StepOutput, embed, image_mean, unlearn_batches, view_pair
-from distunlearn.methods.contrastive import enqueue, retain_bank, utility
-from distunlearn.methods.features import apart
-from distunlearn.objectives.bank import Bank, normalise
-from distunlearn.objectives.base import Branches
-from distunlearn.objectives.gather import (
+from distunlearn.distributed.collectives import (
     all_gather_detached,
     all_gather_uneven,
     all_reduce_mean,
     gather_sizes,
     mean_scale,
 )
+from distunlearn.errors import NumericsError
+from distunlearn.methods.base import StepOutput, unlearn_batches
+from distunlearn.methods.embeddings import apart
+from distunlearn.methods.training import enqueue, retain_bank, utility
+from distunlearn.objectives.base import Branches
+from distunlearn.objectives.forward import Context, embed, image_mean, view_pair
+from distunlearn.objectives.memory_bank import Bank, normalise
 
 __all__ = ["ThirdParty"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 
-from distunlearn.config import ObjectiveConfig
+from distunlearn.config.schema import ObjectiveConfig
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.byol import BYOL
+from distunlearn.objectives.memory_bank import Bank
 from distunlearn.objectives.moco import MoCo
 from distunlearn.objectives.mocov3 import MoCoV3
 from distunlearn.objectives.queue import KeyQueue

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distunlearn.objectives.bank import (
+from distunlearn.objectives.memory_bank import (
     Bank,
     bank_delta,
     bank_density,
@@ -19,7 +19,7 @@ from distunlearn.objectives.bank import (
     normalise,
     pair_logits,
 )
-from distunlearn.objectives.tiles import DEFAULT_BUDGET
+from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET
 
 __all__ = ["Branches", "MomentumObjective", "Objective"]
 

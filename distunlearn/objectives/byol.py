@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distunlearn.objectives.bank import Bank, normalise
+from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, MomentumObjective
-from distunlearn.objectives.gather import gather_sizes, mean_scale
+from distunlearn.objectives.memory_bank import Bank, normalise
 
 __all__ = ["BYOL"]
 

@@ -26,15 +26,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distunlearn.objectives.bank import full_precision, normalise
-from distunlearn.objectives.gather import (
+from distunlearn.distributed.collectives import (
     all_gather_detached,
     all_gather_with_grad,
     gather_sizes,
     get_rank,
     mean_scale,
 )
-from distunlearn.objectives.tiles import DEFAULT_BUDGET, Columns, TiledInfoNCE, tile_size
+from distunlearn.objectives.memory_bank import full_precision, normalise
+from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns, TiledInfoNCE, tile_size
 
 __all__ = ["Form", "choose_form", "clip_loss", "infonce"]
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distunlearn.objectives.bank import Bank, normalise, query_infonce
+from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, MomentumObjective
-from distunlearn.objectives.gather import gather_sizes, mean_scale
+from distunlearn.objectives.memory_bank import Bank, normalise, query_infonce
 
 __all__ = ["MoCo"]
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distunlearn.objectives.bank import Bank, normalise
+from distunlearn.distributed.collectives import gather_sizes, get_rank, mean_scale
 from distunlearn.objectives.base import Branches, MomentumObjective
-from distunlearn.objectives.gather import gather_sizes, get_rank, mean_scale
 from distunlearn.objectives.infonce import infonce
-from distunlearn.objectives.tiles import Columns
+from distunlearn.objectives.memory_bank import Bank, normalise
+from distunlearn.objectives.tiled_softmax import Columns
 
 __all__ = ["MoCoV3"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distunlearn.errors import ConfigError, NumericsError
-from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.memory_bank import Bank
 
 __all__ = ["EMPTY_ID", "KeyQueue"]
 

@@ -15,7 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distunlearn.objectives.bank import (
+from distunlearn.distributed.collectives import gather_sizes, get_rank, mean_scale
+from distunlearn.objectives.base import Branches, paired_keys
+from distunlearn.objectives.infonce import Form, infonce
+from distunlearn.objectives.memory_bank import (
     Bank,
     bank_delta,
     bank_density,
@@ -24,10 +27,7 @@ from distunlearn.objectives.bank import (
     normalise,
     pair_logits,
 )
-from distunlearn.objectives.base import Branches, paired_keys
-from distunlearn.objectives.gather import gather_sizes, get_rank, mean_scale
-from distunlearn.objectives.infonce import Form, infonce
-from distunlearn.objectives.tiles import DEFAULT_BUDGET, Columns
+from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns
 
 __all__ = ["SimCLR", "nt_xent"]
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.errors import DataError
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
-from distunlearn.objectives.gather import gather_sizes, mean_scale
-from distunlearn.objectives.tiles import DEFAULT_BUDGET
+from distunlearn.objectives.memory_bank import Bank
+from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET
 
 __all__ = ["Supervised"]
 

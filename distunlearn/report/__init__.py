@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distunlearn.report.html import write_report
+from distunlearn.report.render import write_report
 
 __all__ = ["write_report"]

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from distunlearn.common.text import printable
 from distunlearn.errors import DataError
-from distunlearn.text import printable
 
 __all__ = ["ENCODER_NAMES", "RunFiles", "Scores", "load_run", "number", "tree"]
 

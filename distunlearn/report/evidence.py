@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
-from distunlearn.report.numbers import interval, p_value, percent, signed, text
-from distunlearn.report.words import ATTACKS, ENCODERS, FURTHER, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
+from distunlearn.report.formatting import interval, p_value, percent, signed, text
+from distunlearn.report.texts import ATTACKS, ENCODERS, FURTHER, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 
 __all__ = [
     "attack_names", "attack_table", "controls", "distances", "further_table", "gates", "headline", "two_sample",

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from distunlearn.report.data import RunFiles, number, tree
-from distunlearn.report.numbers import percent, seconds, text, whole
-from distunlearn.report.words import METHODS, NOT_EVALUATED, ROLES, SOURCES, UNTOUCHED
+from distunlearn.report.formatting import percent, seconds, text, whole
+from distunlearn.report.texts import METHODS, NOT_EVALUATED, ROLES, SOURCES, UNTOUCHED
 
 __all__ = ["cost", "coverage", "provenance", "request"]
 

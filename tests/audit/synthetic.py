@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 SIZES = {"retain": 120, "forget": 60, "third_party_audit": 50, "holdout": 140}
 

@@ -15,7 +15,7 @@ from distunlearn.audit.attacks.encodermi import BUMPS, encodermi_set, pooled_bum
 from distunlearn.audit.attacks.lira import alignment_likelihood
 from distunlearn.audit.attacks.rmia import A, rmia
 from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
-from distunlearn.config_checks import FURTHER_ATTACKS, GATED_ATTACKS
+from distunlearn.config.checks import FURTHER_ATTACKS, GATED_ATTACKS
 
 STRONG, NONE = 1.2, 0.0
 

@@ -10,11 +10,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from synthetic import make_signals
 
-from distunlearn.audit.completeness import average_gap, iam, iam_scores, tow
+from distunlearn.audit.figures.retrain_distance import average_gap, iam, iam_scores, tow
+from distunlearn.audit.figures.similarity import linear_cka, similarities
 from distunlearn.audit.relearn import Relearned, _rows, relearning_figures
-from distunlearn.audit.similarity import linear_cka, similarities
 from distunlearn.audit.statistics import Comparison
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 
 STRONG, NONE = 1.2, 0.0
 

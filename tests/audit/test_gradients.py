@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from distunlearn.audit import gradients
-from distunlearn.audit.gradients import network_gradient_norms
-from distunlearn.config import EncoderConfig, ObjectiveConfig, RunConfig
+from distunlearn.audit.signals import gradient_norms
+from distunlearn.audit.signals.gradient_norms import network_gradient_norms
+from distunlearn.config.schema import EncoderConfig, ObjectiveConfig, RunConfig
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.objectives import Bank, Branches, make_objective
-from distunlearn.objectives.bank import normalise
+from distunlearn.objectives.memory_bank import normalise
 
 RESNET = EncoderConfig(
     name="resnet18",
@@ -64,7 +64,7 @@ def setting(encoder: EncoderConfig, name: str, n: int = 5):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("encoder", [RESNET, VIT], ids=["resnet", "vit"])
 def test_norms_are_those_of_one_backward_pass_per_image(encoder, name, monkeypatch):
-    monkeypatch.setattr(gradients, "CHUNK_IMAGES", 2)  # chunks of 2, 2 and 1
+    monkeypatch.setattr(gradient_norms, "CHUNK_IMAGES", 2)  # chunks of 2, 2 and 1
     model, objective, views, branches, bank = setting(encoder, name)
     with torch.no_grad():
         delta = objective.per_sample_delta(branches(slice(None)), bank)
@@ -94,8 +94,8 @@ def test_fewer_images_at_a_time_where_memory_runs_out(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(gradients, "vmap", scarce)
-    monkeypatch.setattr(gradients, "CHUNK_IMAGES", 5)
+    monkeypatch.setattr(gradient_norms, "vmap", scarce)
+    monkeypatch.setattr(gradient_norms, "CHUNK_IMAGES", 5)
     np.testing.assert_allclose(network_gradient_norms(model, views, delta), whole, rtol=1e-12)
     assert tried == [5, 2, 2, 2, 1]
     most = 0

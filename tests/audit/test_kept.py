@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 import numpy as np
 from synthetic import make_signals
 
-from distunlearn.audit.kept import keep_signals, kept_signals, signals_key
-from distunlearn.audit.signals import Signals
-from distunlearn.config import AuditConfig, RunConfig
-from distunlearn.data.manifest import Manifest
+from distunlearn.audit.signals.cache import keep_signals, kept_signals, signals_key
+from distunlearn.audit.signals.collect import Signals
+from distunlearn.config.schema import AuditConfig, RunConfig
+from distunlearn.data.manifest.manifest import Manifest
 
 
 def test_what_is_kept_comes_back_and_only_for_its_key(tmp_path):

@@ -8,10 +8,10 @@ import torch
 from scipy import stats
 from test_gradients import RESNET, VIT, setting
 
-from distunlearn.audit import parts
-from distunlearn.audit.network_sketch import SIDE, followed_layers, network_sketches
-from distunlearn.audit.parts import crop_boxes, part_responses
-from distunlearn.constraints.probes import ProbeSet
+from distunlearn.audit.signals import part_crops
+from distunlearn.audit.signals.gradient_sketch import SIDE, followed_layers, network_sketches
+from distunlearn.audit.signals.part_crops import crop_boxes, part_responses
+from distunlearn.constraints.gradients.probes import ProbeSet
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco", "supervised"])
@@ -62,11 +62,11 @@ def test_responses_are_those_of_one_crop_at_a_time(encoder, places):
         flat, normal = np.zeros((3, 5)), np.zeros((3, 5))
         draws = torch.randn(places, generator=torch.Generator().manual_seed(2)).double().softmax(0).numpy()
         for i in range(3):
-            features = parts._maps(backbone, images[i : i + 1])[0].numpy()
+            features = part_crops._maps(backbone, images[i : i + 1])[0].numpy()
             assert features.shape[1] >= places
             for k in range(5):
-                cut = parts._cut(images[i : i + 1], crop_boxes(2, ids, k)[i : i + 1])
-                part = parts._maps(backbone, cut)[0].numpy().mean(1)
+                cut = part_crops._cut(images[i : i + 1], crop_boxes(2, ids, k)[i : i + 1])
+                part = part_crops._maps(backbone, cut)[0].numpy().mean(1)
                 answer = np.exp(part @ features - np.logaddexp.reduce(part @ features))
                 flat[i, k] = stats.entropy(np.full(features.shape[1], 1 / features.shape[1]), answer)
                 normal[i, k] = stats.entropy(draws, answer) if features.shape[1] == places else np.nan
@@ -82,7 +82,7 @@ def test_crops_are_cut_where_their_boxes_say():
     boxes = crop_boxes(1, ["x", "y", "z"], 0)
     areas = boxes[:, 0] ** 2
     assert ((areas >= 0.08) & (areas <= 0.2)).all() and (boxes[:, 1:] + boxes[:, :1] <= 1).all()
-    cut = parts._cut(ramp.expand(3, -1, -1, -1), boxes)
+    cut = part_crops._cut(ramp.expand(3, -1, -1, -1), boxes)
     middle = cut[:, :, size // 2 - 1 : size // 2 + 1, size // 2 - 1 : size // 2 + 1].mean((2, 3)).numpy()
     np.testing.assert_allclose(middle, boxes[:, 1:] + boxes[:, :1] / 2, atol=1e-6)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distunlearn import pipeline
 from distunlearn.audit.attacks import run_attacks
-from distunlearn.audit.evidence import make_eye
 from distunlearn.audit.relearn import relearn, relearning_figures
-from distunlearn.audit.signals import collect_signals
+from distunlearn.audit.signals.collect import collect_signals, make_eye
 from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
-from distunlearn.config_io import load_config
+from distunlearn.config.load import load_config
 from distunlearn.engine import phases
+from distunlearn.engine.session import open_session
+from distunlearn.run import pipeline
 
 SETTINGS = [
     "data.members=120", "data.forget=60", "data.holdout=240", "data.third_party_audit=20", "data.third_party=20",
@@ -36,7 +36,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory):
     cfg = load_config("digits", None, SETTINGS, world=1)
     pipeline.prepare(cfg, out)
     signals, curves = {}, {}
-    with pipeline._session(cfg, out) as session:
+    with open_session(cfg, out) as session:
         phases.pretrain(session)
         phases.retrain(session)
         for name in ("original", "retrained"):

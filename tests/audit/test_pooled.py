@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distunlearn.audit.pooled import (
+from distunlearn.audit.statistics import auc
+from distunlearn.audit.trainings.shadow_figures import (
     DELTA,
     EPSILON_CAP,
     IN,
@@ -21,10 +22,9 @@ from distunlearn.audit.pooled import (
     pooled_figures,
     u_lira,
 )
-from distunlearn.audit.shadows import assign_parts, shadow_manifest
-from distunlearn.audit.statistics import auc
-from distunlearn.config import RunConfig
-from distunlearn.data.manifest import Manifest, Sample, Shard
+from distunlearn.audit.trainings.shadows import assign_parts, shadow_manifest
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
 
 
 def pool(shift: float, shadows: int = 12, images: int = 150, seed: int = 0):

@@ -9,8 +9,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from synthetic import make_signals
 
-from distunlearn.audit.retained import retained_figures, three_classes
-from distunlearn.config import RunConfig
+from distunlearn.audit.figures.retained import retained_figures, three_classes
+from distunlearn.config.schema import RunConfig
 
 CFG = RunConfig()
 

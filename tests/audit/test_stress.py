@@ -9,15 +9,15 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from synthetic import make_signals
 
-from distunlearn.audit.nested import with_copies, with_roles
-from distunlearn.audit.stress import COPIES, TESTS, largest_request, stress_names, thirds
-from distunlearn.audit.stress_figures import accuracies, agreement, request_figures
-from distunlearn.config import RunConfig
-from distunlearn.config_checks import STRESS_TESTS
-from distunlearn.config_io import digest, load_config
-from distunlearn.data.manifest import Manifest, Sample, Shard
+from distunlearn.audit.trainings.stress import COPIES, TESTS, largest_request, stress_names, thirds
+from distunlearn.audit.trainings.stress_figures import accuracies, agreement, request_figures
+from distunlearn.audit.trainings.sub_run import with_copies, with_roles
+from distunlearn.config.checks import STRESS_TESTS
+from distunlearn.config.load import digest, load_config
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.planning import make_plan
+from distunlearn.plan.plan import make_plan
 
 CFG = RunConfig()
 

@@ -12,7 +12,7 @@ from synthetic import make_signals
 
 from distunlearn.audit import ATTACKS, summarise, write_audit
 from distunlearn.audit.summary import ENCODERS, load_scores
-from distunlearn.config import AuditConfig, GatesConfig, RunConfig
+from distunlearn.config.schema import AuditConfig, GatesConfig, RunConfig
 
 CFG = RunConfig(
     audit=AuditConfig(bootstrap=400, gates=GatesConfig(view_agreement=0.1, attack=0.12, utility_points=8.0))

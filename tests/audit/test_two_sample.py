@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distunlearn.audit.two_sample import two_sample
+from distunlearn.audit.figures.two_sample import two_sample
 
 
 def drawn(n: int, k: int, shift: float, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn.config import EncoderConfig
+from distunlearn.config.schema import EncoderConfig
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))

@@ -20,7 +20,7 @@ from constraint_cost import LiveBytes, flops, peak_bytes, without_values  # noqa
 from constraint_report import BOUNDS  # noqa: E402
 from constraint_step import ENCODERS, STEPS, Bench  # noqa: E402
 
-from distunlearn.config import EncoderConfig  # noqa: E402
+from distunlearn.config.schema import EncoderConfig  # noqa: E402
 
 TINY = {
     "resnet": EncoderConfig(

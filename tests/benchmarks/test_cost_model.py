@@ -13,7 +13,7 @@ from cost_model import merged  # noqa: E402
 from scaling import modelled  # noqa: E402
 from scaling_report import errors_of  # noqa: E402
 
-from distunlearn.costs import Measured, Work  # noqa: E402
+from distunlearn.plan.cost_model import Measured, Work  # noqa: E402
 
 
 def run(noise: list[float]) -> list[tuple[str, Measured]]:

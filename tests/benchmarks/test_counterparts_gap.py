@@ -17,7 +17,7 @@ sys.path.insert(0, str(SCRIPTS))
 import counterparts  # noqa: E402
 from counterparts import area, requests  # noqa: E402
 
-from distunlearn.constraints.counterparts import Look  # noqa: E402
+from distunlearn.methods.third_party_weights import Look  # noqa: E402
 
 
 def test_weights_are_numbers_of_copies():

@@ -16,7 +16,7 @@ import loaders  # noqa: E402
 import photos  # noqa: E402
 from dataloading import forget_bytes, shuffle_quality  # noqa: E402
 
-from distunlearn.data.decode import decode_square  # noqa: E402
+from distunlearn.data.sources.decode import decode_square  # noqa: E402
 
 
 @pytest.fixture(scope="module")

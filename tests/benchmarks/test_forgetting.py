@@ -21,8 +21,8 @@ import forgetting_requests  # noqa: E402
 from forgetting_grid import GRIDS, Cell, cell_config, cell_digest, groups, methods_of  # noqa: E402
 from forgetting_report import average_gap, paired, rank_attacks, rows_of, t_interval, write_document  # noqa: E402
 
-from distunlearn.data.decode import decode_square  # noqa: E402
-from distunlearn.data.sources import open_source  # noqa: E402
+from distunlearn.data.sources.decode import decode_square  # noqa: E402
+from distunlearn.data.sources.sources import open_source  # noqa: E402
 from distunlearn.methods import METHODS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

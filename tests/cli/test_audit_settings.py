@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distunlearn.config_io import load_config
+from distunlearn.config.load import load_config
 from distunlearn.errors import ConfigError
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn import config_io, recipes, strict_yaml
-from distunlearn.config import DataConfig, EncoderConfig, PretrainConfig, RunConfig
-from distunlearn.config_checks import cross_checks
-from distunlearn.config_io import digest, dump_config, field_diff, known_keys, load_config, save_config
+from distunlearn.config import load as loading
+from distunlearn.config import recipes, yaml
+from distunlearn.config.checks import cross_checks
+from distunlearn.config.load import digest, dump_config, field_diff, known_keys, load_config, save_config
+from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig
 from distunlearn.errors import ConfigError
 
 
@@ -146,7 +147,7 @@ def test_every_known_key_is_accepted_with_its_own_value():
         value = tree
         for part in key.split("."):
             value = value[part]
-        text = strict_yaml.dump_yaml({"x": value}).removeprefix("x:").strip()
+        text = yaml.dump_yaml({"x": value}).removeprefix("x:").strip()
         if isinstance(value, dict):
             continue
         assert field_diff(load(f"{key}={text}"), load()) == {}, key
@@ -277,11 +278,11 @@ def test_merge_keys_do_not_merge(write):
 
 def test_large_files_are_refused(write):
     line = b"# 0123456789012345678901234567890\n"
-    assert "at most 1048576 bytes" in refusal(file=write(line * (strict_yaml.MAX_BYTES // len(line) + 1)))
+    assert "at most 1048576 bytes" in refusal(file=write(line * (yaml.MAX_BYTES // len(line) + 1)))
 
 
 def test_exactly_the_limit_is_read(write):
-    assert load(file=write(b"seed: 4\n" + b"#" * (strict_yaml.MAX_BYTES - 8))).seed == 4
+    assert load(file=write(b"seed: 4\n" + b"#" * (yaml.MAX_BYTES - 8))).seed == 4
 
 
 def test_encodings(write):
@@ -305,7 +306,7 @@ def test_unreadable_files(tmp_path):
     ],
 )  # fmt: skip
 def test_scalars_mean_one_thing(text, value):
-    for found in (strict_yaml.parse_scalar(text, "x"), strict_yaml.parse_yaml(f"a: {text}", "x")["a"]):
+    for found in (yaml.parse_scalar(text, "x"), yaml.parse_yaml(f"a: {text}", "x")["a"]):
         assert found == value and type(found) is type(value)
 
 
@@ -315,8 +316,8 @@ def test_scalars_mean_one_thing(text, value):
      "a\nb", "é", "true", "1_0", "!x", "&x", "*x", "[", 1e-5, 1e22, 0.1, -3, None, True, [], {}, {"1": [None]}],
 )  # fmt: skip
 def test_what_is_dumped_reads_back(value):
-    text = strict_yaml.dump_yaml({"a": value})
-    found = strict_yaml.parse_yaml(text, "x")["a"]
+    text = yaml.dump_yaml({"a": value})
+    found = yaml.parse_yaml(text, "x")["a"]
     assert found == value and type(found) is type(value)
 
 
@@ -442,7 +443,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(config_io.os, "fsync", full)
+    monkeypatch.setattr(loading.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_config(load("seed=9"), path)
     assert path.read_bytes() == before
@@ -458,7 +459,7 @@ def test_digest_sees_values_not_spelling():
 
 
 def test_digest_is_the_same_in_another_process():
-    code = "from distunlearn.config_io import digest, load_config; print(digest(load_config('digits', None, [])))"
+    code = "from distunlearn.config.load import digest, load_config; print(digest(load_config('digits', None, [])))"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == digest(load())

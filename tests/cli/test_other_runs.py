@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn import pipeline
-from distunlearn.config import EncoderConfig, PretrainConfig, RunConfig
-from distunlearn.config_io import load_config, save_config
+from distunlearn.config.load import load_config, save_config
+from distunlearn.config.schema import EncoderConfig, PretrainConfig, RunConfig
 from distunlearn.engine import phases
+from distunlearn.engine.run_directory import claim, saved_config, shards_folder
 from distunlearn.errors import ConfigError
 
 EVEN = ["backend=ddp", "unlearn.forget_batch=64", "unlearn.third_party_batch=64"]
@@ -28,21 +28,21 @@ def alone(tmp_path: Path) -> Path:
 def test_two_processes_may_reuse_what_one_made(alone, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg = load_config("digits", None, [*EVEN, f"reuse={alone}"])
-    assert pipeline.shards_folder(cfg, alone.parent / "run") == alone / "shards"
+    assert shards_folder(cfg, alone.parent / "run") == alone / "shards"
     with pytest.raises(ConfigError, match="backend=single cannot use 2 processes"):
-        pipeline.saved_config(alone)  # control: to run it now is another matter
+        saved_config(alone)  # control: to run it now is another matter
 
 
 def test_a_folder_may_be_continued_with_other_processes_and_features(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    pipeline._claim(load_config("digits", None, []), out)
+    claim(load_config("digits", None, []), out)
     monkeypatch.setenv("WORLD_SIZE", "2")
     even = ["backend=ddp", "activation_checkpointing=true"]
     shared = load_config("digits", None, even)
-    pipeline._claim(shared, out)
-    assert pipeline.saved_config(out, world=1).backend == "single"  # the first attempt's
+    claim(shared, out)
+    assert saved_config(out, world=1).backend == "single"  # the first attempt's
     with pytest.raises(ConfigError, match="unlearn.lr"):
-        pipeline._claim(load_config("digits", None, [*even, "unlearn.lr=0.5"]), out)
+        claim(load_config("digits", None, [*even, "unlearn.lr=0.5"]), out)
 
 
 def test_digests_leave_out_what_changes_nothing_and_no_more():

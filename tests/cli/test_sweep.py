@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn import sweep as sweeping
-from distunlearn.cli import main
-from distunlearn.config_io import load_config
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.roles import assign_roles
-from distunlearn.data.sources import open_sources
+from distunlearn.cli.main import main
+from distunlearn.config.load import load_config
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.roles import assign_roles
+from distunlearn.data.sources.sources import open_sources
 from distunlearn.errors import ConfigError, DataError, StoppedError
 from distunlearn.methods import METHODS
-from distunlearn.methods.space import Choice, Log, grid, random
-from distunlearn.sweep import Sweep, pending, plan_stage, prepare_sweep, run_sweep, run_task, write_results
-from distunlearn.sweep_results import average_gap, choose, gaps, strongest
+from distunlearn.methods.search_space import Choice, Log, grid, random
+from distunlearn.sweep import sweep as sweeping
+from distunlearn.sweep.results import average_gap, choose, gaps, strongest
+from distunlearn.sweep.sweep import Sweep, pending, plan_stage, prepare_sweep, run_sweep, run_task, write_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 

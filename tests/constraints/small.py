@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distunlearn.config import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig
-from distunlearn.constraints.distances import energy_distance, surrogate, value_and_cotangent
+from distunlearn.config.schema import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig
+from distunlearn.constraints.distances.energy import energy_distance, surrogate, value_and_cotangent
 from distunlearn.constraints.evaluators import Evaluator, make_evaluator
 from distunlearn.constraints.evaluators.sketch import draw_probes
 from distunlearn.constraints.evaluators.sliced import direction
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
-from distunlearn.methods.base import Context, embed, view_pair
-from distunlearn.methods.contrastive import Contrastive
+from distunlearn.methods.training import Contrastive
 from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.objectives.bank import Bank
+from distunlearn.objectives.forward import Context, embed, view_pair
+from distunlearn.objectives.memory_bank import Bank
 
 ENCODERS = {
     "resnet": EncoderConfig(

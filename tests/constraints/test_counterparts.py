@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distunlearn.constraints.counterparts import (
+from distunlearn.methods.third_party_weights import (
     SMOOTHING,
     WIDTH,
     Look,
@@ -68,7 +68,7 @@ def test_weights_are_those_of_the_definition(sizes, neighbours):
 def test_many_forgotten_images_are_taken_in_parts(monkeypatch):
     forget, retain, third = look(23, 0), look(40, 1), look(30, 2)
     expected = counterpart_weights(forget, retain, third, 8)
-    monkeypatch.setattr("distunlearn.constraints.counterparts._ROWS", 5)
+    monkeypatch.setattr("distunlearn.methods.third_party_weights._ROWS", 5)
     torch.testing.assert_close(counterpart_weights(forget, retain, third, 8), expected)
 
 

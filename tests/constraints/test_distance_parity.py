@@ -18,8 +18,14 @@ import torch.distributed as dist
 from torch import nn
 
 import distunlearn
-from distunlearn.constraints.distances import DISTANCES, surrogate, value_and_cotangent
-from distunlearn.objectives.gather import all_gather_detached, all_gather_uneven, gather_sizes, get_rank, get_world
+from distunlearn.constraints.distances.energy import DISTANCES, surrogate, value_and_cotangent
+from distunlearn.distributed.collectives import (
+    all_gather_detached,
+    all_gather_uneven,
+    gather_sizes,
+    get_rank,
+    get_world,
+)
 
 SEED, STEP = 5, 17
 FORGET, THIRD = 11, 9

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from scipy import stats
 from torch import nn
 
-from distunlearn.constraints.distances import (
+from distunlearn.constraints.distances.energy import (
     DISTANCES,
     energy_distance,
     permutation_test,
@@ -214,7 +214,7 @@ def rank_results(rank: int, world: int) -> dict[str, torch.Tensor]:
     """DDP averages the gradients, features are gathered over gloo."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from distunlearn.objectives.gather import all_gather_uneven
+    from distunlearn.distributed.collectives import all_gather_uneven
 
     inputs, third = (make() for make in DATA)
     rows, third_rows = SPLITS["uneven"][rank], [slice(0, 4), slice(4, 9)][rank]
@@ -279,7 +279,7 @@ def test_permutation_p_equals_brute_force_over_the_same_labelling_law():
 
 @pytest.mark.parametrize(("n", "m"), [(2, 5), (6, 3), (4, 4)])
 def test_every_labelling_gets_its_own_energy_distance(n, m):
-    from distunlearn.constraints.distances import _energy_of_labels
+    from distunlearn.constraints.distances.energy import _energy_of_labels
 
     pooled = normal(n + m, 3, seed=5)
     rng = np.random.default_rng(0)

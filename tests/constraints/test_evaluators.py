@@ -12,7 +12,7 @@ import torch
 from small import at, config, constrained, context, cosine, features_of, reference, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distunlearn.config_checks import cross_checks
+from distunlearn.config.checks import cross_checks
 from distunlearn.constraints import evaluators
 from distunlearn.constraints.evaluators import base, extra_images
 from distunlearn.errors import ConfigError
@@ -147,8 +147,8 @@ def test_negative_control_patterns_of_their_own(monkeypatch):
 @pytest.mark.parametrize("name", PROBING)
 def test_negative_control_probes_that_end_before_the_forward(name, monkeypatch):
     """Without anything added both copies are alike, and what is left of the gradient is none of it."""
-    from distunlearn.constraints.ghost import GhostGradients
-    from distunlearn.constraints.probes import ProbeSet
+    from distunlearn.constraints.gradients.ghost_norms import GhostGradients
+    from distunlearn.constraints.gradients.probes import ProbeSet
 
     kind = GhostGradients if name == "ghost_norm" else ProbeSet
     monkeypatch.setattr(kind, "armed", lambda *args: contextlib.nullcontext())

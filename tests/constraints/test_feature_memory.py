@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from distunlearn.config import RunConfig
-from distunlearn.config_io import digest, load_config
-from distunlearn.constraints.distances import energy_distance, value_and_cotangent
-from distunlearn.constraints.memory import FeatureMemory
+from distunlearn.config.load import digest, load_config
+from distunlearn.config.schema import RunConfig
+from distunlearn.constraints.cross_batch_memory import FeatureMemory
+from distunlearn.constraints.distances.energy import energy_distance, value_and_cotangent
 from distunlearn.methods.third_party import ThirdParty
 
 

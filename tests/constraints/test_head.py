@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distunlearn.constraints.head import (
+from distunlearn.constraints.gradients.last_layer import (
     NORM_FLOOR,
     HeadGradients,
     gradient_features,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from distunlearn.constraints.distances import DISTANCES, permutation_test
-from distunlearn.constraints.marginals import (
+from distunlearn.constraints.distances.energy import DISTANCES, permutation_test
+from distunlearn.constraints.distances.plug_in import (
     moments_distance,
     quantile_distance,
     sliced_wasserstein_distance,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from distunlearn.constraints.distances import DISTANCES
-from distunlearn.constraints.mmd import median_bandwidth, mmd_distance
+from distunlearn.constraints.distances.energy import DISTANCES
+from distunlearn.constraints.distances.mmd import median_bandwidth, mmd_distance
 
 
 def normal(*shape: int, seed: int, dtype=torch.float64) -> torch.Tensor:

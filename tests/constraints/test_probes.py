@@ -12,9 +12,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
-from distunlearn.constraints.ghost import Recorder
-from distunlearn.constraints.patterns import shared_pattern
-from distunlearn.constraints.probes import ProbeSet, probed_layers
+from distunlearn.constraints.gradients.ghost_norms import Recorder
+from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
+from distunlearn.constraints.gradients.shared_activations import shared_pattern
 from distunlearn.errors import ConfigError
 
 N, VIEWS = 3, 2

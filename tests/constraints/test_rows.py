@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from distunlearn.constraints.rows import (
+from distunlearn.constraints.gradients.inplace_ops import (
     MovedRows,
     added_to,
     constant_conv2d,

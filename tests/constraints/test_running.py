@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from distunlearn.constraints.running import PhiSwitch, RunningSpread
+from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
 from distunlearn.errors import NumericsError
 
 

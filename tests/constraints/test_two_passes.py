@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distunlearn.constraints.evaluators import two_passes
 from distunlearn.constraints.evaluators.two_passes import shown_once
-from distunlearn.constraints.ghost import Recorder
-from distunlearn.constraints.probes import ProbeSet, probed_layers
-from distunlearn.constraints.rows import MovedRows, reduced_rows
-from distunlearn.encoders.recompute import checkpointed
+from distunlearn.constraints.gradients.ghost_norms import Recorder
+from distunlearn.constraints.gradients.inplace_ops import MovedRows, reduced_rows
+from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
+from distunlearn.encoders.activation_checkpointing import checkpointed
 from distunlearn.methods.third_party import ThirdParty
 
 TWO_PASSES = ("sketch", "ghost_norm")

@@ -9,8 +9,8 @@ import pytest
 from object_server import bare, serving
 from pictures import pictures
 
-from distunlearn.data import stores
-from distunlearn.data.manifest import Manifest
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.storage import object_store
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def server(objects):
 def waits(monkeypatch) -> list[float]:
     """The pauses before requests are repeated, none of which is made."""
     found: list[float] = []
-    monkeypatch.setattr(stores.time, "sleep", found.append)
+    monkeypatch.setattr(object_store.time, "sleep", found.append)
     return found
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pictures import feeder, store
 
-from distunlearn.data.manifest import Manifest, Sample
-from distunlearn.data.stores import Remote
+from distunlearn.data.manifest.manifest import Manifest, Sample
+from distunlearn.data.manifest.records import Remote
 
 FAULTS = ("503", "500", "403", "404", "drop", "truncate", "short", "whole", "hang")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.shards import write_shards
-from distunlearn.data.stream import ImageStore, RoleFeeder
+from distunlearn.data.loading.stream import ImageStore, RoleFeeder
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.write_shards import write_shards
 
 
 def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:

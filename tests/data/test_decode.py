@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
-from distunlearn.data import decode
-from distunlearn.data.decode import check_header, decode_image, decode_square, to_square
+from distunlearn.data.sources import decode
+from distunlearn.data.sources.decode import check_header, decode_image, decode_square, to_square
 from distunlearn.errors import DataError
 
 LIMIT = 1_000_000

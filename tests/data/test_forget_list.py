@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from distunlearn.data.forget_list import read_ids
+from distunlearn.data.prepare.forget_list import read_ids
 from distunlearn.errors import DataError
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn.cli import main
-from distunlearn.config import DataConfig
-from distunlearn.data import index as module
-from distunlearn.data.index import index_shards
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.prepare import prepare_shards
+from distunlearn.cli.main import main
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.loading.tar_stream import read_shard
+from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare import index_shards as module
+from distunlearn.data.prepare.index_shards import index_shards
+from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.purge import purge_shards
-from distunlearn.data.shards import read_sample, verify_shards
-from distunlearn.data.tar_stream import read_shard
 from distunlearn.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
@@ -191,13 +191,13 @@ def test_what_cannot_be_indexed_is_refused(shards, tmp_path):
 
 
 def test_progress_shows_rate_and_time_once_the_work_takes_a_moment(tmp_path, capsys, monkeypatch):
-    from distunlearn import preparing
+    from distunlearn.run import prepare
 
     words = ["prepare", "digits", *sets(*SETTINGS, "data.samples_per_shard=10")]
-    monkeypatch.setattr(preparing, "QUIET", 1000.0)
+    monkeypatch.setattr(prepare, "QUIET", 1000.0)
     assert main([*words, "--out", str(tmp_path / "quick")]) == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(preparing, "QUIET", -1.0)
+    monkeypatch.setattr(prepare, "QUIET", -1.0)
     assert main([*words, "--out", str(tmp_path / "slow")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("prepare: 10/58") and lines[-1].startswith("prepare: 58/58")

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distunlearn.config import DataConfig
-from distunlearn.data import manifest as module
-from distunlearn.data.columns import Columns
-from distunlearn.data.manifest import Manifest, Sample, Shard
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.manifest import manifest as module
+from distunlearn.data.manifest.columns import Columns
+from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
+from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.purge import purge_shards, purged_before
-from distunlearn.data.shards import prepare_shards, read_sample, verify_shards
 from distunlearn.errors import DataError
 
 SMALL = DataConfig(
@@ -155,7 +156,7 @@ def test_columns_that_contradict_one_another_are_refused(tmp_path, as_columns, n
 
 
 def digest(path: Path) -> str:
-    from distunlearn.data.files import file_sha256
+    from distunlearn.common.files import file_sha256
 
     return file_sha256(path)
 

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 from forked import killed_at
 
-from distunlearn.config import DataConfig
-from distunlearn.data import manifest as manifest_module
+from distunlearn.common.files import file_sha256
+from distunlearn.config.schema import DataConfig
 from distunlearn.data import purge
-from distunlearn.data.manifest import Manifest, Shard
+from distunlearn.data.loading.stream import read_shard
+from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.manifest import manifest as manifest_module
+from distunlearn.data.manifest.manifest import Manifest, Shard
+from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
-from distunlearn.data.shards import file_sha256, prepare_shards, read_sample, verify_shards
-from distunlearn.data.stream import read_shard
 from distunlearn.errors import DataError
 
 SMALL = DataConfig(

@@ -11,11 +11,11 @@ import pytest
 from object_server import bare
 from pictures import feeder, pictures, store
 
-from distunlearn.data import read_ahead
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.read_ahead import ReadAhead, free_memory
-from distunlearn.data.records import CODE
-from distunlearn.data.stream import BLOCK_SHARDS, _blocks, epoch_order
+from distunlearn.data.loading import read_ahead
+from distunlearn.data.loading.read_ahead import ReadAhead, free_memory
+from distunlearn.data.loading.stream import BLOCK_SHARDS, _blocks, epoch_order
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.records import CODE
 from distunlearn.errors import DataError
 
 ROLES = ("retain",)

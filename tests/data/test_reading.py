@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from pictures import feeder, pictures, store
 
-from distunlearn.data import reading
-from distunlearn.data.manifest import Manifest, Sample
-from distunlearn.data.reading import GAP, LONGEST, Reader, runs
-from distunlearn.data.shards import read_sample
+from distunlearn.data.loading import shard_reader
+from distunlearn.data.loading.shard_reader import GAP, LONGEST, Reader, runs
+from distunlearn.data.loading.verify import read_sample
+from distunlearn.data.manifest.manifest import Manifest, Sample
 from distunlearn.errors import DataError
 
 REAL_PREAD = os.pread
@@ -31,8 +31,8 @@ class Disk:
         self.times, self.code, self.most, self.stall = times, code, most, stall
         self.calls: list[tuple[int, int]] = []
         self.waits: list[float] = []
-        monkeypatch.setattr(reading.os, "pread", self)
-        monkeypatch.setattr(reading.time, "sleep", self.waits.append)
+        monkeypatch.setattr(shard_reader.os, "pread", self)
+        monkeypatch.setattr(shard_reader.time, "sleep", self.waits.append)
 
     def __call__(self, handle: int, length: int, offset: int) -> bytes:
         self.calls.append((offset, length))
@@ -161,7 +161,7 @@ def test_a_shard_that_shrinks_or_changes_while_it_is_open(tmp_path):
 
 
 def test_few_shards_stay_open(manifest, monkeypatch):
-    monkeypatch.setattr(reading, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_reader, "OPEN_SHARDS", 2)
     before = len(os.listdir("/proc/self/fd"))
     reader = Reader(manifest)
     reader.read(samples(manifest, "retain"))

@@ -4,8 +4,8 @@ import collections
 
 import pytest
 
-from distunlearn.config import DataConfig
-from distunlearn.data.roles import ROLES, assign_roles
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.prepare.roles import ROLES, assign_roles
 from distunlearn.errors import ConfigError, DataError
 
 SAMPLES = [(f"s/{i:03d}", i % 5) for i in range(100)]

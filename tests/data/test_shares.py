@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pictures import feeder, pictures, store
 
-from distunlearn.data.manifest import Manifest
+from distunlearn.data.manifest.manifest import Manifest
 
 SHARES = {f"p{i}": 0.8 if i < 10 else 0.1 if i < 30 else 0.0 for i in range(40)}  # 10 images an epoch
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from distunlearn.config import DataConfig
-from distunlearn.data.sources import FASHION_MNIST_ROOT, open_source, open_sources
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.sources.sources import FASHION_MNIST_ROOT, open_source, open_sources
 from distunlearn.errors import ConfigError, DataError
 
 LIMIT = 1_000_000

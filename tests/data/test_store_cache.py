@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from object_server import as_s3, bare, batches, samples
 
-from distunlearn.data import stores
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.patience import Counts
-from distunlearn.data.reading import Reader
-from distunlearn.data.shards import read_sample
-from distunlearn.data.store_cache import ShardCache, verify_objects
-from distunlearn.data.stores import ObjectStore, Remote
+from distunlearn.data.loading.shard_reader import Reader
+from distunlearn.data.loading.verify import read_sample
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.records import Remote
+from distunlearn.data.storage import object_store
+from distunlearn.data.storage.object_store import ObjectStore
+from distunlearn.data.storage.object_store_cache import ShardCache, verify_objects
+from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import ConfigError, DataError
 
 # -- processes -----------------------------------------------------------------------------------------------------
@@ -38,8 +39,8 @@ def test_workers_give_the_batches_of_local_shards(local, tmp_path, server, monke
     verify_objects(manifest, deep=not cached)  # the connections of this process are as they were
     if cached:
         return
-    own, real = os.getpid(), stores._file_system
-    monkeypatch.setattr(stores, "_file_system", lambda url, pid: real(url, own))
+    own, real = os.getpid(), object_store._file_system
+    monkeypatch.setattr(object_store, "_file_system", lambda url, pid: real(url, own))
     with pytest.raises(DataError, match="fork"):  # control: the parent's file system does not do
         batches(manifest, 1)
 

@@ -13,17 +13,17 @@ import pytest
 import tiny
 from object_server import samples, serving
 
-from distunlearn import pipeline
-from distunlearn.cli import main
-from distunlearn.config import DataConfig
-from distunlearn.config_io import load_config, save_config
-from distunlearn.data.index import index_shards
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.reading import Reader
-from distunlearn.data.shards import read_sample
-from distunlearn.data.store_cache import verify_objects
+from distunlearn.cli.main import main
+from distunlearn.config.load import load_config, save_config
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.loading.shard_reader import Reader
+from distunlearn.data.loading.verify import read_sample
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.index_shards import index_shards
+from distunlearn.data.storage.object_store_cache import verify_objects
+from distunlearn.engine import run_directory
+from distunlearn.engine.run_directory import find_manifest, refuse_other_settings, shards_remote
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.pipeline import find_manifest, shards_remote
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from hostile_tars import img2dataset  # noqa: E402
@@ -108,9 +108,9 @@ def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
     assert "missing from" in capsys.readouterr().err
     out.mkdir()
     save_config(load_config("digits", None, there[1::2]), out / "run.yaml")
-    pipeline._refuse_other_settings(load_config("digits", None, [*tiny.TINY]), out)  # shards may move, a seed may not
+    refuse_other_settings(load_config("digits", None, [*tiny.TINY]), out)  # shards may move, a seed may not
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
-        pipeline._refuse_other_settings(load_config("digits", None, [*tiny.TINY, "seed=1"]), out)
+        refuse_other_settings(load_config("digits", None, [*tiny.TINY, "seed=1"]), out)
     assert main(["purge", str(out), "--apply"]) == 2
     assert f"lie in {objects.as_uri()}, and only local shards can be purged" in capsys.readouterr().err
     reusing = load_config("digits", None, [*tiny.TINY, f"reuse={out}"])  # its shards, so its store too
@@ -119,7 +119,7 @@ def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
     content = victim.read_bytes()
     for spoilt, told in ((content[:-512], "bytes; expected"), (content[:-1] + b"x", "does not have the sha256")):
         victim.write_bytes(spoilt)
-        pipeline._VERIFIED.clear()
+        run_directory._VERIFIED.clear()
         assert main(["plan", "digits", "--out", str(out), *there]) == 3
         assert victim.name in (said := capsys.readouterr().err) and told in said
     for path in folder.iterdir():

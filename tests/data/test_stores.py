@@ -12,17 +12,17 @@ from fsspec.exceptions import FSTimeoutError
 from object_server import as_s3, bare, batches, read_sample_at, samples, serving
 from pictures import pictures, store
 
-from distunlearn.cli import main
-from distunlearn.config import DataConfig, RunConfig
-from distunlearn.config_checks import cross_checks
-from distunlearn.data import stores
-from distunlearn.data.patience import Counts, is_transient, reason
-from distunlearn.data.reading import Reader
-from distunlearn.data.shards import read_sample
-from distunlearn.data.store_cache import verify_objects
-from distunlearn.data.stores import ObjectStore
+from distunlearn.cli.main import main
+from distunlearn.common.store_url import DRIVERS, url_problem
+from distunlearn.config.checks import cross_checks
+from distunlearn.config.schema import DataConfig, RunConfig
+from distunlearn.data.loading.shard_reader import Reader
+from distunlearn.data.loading.verify import read_sample
+from distunlearn.data.storage import object_store
+from distunlearn.data.storage.object_store import ObjectStore
+from distunlearn.data.storage.object_store_cache import verify_objects
+from distunlearn.data.storage.retry import Counts, is_transient, reason
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.store_url import DRIVERS, url_problem
 
 # -- URLs ----------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("url", REFUSED)
 def test_urls_that_are_refused_before_any_work(tmp_path, capsys, url, monkeypatch):
-    monkeypatch.setattr(stores, "_file_system", None)
+    monkeypatch.setattr(object_store, "_file_system", None)
     assert REFUSED[url] in url_problem(url)
     given = ["--set", f"data.store={url!r}" if url else "data.store=''", "--set", f"data.shards={tmp_path}"]
     assert main(["plan", "digits", "--out", str(tmp_path / "run"), *given]) == 2
@@ -77,7 +77,7 @@ def test_settings_that_belong_together(tmp_path):
 
 
 def test_a_driver_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(stores.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(object_store.importlib.util, "find_spec", lambda name: None)
     for scheme, package in DRIVERS.items():
         if package is None:
             ObjectStore("file:///data/set")
@@ -184,7 +184,7 @@ def test_a_store_that_is_gone_is_told(local, tmp_path, objects, waits):
 
 
 def test_a_store_that_does_not_answer_is_not_waited_for(remote, server, waits, monkeypatch):
-    monkeypatch.setattr(stores, "TIMEOUT", 0.3)
+    monkeypatch.setattr(object_store, "TIMEOUT", 0.3)
     wanted = samples(remote, "forget")[:1]
     server.plan(wanted[0].shard, "hang", "hang")
     began = time.monotonic()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from pictures import feeder, pictures, store
 
-from distunlearn.config import ViewsConfig
-from distunlearn.data.decode import decode_image
-from distunlearn.data.manifest import Manifest
+from distunlearn.config.schema import ViewsConfig
+from distunlearn.data.augmentations import make_view
+from distunlearn.data.loading.stream import epoch_order, read_shard
+from distunlearn.data.loading.verify import read_sample
+from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch
-from distunlearn.data.shards import read_sample
-from distunlearn.data.stream import epoch_order, read_shard
-from distunlearn.data.views import make_view
+from distunlearn.data.sources.decode import decode_image
 from distunlearn.errors import CoverageError, DataError, UndecodableError
 
 MEMBERS = ("retain", "forget")

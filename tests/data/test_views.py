@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torchvision.transforms.v2 import functional as tv
 
-from distunlearn.config import ViewsConfig
-from distunlearn.data.views import id_hashes, make_view, plain_view, uniforms
+from distunlearn.config.schema import ViewsConfig
+from distunlearn.data.augmentations import id_hashes, make_view, plain_view, uniforms
 from distunlearn.errors import ConfigError
 
 OFF = {"crop_scale_min": 1.0, "brightness": 0.0, "contrast": 0.0}
@@ -61,7 +61,7 @@ def unit(view: torch.Tensor) -> torch.Tensor:
 
 def test_id_hashes_are_blake2b_and_the_same_in_another_process():
     ids = ["digits/000001", "a b/ü.png", ""]
-    code = f"from distunlearn.data.views import id_hashes; print(id_hashes({ids!r}).tolist())"
+    code = f"from distunlearn.data.augmentations import id_hashes; print(id_hashes({ids!r}).tolist())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(id_hashes(ids).tolist())
     assert id_hashes(ids).dtype == np.int64
@@ -98,7 +98,7 @@ def test_uniforms_equal_an_integer_oracle():
 
 def test_splitmix_finaliser_known_answer():
     """The first outputs of SplitMix64 started at 0, as its authors publish them."""
-    from distunlearn.data.views import _finalise
+    from distunlearn.data.augmentations import _finalise
 
     golden = np.uint64(0x9E3779B97F4A7C15)
     out = _finalise(np.arange(1, 4, dtype=np.uint64) * golden)
@@ -224,22 +224,22 @@ def test_pure_flip():
 
 def test_right_angles_are_rotations():
     """With the angle forced to 90 degrees by its draw, the view is the transposed and mirrored image."""
-    from distunlearn.data import views
+    from distunlearn.data import augmentations
 
     batch = images(1, 1, 16)
     cfg = config(rotation=90.0)
-    u = {name: np.array([1.0 if name == "angle" else 0.5]) for name in views._DRAWS}
-    tables = views._tables(cfg, views._parameters(cfg, u), batch.shape[-1])
-    view = views._resample(batch.float() / 255, cfg, views._on_device(tables, batch.device))
+    u = {name: np.array([1.0 if name == "angle" else 0.5]) for name in augmentations._DRAWS}
+    tables = augmentations._tables(cfg, augmentations._parameters(cfg, u), batch.shape[-1])
+    view = augmentations._resample(batch.float() / 255, cfg, augmentations._on_device(tables, batch.device))
     expected = torch.rot90(batch.float() / 255, 1, dims=(2, 3))
     torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
 
 
 def crop_parameters(cfg: ViewsConfig, n: int) -> dict[str, np.ndarray]:
-    from distunlearn.data import views
+    from distunlearn.data import augmentations
 
-    u = uniforms(0, np.zeros(n, dtype=np.int64), names(n), 0, len(views._DRAWS)).numpy().astype(np.float64)
-    return views._parameters(cfg, dict(zip(views._DRAWS, u.T, strict=True)))
+    u = uniforms(0, np.zeros(n, dtype=np.int64), names(n), 0, len(augmentations._DRAWS)).numpy().astype(np.float64)
+    return augmentations._parameters(cfg, dict(zip(augmentations._DRAWS, u.T, strict=True)))
 
 
 def test_crops_have_the_stated_areas_aspects_and_stay_inside():
@@ -328,11 +328,11 @@ def test_blur_touches_only_the_drawn_share():
 
 
 def test_hue_keeps_luma_and_grey_and_turns_the_circle():
-    from distunlearn.data import views
+    from distunlearn.data import augmentations
 
     def turned_by(pixels: torch.Tensor, turns: float) -> torch.Tensor:
         cos, sin = (torch.tensor(f(2 * np.pi * turns), dtype=torch.float32) for f in (np.cos, np.sin))
-        return views._rotate_hue(pixels, cos, sin)
+        return augmentations._rotate_hue(pixels, cos, sin)
 
     def luma_of(pixels: torch.Tensor) -> torch.Tensor:
         return (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
@@ -435,12 +435,12 @@ def test_the_fused_form_is_one_graph_and_gives_the_same_view(channels, side):
     """What a GPU compiles with compile=true: here traced whole, and run operation by operation."""
     from dataclasses import replace
 
-    from distunlearn.data import views
+    from distunlearn.data import augmentations
 
     cfg, batch, n = replace(everything(channels), noise=0.0), images(24, channels, side), 24
-    draws = uniforms(0, np.zeros(n, dtype=np.int64), names(n), 0, len(views._DRAWS)).numpy().astype(np.float64)
-    params = views._parameters(cfg, dict(zip(views._DRAWS, draws.T, strict=True)))
-    table = views._on_device(views._tables(cfg, params, side), batch.device)
-    fused = torch.compile(views._fused, backend="aot_eager", dynamic=False, fullgraph=True)(batch, table, cfg)
+    draws = uniforms(0, np.zeros(n, dtype=np.int64), names(n), 0, len(augmentations._DRAWS)).numpy().astype(np.float64)
+    params = augmentations._parameters(cfg, dict(zip(augmentations._DRAWS, draws.T, strict=True)))
+    table = augmentations._on_device(augmentations._tables(cfg, params, side), batch.device)
+    fused = torch.compile(augmentations._fused, backend="aot_eager", dynamic=False, fullgraph=True)(batch, table, cfg)
     torch.testing.assert_close(fused, view_of(batch, cfg), atol=2e-5, rtol=0)
     assert (fused - view_of(batch, cfg, view=1)).abs().max() > 0.1, "another view would be told apart"

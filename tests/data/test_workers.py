@@ -15,11 +15,11 @@ import pytest
 import torch
 from pictures import feeder, pictures, store
 
-from distunlearn.data import workers as module
-from distunlearn.data.decode import decode_square
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import ImageStore
-from distunlearn.data.workers import Decoder, Pool
+from distunlearn.data.loading import decode_pool as module
+from distunlearn.data.loading.decode_pool import Decoder, Pool
+from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.sources.decode import decode_square
 from distunlearn.errors import DataError
 
 

@@ -19,21 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from toys import share, snapshot, update_error
 
-from distunlearn.config import (
-    ConstraintConfig,
-    EncoderConfig,
-    MethodConfig,
-    ObjectiveConfig,
-    RunConfig,
-    UnlearnConfig,
-)
+from distunlearn.config.schema import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
 from distunlearn.engine.backends import Backend, open_backend, zero
-from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.methods import Context, base, third_party
 from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.objectives.gather import get_world
+from distunlearn.distributed.collectives import get_world
 from distunlearn.objectives.simclr import nt_xent
 
 EVALUATORS = ("head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward")

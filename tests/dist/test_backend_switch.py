@@ -12,7 +12,7 @@ import torch
 from processes import environment
 from test_launchers import PLAIN, SETTINGS, TORCHRUN, accelerated, deviation, execute, logged
 
-from distunlearn.engine import checkpoint
+from distunlearn.engine.checkpoint import format
 from distunlearn.engine.ledger import read_ledger
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def stopped(whole, tmp_path_factory) -> Path:
         time.sleep(0.005)
     (out / "stop").touch()
     process.wait(timeout=100)
-    step = checkpoint.latest_checkpoint(out / "original" / "checkpoints")[0].step
+    step = format.latest_checkpoint(out / "original" / "checkpoints")[0].step
     assert 6 < step < 20 and not (out / "original" / "done.json").exists()
     return out
 
@@ -73,11 +73,11 @@ def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(stopped, changed)
     folder = changed / "original" / "checkpoints"
-    newest = checkpoint.latest_checkpoint(folder)[0]
+    newest = format.latest_checkpoint(folder)[0]
     optimizer = newest.optimizer()
     for entries in optimizer["state"].values():
         for value in entries.values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
-    checkpoint.save_checkpoint(folder, newest.step, newest.tensors(), optimizer, newest.facts)
+    format.save_checkpoint(folder, newest.step, newest.tensors(), optimizer, newest.facts)
     assert go_on(changed, whole, tmp_path / "run", "single") > 10 * CLOSE

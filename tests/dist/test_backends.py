@@ -18,11 +18,11 @@ import torch
 from processes import launch, logs
 from toys import RATES, build, images, loss_of, optimizer_of, reference, snapshot, update_error
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends import open_backend
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.gather import get_world
+from distunlearn.distributed.collectives import get_world
 
 pytestmark = pytest.mark.slow
 

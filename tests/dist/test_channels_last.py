@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distunlearn.config import EncoderConfig, RunConfig
+from distunlearn.config.schema import EncoderConfig, RunConfig
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.checkpoint import write_tensors
-from distunlearn.engine.optim import make_optimizer
+from distunlearn.common.tensors import write_tensors
+from distunlearn.engine.optimizer import make_optimizer
 
 CFG = RunConfig(
     encoder=EncoderConfig(

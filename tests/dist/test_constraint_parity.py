@@ -19,10 +19,10 @@ from constraint_training import ENCODERS, EVALUATORS, SHARDED, Case, errors, pla
 from processes import launch
 from toys import update_error
 
-from distunlearn.constraints.memory import FeatureMemory
+from distunlearn.constraints.cross_batch_memory import FeatureMemory
 from distunlearn.methods import Context, third_party
 from distunlearn.objectives import Bank
-from distunlearn.objectives.gather import get_rank, get_world
+from distunlearn.distributed.collectives import get_rank, get_world
 
 pytestmark = pytest.mark.slow
 

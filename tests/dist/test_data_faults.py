@@ -16,9 +16,10 @@ import pytest
 import tiny
 from processes import environment, free_port
 
-from distunlearn.data.decode import decode_image
-from distunlearn.data.manifest import Manifest, Shard
-from distunlearn.data.shards import file_sha256, read_sample
+from distunlearn.data.sources.decode import decode_image
+from distunlearn.data.manifest.manifest import Manifest, Shard
+from distunlearn.common.files import file_sha256
+from distunlearn.data.loading.verify import read_sample
 from distunlearn.errors import UndecodableError
 
 pytestmark = pytest.mark.slow

@@ -78,10 +78,10 @@ def train_as_rank_0(world: int) -> None:
     """Two steps of every backend in a world whose other ranks are made up: their answers are this rank's own."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from distunlearn.config_io import load_config
+    from distunlearn.config.load import load_config
     from distunlearn.engine.backends import open_backend
     from distunlearn.engine.backends.zero import Zero
-    from distunlearn.engine.optim import make_optimizer
+    from distunlearn.engine.optimizer import make_optimizer
 
     torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     for backend in BACKENDS:

@@ -24,7 +24,7 @@ from processes import environment, free_port
 from safetensors.torch import load_file
 
 from distunlearn.engine.ledger import read_ledger
-from distunlearn.engine.telemetry import read_metrics
+from distunlearn.engine.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

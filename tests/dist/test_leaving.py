@@ -10,10 +10,11 @@ import pytest
 import torch
 from processes import launch
 
-from distunlearn import pipeline
-from distunlearn.config_io import load_config
-from distunlearn.engine.backends import open_backend, process_group
-from distunlearn.engine.backends.process_group import wait_for_all
+from distunlearn.run import pipeline
+from distunlearn.config.load import load_config
+from distunlearn.engine.backends import open_backend
+from distunlearn.distributed import process_group
+from distunlearn.distributed.process_group import wait_for_all
 
 INCONCLUSIVE = 7
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from processes import environment, free_port
 
-from distunlearn.engine.backends.process_group import lost_rank
+from distunlearn.distributed.process_group import lost_rank
 
 pytestmark = pytest.mark.slow
 RUN = [sys.executable, "-m", "distunlearn", "run", "digits"]

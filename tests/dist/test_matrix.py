@@ -36,8 +36,8 @@ from constraint_training import (
 )
 from processes import launch
 
-from distunlearn.encoders import compiled
-from distunlearn.objectives.gather import get_rank, get_world
+from distunlearn.encoders import compile
+from distunlearn.distributed.collectives import get_rank, get_world
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,7 @@ def every_cell(kind: str) -> list[Case]:
 
 
 def main(folder: Path, kind: str, cells: Path) -> None:
-    compiled.COMPILER = "aot_eager"  # the same tracing without a compiler of C++
+    compile.COMPILER = "aot_eager"  # the same tracing without a compiler of C++
     cases = [Case(**values) for values in json.loads(cells.read_text())]
     for case in cases:
         warm(case)  # before there are other processes

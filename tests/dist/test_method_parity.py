@@ -21,14 +21,14 @@ from constraint_training import SIZES, Case, batch, fresh, trained
 from processes import launch
 from toys import share, snapshot, update_error
 
-from distunlearn.config import MethodConfig, RunConfig
-from distunlearn.data.views import id_hashes
+from distunlearn.config.schema import MethodConfig, RunConfig
+from distunlearn.data.augmentations import id_hashes
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends import Backend, open_backend, zero
-from distunlearn.engine.optim import make_optimizer
-from distunlearn.methods import METHODS, Context, base, mixed, random_target, sure
+from distunlearn.engine.optimizer import make_optimizer
+from distunlearn.methods import METHODS, Context, base, mixed_batch, random_target, sure
 from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.objectives.gather import get_rank, get_world
+from distunlearn.distributed.collectives import get_rank, get_world
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +165,7 @@ WRONG = {
     ),
     "another partner on each rank": (
         ("alignment_calibration", "simclr"),
-        lambda: mock.patch.object(mixed, "random_words", lambda *a: torch.tensor([get_rank()])), {},
+        lambda: mock.patch.object(mixed_batch, "random_words", lambda *a: torch.tensor([get_rank()])), {},
     ),
     "masked weights are not put back": (
         ("salun", "byol"), contextlib.nullcontext, {"adjusted": False}

@@ -16,12 +16,12 @@ from processes import launch
 from test_backends import opened
 from toys import RATES, build, loss_of, optimizer_of
 
-from distunlearn.config import CheckpointConfig
-from distunlearn.engine.backends.pieces import whole
-from distunlearn.engine.checkpoint import OPTIMIZER, latest_checkpoint
+from distunlearn.config.schema import CheckpointConfig
+from distunlearn.engine.backends.tensor_shards import whole
+from distunlearn.engine.checkpoint.format import OPTIMIZER, latest_checkpoint
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.saving import Saver, agreed_checkpoint
-from distunlearn.engine.stopping import StopRequest
+from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
+from distunlearn.engine.preemption import StopRequest
 
 pytestmark = pytest.mark.slow
 

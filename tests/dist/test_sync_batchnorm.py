@@ -14,15 +14,8 @@ import torch.distributed as dist
 from processes import launch
 from torch import Tensor, nn
 
-from distunlearn.engine import batchnorm
-from distunlearn.objectives.gather import (
-    all_gather_detached,
-    all_reduce_mean,
-    gather_sizes,
-    get_rank,
-    get_world,
-    mean_scale,
-)
+from distunlearn.distributed import sync_batchnorm
+from distunlearn.distributed.collectives import all_gather_detached, all_reduce_mean, gather_sizes, get_rank, get_world, mean_scale
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +60,7 @@ def build(kind: str) -> nn.Module:
 
 def results(kind: str, count: int, norm: nn.Module | None = None) -> dict[str, Tensor]:
     """Two training steps and an eval forward; a loss that depends on every value, scaled as objectives.gather says."""
-    norm = norm or batchnorm.convert(build(kind), get_world())
+    norm = norm or sync_batchnorm.convert(build(kind), get_world())
     # 6 pixels and 30: by different kernels (batchnorm.FEW_PIXELS); the loss of 30 is not to be larger, nor its rounding
     shape = (count, C) if kind == "1d" else (count, C, 5, 6) if kind == "images" else (count, C, 2, 3)
     size = 0.2 if kind == "images" else 1.0
@@ -94,15 +87,15 @@ def wrong_results(scheme: str) -> dict[str, Tensor]:
     """What a check that can fail must notice."""
     if scheme == "per rank":
         return results("2d", 8, build("2d"))
-    right = batchnorm.sum_over_ranks, batchnorm._global_statistics
+    right = sync_batchnorm.sum_over_ranks, sync_batchnorm._global_statistics
     try:
         if scheme == "dropped reduction":
-            batchnorm.sum_over_ranks = lambda sums: sums
+            sync_batchnorm.sum_over_ranks = lambda sums: sums
             return results("2d", 8)
-        batchnorm._global_statistics = unweighted
+        sync_batchnorm._global_statistics = unweighted
         return results("2d", 7)
     finally:
-        batchnorm.sum_over_ranks, batchnorm._global_statistics = right
+        sync_batchnorm.sum_over_ranks, sync_batchnorm._global_statistics = right
 
 
 def unweighted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode
-from distunlearn.engine.optim import make_optimizer
-from distunlearn.objectives.gather import gather_sizes, get_rank, get_world, mean_scale
+from distunlearn.engine.optimizer import make_optimizer
+from distunlearn.distributed.collectives import gather_sizes, get_rank, get_world, mean_scale
 from distunlearn.objectives.simclr import nt_xent
 
 SIDE, OUT = 8, 6

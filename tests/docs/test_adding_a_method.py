@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distunlearn.config.recipes import digits
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import build_model
 from distunlearn.methods import Context
-from distunlearn.methods.base import embed
 from distunlearn.objectives import make_objective
-from distunlearn.recipes import digits
+from distunlearn.objectives.forward import embed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_method.md"
 

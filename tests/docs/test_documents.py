@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn.config_io import known_keys
-from distunlearn.recipes import RECIPES
+from distunlearn.config.load import known_keys
+from distunlearn.config.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from distunlearn.engine.counterparts import _in_order
+from distunlearn.engine.matched_sampling import _in_order
 
 ENDED = (0, 6, 7)
 MATCHED = "unlearn.third_party_draw=matched"

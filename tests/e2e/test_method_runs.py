@@ -11,13 +11,13 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from distunlearn import pipeline
-from distunlearn.config_io import load_config
+from distunlearn.config.load import load_config
 from distunlearn.engine import loop
 from distunlearn.engine.ledger import coverage, read_ledger
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.methods import METHODS, random_target, sure
-from distunlearn.planning import make_plan
+from distunlearn.plan.plan import make_plan
+from distunlearn.run import pipeline
 
 RECIPES = {"simclr": "digits", "moco": "digits_moco", "byol": "digits_byol"}
 METHODS_HERE = [name for name, entry in METHODS.items() if entry.build and name not in ("third_party", "retrain")]
@@ -85,7 +85,7 @@ def test_a_run(bases, tmp_path, method, objective):
 
 
 def forget_ids(base: Path) -> list[str]:
-    from distunlearn.data.manifest import Manifest
+    from distunlearn.data.manifest.manifest import Manifest
 
     return Manifest.load(base / "shards").ids("forget")
 

@@ -6,8 +6,8 @@ import json
 
 import tiny
 
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.shards import file_sha256
+from distunlearn.common.files import file_sha256
+from distunlearn.data.manifest.manifest import Manifest
 
 
 def files(folder) -> dict[str, str]:

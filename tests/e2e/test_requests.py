@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from distunlearn.data.manifest import Manifest
+from distunlearn.data.manifest.manifest import Manifest
 
 ENDED = (0, 6, 7)
 

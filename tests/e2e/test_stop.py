@@ -15,7 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from distunlearn.engine.checkpoint import latest_checkpoint
+from distunlearn.engine.checkpoint.format import latest_checkpoint
 
 LONG = ["pretrain.epochs=12", "pretrain.checkpoint_every=1000", "unlearn.steps=40", "unlearn.checkpoint_every=1000"]
 ALONE = [sys.executable, "-m", "distunlearn"]

@@ -11,14 +11,15 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from distunlearn import pipeline
-from distunlearn.audit.shadows import assign_parts, audit_shadows
-from distunlearn.audit.stress import audit_stress
-from distunlearn.config_io import load_config
-from distunlearn.data.manifest import Manifest
+from distunlearn.audit.trainings.shadows import assign_parts, audit_shadows
+from distunlearn.audit.trainings.stress import audit_stress
+from distunlearn.config.load import load_config
+from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.ledger import effective_steps, read_ledger
+from distunlearn.engine.session import open_session
 from distunlearn.errors import CoverageError, DataError
-from distunlearn.planning import make_plan
+from distunlearn.plan.plan import make_plan
+from distunlearn.run import pipeline
 
 SMALLEST = [
     *tiny.TINY, "pretrain.epochs=1", "unlearn.steps=3", "encoder.image_size=16", "encoder.embed_dim=16",
@@ -86,7 +87,7 @@ def test_too_few_images_for_a_pool_are_refused_before_a_shadow_is_trained(tmp_pa
     out = tmp_path / "run"
     cfg = config("audit.tier=2", "data.forget=3", "unlearn.forget_batch=2")
     pipeline.prepare(cfg, out)
-    with pipeline._session(cfg, out) as session, pytest.raises(DataError, match="audit.tier=1"):
+    with open_session(cfg, out) as session, pytest.raises(DataError, match="audit.tier=1"):
         audit_shadows(session)
     assert not (out / "shadows").exists()
 
@@ -95,7 +96,7 @@ def test_a_shadow_that_misses_an_image_is_refused(tmp_path):
     out = tmp_path / "run"
     cfg = config("audit.tier=2", "audit.shadows=6", "unlearn.steps=1", "unlearn.forget_batch=2")
     pipeline.prepare(cfg, out)
-    with pipeline._session(cfg, out) as session, pytest.raises(CoverageError, match="never entered"):
+    with open_session(cfg, out) as session, pytest.raises(CoverageError, match="never entered"):
         audit_shadows(session)
     assert not (out / "shadows/01").exists()
 
@@ -189,7 +190,7 @@ def test_too_few_classes_have_no_whole_class_test(tmp_path):
     pipeline.prepare(cfg, out)
     pipeline.pretrain(cfg, out)
     pipeline.unlearn(cfg, out)
-    with pipeline._session(cfg, out) as session:
+    with open_session(cfg, out) as session:
         bare = [dataclasses.replace(s, label=None) for s in session.manifest.samples]
         files = session.manifest.shard_files
         unlabelled = dataclasses.replace(session, manifest=Manifest(session.manifest.folder, bare, files))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from distunlearn import pipeline
-from distunlearn.config_io import load_config
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.stream import ImageStore
+from distunlearn.config.load import load_config
+from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.methods import METHODS
+from distunlearn.run import pipeline
 
 SMALLEST = [
     *tiny.TINY, "pretrain.epochs=1", "encoder.image_size=16", "encoder.embed_dim=16",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distunlearn.config import EncoderConfig, ObjectiveConfig, RunConfig
+from distunlearn.config.schema import EncoderConfig, ObjectiveConfig, RunConfig
 
 NARROW = {"stem_width": 4, "channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -9,12 +9,12 @@ import timm
 import torch
 from encoder_configs import AVERAGED, CLASSES, ENCODERS, NARROW, OBJECTIVES, RESNET18, VIT, images_for, run_config
 
-from distunlearn import config_checks
-from distunlearn.config import EncoderConfig
+from distunlearn.config import checks
+from distunlearn.config.schema import EncoderConfig
 from distunlearn.encoders import list_encoders
 from distunlearn.encoders.backbone import create_args, create_backbone
 from distunlearn.encoders.model import build_model
-from distunlearn.encoders.names import RESNET
+from distunlearn.encoders.timm_names import RESNET
 from distunlearn.errors import EncoderError
 
 
@@ -37,7 +37,7 @@ def test_the_list_holds_resnets_and_vits_of_timm_in_order():
 
 
 def test_configs_are_checked_by_the_same_pattern():
-    assert RESNET.pattern == config_checks.RESNET.pattern
+    assert RESNET.pattern == checks.RESNET.pattern
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torchvision
 from encoder_configs import ENCODERS, RESNET18, images_for, run_config
 from safetensors.torch import save_file
 
-from distunlearn.config import EncoderConfig
+from distunlearn.config.schema import EncoderConfig
 from distunlearn.encoders.backbone import create_backbone
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone

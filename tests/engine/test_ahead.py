@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distunlearn.data.schedule import Batch
-from distunlearn.engine.ahead import Ahead
+from distunlearn.engine.prefetch import Ahead
 from distunlearn.errors import DataError
 
 

@@ -10,8 +10,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distunlearn.distributed.sync_batchnorm import SyncBatchNorm, convert
 from distunlearn.encoders.model import batchnorm_mode
-from distunlearn.engine.batchnorm import SyncBatchNorm, convert
 from distunlearn.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distunlearn.engine.batchnorm import _local_moments, _local_sums
+from distunlearn.distributed.sync_batchnorm import _local_moments, _local_sums
 
 SHAPES = [(32, 5, 8, 8), (32, 5, 4, 4), (3, 5, 4, 4), (1, 5, 32), (64, 5, 2, 2), (64, 5, 1, 1), (64, 5)]
 FORMATS = (torch.contiguous_format, torch.channels_last)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distunlearn.engine import checkpoint as module
-from distunlearn.engine.backends.pieces import Piece, StoredTensor, part, whole
-from distunlearn.engine.checkpoint import FORMAT, begin, commit, latest_checkpoint, save_checkpoint, write_pieces
-from distunlearn.engine.optim import learning_rate, make_optimizer
+from distunlearn.engine.backends.tensor_shards import Piece, StoredTensor, part, whole
+from distunlearn.engine.checkpoint import format as module
+from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_checkpoint, save_checkpoint, write_pieces
+from distunlearn.engine.optimizer import learning_rate, make_optimizer
 from distunlearn.errors import DataError
 
 OLD = Path(__file__).parents[1] / "golden" / "checkpoint_format_1"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distunlearn.engine.backends.optimizer_state import counter, entries_of, nested, spread_state
-from distunlearn.engine.optim import make_optimizer
+from distunlearn.engine.optimizer import make_optimizer
 
 
 def gradients(model: nn.Module, step: int) -> None:

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from distunlearn.engine import lease as module
-from distunlearn.engine.checkpoint import latest_checkpoint, save_checkpoint
-from distunlearn.engine.lease import OWNER, STALE, Lease
+from distunlearn.engine import run_lock as module
+from distunlearn.engine.checkpoint.format import latest_checkpoint, save_checkpoint
 from distunlearn.engine.ledger import Ledger, read_ledger
+from distunlearn.engine.run_lock import OWNER, STALE, Lease
 from distunlearn.errors import ConfigError, RankLostError
 
 NO_MOMENTS = {"optimizer": "SGD", "state": {}}

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distunlearn.config import RunConfig
-from distunlearn.engine.backends import open_backend, process_group
+from distunlearn.config.schema import RunConfig
+from distunlearn.distributed import process_group
+from distunlearn.engine.backends import open_backend
 from distunlearn.errors import ConfigError, RankLostError
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distunlearn import cli, pipeline
-from distunlearn.config_io import load_config
-from distunlearn.engine import checkpoint
-from distunlearn.engine.lease import Lease
+from distunlearn.cli import main
+from distunlearn.config.load import load_config
+from distunlearn.engine.checkpoint import format
 from distunlearn.engine.ledger import effective_steps, read_ledger
+from distunlearn.engine.run_lock import Lease
 from distunlearn.errors import ConfigError
+from distunlearn.run import pipeline
 
 STEPS = 3
 SETTINGS = [
@@ -75,7 +76,7 @@ def test_resumed_at_every_step_it_ends_in_the_same_state(shards, tmp_path, monke
     phase, recipe, more = CASES[case]
     cfg = settings(recipe, shards, *more)
     train = getattr(pipeline, phase)
-    monkeypatch.setattr(checkpoint, "KEEP", 99)
+    monkeypatch.setattr(format, "KEEP", 99)
     whole = tmp_path / "whole"
     if phase == "unlearn":
         pipeline.pretrain(cfg, whole)
@@ -84,7 +85,7 @@ def test_resumed_at_every_step_it_ends_in_the_same_state(shards, tmp_path, monke
     saved = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
     assert saved == [f"step-{number:08d}" for number in range(1, STEPS)]
     final = load_file(folder / "training_state.safetensors")
-    last = checkpoint.read_commit(folder / "checkpoints" / saved[-1])
+    last = format.read_commit(folder / "checkpoints" / saved[-1])
     assert told(whole, phase).keys() == set(range(STEPS))
 
     for step in range(1, STEPS):
@@ -101,7 +102,7 @@ def test_resumed_at_every_step_it_ends_in_the_same_state(shards, tmp_path, monke
         assert all(torch.equal(found[name], final[name]) for name in final)
         assert told(out, phase) == told(whole, phase)
         if step < STEPS - 1:  # optimizer and method too, as the last checkpoint has them
-            state = checkpoint.read_commit(again / "checkpoints" / saved[-1]).state()
+            state = format.read_commit(again / "checkpoints" / saved[-1]).state()
             assert state.keys() == last.state().keys()
             assert all(torch.equal(state[name], value) for name, value in last.state().items())
 
@@ -112,8 +113,8 @@ def test_resumed_at_every_step_it_ends_in_the_same_state(shards, tmp_path, monke
     shutil.copy(before / "optimizer.safetensors", newest / "optimizer.safetensors")
     content = json.loads((newest / "COMMIT.json").read_text())
     del content["commit"]
-    content["files"]["optimizer.safetensors"]["sha256"] = checkpoint.file_sha256(newest / "optimizer.safetensors")
-    (newest / "COMMIT.json").write_text(json.dumps(content | {"commit": checkpoint._digest(content)}))
+    content["files"]["optimizer.safetensors"]["sha256"] = format.file_sha256(newest / "optimizer.safetensors")
+    (newest / "COMMIT.json").write_text(json.dumps(content | {"commit": format._digest(content)}))
     train(cfg, out)
     found = load_file(again / "training_state.safetensors")
     assert any(not torch.equal(found[name], final[name]) for name in final)
@@ -168,10 +169,10 @@ def test_a_limit_of_the_system_on_files_ends_a_run_in_one_sentence(shards, pretr
     capsys.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
     try:
-        code = cli.main(arguments)
+        code = main.main(arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 3 and len(said) == 1 and "File too large" in said[0] and "the one before is intact" in said[0]
     assert not list((out / "original" / "checkpoints").glob("step-*"))
-    assert cli.main(arguments) == 0 and ended_as(pretrained, out)
+    assert main.main(arguments) == 0 and ended_as(pretrained, out)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distunlearn.engine.backends.pieces import whole
-from distunlearn.engine.checkpoint import latest_checkpoint, save_checkpoint
+from distunlearn.engine.backends.tensor_shards import whole
+from distunlearn.engine.checkpoint.format import latest_checkpoint, save_checkpoint
 
 KILLS = 100
 # Forks a process for each kill: in it the N-th event of a save (before or after a call that writes, syncs, renames,

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from distunlearn.config import CheckpointConfig, RunConfig
-from distunlearn.engine import checkpoint as files
-from distunlearn.engine import saving as module
+from distunlearn.config.schema import CheckpointConfig, RunConfig
+from distunlearn.distributed.process_group import Place
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.process_group import Place
-from distunlearn.engine.checkpoint import latest_checkpoint
+from distunlearn.engine.checkpoint import async_save as module
+from distunlearn.engine.checkpoint import format as files
+from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
+from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.saving import Saver, agreed_checkpoint
-from distunlearn.engine.stopping import StopRequest
+from distunlearn.engine.preemption import StopRequest
 from distunlearn.errors import DataError, NumericsError, RankLostError
 
 LIMIT = 20  # seconds for what takes none

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from distunlearn.common.text import printable
+from distunlearn.engine.metrics_log import METRICS, Telemetry, read_metrics
 from distunlearn.engine.progress import Progress, duration
-from distunlearn.engine.telemetry import METRICS, Telemetry, read_metrics
 from distunlearn.errors import DataError
-from distunlearn.text import printable
 
 
 class Terminal(io.StringIO):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from hostile_tars import heard, jpeg
 
-from distunlearn.cli import main
-from distunlearn.config import DataConfig
-from distunlearn.data.shards import file_sha256
+from distunlearn.cli.main import main
+from distunlearn.common.files import file_sha256
+from distunlearn.config.schema import DataConfig
 
 TINY = ["data.members=40", "data.forget=10", "data.holdout=6", "data.calibration=4", "data.third_party=4",
         "data.third_party_audit=4", "data.samples_per_shard=20", "unlearn.retain_batch=16", "unlearn.forget_batch=8",

@@ -20,8 +20,8 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from distunlearn.engine import faults
-from distunlearn.engine.telemetry import read_metrics
+from distunlearn.engine import fault_injection
+from distunlearn.engine.metrics_log import read_metrics
 from distunlearn.errors import ConfigError
 
 FIRED = "fault injected: {} at {}, rank {}, {} step {}"
@@ -37,30 +37,31 @@ def lines(out: Path) -> list[dict]:
 
 
 def test_without_the_variable_nothing_happens(monkeypatch):
-    monkeypatch.delenv(faults.VARIABLE, raising=False)
-    faults._faults.cache_clear()
-    monkeypatch.setattr(faults, "_next", None)  # whatever looked for a fault would fail
+    monkeypatch.delenv(fault_injection.VARIABLE, raising=False)
+    fault_injection._faults.cache_clear()
+    monkeypatch.setattr(fault_injection, "_next", None)  # whatever looked for a fault would fail
     value, state = torch.ones(3), torch.get_rng_state()
-    for point in faults.POINTS:
-        assert faults.reach(point, 0, "unlearn") is False
-        assert faults.poison(point, value, 0) is value and faults.poison_gradient(point, value, 0) is value
+    for point in fault_injection.POINTS:
+        assert fault_injection.reach(point, 0, "unlearn") is False
+        assert fault_injection.poison(point, value, 0) is value
+        assert fault_injection.poison_gradient(point, value, 0) is value
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_conditions_and_counts(monkeypatch, capsys):
-    monkeypatch.setenv(faults.VARIABLE, "skip@point=update,rank=1,step=3,times=2;nan@point=loss")
+    monkeypatch.setenv(fault_injection.VARIABLE, "skip@point=update,rank=1,step=3,times=2;nan@point=loss")
     monkeypatch.setenv("RANK", "1")
-    faults._faults.cache_clear()
+    fault_injection._faults.cache_clear()
     try:
-        assert not faults.reach("update", 2, "unlearn") and not faults.reach("save", 3, "unlearn")
-        assert [faults.reach("update", 3, "unlearn") for _ in range(3)] == [True, True, False]
-        assert torch.isnan(faults.poison("loss", torch.ones(1), 0)).all()
+        assert not fault_injection.reach("update", 2, "unlearn") and not fault_injection.reach("save", 3, "unlearn")
+        assert [fault_injection.reach("update", 3, "unlearn") for _ in range(3)] == [True, True, False]
+        assert torch.isnan(fault_injection.poison("loss", torch.ones(1), 0)).all()
         assert capsys.readouterr().err.count("fault injected: skip at update, rank 1, unlearn step 3") == 2
         for text in ("explode@point=update", "kill@point=nowhere", "kill@point=update,colour=red"):
             with pytest.raises(ConfigError, match="for tests only"):
-                faults._parse(text)
+                fault_injection._parse(text)
     finally:
-        faults._faults.cache_clear()
+        fault_injection._faults.cache_clear()
 
 
 def test_a_fault_that_never_fires_changes_no_bit(trained, tmp_path, forget, zygote):
@@ -100,7 +101,7 @@ def test_a_run_that_diverges_is_stopped_by_its_declared_bound(trained, tmp_path,
 
 
 def test_bounds_are_neutral_where_they_are_not_used():
-    from distunlearn.config import MethodConfig
+    from distunlearn.config.schema import MethodConfig
     from distunlearn.engine import phases
 
     plain = phases._settings(MethodConfig())

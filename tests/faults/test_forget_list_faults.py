@@ -20,14 +20,14 @@ import pytest
 from hostile_tars import heard, img2dataset, jpeg
 from PIL import Image
 
-from distunlearn.cli import main
-from distunlearn.config import DataConfig
-from distunlearn.data.copies import near_copies, perceptual_hash
-from distunlearn.data.forget_list import resolve_list
-from distunlearn.data.ids import IdTable, normal_id
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.prepare import prepare_shards
-from distunlearn.data.shards import verify_shards
+from distunlearn.cli.main import main
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.loading.verify import verify_shards
+from distunlearn.data.manifest.ids import IdTable, normal_id
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.duplicates import near_copies, perceptual_hash
+from distunlearn.data.prepare.forget_list import resolve_list
+from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.errors import DataError
 
 TINY = ["data.members=40", "data.holdout=6", "data.calibration=4", "data.third_party=4", "data.third_party_audit=4",
@@ -423,7 +423,7 @@ def test_look_ups_agree_with_a_dictionary():
 
 def test_ids_of_one_hash_are_told_apart(tmp_path, monkeypatch):
     """With a hash of two values nearly all of them collide."""
-    from distunlearn.data import ids as module
+    from distunlearn.data.manifest import ids as module
 
     names = [f"a/{k}" for k in range(60)]
     monkeypatch.setattr(module, "hash_ids", lambda ids: np.array([len(i) % 2 for i in ids], dtype=np.uint64))

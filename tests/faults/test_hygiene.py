@@ -16,23 +16,23 @@ import pytest
 import tiny
 import torch
 
-from distunlearn import pipeline
-from distunlearn.cli import NAMES, main
-from distunlearn.config import RunConfig
-from distunlearn.config_io import load_config
+from distunlearn.cli.exit import ended
+from distunlearn.cli.main import NAMES, main
+from distunlearn.config.load import load_config
+from distunlearn.config.recipes import RECIPES
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.schedule import Batch, permutation, random_words
-from distunlearn.data.sources import open_sources
+from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.backbone import create_backbone
 from distunlearn.encoders.model import MomentumEncoder, build_model
-from distunlearn.endings import ended
 from distunlearn.engine import provenance
 from distunlearn.engine.ledger import Ledger, read_ledger
-from distunlearn.engine.telemetry import Telemetry, read_metrics
+from distunlearn.engine.metrics_log import Telemetry, read_metrics
+from distunlearn.engine.run_directory import claim
 from distunlearn.errors import ConfigError
 from distunlearn.methods import Context, Contrastive
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.queue import KeyQueue
-from distunlearn.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def plan(*settings: str, out: Path, verb: str = "plan") -> list[str]:
 
 def test_settings_that_changed_are_shown_with_both_values(tmp_path):
     out = tmp_path / "run"
-    pipeline._claim(load_config("digits", None, list(tiny.TINY)), out)
+    claim(load_config("digits", None, list(tiny.TINY)), out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     changed = load_config("digits", None, [*tiny.TINY, "seed=3", "pretrain.lr=0.5", "data.forget=25"])
     with pytest.raises(ConfigError) as caught:
-        pipeline._claim(changed, out)
+        claim(changed, out)
     for part in ("seed: 0 there, 3 now", "pretrain.lr: 0.004 there, 0.5 now", "data.forget: 24 there, 25 now"):
         assert part in str(caught.value)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

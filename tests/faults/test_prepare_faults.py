@@ -16,12 +16,12 @@ from forked import fork, killed_at
 from hostile_tars import img2dataset, jpeg
 from refused import SMALL, TINY, folder_of, plan, refusal, sets, tree
 
-from distunlearn.cli import main
-from distunlearn.config import DataConfig
-from distunlearn.data import prepare
-from distunlearn.data.index import _work_folder, index_shards
-from distunlearn.data.prepare import prepare_shards
-from distunlearn.data.shards import read_sample, verify_shards
+from distunlearn.cli.main import main
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.prepare import write_shards
+from distunlearn.data.prepare.index_shards import _work_folder, index_shards
+from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.errors import DataError
 
 
@@ -37,7 +37,7 @@ def test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monke
     events = int(log.read_text())
     assert events > 20
     written: list[str] = []
-    real = prepare._Hashing
+    real = write_shards._Hashing
     resumed = 0
     for point in sorted({1 + k * (events - 2) // 9 for k in range(10)}):
         folder = tmp_path / str(point) / "shards"
@@ -45,7 +45,7 @@ def test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monke
         assert not folder.exists()  # nothing that could be taken for a whole set
         written.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, "_Hashing", lambda path: (written.append(path.name), real(path))[1])
+            patch.setattr(write_shards, "_Hashing", lambda path: (written.append(path.name), real(path))[1])
             prepare_shards(cfg, 0, folder)
         assert tree(folder) == tree(whole)
         assert [p.name for p in folder.parent.iterdir()] == ["shards"]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
+from distunlearn.distributed.process_group import Place
 from distunlearn.engine import loop
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.process_group import Place
 
 FIRED = "fault injected: {} at {}, rank {}, unlearn step 2"
 

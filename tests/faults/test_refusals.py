@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from distunlearn.cli import main
-from distunlearn.config import RunConfig
-from distunlearn.config_io import load_config
-from distunlearn.data.sources import open_sources
+from distunlearn.cli.main import main
+from distunlearn.config.load import load_config
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.model import build_model
 
 SIZES = [

@@ -23,12 +23,12 @@ from hostile_tars import heard, img2dataset, jpeg, link, sample, write_tar
 from PIL import Image
 from refused import TINY, folder_of, index, plan, refusal, sets
 
-from distunlearn.cli import main
-from distunlearn.data import files
-from distunlearn.data.decode import decode_image
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.shards import read_sample, verify_shards
-from distunlearn.data.stream import read_shard
+from distunlearn.cli.main import main
+from distunlearn.common import files
+from distunlearn.data.loading.stream import read_shard
+from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.sources.decode import decode_image
 from distunlearn.errors import DataError
 
 
@@ -357,8 +357,8 @@ def test_s09_a_huge_claim_costs_no_memory(tmp_path):
     (tmp_path / "huge.png").write_bytes(header)
     code = (
         "import resource, sys\n"
-        "from distunlearn.data.copies import perceptual_hash\n"
-        "from distunlearn.data.decode import decode_image\n"
+        "from distunlearn.data.prepare.duplicates import perceptual_hash\n"
+        "from distunlearn.data.sources.decode import decode_image\n"
         "from distunlearn.errors import DataError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "data, refused = open(sys.argv[1], 'rb').read(), 0\n"

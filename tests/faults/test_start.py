@@ -10,13 +10,13 @@ import tiny
 import torch
 from conftest import SMALL
 
-from distunlearn.config import RunConfig
+from distunlearn.config.schema import RunConfig
+from distunlearn.distributed import process_group, rendezvous
+from distunlearn.distributed.process_group import Place
 from distunlearn.engine import provenance
-from distunlearn.engine.backends import meeting, process_group
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.process_group import Place
 from distunlearn.errors import ConfigError, RankLostError
-from distunlearn.launch_check import sample_problems
+from distunlearn.run.launch_check import sample_problems
 
 # -- meeting ---------------------------------------------------------------------------------------------------------
 
@@ -73,10 +73,10 @@ def test_a_rank_that_is_taken_is_refused():
     store = torch.distributed.HashStore()
     store.set("distunlearn/0/joined 0", "")  # as if all had come
     store.set("distunlearn/0/joined 1", "")
-    meeting._compare(store, 0, 2)
-    meeting._compare(store, 1, 2)
+    rendezvous._compare(store, 0, 2)
+    rendezvous._compare(store, 1, 2)
     with pytest.raises(ConfigError, match="RANK is 1 in two processes"):
-        meeting._compare(store, 1, 2)
+        rendezvous._compare(store, 1, 2)
 
 
 # -- the same run ----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_doctor_shows_what_a_launch_really_is(zygote, trained):
 
 
 def test_doctor_finds_a_clipping_that_nobody_asked_for(monkeypatch):
-    from distunlearn import launch_check
+    from distunlearn.run import launch_check
 
     cfg = tiny_config()
     honest = launch_check._one_step(cfg, Backend(cfg, Place(0, 1, torch.device("cpu"))))
@@ -183,7 +183,7 @@ def test_doctor_finds_a_clipping_that_nobody_asked_for(monkeypatch):
 
 
 def tiny_config() -> RunConfig:
-    from distunlearn.config_io import load_config
+    from distunlearn.config.load import load_config
 
     return load_config("digits", None, [part for part in tiny.TINY], world=1)
 

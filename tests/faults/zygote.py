@@ -97,7 +97,7 @@ def _serve() -> None:
     import torch.distributed.fsdp  # noqa: F401
 
     import distunlearn.audit.summary
-    import distunlearn.cli
+    import distunlearn.cli.main
     import distunlearn.engine.backends.ddp
     import distunlearn.engine.phases
     import distunlearn.report  # noqa: F401
@@ -135,7 +135,7 @@ def _fork(job: dict[str, Any]) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        from distunlearn.cli import main
+        from distunlearn.cli.main import main
 
         code = _hooked(main, job) if job["env"].get("AUDIT_LOG") else main(job["argv"])
         sys.stdout.flush()

@@ -19,10 +19,17 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import CheckpointError
 
-from distunlearn.config import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
-from distunlearn.constraints import ghost
-from distunlearn.encoders import compiled as compiling
-from distunlearn.encoders import recompute
+from distunlearn.config.schema import (
+    ConstraintConfig,
+    EncoderConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    RunConfig,
+    UnlearnConfig,
+)
+from distunlearn.constraints.gradients import ghost_norms
+from distunlearn.encoders import activation_checkpointing
+from distunlearn.encoders import compile as compiling
 from distunlearn.encoders.blocks import blocks, replace_forward
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.errors import ConfigError
@@ -77,7 +84,7 @@ def calls(monkeypatch):
     torch._dynamo.reset()
 
 
-FEATURES = {"checkpointing": (recompute, "checkpointed"), "compile": (compiling, "compiled")}
+FEATURES = {"checkpointing": (activation_checkpointing, "checkpointed"), "compile": (compiling, "compiled")}
 
 
 def trained(encoder: str, evaluator: str, *features: str, objective: str = "byol") -> dict[str, torch.Tensor]:
@@ -128,7 +135,7 @@ def test_nothing_changes(encoder, evaluator, features, calls):
 
 @pytest.mark.parametrize(("encoder", "evaluator"), [("vit", "sketch"), ("resnet", "ghost_norm")])
 def test_a_repetition_without_the_hooks_of_then_is_another_forward(encoder, evaluator, monkeypatch):
-    monkeypatch.setattr(recompute, "_contexts", lambda part: (nullcontext(), nullcontext()))
+    monkeypatch.setattr(activation_checkpointing, "_contexts", lambda part: (nullcontext(), nullcontext()))
     try:
         found = trained(encoder, evaluator, "checkpointing")
     except CheckpointError:  # other tensors were kept
@@ -137,14 +144,14 @@ def test_a_repetition_without_the_hooks_of_then_is_another_forward(encoder, eval
 
 
 def test_a_repetition_that_keeps_running_statistics_counts_them_twice(monkeypatch):
-    monkeypatch.setattr(recompute, "_BatchNorm", ())
+    monkeypatch.setattr(activation_checkpointing, "_BatchNorm", ())
     found, expected = trained("resnet", "head", "checkpointing"), plain("resnet", "head")
     counts = [name for name in expected if name.endswith("num_batches_tracked")]
     assert sum(int(found[n]) for n in counts) > sum(int(expected[n]) for n in counts)
 
 
 def test_a_record_of_the_repetition_would_be_taken_for_a_forward_of_its_own(monkeypatch):
-    monkeypatch.setattr(ghost, "recomputing", lambda: False)
+    monkeypatch.setattr(ghost_norms, "recomputing", lambda: False)
     with pytest.raises(ConfigError, match="takes no part"):  # its calls never all get a gradient
         trained("vit", "ghost_norm", "checkpointing")
 
@@ -175,8 +182,8 @@ def test_every_block_is_reached_and_given_back(encoder):
     assert len(parts) == {"resnet": 4, "vit": 2}[encoder]
     assert not any(a is not b and a in set(b.modules()) for a in parts for b in parts)
     before = [part.forward for part in parts]
-    undo = [replace_forward(part, functools.partial(recompute.checkpointed, part)) for part in parts]
-    undo += [replace_forward(part, functools.partial(recompute.checkpointed, part)) for part in parts]
+    undo = [replace_forward(part, functools.partial(activation_checkpointing.checkpointed, part)) for part in parts]
+    undo += [replace_forward(part, functools.partial(activation_checkpointing.checkpointed, part)) for part in parts]
     assert all("forward" in part.__dict__ for part in parts)
     for take_back in reversed(undo):
         take_back()
@@ -200,13 +207,13 @@ def test_checkpointing_keeps_a_fraction_of_the_activations(encoder):
     images = torch.randn(16, 1, 16, 16)
     plainly = kept(model, images)
     for part in blocks(model):
-        replace_forward(part, functools.partial(recompute.checkpointed, part))
+        replace_forward(part, functools.partial(activation_checkpointing.checkpointed, part))
     share = {"resnet": 0.75, "vit": 0.3}[encoder]  # stem and heads, which keep theirs, are much of a small ResNet
     assert kept(model, images) < share * plainly
 
 
 def test_a_forward_without_gradients_is_not_checkpointed():
     part = nn.Sequential(nn.Linear(2, 2))
-    replace_forward(part, functools.partial(recompute.checkpointed, part))
-    with mock.patch.object(recompute, "checkpoint", side_effect=AssertionError), torch.no_grad():
+    replace_forward(part, functools.partial(activation_checkpointing.checkpointed, part))
+    with mock.patch.object(activation_checkpointing, "checkpoint", side_effect=AssertionError), torch.no_grad():
         part(torch.ones(1, 2))

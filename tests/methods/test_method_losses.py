@@ -14,16 +14,16 @@ from method_batches import batch, in_float64
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 
-from distunlearn.config import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.config.schema import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
-from distunlearn.data.views import id_hashes, make_view
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import ConfigError, NumericsError
 from distunlearn.methods import METHODS, Context, Method, missing, refuse_missing
 from distunlearn.methods.held_out_distillation import followed
 from distunlearn.methods.salun import largest
 from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.planning import images_per_step
+from distunlearn.plan.images import images_per_step
 
 OBJECTIVES = ("simclr", "moco", "byol")
 ALL_OBJECTIVES = (*OBJECTIVES, "mocov3", "supervised")

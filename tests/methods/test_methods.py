@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from distunlearn.config import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
-from distunlearn.constraints.distances import DISTANCES, energy_distance
+from distunlearn.config.schema import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.constraints.distances.energy import DISTANCES, energy_distance
+from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.schedule import Batch
-from distunlearn.data.views import id_hashes
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import NumericsError
 from distunlearn.methods import METHODS, Context, third_party
-from distunlearn.methods.base import view_pair
-from distunlearn.methods.contrastive import Contrastive
 from distunlearn.methods.third_party import ThirdParty
+from distunlearn.methods.training import Contrastive
 from distunlearn.objectives import KeyQueue, make_objective
+from distunlearn.objectives.forward import view_pair
 
 OBJECTIVES = ("simclr", "moco", "mocov3", "byol", "supervised")
 SIZES = {"retain": 12, "forget": 6, "third_party": 8, "calibration": 10}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from distunlearn.objectives.bank import (
+from distunlearn.objectives.memory_bank import (
     Bank,
     bank_delta,
     bank_density,

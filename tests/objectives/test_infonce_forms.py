@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distunlearn.config import ObjectiveConfig
+from distunlearn.config.schema import ObjectiveConfig
 from distunlearn.objectives import OBJECTIVES, Bank, Branches, make_objective
-from distunlearn.objectives.bank import normalise
 from distunlearn.objectives.infonce import choose_form, clip_loss, infonce
+from distunlearn.objectives.memory_bank import normalise
 from distunlearn.objectives.simclr import nt_xent
-from distunlearn.objectives.tiles import DEFAULT_BUDGET, Columns, SoftmaxMean, TiledInfoNCE
+from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns, SoftmaxMean, TiledInfoNCE
 
 N, K, D, TAU = 7, 11, 5, 0.3
 TIGHT = {"rtol": 0.0, "atol": 1e-12}

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from objective_worlds import launch
 from torch.nn.functional import cross_entropy, normalize
 
-from distunlearn.objectives import OBJECTIVES, Branches
-from distunlearn.objectives.gather import (
+from distunlearn.distributed.collectives import (
     RingPass,
     all_gather_detached,
     all_gather_with_grad,
@@ -30,9 +29,10 @@ from distunlearn.objectives.gather import (
     get_world,
     mean_scale,
 )
+from distunlearn.objectives import OBJECTIVES, Branches
 from distunlearn.objectives.infonce import clip_loss, infonce
 from distunlearn.objectives.simclr import nt_xent
-from distunlearn.objectives.tiles import Columns
+from distunlearn.objectives.tiled_softmax import Columns
 
 D_IN, D, TAU = 6, 5, 0.3
 WORLDS = (1, 2, 4)

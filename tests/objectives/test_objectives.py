@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from distunlearn.config import ObjectiveConfig
+from distunlearn.config.schema import ObjectiveConfig
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.objectives import OBJECTIVES, Bank, Branches, make_objective
 from distunlearn.objectives.base import Objective

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distunlearn.errors import ConfigError, NumericsError
-from distunlearn.objectives.bank import bank_infonce, normalise
+from distunlearn.objectives.memory_bank import bank_infonce, normalise
 from distunlearn.objectives.queue import EMPTY_ID, KeyQueue
 
 D = 3

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from objective_worlds import launch
 
-from distunlearn.objectives import OBJECTIVES, Bank, Branches
-from distunlearn.objectives.gather import (
+from distunlearn.distributed.collectives import (
     all_gather_detached,
     all_gather_uneven,
     all_gather_with_grad,
@@ -27,6 +26,7 @@ from distunlearn.objectives.gather import (
     get_world,
     mean_scale,
 )
+from distunlearn.objectives import OBJECTIVES, Bank, Branches
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.objectives.simclr import nt_xent
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from distunlearn.costs import (
+from distunlearn.plan.cost_model import (
     BACKENDS,
     Call,
     Machine,

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from distunlearn.cli import main
-from distunlearn.config import (
+from distunlearn.cli.main import main
+from distunlearn.config.schema import (
     ConstraintConfig,
     EncoderConfig,
     ObjectiveConfig,
@@ -17,7 +17,7 @@ from distunlearn.config import (
     UnlearnConfig,
 )
 from distunlearn.errors import ConfigError
-from distunlearn.planning_costs import (
+from distunlearn.plan.gpu_estimate import (
     GIB,
     GPUS,
     Encoder,
@@ -28,7 +28,7 @@ from distunlearn.planning_costs import (
     phases_of,
     work_of,
 )
-from distunlearn.target import Target
+from distunlearn.plan.gpu_target import Target
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", image_size=16, in_chans=3, stem="standard",

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.summary import summarise, write_audit
-from distunlearn.config import RunConfig
-from distunlearn.config_io import digest, save_config
-from distunlearn.data.manifest import Manifest, Sample, Shard
-from distunlearn.doctor import environment
-from distunlearn.engine.checkpoint import write_json
+from distunlearn.common.files import write_json
+from distunlearn.config.load import digest, save_config
+from distunlearn.config.recipes import digits
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
+from distunlearn.engine.environment import environment
 from distunlearn.engine.ledger import Ledger, coverage, read_ledger
 from distunlearn.engine.loop import PhaseResult
-from distunlearn.planning import make_plan
-from distunlearn.recipes import digits
+from distunlearn.plan.plan import make_plan
 
 COUNTS = {"retain": 60, "forget": 40, "third_party": 20, "third_party_audit": 40, "calibration": 20, "holdout": 80}
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")

@@ -18,12 +18,12 @@ from sklearn.metrics import roc_auc_score
 
 from distunlearn.audit.attacks import ATTACKS
 from distunlearn.audit.summary import ENCODERS
-from distunlearn.config_io import save_config
+from distunlearn.config.load import save_config
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.methods import METHODS
-from distunlearn.report import words, write_report
+from distunlearn.report import texts, write_report
 from distunlearn.report.data import load_run
-from distunlearn.report.html import render, roc_curve
+from distunlearn.report.render import render, roc_curve
 
 CASES = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}
 HOSTILE = (
@@ -82,10 +82,10 @@ def test_verdict_is_shown_in_word_colour_and_sentence(finished: dict[str, Path],
 def test_every_audited_thing_is_on_the_page(finished: dict[str, Path]) -> None:
     found = page(finished["pass"])
     summary = json.loads((finished["pass"] / "audit" / "summary.json").read_text())
-    assert set(summary["attacks"]) == set(ATTACKS) == set(words.ATTACKS), "the report has words for every attack"
+    assert set(summary["attacks"]) == set(ATTACKS) == set(texts.ATTACKS), "the report has words for every attack"
     for name in ATTACKS:
-        assert words.ATTACKS[name][0] in found.text("gates")
-        assert words.ATTACKS[name][0] in found.text("controls")
+        assert texts.ATTACKS[name][0] in found.text("gates")
+        assert texts.ATTACKS[name][0] in found.text("controls")
         for encoder in ENCODERS:
             assert f"{summary['attacks'][name][encoder]['auc']:.3f}" in found.text("roc")
     for encoder in ENCODERS:
@@ -95,7 +95,7 @@ def test_every_audited_thing_is_on_the_page(finished: dict[str, Path]) -> None:
     assert "Every one of the 40 requested images" in found.text("asked")
     assert "130 training steps, resumed after an interruption (2 attempts)" in found.text("asked")
     assert "handwritten digits" in found.text("asked") and "drawn by chance with seed 0" in found.text("asked")
-    for head, _ in words.LIMITS:
+    for head, _ in texts.LIMITS:
         assert head in found.text("limits")
 
 
@@ -117,10 +117,10 @@ def test_reason_stands_beside_what_is_not_a_pass(finished: dict[str, Path]) -> N
 
 
 def test_words_cover_every_method() -> None:
-    assert set(words.METHODS) == set(METHODS)
+    assert set(texts.METHODS) == set(METHODS)
     cfg = rundir.settings()
     forgetting = {name for name, entry in METHODS.items() if entry.build and entry.build(cfg).forgets}
-    assert set(words.UNTOUCHED) == set(METHODS) - forgetting
+    assert set(texts.UNTOUCHED) == set(METHODS) - forgetting
 
 
 # -- evidence that is missing or does not hold -------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from stubs import Stubs
 
-from distunlearn.cli import main
+from distunlearn.cli.main import main
 from distunlearn.errors import ConfigError
-from distunlearn.submit import Job, script, submit
+from distunlearn.run.slurm import Job, script, submit
 
 ROOT = Path(__file__).parents[2]
 WAITS = {"code": 75, "wait": True, "step": True}

@@ -21,7 +21,7 @@ from distunlearn.audit.attacks.lira import lira_alignment
 from distunlearn.audit.attacks.part_crop import part_crop
 from distunlearn.audit.attacks.rmia import rmia
 from distunlearn.audit.attacks.view_agreement import view_agreement
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["ATTACKS", "FURTHER", "PAIRED", "Attacked", "run_attacks"]
 

@@ -12,7 +12,7 @@ it too, so the gap to it is what counts; for the original itself every score is 
 from __future__ import annotations
 
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["alignment_gap"]
 

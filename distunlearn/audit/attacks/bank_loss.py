@@ -9,7 +9,7 @@ image by a bank that is the same for all.
 from __future__ import annotations
 
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["bank_loss"]
 

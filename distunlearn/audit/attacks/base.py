@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.statistics import Comparison, Part
 
 __all__ = ["Attacked", "crosswise_attack", "fitted_log_odds", "threshold_attack"]

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["embedding_norm"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack, fitted_log_odds, threshold_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["encodermi_set", "encodermi_threshold", "encodermi_vector"]
 

@@ -10,7 +10,7 @@ layer of the head. Source: gradient-norm signals of white-box attacks, Nasr, Sho
 from __future__ import annotations
 
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["gradient_norm_head", "gradient_norm_network"]
 

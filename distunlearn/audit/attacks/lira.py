@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["alignment", "alignment_likelihood", "lira_alignment"]
 

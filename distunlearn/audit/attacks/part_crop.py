@@ -11,7 +11,7 @@ of the holdout, crosswise. Off unless `audit.part_crops` says how many crops (th
 from __future__ import annotations
 
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack, fitted_log_odds
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["part_crop"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["rmia"]
 

@@ -13,7 +13,7 @@ shadow encoder is needed to choose one.
 from __future__ import annotations
 
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
-from distunlearn.audit.signals import Signals
+from distunlearn.audit.signals.collect import Signals
 
 __all__ = ["view_agreement"]
 

@@ -24,7 +24,7 @@ from distunlearn.constraints.evaluators.sliced import Sliced
 from distunlearn.constraints.evaluators.two_passes import shown_once
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
+    from distunlearn.config.schema import RunConfig
 
 __all__ = ["EVALUATORS", "Constrained", "Evaluator", "Match", "extra_images", "make_evaluator"]
 

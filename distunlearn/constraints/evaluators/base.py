@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distunlearn.constraints.patterns import shared_pattern
+from distunlearn.constraints.gradients.shared_activations import shared_pattern
 from distunlearn.data.schedule import Batch
+from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
-from distunlearn.objectives.gather import all_reduce_mean
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = [
     "Constrained",

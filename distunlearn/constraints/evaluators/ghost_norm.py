@@ -29,16 +29,16 @@ from distunlearn.constraints.evaluators.base import (
     without_graph,
 )
 from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
-from distunlearn.constraints.ghost import GhostGradients, Recorder
-from distunlearn.constraints.head import NORM_FLOOR
-from distunlearn.constraints.probes import probed_layers
+from distunlearn.constraints.gradients.ghost_norms import GhostGradients, Recorder
+from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
+from distunlearn.constraints.gradients.probes import probed_layers
 from distunlearn.data.schedule import Batch
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = ["GhostNorm"]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from distunlearn.constraints.evaluators.base import Constrained, Look, Match
-from distunlearn.constraints.head import gradient_features, head_gradients, sketch_matrices
+from distunlearn.constraints.gradients.last_layer import gradient_features, head_gradients, sketch_matrices
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = ["Head"]
 

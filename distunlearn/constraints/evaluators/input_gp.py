@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distunlearn.common.device import on_device
 from distunlearn.constraints.evaluators.base import (
     Constrained,
     Look,
@@ -32,16 +33,15 @@ from distunlearn.constraints.evaluators.base import (
     without_graph,
 )
 from distunlearn.data.schedule import Batch, concat_batches, random_words
-from distunlearn.data.transfer import on_device
-from distunlearn.objectives.bank import Bank
+from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean, gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches
-from distunlearn.objectives.gather import all_gather_uneven, all_reduce_mean, gather_sizes, mean_scale
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = ["InputGP"]
 

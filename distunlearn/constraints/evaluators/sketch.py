@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distunlearn.config_checks import SHARDED
+from distunlearn.config.checks import SHARDED
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
     Constrained,
@@ -37,16 +37,16 @@ from distunlearn.constraints.evaluators.base import (
     without_graph,
 )
 from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
-from distunlearn.constraints.head import NORM_FLOOR
-from distunlearn.constraints.probes import ProbeSet, probed_layers
+from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
+from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = ["DoubleBackward", "Sketch", "describe", "draw_probes"]
 

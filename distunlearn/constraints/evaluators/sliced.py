@@ -29,15 +29,15 @@ from distunlearn.constraints.evaluators.base import (
     signed_copies,
 )
 from distunlearn.constraints.evaluators.sketch import draw_probes
-from distunlearn.constraints.probes import ProbeSet
+from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = ["Sliced", "direction"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from distunlearn.config_checks import SHARDED
+from distunlearn.config.checks import SHARDED
 from distunlearn.constraints.evaluators.base import (
     Look,
     Views,
@@ -30,12 +30,12 @@ from distunlearn.constraints.evaluators.base import (
     without_graph,
 )
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.objectives.bank import Bank
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
-    from distunlearn.methods.base import Context
+    from distunlearn.config.schema import RunConfig
+    from distunlearn.objectives.forward import Context
 
 __all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once"]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distunlearn.encoders.compiled import require_compiler
+from distunlearn.distributed.process_group import join
+from distunlearn.encoders.compile import require_compiler
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.process_group import join
 from distunlearn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
+    from distunlearn.config.schema import RunConfig
 
 __all__ = ["Backend", "open_backend"]
 

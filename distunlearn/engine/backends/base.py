@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
+from distunlearn.distributed.process_group import Place
+from distunlearn.distributed.sync_batchnorm import convert
+from distunlearn.encoders.activation_checkpointing import checkpointed
 from distunlearn.encoders.blocks import blocks, replace_forward
-from distunlearn.encoders.compiled import compiled
-from distunlearn.encoders.recompute import checkpointed
+from distunlearn.encoders.compile import compiled
 from distunlearn.engine.backends.optimizer_state import entries_of, nested, spread_state
-from distunlearn.engine.backends.pieces import Piece, Stored, whole
-from distunlearn.engine.backends.process_group import Place
-from distunlearn.engine.batchnorm import convert
+from distunlearn.engine.backends.tensor_shards import Piece, Stored, whole
 from distunlearn.errors import DistunlearnError, RankLostError
-from distunlearn.objectives.gather import all_gather_detached, sum_over_ranks
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
+    from distunlearn.config.schema import RunConfig
     from distunlearn.encoders.model import EncoderOutput, MomentumEncoder
 
     Forward = Callable[[Tensor], EncoderOutput]

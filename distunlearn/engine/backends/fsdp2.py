@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from distunlearn.distributed.collectives import sum_over_ranks
 from distunlearn.encoders.blocks import shard_units
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.pieces import Piece, Stored, part
+from distunlearn.engine.backends.tensor_shards import Piece, Stored, part
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.objectives.gather import sum_over_ranks
 
 if TYPE_CHECKING:
     from distunlearn.encoders.model import MomentumEncoder

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distunlearn.engine.backends.pieces import Stored
+from distunlearn.engine.backends.tensor_shards import Stored
 from distunlearn.errors import DataError
 
 __all__ = ["check_state", "counter", "entries_of", "is_per_weight", "nested", "spread_state"]

@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distunlearn.distributed.collectives import sum_over_ranks
+from distunlearn.distributed.process_group import Place
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.optimizer_state import check_state, counter, is_per_weight
-from distunlearn.engine.backends.pieces import Piece, Stored, part, whole
-from distunlearn.engine.backends.process_group import Place
+from distunlearn.engine.backends.tensor_shards import Piece, Stored, part, whole
 from distunlearn.errors import ConfigError, DataError, NumericsError
-from distunlearn.objectives.gather import sum_over_ranks
 
 if TYPE_CHECKING:
-    from distunlearn.config import RunConfig
+    from distunlearn.config.schema import RunConfig
     from distunlearn.encoders.model import MomentumEncoder
 
 __all__ = ["Zero", "zero_config"]

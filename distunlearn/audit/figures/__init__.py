@@ -1,0 +1,1 @@
+"""Figures made from signals: gates, utility, similarity, distances to the retrained encoder."""

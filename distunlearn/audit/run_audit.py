@@ -1,0 +1,80 @@
+"""The audit of a run directory: signals of every encoder, what its tier adds, then summary.json and the raw scores.
+
+tier 0   nothing is trained: attacks, controls and similarity of the original and the unlearned encoder, and of the
+         retrained one if the run has it
+tier 1   one retrained encoder: gaps to it, reference attacks, relearning
+tier 2   also pooled shadow encoders (`shadows`)
+
+Stress tests (`stress`, called tier 3) come on top of tier 1 or 2 where `audit.stress` names them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distunlearn.audit.relearn import Relearned, relearn
+from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_key
+from distunlearn.audit.signals.collect import Eye, Signals, collect_signals, make_eye
+from distunlearn.audit.summary import summarise, write_audit
+from distunlearn.engine import phases
+from distunlearn.engine.ledger import coverage, read_ledger
+
+if TYPE_CHECKING:
+    from distunlearn.engine.session import Session
+
+__all__ = ["collect_evidence", "make_eye"]
+
+
+def collect_evidence(
+    session: Session, pooled: dict[str, Any] | None = None, stress: dict[str, Any] | None = None
+) -> str:
+    """Look at the run's encoders (the main process alone), write `audit/`, and return the verdict.
+
+    pooled, stress: figures of the shadow encoders and of the stress tests, whose encoders all processes have trained.
+    """
+    cfg, out = session.cfg, session.out
+    folders = {"original": out / "original", "unlearned": out, "retrained": out / "retrained"}
+    signals: dict[str, Signals] = {}
+    relearned: dict[str, Relearned] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        if name == "retrained" and cfg.audit.tier == 0 and not (folder / phases.DONE).exists():
+            continue
+        session.telemetry.note("audit", f"attacking the {name} encoder")
+        trained = phases.load_trained(folder, session)
+        facts[name] = trained.facts
+        eye = make_eye(session, trained)
+        signals[name] = _signals(session, name, eye, trained.facts["state_sha256"])
+        if cfg.audit.tier and cfg.audit.relearn_steps:
+            steps = 0 if name == "original" else cfg.audit.relearn_steps
+            relearned[name] = relearn(eye, session.store, session.manifest, cfg, steps)
+    phase_of = {"pretrain": "original", "unlearn": "unlearned", "retrain": "retrained"}
+    cost = {
+        f"{phase}_{unit}": facts[name][unit] if name in facts else None
+        for unit in ("images", "seconds") for phase, name in phase_of.items()
+    }  # fmt: skip
+    covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
+    summary, scores = summarise(
+        signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled, stress=stress
+    )
+    session.ledger.may_write()
+    write_audit(out / "audit", summary, scores)
+    return summary["gates"]["verdict"]
+
+
+def _signals(session: Session, name: str, eye: Eye, state_sha256: str) -> Signals:
+    """Those of a run that this one reuses, where it kept them, else found by looking."""
+    cfg = session.cfg
+    key = signals_key(cfg, session.manifest, state_sha256)
+    found = None
+    if name in SHARED and cfg.reuse:
+        found = kept_signals(Path(cfg.reuse).expanduser() / "audit" / f"signals-{name}.npz", key)
+    if found is None:
+        found = collect_signals(eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg)
+    if name in SHARED and cfg.audit.keep_signals:
+        session.ledger.may_write()
+        keep_signals(session.out / "audit" / f"signals-{name}.npz", found, key)
+    return found
+
+

@@ -1,0 +1,1 @@
+"""What an attacker can see of each image, collected once for each encoder."""

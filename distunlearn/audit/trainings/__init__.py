@@ -1,0 +1,1 @@
+"""Trainings that an audit starts: pooled shadow encoders and stress tests."""

@@ -1,0 +1,60 @@
+"""Trainings inside a run: other roles, or other seeds, of the same shards, in a folder of their own below the run's.
+
+The pooled shadows of tier 2 and the stress tests are such trainings. No shard is written: the manifest in memory gives
+the images other roles, and the processes, the stop request and the watchdog are those of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distunlearn.data.loading.stream import open_store
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.engine.ledger import Ledger
+from distunlearn.engine.phases import check_coverage
+
+if TYPE_CHECKING:
+    from distunlearn.engine.session import Session
+
+__all__ = ["check_coverage", "nested_session", "with_copies", "with_roles"]
+
+
+def with_roles(manifest: Manifest, roles: Mapping[str, str]) -> Manifest:
+    """The same samples; those named in `roles` {id: role} have that role, all others keep theirs."""
+    samples = [dataclasses.replace(s, role=roles.get(s.id, s.role)) for s in manifest.samples]
+    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
+
+
+def with_copies(manifest: Manifest, copies: Mapping[str, int]) -> Manifest:
+    """The samples named in `copies` {id: k} are there k times, as ids `<id>`, `<id>~2` and so on, of the same bytes."""
+    samples = []
+    for sample in manifest.samples:
+        samples.append(sample)
+        for number in range(2, copies.get(sample.id, 1) + 1):
+            samples.append(dataclasses.replace(sample, id=f"{sample.id}~{number}"))
+    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
+
+
+def nested_session(
+    session: Session, folder: str, manifest: Manifest, stack: contextlib.ExitStack, seed: int | None = None
+) -> Session:
+    """A session of its own directory `<run>/<folder>`, roles and ledger; closed with `stack`. seed: None is the run's.
+
+    All ranks call it together.
+    """
+    out = Path(session.out) / folder
+    cfg = session.cfg if seed is None else dataclasses.replace(session.cfg, seed=seed)
+    if session.backend.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+    session.backend.barrier()
+    store = open_store(manifest, cfg)
+    stack.callback(store.close)
+    ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
+    stack.callback(ledger.close)
+    return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)
+
+

@@ -1,0 +1,71 @@
+"""How a command ends: one line on standard error and an exit code, whatever happened, on each rank its part of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from distunlearn.common.launcher import announced_rank, is_main
+from distunlearn.common.text import printable
+from distunlearn.errors import ConfigError, DistunlearnError, LaunchError, RankLostError, StoppedError
+
+__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "complain", "ended"]
+
+EXIT_INTERNAL = 70
+EXIT_STOPPED = 75
+
+
+def ended(error: BaseException) -> int:
+    """Say what `error` means, and return the exit code."""
+    if isinstance(error, DistunlearnError):
+        complain(error)
+        if error.agreed:
+            _leave_together()
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        if is_main():
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_STOPPED
+    from distunlearn.distributed.process_group import lost_rank
+
+    if _is_out_of_memory(error):
+        who = f"rank {announced_rank()}" if "RANK" in os.environ else "this process"
+        told = printable(str(error).splitlines()[0], 200).rstrip(".")
+        print(
+            f"error: {who} ran out of memory ({told}); make the batches smaller, or set the phase's accumulate above "
+            "1, activation_checkpointing=true or a backend that shards, or free the device.",
+            file=sys.stderr,
+        )  # by every rank: any may be the one
+        return ConfigError.exit_code
+    lost = lost_rank(error)
+    if lost is None:
+        if "RANK" in os.environ:
+            print(f"rank {announced_rank()} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+        return EXIT_INTERNAL
+    print(f"error: {lost}", file=sys.stderr)  # by every rank: the main one may be the lost one
+    return RankLostError.exit_code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the machine where torch asked for it."""
+    import torch
+
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or told
+
+
+def complain(error: DistunlearnError) -> None:
+    """One line on stderr. A bad config and what all ranks agreed on is said once; other errors may strike one rank."""
+    if is_main():
+        print(str(error) if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
+    elif not error.agreed and (isinstance(error, LaunchError) or not isinstance(error, ConfigError)):
+        print(f"rank {announced_rank()}: error: {error}", file=sys.stderr)
+
+
+def _leave_together() -> None:
+    """All ranks end alike; a launcher would end the main process, before it has said why, with the first to leave."""
+    from distunlearn.distributed.process_group import wait_for_all
+
+    wait_for_all()

@@ -1,0 +1,368 @@
+"""The command line: parse, resolve the config, call the verb, turn errors into one line and an exit code.
+
+Exit codes: 0 done; 2 usage or config; 3 data or coverage; 4 numerics; 5 a rank was lost; 6 an evidence gate
+failed; 7 the evidence is inconclusive; 75 stopped, resumable; 70 internal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import tyro
+
+from distunlearn import __version__
+from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, RunDir
+from distunlearn.cli.exit import EXIT_INTERNAL, EXIT_STOPPED, ended
+from distunlearn.cli.exit import complain as _complain
+from distunlearn.cli.sweep import Sweep
+from distunlearn.common.launcher import is_main as _is_main
+from distunlearn.common.text import printable
+from distunlearn.errors import ConfigError
+from distunlearn.plan.gpu_target import Target
+from distunlearn.run.slurm import Job
+
+if TYPE_CHECKING:
+    from distunlearn.config.schema import RunConfig
+
+__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "main"]
+
+# torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
+
+@dataclass(frozen=True)
+class Run:
+    """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        return pipeline.run(_resolve(self), self.out)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn a source of images into shards, a manifest and a summary."""
+
+    source: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="[SOURCE]", help="a source (digits, cifar10, imagefolder, ...) or a recipe", help_behavior_hint=""
+        ),
+    ] = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.config.checks import SOURCES
+        from distunlearn.config.load import load_config
+        from distunlearn.config.recipes import RECIPES
+        from distunlearn.run import pipeline
+
+        if not _is_main():
+            return 0
+        if self.source is None and self.config is None:
+            raise ConfigError(f"no source; name one of {', '.join(SOURCES)}, or give --config")
+        recipe, overrides = self.source, list(self.overrides)
+        if self.source in SOURCES and self.source not in RECIPES:
+            recipe, overrides = None, [f"data.source={self.source}", *overrides]
+        print(pipeline.prepare(load_config(recipe, self.config, overrides), self.out))
+        return 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """Write a manifest for WebDataset shards that exist, beside them; the shards stay as they are."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="folder of .tar files")]
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.config.load import load_config
+        from distunlearn.run.prepare import describe, index_folder
+
+        if _is_main():
+            own = ["data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}"]
+            cfg = load_config(None, self.config, [*own, *self.overrides])
+            print(describe(index_folder(cfg, Path(str(cfg.data.root)))))
+        return 0
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train the original encoder."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        pipeline.pretrain(_resolve(self), self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Unlearn:
+    """Make the original encoder forget."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        pipeline.unlearn(_resolve(self), self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Attack the original, the unlearned and the retrained encoder of a run, and judge its gates."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        return pipeline.audit(self.run_dir)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html of an audited run."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        if _is_main():
+            print(pipeline.report(self.run_dir))
+        return 0
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Give a run to SLURM, as a job that saves at signals and asks for itself again; --dry-run prints the script."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+    job: Annotated[Job, tyro.conf.arg(name="")] = Job()
+    dry_run: Annotated[bool, tyro.conf.arg(help="print the script", help_behavior_hint="")] = False
+
+    def __call__(self) -> int:
+        from distunlearn.config.load import load_config
+        from distunlearn.run.slurm import script, submit
+
+        if not self.job.check():  # else `script` says it all
+            load_config(self.recipe, self.config, list(self.overrides), world=self.job.nodes * self.job.tasks)
+        text = script(self.job, self.recipe, self.out, self.config, self.overrides)
+        print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Status:
+    """Print where a run stands, from its directory, as JSON."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        from distunlearn.run.status import run_status
+
+        print(json.dumps(run_status(self.run_dir), indent=2))
+        return 0
+
+
+@dataclass(frozen=True)
+class Purge:
+    """Take the forgotten images out of the run's shards, for good; without --apply only say what would happen."""
+
+    run_dir: RunDir
+    apply: Annotated[bool, tyro.conf.arg(help="rewrite the shards", help_behavior_hint="")] = False
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        if _is_main():
+            print(json.dumps(pipeline.purge(self.run_dir, apply=self.apply), indent=2))
+        return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resolve and check everything, print steps, memory and coverage as JSON, touch nothing."""
+
+    recipe: Recipe = None
+    out: Annotated[
+        Path | None, tyro.conf.arg(metavar="DIR", help="run directory to look at", help_behavior_hint="")
+    ] = None
+    config: Config = None
+    overrides: Overrides = ()
+    target: Target = Target()
+
+    def __call__(self) -> int:
+        from distunlearn.run import pipeline
+
+        planned = pipeline.plan(_resolve(self), self.out, self.target)
+        if _is_main():
+            print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
+        return 0
+
+
+@dataclass(frozen=True)
+class List:
+    """Show the methods, encoders, objectives, attacks and recipes that can be named."""
+
+    kind: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[KIND]", help="all of them if left out", help_behavior_hint=""),
+    ] = None
+
+    def __call__(self) -> int:
+        from distunlearn.cli.list import KINDS, catalog_text
+
+        if self.kind is not None and self.kind not in KINDS:
+            raise ConfigError(_unknown("kind", self.kind, KINDS))
+        if _is_main():
+            print(catalog_text(self.kind))
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Describe this environment for a bug report, secrets left out, and name what is wrong with it.
+
+    With a recipe or --config, under the launcher of the run: check the launch itself, too.
+    """
+
+    recipe: Recipe = None
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="folder that must be writable")] = Path(".")
+    config: Config = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        from distunlearn.cli.doctor import doctor_text, launch_text
+
+        if _is_main():
+            print(doctor_text(self.out))
+        if self.recipe is None and self.config is None:
+            return 0
+        text, sound = launch_text(_resolve(self), self.out)
+        if _is_main():
+            print(text)
+        return 0 if sound else ConfigError.exit_code
+
+
+VERBS = (Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor)
+NAMES = {verb.__name__.lower(): verb for verb in VERBS}
+ONLY_PRINT = (Plan, List, Doctor, Status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` defaults to the process's own arguments. Returns the exit code."""
+    # Before torch loads its thread pool: idle threads sleep. By default they spin, and where another process wants the
+    # same cores, training on 2 threads was 4 times slower for it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone. Without this the interpreter would complain once more when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_STOPPED if args and NAMES.get(args[0], Plan) not in ONLY_PRINT and "--help" not in args else 0
+    return code
+
+
+def _main(args: list[str]) -> int:
+    if args == ["--version"]:
+        print(f"distunlearn {__version__}")
+        return 0
+    if args and not args[0].startswith("-") and args[0] not in NAMES:
+        return _unknown_verb(args[0])
+    verb: Any = None
+    with _quiet_system_exit() as parsing:
+        verb = _parse(args)
+    if verb is None:
+        return parsing.code
+    try:
+        return verb()
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        return ended(error)
+
+
+def _unknown_verb(name: str) -> int:
+    _complain(ConfigError(_unknown("command", name, NAMES)))
+    return ConfigError.exit_code
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+    return f"unknown {what} {printable(name, 40)!r}; {hint}"
+
+
+def _parse(args: list[str]) -> Any:
+    """The verb that `args` ask for; SystemExit for --help and for usage errors, which tyro explains."""
+    verbs = tuple(Annotated[verb, tyro.conf.subcommand(name=name)] for name, verb in NAMES.items())
+    return tyro.cli(
+        Union[verbs],  # type: ignore[arg-type]  # noqa: UP007  (a union made at run time has no X | Y form)
+        prog="distunlearn",
+        description="Make a contrastive image encoder forget images, on one process or many, and show the evidence.",
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        console_outputs=_is_main(),
+    )
+
+
+@dataclass
+class _Parsing:
+    code: int = 0
+
+
+@contextlib.contextmanager
+def _quiet_system_exit() -> Iterator[_Parsing]:
+    """tyro ends the process by itself; a caller of `main` gets its code instead."""
+    parsing = _Parsing()
+    try:
+        yield parsing
+    except SystemExit as stop:
+        parsing.code = stop.code if isinstance(stop.code, int) else 2
+
+
+def _resolve(verb: Any) -> RunConfig:
+    from distunlearn.config.load import load_config
+
+    if verb.recipe is None and verb.config is None:
+        raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
+    return load_config(verb.recipe, verb.config, list(verb.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What every layer may use and that knows nothing of the project: files, text, devices, the launcher."""

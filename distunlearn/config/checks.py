@@ -1,0 +1,250 @@
+"""What the types of config.py cannot say: settings that exclude one another or do not work in this version.
+
+Pure functions of the config, the number of processes and, for files that are named in it, the file system.
+No check imports torch, so a typing mistake costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from distunlearn.common.store_url import url_problem
+from distunlearn.config.schema import DataConfig, RunConfig
+
+__all__ = ["PATH_KEYS", "SHARDED", "cross_checks", "forget_is_file"]
+
+PATH_KEYS = ("reuse", "data.root", "data.shards", "data.store_cache", "data.third_party_root", "encoder.checkpoint")
+
+SOURCES: tuple[str, ...] = get_args(get_type_hints(DataConfig)["source"])
+ROOTLESS = ("digits", "fashion_mnist")  # sources that know where their files are
+ID_FILES = (".txt", ".csv", ".jsonl")
+CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
+MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
+STRESS_TESTS = ("worst_case", "whole_class", "canaries", "sequential")
+GATED_ATTACKS = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
+FURTHER_ATTACKS = (
+    "encodermi_set", "encodermi_threshold", "embedding_norm", "gradient_sketch", "part_crop", "rmia", "lira_alignment",
+    "alignment_gap",
+)  # fmt: skip
+RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
+
+
+def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
+    """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
+    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _objective, _constraint, _audit)
+    problems = [problem for check in checks for problem in check(cfg)]
+    problems.extend(_processes(cfg, world))
+    problems.extend(_shares(cfg, world))
+    return problems
+
+
+def forget_is_file(forget: int | float | str) -> bool:
+    """Whether `data.forget` names a file of ids."""
+    return isinstance(forget, str) and not forget.startswith("class:")
+
+
+def _seed(cfg: RunConfig) -> Iterator[str]:
+    if cfg.seed > MAX_SEED:
+        yield f"seed is {cfg.seed}, expected at most {MAX_SEED}"
+
+
+def _text(cfg: RunConfig) -> Iterator[str]:
+    """Control characters in paths and names: they would forge log lines and file names."""
+    values: list[tuple[str, Any]] = [(key, _value(cfg, key)) for key in PATH_KEYS]
+    values += [("data.forget", cfg.data.forget), ("encoder.name", cfg.encoder.name)]
+    values += [(f"encoder.args.{key}", value) for key, value in cfg.encoder.args.items()]
+    for key, value in values:
+        if any(unicodedata.category(char) == "Cc" for char in f"{key}{value}" if isinstance(value, str)):
+            yield f"{key} contains a control character; remove it"
+
+
+def _sources(cfg: RunConfig) -> Iterator[str]:
+    data = cfg.data
+    if data.source not in ROOTLESS and not data.root and not data.shards:
+        yield f"data.source={data.source} needs data.root, the folder that holds it"
+    other = data.third_party_source
+    if other is None:
+        if data.third_party_root is not None:
+            yield "data.third_party_root is set without data.third_party_source; set both or neither"
+        return
+    if other not in SOURCES:
+        close = difflib.get_close_matches(other, SOURCES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(SOURCES)}"
+        yield f"data.third_party_source is {other!r}, which is no source{hint}"
+    elif other not in ROOTLESS and not data.third_party_root and not data.shards:
+        yield f"data.third_party_source={other} needs data.third_party_root, the folder that holds it"
+
+
+def _store(cfg: RunConfig) -> Iterator[str]:
+    data = cfg.data
+    problem = None if data.store is None else url_problem(data.store)
+    if problem is not None:
+        yield f"data.store {problem}"
+    elif data.store is not None and not data.shards:
+        yield "data.store needs data.shards, the local folder that holds the manifest"
+    if data.store_cache is not None and data.store is None:
+        yield "data.store_cache is set without data.store; set both or neither"
+
+
+def _forget(cfg: RunConfig) -> Iterator[str]:
+    forget, members = cfg.data.forget, cfg.data.members
+    if isinstance(forget, int):
+        if forget < 1:
+            yield f"data.forget is {forget}: there is nothing to forget; set a count of at least 1"
+        elif members and forget >= members:
+            yield f"data.forget={forget} leaves nothing of data.members={members} to retain; forget fewer"
+    elif isinstance(forget, float):
+        if not 0 < forget < 1:
+            yield f"data.forget is {forget}, expected a share between 0 and 1 or a whole number of images"
+    elif forget.startswith("class:"):
+        if not re.fullmatch(r"class:\d{1,9}", forget):
+            yield f"data.forget is {forget!r}, expected class: and the number of a class, such as class:3"
+    elif not forget.lower().endswith(ID_FILES):
+        yield f"data.forget is {forget!r}, expected a count, a share, class:N or a file of ids ({', '.join(ID_FILES)})"
+
+
+def _sizes(cfg: RunConfig) -> Iterator[str]:
+    """A batch larger than its role would hold an image twice, and no image is its own negative."""
+    data, retain = cfg.data, None
+    if data.members and isinstance(data.forget, int) and 0 < data.forget < data.members:
+        retain = data.members - data.forget
+    if data.members and cfg.pretrain.batch > data.members:
+        yield f"pretrain.batch={cfg.pretrain.batch} is larger than data.members={data.members}; lower the batch"
+    if retain is not None and cfg.unlearn.retain_batch > retain:
+        yield (
+            f"unlearn.retain_batch={cfg.unlearn.retain_batch} is larger than the {retain} images to retain "
+            "(data.members less data.forget); lower the batch"
+        )
+    if cfg.unlearn.third_party_batch > data.third_party:
+        yield (
+            f"unlearn.third_party_batch={cfg.unlearn.third_party_batch} is larger than "
+            f"data.third_party={data.third_party}; lower the batch"
+        )
+    for key, size in (("pretrain.batch", cfg.pretrain.batch), ("unlearn.retain_batch", cfg.unlearn.retain_batch)):
+        if size < 2:
+            yield f"{key} is {size}, expected at least 2: a contrastive loss compares images with one another"
+
+
+def _encoder(cfg: RunConfig) -> Iterator[str]:
+    encoder = cfg.encoder
+    if not encoder.name.strip():
+        yield "encoder.name is empty; expected the name of a timm model such as resnet18"
+    elif encoder.stem != "standard" and not RESNET.match(encoder.name.split(".")[0]):
+        yield f"encoder.stem={encoder.stem} is for ResNets only; set encoder.stem=standard for {encoder.name}"
+    if encoder.checkpoint is not None:
+        path = Path(encoder.checkpoint)
+        if path.suffix.lower() not in CHECKPOINT_FILES:
+            yield f"encoder.checkpoint is {encoder.checkpoint!r}, expected a file in {', '.join(CHECKPOINT_FILES)}"
+        elif not path.is_file():
+            yield f"encoder.checkpoint {encoder.checkpoint!r} is not a file; check the path"
+
+
+def _views(cfg: RunConfig) -> Iterator[str]:
+    if cfg.encoder.in_chans == 3:
+        return
+    for name in ("saturation", "hue", "grayscale"):
+        value = getattr(cfg.views, name)
+        if value:
+            yield f"views.{name}={value} needs colour, but encoder.in_chans is 1; set it to 0 or use 3 channels"
+
+
+def _objective(cfg: RunConfig) -> Iterator[str]:
+    objective = cfg.objective
+    if objective.name == "supervised" and cfg.data.source == "imagefolder" and cfg.data.root:
+        root = Path(cfg.data.root)
+        if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
+            yield (
+                f"objective.name=supervised needs labels, but data.root {cfg.data.root!r} has no class folders; "
+                "sort the images into one folder a class"
+            )
+    largest = max(cfg.pretrain.batch, cfg.unlearn.retain_batch)
+    if objective.name == "moco" and objective.queue_size < largest:
+        yield f"objective.queue_size={objective.queue_size} is smaller than a batch of {largest}; enlarge the queue"
+
+
+def _constraint(cfg: RunConfig) -> Iterator[str]:
+    constraint = cfg.constraint
+    try:
+        re.compile(constraint.layers or "")
+    except re.error as error:
+        yield f"constraint.layers is {constraint.layers!r}, which is no regular expression ({error}); correct it"
+    if constraint.evaluator == "double_backward" and cfg.backend in SHARDED and cfg.method.name == "third_party":
+        yield (
+            f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
+            f"backend={cfg.backend}; set constraint.evaluator=sketch, or backend=ddp"
+        )
+    if constraint.evaluator == "sliced" and cfg.precision == "bf16" and cfg.method.name == "third_party":
+        yield (
+            "constraint.evaluator=sliced compares gradients as single numbers, whose order the rounding of "
+            "precision=bf16 changes; set constraint.evaluator=sketch, or precision=fp32"
+        )
+
+
+def _audit(cfg: RunConfig) -> Iterator[str]:
+    """Names of attacks are texts here: one that is no attack would be a gate that is silently left out."""
+    audit = cfg.audit
+    for key, text, known in (
+        ("audit.gates.also", audit.gates.also or "", FURTHER_ATTACKS),
+        ("audit.average", audit.average, (*GATED_ATTACKS, *FURTHER_ATTACKS)),
+    ):
+        for name in filter(None, map(str.strip, text.split(","))):
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"expected names among {', '.join(known)}"
+                yield f"{key} names {name!r}, which is not an attack that it takes; {hint}"
+            elif name == "part_crop" and not audit.part_crops:
+                yield f"{key} names part_crop, which audit.part_crops=0 leaves out; set audit.part_crops, such as 128"
+            elif key == "audit.gates.also" and name == "alignment_gap":
+                yield "audit.gates.also names alignment_gap, which has no power on the original encoder by definition"
+    if not audit.average.strip(" ,"):
+        yield "audit.average is empty; name at least one attack"
+    for name in filter(None, map(str.strip, (audit.stress or "").split(","))):
+        if name not in STRESS_TESTS:
+            close = difflib.get_close_matches(name, STRESS_TESTS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected names among {', '.join(STRESS_TESTS)}"
+            yield f"audit.stress names {name!r}, which is no stress test; {hint}"
+    if audit.tier == 0 and audit.stress:
+        yield "audit.stress needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
+    if audit.tier == 0 and audit.gates.also:
+        yield "audit.gates.also needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
+
+
+def _processes(cfg: RunConfig, world: int) -> Iterator[str]:
+    if world == 1:
+        return
+    if cfg.backend == "single":
+        yield f"backend=single cannot use {world} processes; set backend=ddp or start one process"
+
+
+def _shares(cfg: RunConfig, world: int) -> Iterator[str]:
+    """Every batch divides into equal micro-batches, and those into equal shares of the processes.
+
+    A micro-batch has losses of its own: contrast and the distances between gradients need two images in each.
+    """
+    sizes = [("pretrain.batch", cfg.pretrain.batch, cfg.pretrain.accumulate)]
+    for key in ("retain_batch", "forget_batch", "third_party_batch"):
+        sizes.append((f"unlearn.{key}", getattr(cfg.unlearn, key), cfg.unlearn.accumulate))
+    for key, size, parts in sizes:
+        unit = parts * world
+        if size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
+            nearest = f"{below} or {above}" if below else f"{above}"
+            sharers = [f"{world} processes"] * (world > 1)
+            sharers += [f"{parts} micro-batches ({key.split('.')[0]}.accumulate)"] * (parts > 1)
+            yield f"{key}={size} cannot be shared equally by {' and '.join(sharers)}; set it to {nearest}"
+        elif parts > 1 and size // parts < 2:
+            yield (
+                f"{key}={size} leaves {size // parts} image to each of {key.split('.')[0]}.accumulate={parts} "
+                f"micro-batches, expected at least 2; lower {key.split('.')[0]}.accumulate"
+            )
+
+
+def _value(cfg: RunConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), cfg)

@@ -1,0 +1,116 @@
+"""Named recipes: functions that return a RunConfig, derived from one another.
+
+Embedded recipes use scikit-learn's digits (8 x 8 pixels, shown to the encoder at 32 x 32) and encoders that
+two CPU cores train in a few minutes. Settings of forgetting were chosen on seeds 10, 11 and 12. Change single values
+with `--set`, or derive a function of your own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from distunlearn.config.schema import (
+    DataConfig,
+    EncoderConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    RunConfig,
+    UnlearnConfig,
+    ViewsConfig,
+)
+
+__all__ = ["RECIPES", "digits"]
+
+SMALL_RESNET = EncoderConfig(
+    name="resnet18",
+    image_size=32,
+    in_chans=1,
+    stem="deep",
+    args={"stem_width": 8, "channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]},
+    embed_dim=128,
+)
+SMALL_VIT = EncoderConfig(
+    name="vit_tiny_patch16_224",
+    image_size=32,
+    in_chans=1,
+    stem="standard",
+    args={"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3, "class_token": False, "global_pool": "avg"},
+    embed_dim=96,
+)
+
+
+def digits() -> RunConfig:
+    """SimCLR, a narrow ResNet, scikit-learn's digits: 700 members, 200 of them to forget."""
+    return RunConfig(
+        recipe="digits",
+        data=DataConfig(source="digits", calibration=97, third_party=300, third_party_audit=100),
+        encoder=SMALL_RESNET,
+        objective=ObjectiveConfig(name="simclr", temperature=0.2, hidden_dim=256, output_dim=64),
+        views=ViewsConfig(crop_scale_min=0.4, brightness=0.4, contrast=0.4),
+        pretrain=PretrainConfig(epochs=400, batch=128, lr=4e-3),
+        unlearn=UnlearnConfig(steps=175, retain_batch=96, forget_batch=32, third_party_batch=48, lr=5e-4),
+        method=MethodConfig(gradient_weight=1.0, output_weight=4.0, confidence_weight=0.05, view_pairs=2),
+    )
+
+
+def digits_moco() -> RunConfig:
+    """MoCo v2 with a queue."""
+    base = digits()
+    return replace(base, recipe="digits_moco", objective=replace(base.objective, name="moco", queue_size=512))
+
+
+def digits_mocov3() -> RunConfig:
+    """MoCo v3 style: no queue, a predictor, a small ViT."""
+    base = digits()
+    return replace(
+        base,
+        recipe="digits_mocov3",
+        encoder=SMALL_VIT,
+        objective=replace(base.objective, name="mocov3"),
+        pretrain=replace(base.pretrain, lr=1e-3),
+    )
+
+
+def digits_byol() -> RunConfig:
+    """BYOL: no negatives in training; the bank of the per-sample loss are target projections of retain."""
+    base = digits()
+    return replace(base, recipe="digits_byol", objective=replace(base.objective, name="byol"))
+
+
+def digits_supervised() -> RunConfig:
+    """Cross-entropy with labels."""
+    base = digits()
+    return replace(base, recipe="digits_supervised", objective=replace(base.objective, name="supervised"))
+
+
+def digits_vit() -> RunConfig:
+    """SimCLR with a small ViT."""
+    base = digits()
+    return replace(base, recipe="digits_vit", encoder=SMALL_VIT, pretrain=replace(base.pretrain, lr=1e-3))
+
+
+def fashion_mnist() -> RunConfig:
+    """SimCLR on Fashion-MNIST: 1,000 members, 200 to forget (IDX files as Debian's dataset-fashion-mnist lays them)."""
+    base = digits()
+    return replace(
+        base,
+        recipe="fashion_mnist",
+        data=DataConfig(
+            source="fashion_mnist", members=1000, forget=200, holdout=1000, calibration=400, third_party=500,
+            third_party_audit=500,
+        ),
+        views=replace(base.views, flip=0.5),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "digits_moco": digits_moco,
+    "digits_mocov3": digits_mocov3,
+    "digits_byol": digits_byol,
+    "digits_supervised": digits_supervised,
+    "digits_vit": digits_vit,
+    "fashion_mnist": fashion_mnist,
+}

@@ -1,0 +1,1 @@
+"""Two-sample distances between gradient sets, by name in `energy.DISTANCES`."""

@@ -1,0 +1,1 @@
+"""Per-sample gradients: in closed form, as sketches, as norms."""

@@ -1,0 +1,1 @@
+"""From shards and a manifest to batches: reading, checking, decoding, caching, ordering."""

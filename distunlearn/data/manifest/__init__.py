@@ -1,0 +1,1 @@
+"""Which image lies where, with its digest, role and label."""

@@ -1,0 +1,376 @@
+"""Sources to WebDataset tar shards: deterministic, over several processes, going on after a kill.
+
+Each sample is `<key>.<png|jpg|webp>`, `<key>.cls` (the label, if known) and `<key>.json` ({"id": ...}),
+with a running number as the key. Three groups: `members-*` (retain and forget mixed, in an order drawn
+by seed, so a shard's name says nothing about what is to be forgotten), `third_party-*`, `reserve-*`
+(calibration and holdout). The same input gives the same bytes, whatever the number of processes.
+
+A shard is written together with a note of what is in it. After a kill the next attempt keeps every shard whose note
+belongs to the same images, unchanged since, and whose bytes have the digest of the note.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distunlearn.common.files import file_sha256, sync_path, write_atomic
+from distunlearn.config.schema import DataConfig
+from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
+from distunlearn.data.manifest.manifest import COLUMNS, MANIFEST, SUMMARY, Manifest, Shard
+from distunlearn.data.manifest.records import CODE
+from distunlearn.data.prepare.duplicates import near_copies, perceptual_hash, settle_copies
+from distunlearn.data.prepare.process_pool import num_workers, run_jobs
+from distunlearn.data.prepare.roles import draw_roles
+from distunlearn.data.schedule import permutation
+from distunlearn.data.sources.sources import Source, open_sources
+from distunlearn.errors import DataError
+
+__all__ = ["Progress", "duplicate_facts", "prepare_shards", "write_shards"]
+
+_GROUPS = {
+    "members": ("retain", "forget"),
+    "third_party": ("third_party", "third_party_audit"),
+    "reserve": ("calibration", "holdout"),
+}
+_OURS = (MANIFEST, SUMMARY, COLUMNS)
+_OUR_SHARDS = re.compile(rf"({'|'.join(_GROUPS)})-\d{{6}}\.tar")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write. entries: (source number, id, label or None), in order; first: running number of the first."""
+
+    name: str
+    first: int
+    entries: list[tuple[int, str, int | None]]
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What every process needs: readers of the sources, the folder, the pixel limit, whether hashes are wanted."""
+
+    readers: list[Source]
+    folder: Path
+    max_pixels: int
+    hashes: bool
+
+
+def prepare_shards(
+    cfg: DataConfig, seed: int, folder: str | Path, *, replace: bool = False, progress: Progress | None = None
+) -> Manifest:
+    """Sources to shards in one call: open, draw roles, write. See `write_shards`."""
+    members, guest = open_sources(cfg)
+    drawn = draw_roles(members.samples, cfg, seed, None if guest is None else guest.samples)
+    sources = [members] if guest is None else [members, guest]
+    return write_shards(
+        sources, drawn.roles, folder, cfg.samples_per_shard, seed=seed, replace=replace, progress=progress,
+        workers=cfg.prepare_workers, copies=cfg.copies, near_distance=cfg.near_distance, max_pixels=cfg.max_pixels,
+        facts=drawn.facts,
+    )  # fmt: skip
+
+
+def write_shards(
+    sources: Sequence[Source],
+    roles: Mapping[str, str],
+    folder: str | Path,
+    samples_per_shard: int,
+    *,
+    seed: int,
+    replace: bool = False,
+    progress: Progress | None = None,
+    workers: int = 1,
+    copies: str = "keep",
+    near_distance: int | None = None,
+    max_pixels: int = 64_000_000,
+    facts: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write every image that has a role, the manifest and the summary; all of it or nothing.
+
+    Args:
+        sources: where the ids of `roles` are read from; ids are unique over all sources.
+        roles: {id: role}.
+        folder: created, or replaced as a whole by a rename once everything is on disk. Shards of the
+            same selection are replaced (which repairs them), those of another only with `replace`.
+        seed: decides the order within each group.
+        progress: called with (images written, images in all) after every shard.
+        workers: processes; 0: one a core for large sets, else this one.
+        copies: what to do with retained images that have the bytes of one to forget, see `copies.settle_copies`.
+        near_distance: bits of a perceptual hash up to which an image is counted as a near-copy; None: no search.
+        max_pixels: limit of the search for near-copies. facts: more for summary.json.
+
+    Raises:
+        DataError: an image cannot be read, copies are refused, the folder holds other things or cannot be written, or
+            another prepare writes there. What a killed prepare left is kept for the next one, after an error nothing.
+    """
+    folder = Path(folder)
+    jobs = _plan(sources, roles, samples_per_shard, seed)
+    try:
+        with _partial_folder(folder, {job.name for job in jobs}) as partial:
+            readers = [source.reader() if hasattr(source, "reader") else source for source in sources]
+            shared = _Shared(readers, partial, max_pixels, near_distance is not None)
+            processes = num_workers(workers, len(roles), len(jobs))
+            columns, files, hashes = _write_all(shared, jobs, roles, processes, progress)
+            role, found = duplicate_facts(columns, hashes, copies, near_distance)
+            info = {**_facts(sources), **found, **(facts or {})}
+            manifest = Manifest(partial, columns.with_roles(role), files, info)
+            for job in jobs:
+                _note(partial, job.name).unlink()
+            manifest.save(partial)
+            sync_path(partial)
+            _put_in_place(partial, folder, manifest, replace)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"Shards cannot be written to {folder} ({reason}); choose another folder.") from error
+    manifest.folder = folder
+    return manifest
+
+
+def duplicate_facts(
+    columns: Columns,
+    hashes: np.ndarray | None,
+    policy: str,
+    near_distance: int | None,
+    known: np.ndarray | bool = True,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(roles uint8 [n] after the policy for exact copies, facts for the summary).
+
+    hashes: uint64 [n], perceptual; known: bool [n], which of them are.
+
+    Raises:
+        DataError: exact copies of forgotten images among the retained, and the policy is to refuse them.
+    """
+    role, facts = settle_copies(columns.ids, columns.sha256, columns.role, CODE["forget"], CODE["retain"], policy)
+    if near_distance is not None and hashes is not None:
+        forget, retain = (np.flatnonzero((role == CODE[name]) & known) for name in ("forget", "retain"))
+        near_forget, near_retain = near_copies(hashes[forget], hashes[retain], near_distance)
+        facts["near_copies"] = {
+            "distance": near_distance,
+            "forget": int(near_forget.sum()),
+            "retain": int(near_retain.sum()),
+        }
+    return role, facts
+
+
+def _plan(sources: Sequence[Source], roles: Mapping[str, str], samples_per_shard: int, seed: int) -> list[_Job]:
+    """Which image goes where: a pure function of the arguments."""
+    home = {i: (number, label) for number, source in enumerate(sources) for i, label in source.samples}
+    jobs: list[_Job] = []
+    first = 0
+    for group, group_roles in _GROUPS.items():
+        ids = [sample_id for sample_id, role in roles.items() if role in group_roles]
+        order = [ids[i] for i in permutation(len(ids), seed, "shards", group).tolist()]
+        for number, start in enumerate(range(0, len(order), samples_per_shard)):
+            entries = [(home[i][0], i, home[i][1]) for i in order[start : start + samples_per_shard]]
+            jobs.append(_Job(f"{group}-{number:06d}.tar", first, entries))
+            first += len(entries)
+    return jobs
+
+
+def _write_all(
+    shared: _Shared, jobs: Sequence[_Job], roles: Mapping[str, str], workers: int, progress: Progress | None
+) -> tuple[Columns, dict[str, Shard], np.ndarray | None]:
+    """All shards; their samples as columns, their sizes and digests, and the perceptual hashes."""
+    files: dict[str, Shard] = {}
+    pieces: list[Columns] = []
+    hashes: list[int] = []
+    done = 0
+    for number, (job, note) in enumerate(zip(jobs, run_jobs(_write_shard, shared, jobs, workers), strict=True)):
+        files[job.name] = Shard(note["bytes"], note["sha256"], len(job.entries))
+        pieces.append(Columns.build(_rows(number, job, note["images"], roles)))
+        hashes += [image[3] for image in note["images"]]
+        done += len(job.entries)
+        if progress is not None:
+            progress(done, len(roles))
+    return Columns.join(pieces), files, np.array(hashes, dtype=np.uint64) if shared.hashes else None
+
+
+def _rows(number: int, job: _Job, images: list[list[Any]], roles: Mapping[str, str]) -> Iterator[Row]:
+    for (_, sample_id, label), (offset, length, sha256, _) in zip(job.entries, images, strict=True):
+        known = NO_LABEL if label is None else label
+        yield sample_id, number, offset, length, bytes.fromhex(sha256), CODE[roles[sample_id]], known
+
+
+def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
+    """Write one shard and its note, or find both as an earlier attempt left them."""
+    stamps = [_stamp(shared.readers[source], sample_id) for source, sample_id, _ in job.entries]
+    plan = hashlib.sha256(json.dumps([asdict(job), stamps, shared.hashes]).encode()).hexdigest()
+    path, note_path = shared.folder / job.name, _note(shared.folder, job.name)
+    note = _good_note(path, note_path, plan)
+    if note is not None:
+        return note
+    note_path.unlink(missing_ok=True)
+    images: list[list[Any]] = []
+    sink = _Hashing(path)
+    with sink, tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (source, sample_id, label) in enumerate(job.entries, start=job.first):
+            data, kind = shared.readers[source].read(sample_id)
+            key = f"{number:08d}"
+            offset = _add(tar, sink, f"{key}.{kind}", data)
+            if label is not None:
+                _add(tar, sink, f"{key}.cls", str(label).encode())
+            _add(tar, sink, f"{key}.json", json.dumps({"id": sample_id}).encode())
+            near = perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes else 0
+            images.append([offset, len(data), hashlib.sha256(data).hexdigest(), near])
+    note = {"plan": plan, "bytes": sink.size, "sha256": sink.sha256(), "images": images}
+    write_atomic(note_path, json.dumps(note).encode())
+    return note
+
+
+def _stamp(source: Source, sample_id: str) -> str:
+    """What changes when an image does; of a source without stamps, the digest of the image."""
+    if hasattr(source, "stamp"):
+        return source.stamp(sample_id)
+    return hashlib.sha256(source.read(sample_id)[0]).hexdigest()
+
+
+def _note(folder: Path, name: str) -> Path:
+    return folder / f".{name}.note"
+
+
+def _good_note(path: Path, note_path: Path, plan: str) -> dict[str, Any] | None:
+    """The note of a shard that an earlier attempt finished, if both are whole and of the same plan."""
+    try:
+        note = json.loads(note_path.read_bytes())
+        good = note["plan"] == plan and path.stat().st_size == note["bytes"] and file_sha256(path) == note["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
+    return note if good else None
+
+
+class _Hashing:
+    """A new file that is only written forwards, hashing what passes; durable when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._handle.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def sha256(self) -> str:
+        """Of all that was written, hexadecimal."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._handle:
+            if kind is None:
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
+
+
+def _add(tar: tarfile.TarFile, sink: _Hashing, name: str, data: bytes) -> int:
+    """Append one member with neutral metadata; returns the offset of its data."""
+    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names empty
+    member.size = len(data)
+    offset = sink.tell() + tarfile.BLOCKSIZE  # a short USTAR name takes exactly one header block
+    tar.addfile(member, io.BytesIO(data))
+    return offset
+
+
+def _facts(sources: Sequence[Source]) -> dict[str, object]:
+    return {
+        "sources": [source.name for source in sources],
+        "classes": list(sources[0].classes),
+        "labels_known": sources[0].labels_known,
+        "skipped_files": sum(source.skipped for source in sources),
+    }
+
+
+@contextmanager
+def _partial_folder(folder: Path, names: set[str]) -> Iterator[Path]:
+    """A locked folder beside `folder`, which may hold shards `names` of a prepare that was killed, and nothing else.
+
+    Unless it was renamed in the end, it and new parents are removed; after Ctrl-C it stays.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    new_parents = [parent for parent in folder.parents if not parent.exists()]  # innermost first
+    kept = names | {_note(partial, name).name for name in names}
+    with ExitStack() as on_exit:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY)
+            on_exit.callback(os.close, handle)
+            _lock(handle, folder)
+            for left_over in partial.iterdir():
+                if left_over.is_dir():
+                    shutil.rmtree(left_over)
+                elif left_over.name not in kept:
+                    left_over.unlink()
+            yield partial
+        except (_BusyError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+class _BusyError(DataError):
+    """The partial folder is another process's: leave it alone."""
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _BusyError(f"Another prepare is writing {folder}; wait for it to end.") from error
+
+
+def _put_in_place(partial: Path, folder: Path, manifest: Manifest, replace: bool) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        _check_replaceable(folder, manifest, replace)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    try:
+        os.rename(partial, folder)
+    except BaseException:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    sync_path(folder.parent)
+
+
+def _check_replaceable(folder: Path, manifest: Manifest, replace: bool) -> None:
+    """Only what an earlier prepare wrote may be replaced, and another selection only if asked to."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file; expected a folder for the shards.")
+    names = sorted(path.name for path in folder.iterdir())
+    strange = [name for name in names if name not in _OURS and _OUR_SHARDS.fullmatch(name) is None]
+    if strange:
+        raise DataError(f"{folder} holds {strange[0]!r}, which prepare did not write; give an empty or a new folder.")
+    try:
+        found = Manifest.load(folder).fingerprint
+    except DataError:
+        return  # damaged shards, or an empty folder
+    if found != manifest.fingerprint and not replace:
+        raise DataError(f"{folder} holds shards of another selection; give another folder or remove that one.")

@@ -1,0 +1,1 @@
+"""Shards in an object store, and local copies of them."""

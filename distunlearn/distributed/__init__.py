@@ -1,0 +1,1 @@
+"""Talk between the processes of a run: joining, collectives, batch statistics."""

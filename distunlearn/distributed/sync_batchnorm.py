@@ -1,0 +1,221 @@
+"""Batch norm over the global batch, on CPUs too (torch's SyncBatchNorm needs a GPU).
+
+Every rank contributes count, mean and sum of squared deviations M2 of its rows; they are merged by Chan, Golub and
+LeVeque's formula ("Updating formulae and a pairwise algorithm for computing sample variances", 1979):
+
+    N = sum_r n_r,   mean = sum_r n_r mean_r / N,   M2 = sum_r [ M2_r + n_r (mean_r - mean)^2 ]
+
+The backward sums over the ranks (Ioffe and Szegedy, "Batch normalization", ICML 2015, section 3, in closed form):
+
+    dx = weight invstd [ dy - (sum dy + xhat sum dy xhat) / N ]       xhat = (x - mean) invstd, sums over all ranks
+
+as the gathers of objectives.gather do. With losses scaled by W / N and parameter gradients averaged over ranks, every
+gradient is that of `nn.BatchNorm` on the whole batch, for uneven shares too. It cannot be differentiated
+twice (raises). Passes over the pixels are torch's own kernels.
+
+Shapes: n = rows of this rank (0 is allowed), C = channels, W = world; inputs are [n, C] or [n, C, ...].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
+from distunlearn.errors import ConfigError
+
+__all__ = ["SyncBatchNorm", "convert"]
+
+FEW_PIXELS = 16  # of an image: below, torch's kernel for sums on a CPU is the slow one (2 x 2: four times as slow)
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """In training mode: statistics of the global batch. In eval mode: `nn.BatchNorm`, without communication.
+
+    All ranks must run a training forward together, and the backward of what it returns. `drop` and `act` are those of
+    timm's BatchNormAct2d and the identity elsewhere. The global batch must hold at least two values a channel.
+    """
+
+    def __init__(self, source: _BatchNorm) -> None:
+        """Takes over the parameters and buffers of `source` themselves, not copies: an optimizer may hold them."""
+        super().__init__(
+            source.num_features, source.eps, source.momentum, affine=False, track_running_stats=False
+        )
+        self.affine, self.track_running_stats = source.affine, source.track_running_stats
+        for name in ("weight", "bias"):
+            setattr(self, name, getattr(source, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(source, name))
+        self.drop: nn.Module = getattr(source, "drop", nn.Identity())
+        self.act: nn.Module = getattr(source, "act", nn.Identity())
+        self.training = source.training
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions (got {input.dim()})")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[n, C, ...] -> [n, C, ...], in the dtype of `input`."""
+        normalised = self._normalise(input) if self.training else super().forward(input)
+        return self.act(self.drop(normalised))
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        x = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        mean, m2, count = _global_statistics(x.detach())
+        if self.track_running_stats:
+            self._track(mean, m2, count)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return _Normalise.apply(x, weight, bias, mean, m2 / count, count, self.eps).to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+        """Running statistics as torch keeps them: variance unbiased, `momentum` None for a cumulative mean."""
+        self.num_batches_tracked.add_(1)
+        rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_((m2 / (count - 1)).to(self.running_var.dtype), rate)
+
+
+class _Normalise(torch.autograd.Function):
+    """weight (x - mean) / sqrt(variance + eps) + bias, whose statistics are those of the x of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, count: Tensor,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        if not x.numel():
+            return x.clone()
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        mine = _local_sums(grad, x, weight, mean, variance, ctx.eps)
+        # The sums that belong to x are over all ranks, those of weight and bias over this one: backends average them.
+        total, total_xhat = sum_over_ranks(mine)
+        invstd = (variance + ctx.eps).rsqrt()
+        scale = invstd if weight is None else weight * invstd
+        slope = -scale * invstd * total_xhat / count
+        shift = -scale * total / count - slope * mean
+        dx = _per_channel(x, slope, shift, last).addcmul_(grad, scale.view((1, -1) + (1,) * (x.dim() - 2)))
+        bias_grad, weight_grad = mine if weight is not None else (None, None)
+        return dx, weight_grad, bias_grad, None, None, None, None
+
+
+def _per_channel(x: Tensor, slope: Tensor, shift: Tensor, channels_last: bool) -> Tensor:
+    """slope x + shift, [C] each; by the batch norm kernel where that is the faster one (contiguous images on a CPU)."""
+    if channels_last or x.device.type != "cpu" or not x.numel():
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return torch.addcmul(shift.view(shape), x, slope.view(shape))
+    zero, one = torch.zeros_like(shift), torch.ones_like(shift)
+    return nn.functional.batch_norm(x, zero, one, slope, shift, training=False, eps=0.0)
+
+
+def _local_sums(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """[2, C] over this rank's rows: the sum of dy, and of dy xhat."""
+    if not x.numel():
+        return x.new_zeros(2, x.shape[1])
+    if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous() and 1 < x[0, 0].numel() < FEW_PIXELS:
+        rows, centred = grad.flatten(2), x.flatten(2) - mean[:, None]
+        products = centred.mul_(rows).sum(2).sum(0)
+        return torch.stack([rows.sum(2).sum(0), products * (variance + eps).rsqrt()])
+    return torch.stack(_sums(grad, x, weight, mean, variance, eps))
+
+
+def _local_moments(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and M2 [C] of this rank's rows, `count` values a channel.
+
+    On a CPU torch's kernel for them is several times slower than its kernel for the two sums of the backward. With
+    dy = y and the mean 0 those are sum y and sum y^2. y = x - c, where c is the mean of some rows: near the mean, so
+    that little cancels in M2 = sum y^2 - (sum y)^2 / count.
+    """
+    if not _has_images(x):
+        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+        return mean, variance * count
+    near = x[:: max(1, x.shape[0] // 4)].mean([0, *range(2, x.dim())])
+    zero, one = torch.zeros_like(near), torch.ones_like(near)
+    moved = nn.functional.batch_norm(x, near, one, training=False, eps=0.0)
+    total, squares = _sums(moved, moved, None, zero, one, 0.0)
+    return near + total / count, (squares - total.square() / count).clamp_(min=0)
+
+
+def _has_images(x: Tensor) -> bool:
+    """Where torch's kernel for sums is the fast one: on a CPU, channels first, and not for a handful of pixels."""
+    return x.device.type == "cpu" and x.is_contiguous() and x[0, 0].numel() >= FEW_PIXELS
+
+
+def _sums(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """[C] each: the sum of dy, and of dy (x - mean) / sqrt(variance + eps), by torch's kernel."""
+    _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, variance, None, None, False, eps, [False, True, True]
+    )
+    return plain, weighted
+
+
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], M2 [C] and values per channel [] of the batch over all ranks."""
+    channels = x.shape[1]
+    count = x.numel() // channels
+    if count:
+        mean, m2 = _local_moments(x, count)
+    else:  # no rows here: a weight of 0 in the merge
+        mean = m2 = x.new_zeros(channels)
+    local = torch.cat([mean, m2, x.new_full((1,), count)])
+    everyone = all_gather_detached(local[None])
+    means, m2s, counts = everyone[:, :channels], everyone[:, channels : 2 * channels], everyone[:, 2 * channels :]
+    total = counts.sum()
+    merged = (counts * means).sum(0) / total
+    return merged, m2s.sum(0) + (counts * (means - merged).square()).sum(0), total
+
+
+def convert(model: nn.Module, world: int) -> nn.Module:
+    """Replace the batch norms of `model`, in place, by ones over the global batch of `world` ranks.
+
+    Parameters, buffers and their names stay. A world of 1 changes nothing. Use the returned module: it differs from
+    `model` where that is a batch norm itself.
+
+    Raises:
+        ConfigError: a batch norm with unknown behaviour of its own.
+    """
+    return _convert(model, {}) if world > 1 else model
+
+
+def _convert(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`done`: replacements so far, so that a module used twice stays one module."""
+    if module in done:
+        return done[module]
+    done[module] = module
+    if isinstance(module, SyncBatchNorm):
+        return module
+    if isinstance(module, _BatchNorm):
+        _require_known(module)
+        done[module] = SyncBatchNorm(module)
+        return done[module]
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _convert(child, done)
+    return module
+
+
+def _require_known(module: _BatchNorm) -> None:
+    kind = type(module)
+    if kind in PLAIN or (kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")):
+        return
+    raise ConfigError(
+        f"the encoder's {kind.__module__}.{kind.__name__} cannot be synchronised over processes (expected "
+        "nn.BatchNorm1d/2d/3d or timm's BatchNormAct2d); set sync_batchnorm=false or use one process."
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, and saving beside the training."""

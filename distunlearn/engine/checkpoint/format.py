@@ -1,0 +1,331 @@
+"""Checkpoints: written whole or not at all, checked before use.
+
+A checkpoint is a folder `step-XXXXXXXX`: safetensors files, and `COMMIT.json`, which names each of them with its sha256
+and size and is itself under a digest. Two layouts, which every backend reads:
+
+    state.safetensors, optimizer.safetensors          whole tensors, written by the main rank
+    state-RRRRR-of-WWWWW.safetensors, optimizer-...   pieces, each rank's own; where they lie is in the file's metadata
+
+It is made under a temporary name. Every rank writes and syncs its files; the main rank waits for all of them, commits,
+renames the folder, and only then names it in `LATEST`. A folder whose COMMIT.json does not verify is passed over in
+favour of the one before. Format 1, of earlier versions, had its optimizer in a pickled `optimizer.pt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import stat
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distunlearn.common.files import file_sha256, sync_path, write_json
+from distunlearn.common.tensors import write_tensors
+from distunlearn.engine.backends.optimizer_state import nested
+from distunlearn.engine.backends.tensor_shards import Piece, Stored, StoredTensor, whole
+from distunlearn.errors import DataError
+
+__all__ = [
+    "Checkpoint", "begin", "candidates", "commit", "exposed", "latest_checkpoint", "none_verifies", "read_commit",
+    "save_checkpoint", "verified", "write_json", "write_pieces", "write_tensors",
+]  # fmt: skip
+
+FORMAT = 2
+KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
+OPTIMIZER = "optimizer."
+STEP = re.compile(r"step-\d{8}")
+PLAIN = re.compile(r"[\w-][\w.-]*")  # a name in this folder, never a path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `step` is the next step to run."""
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+    def state(self) -> dict[str, Stored]:
+        """Everything under its name (`model.`, `momentum.`, `queue.`, `method.`, `optimizer.`), read when used.
+
+        Raises:
+            DataError: a file cannot be read, or pieces do not make up their tensor.
+        """
+        files = [name for name in self.facts["files"] if name.endswith(".safetensors")]
+        try:
+            return _index([self.folder / name for name in sorted(files)])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.folder} cannot be read ({error}); delete it to use the one before.") from None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the optimizer, whole, on the CPU."""
+        return {name: whole(value) for name, value in self.state().items() if not name.startswith(OPTIMIZER)}
+
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's state, as `backends.optimizer_state` describes it.
+
+        Raises:
+            DataError: the file is damaged, or it is a pickled one where others may write.
+        """
+        if self.facts["format"] > 1:
+            entries = ((n.removeprefix(OPTIMIZER), t) for n, t in self.state().items() if n.startswith(OPTIMIZER))
+            return nested(self.facts["optimizer"], entries)
+        if trouble := exposed(self.folder):
+            raise DataError(f"{trouble}, and holds a pickled file, which is not read there; change its owner and mode.")
+        path = self.folder / "optimizer.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{path} cannot be read ({reason}); delete {self.folder} to go on without it.") from None
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int, world: int, sharded: bool) -> dict[str, Any]:
+    """This rank's files of the checkpoint that is being made in `folder`, synced; what COMMIT.json says of them.
+
+    Args:
+        pieces: on the CPU, with memory of their own.
+    """
+    share = f"-{rank:05d}-of-{world:05d}" if sharded else ""
+    tensors: dict[str, dict[str, Tensor]] = {"state": {}, "optimizer": {}}
+    places: dict[str, dict[str, list]] = {"state": {}, "optimizer": {}}
+    for piece in pieces:
+        kind = "optimizer" if piece.name.startswith(OPTIMIZER) else "state"
+        if piece.start is not None and piece.values.numel() == 0:
+            continue
+        tensors[kind][piece.name] = piece.values
+        if piece.start is not None:
+            places[kind][piece.name] = [piece.start, list(piece.shape)]
+    files = {}
+    for kind, found in tensors.items():
+        path = folder / f"{kind}{share}.safetensors"
+        save_file(found, path, metadata={"pieces": json.dumps(places[kind])} if sharded else None)
+        sync_path(path)
+        files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    return files
+
+
+def commit(
+    temporary: Path,
+    step: int,
+    files: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    may_write: Callable[[], None] | None = None,
+    sound: Collection[int] | None = None,
+) -> tuple[Path, list[str]]:
+    """Turn `temporary`, in which all files lie, into the checkpoint of `step`; remove what is older than `KEEP`.
+
+    Args:
+        files: as `write_pieces` describes them, of all ranks.
+        facts: plain JSON kept in COMMIT.json.
+        may_write: asked before the commit; raises where the directory belongs to another attempt.
+        sound: steps whose checkpoints are known to verify; None: all. Only they count as kept.
+
+    Returns:
+        The checkpoint's folder, and a sentence for each old one that could not be removed.
+    """
+    folder = temporary.parent
+    final = folder / f"step-{step:08d}"
+    content = {**facts, "format": FORMAT, "step": step, "files": dict(files)}
+    write_json(temporary / "COMMIT.json", {**content, "commit": _digest(content)})
+    if may_write is not None:
+        may_write()
+    damaged = folder / f".{final.name}.damaged.tmp"
+    if final.exists():  # one that did not verify, made anew
+        os.replace(final, damaged)
+    os.replace(temporary, final)
+    sync_path(folder)
+    pointer = folder / ".LATEST.tmp"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    sync_path(pointer)
+    os.replace(pointer, folder / "LATEST")
+    sync_path(folder)
+    shutil.rmtree(damaged, ignore_errors=True)
+    return final, _remove_old(folder, step, sound)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    may_write: Callable[[], None] | None = None,
+) -> Path:
+    """Commit whole tensors as the state before step `step`, at once, from one process; see `saving` for more.
+
+    Args:
+        folder: the phase's `checkpoints/`.
+        optimizer: as `backends.optimizer_state` describes it.
+        facts: plain JSON kept in COMMIT.json (config digest, world, images, seconds, attempt).
+        may_write: asked before the first byte and again before the commit.
+    """
+    if may_write is not None:
+        may_write()
+    temporary = begin(folder, step)
+    moments = {f"{OPTIMIZER}{n}/{k}": v for n, entries in optimizer["state"].items() for k, v in entries.items()}
+    pieces = [Piece(n, t.detach().cpu().contiguous(), tuple(t.shape)) for n, t in (tensors | moments).items()]
+    files = write_pieces(temporary, pieces, 0, 1, sharded=False)
+    return commit(temporary, step, files, {"optimizer": optimizer["optimizer"], **facts}, may_write)[0]
+
+
+def begin(folder: Path, step: int, token: str = "0") -> Path:
+    """A folder to make the checkpoint of `step` in, without what killed attempts left beside it.
+
+    token: tells attempts at one step apart, for ranks that come to the folder at different times.
+    """
+    temporary = folder / f".step-{step:08d}.{token}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".step-*"):
+        if left != temporary or token == "0":
+            shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(exist_ok=True)
+    return temporary
+
+
+def _remove_old(folder: Path, newest: int, sound: Collection[int] | None) -> list[str]:
+    """Never one of the `KEEP` newest that are known to be sound; damaged ones of later steps wait to be made anew."""
+    steps = {_number(path): path for path in _steps(folder)}
+    kept = sorted(step for step in steps if step == newest or sound is None or step in sound)[-KEEP:]
+    troubles: list[str] = []
+    for step, path in steps.items():
+        if step not in kept and step < newest:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                troubles.append(f"the old checkpoint {path.name} could not be removed ({error})")
+    return troubles
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and the names of newer ones that do not.
+
+    Selection is by step number and COMMIT.json, never by file times; LATEST is for people and scripts.
+
+    Raises:
+        DataError: checkpoints exist but none verifies, or one is of a newer format.
+    """
+    rejected: list[str] = []
+    for name in candidates(folder):
+        checkpoint = read_commit(folder / name)
+        if checkpoint is not None and verified(checkpoint):
+            return checkpoint, rejected
+        rejected.append(name)
+    if rejected:
+        raise none_verifies(folder, rejected)
+    return None, rejected
+
+
+def none_verifies(folder: Path, rejected: Sequence[str]) -> DataError:
+    """What to raise where checkpoints exist, all of them damaged."""
+    return DataError(
+        f"{folder}: none of the checkpoints {', '.join(rejected)} matches its COMMIT.json; delete the folder to start "
+        "this phase anew."
+    )
+
+
+def candidates(folder: Path) -> list[str]:
+    """Names of the checkpoints in `folder`, the newest step first, sound or not."""
+    return [path.name for path in reversed(_steps(folder))] if folder.is_dir() else []
+
+
+def read_commit(folder: Path) -> Checkpoint | None:
+    """What COMMIT.json says; None: it is missing or damaged. The files are not looked at.
+
+    Raises:
+        DataError: it was written by a newer version.
+    """
+    try:
+        content = json.loads((folder / "COMMIT.json").read_text(encoding="utf-8"))
+        version = content.setdefault("format", 1)
+        if isinstance(version, int) and version > FORMAT:
+            raise DataError(
+                f"{folder} has format {version}, but this version reads 1 to {FORMAT}; go on with the version that "
+                "wrote it."
+            )
+        digest = content.pop("commit", None)
+        if version > 1 and digest != _digest(content):
+            return None
+        if content["step"] != _number(folder) or not content["files"] or folder.is_symlink():
+            return None
+        if all(PLAIN.fullmatch(name) and _sha256(entry) for name, entry in content["files"].items()):
+            return Checkpoint(folder, content["step"], content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # a torn folder: the caller goes on to the one before
+    return None
+
+
+def verified(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> bool:
+    """Whether the files are those that COMMIT.json names. share, of: look at every `of`-th file alone, from `share`."""
+    try:
+        files = sorted(checkpoint.facts["files"].items())[share::of]
+        return all(file_sha256(checkpoint.folder / name) == _sha256(entry) for name, entry in files)
+    except (OSError, DataError):  # a file that cannot be read
+        return False
+
+
+def exposed(folder: Path) -> str | None:
+    """The beginning of a sentence that says who else may write into `folder`, or that another owns it; None: nobody."""
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{folder} belongs to user {found.st_uid}, not to the user of this process ({os.geteuid()})"
+    if found.st_mode & stat.S_IWOTH:
+        return f"{folder} may be written by every user of this machine"
+    return None
+
+
+def _sha256(entry: Any) -> str:
+    return entry if isinstance(entry, str) else entry["sha256"]  # format 1 had nothing else
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if STEP.fullmatch(p.name) and p.is_dir())
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _index(paths: Sequence[Path]) -> dict[str, Stored]:
+    state: dict[str, Stored] = {}
+    pieces: dict[str, list] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        file = safe_open(path, framework="pt", device="cpu")
+        places = json.loads((file.metadata() or {}).get("pieces", "{}"))
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            if name not in places:
+                state[name] = file.get_tensor(name)
+                continue
+            start, shape = places[name]
+            found = file.get_slice(name)
+            pieces.setdefault(name, []).append((start, math.prod(found.get_shape()), _reader(found)))
+            if shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                raise ValueError(f"the pieces of {name!r} are of different tensors")
+    return state | {name: StoredTensor(name, shapes[name], parts) for name, parts in pieces.items()}
+
+
+def _reader(found: Any) -> Callable[[int, int], Tensor]:
+    return lambda a, b: found[a:b]

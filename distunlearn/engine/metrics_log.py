@@ -1,0 +1,232 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard, logs/<phase>.log and progress.
+
+Only the main process writes; on every other rank all calls do nothing. Nothing here decides
+anything: a tracker that fails is switched off with one warning and the run goes on.
+
+A step number is the count of optimizer steps finished, so the first step of a phase is logged as 1
+and a phase resumed from a checkpoint at `start` logs `start + 1` next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from distunlearn.common.text import printable
+from distunlearn.engine.progress import PROGRESS_INTERVAL, Progress
+from distunlearn.errors import DataError
+
+__all__ = ["METRICS", "Telemetry", "new_attempt", "read_metrics"]
+
+METRICS = "metrics.jsonl"
+NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: written as text
+
+
+class Telemetry:
+    """The running record of one attempt at a run.
+
+    folder: the run directory. is_main: False makes every call do nothing.
+    attempt: names this start of the run on every line, so that attempts can be told apart.
+    tensorboard: write <folder>/tensorboard/<phase>; needs the tensorboard package, else one warning.
+    interval: seconds between progress lines. stream: where people read; standard error by default.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        is_main: bool = True,
+        *,
+        attempt: int | str | None = None,
+        tensorboard: bool = True,
+        interval: float = PROGRESS_INTERVAL,
+        stream: IO[str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.is_main = is_main
+        self.attempt = printable(new_attempt() if attempt is None else attempt, 64)
+        self.interval = interval
+        self.stream = stream if stream is not None else sys.stderr
+        self._tensorboard = tensorboard and is_main
+        self._writers: dict[str, Any] = {}
+        self._starts: dict[str, int] = {}
+        self._logs: dict[str, IO[str]] = {}
+        self._metrics: IO[str] | None = None
+        self._bar: Progress | None = None
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / METRICS
+            _drop_torn_line(path)
+            self._metrics = path.open("a", encoding="ascii", newline="\n")
+
+    def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl and the numbers among `values` to TensorBoard.
+
+        values: numbers, booleans, short texts, or scalars with `.item()` (tensors, numpy).
+        """
+        if self._metrics is None:
+            return
+        plain = {printable(key, 64): _plain(value) for key, value in values.items()}
+        row = {"phase": printable(phase, 64), "step": int(step), "wall": round(time.time(), 3), "attempt": self.attempt}
+        row["values"] = {key: _jsonable(value) for key, value in plain.items()}
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        self._metrics.flush()
+        self._scalars(phase, int(step), plain)
+
+    def progress(self, phase: str, total: int, start: int = 0) -> Progress:
+        """Open the progress of `phase`: `with telemetry.progress(...) as bar: bar.update(step, loss=, images=)`.
+
+        start: steps that an earlier attempt finished; TensorBoard hides anything it wrote beyond them.
+        """
+        self._starts[phase] = start
+        name = printable(phase, 64)
+        note = (lambda line: self._append(name, line)) if self.is_main else None
+        self._bar = Progress(name, total, start, self.stream if self.is_main else None, note, self.interval)
+        return self._bar
+
+    def note(self, phase: str, text: str) -> None:
+        """One line for people: to logs/<phase>.log and to the stream, control characters escaped."""
+        if not self.is_main:
+            return
+        line = printable(text, 2000)
+        name = printable(phase, 64)
+        self._append(name, line)
+        if self._bar is not None and self._bar.is_live:
+            self._bar.print(f"{name}: {line}")  # above the bar, not through it
+        else:
+            print(f"{name}: {line}", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Flush and close every file; safe to call twice."""
+        if self._bar is not None:
+            self._bar.close()
+        for writer in self._writers.values():
+            writer.close()
+        for log in self._logs.values():
+            log.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._writers, self._logs, self._metrics, self._bar = {}, {}, None, None
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, phase: str, line: str) -> None:
+        log = self._logs.get(phase)
+        if log is None:
+            folder = self.folder / "logs"
+            folder.mkdir(parents=True, exist_ok=True)
+            log = (folder / f"{_file_name(phase)}.log").open("a", encoding="utf-8", newline="\n")
+            self._logs[phase] = log
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        log.write(f"{stamp} attempt={self.attempt} {line}\n")
+        log.flush()
+
+    def _scalars(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """TensorBoard, one event folder a phase (a purge would otherwise hide the other phases' steps)."""
+        if not self._tensorboard:
+            return
+        try:
+            writer = self._writers.get(phase)
+            if writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+                start = self._starts.get(phase, 0)
+                folder = self.folder / "tensorboard" / _file_name(printable(phase, 64))
+                writer = SummaryWriter(log_dir=str(folder), purge_step=start + 1)
+                self._writers[phase] = writer
+            for key, value in values.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    writer.add_scalar(key, value, step)
+        except Exception as error:  # a tracker must never stop a run
+            self._tensorboard = False
+            kind = type(error).__name__
+            self.note(phase, f"warning: TensorBoard is off ({kind}: {error}); {METRICS} goes on")
+
+
+def new_attempt() -> str:
+    """Return a name for this start of the process: UTC time and process id, e.g. `20260131T120000Z-4711`."""
+    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
+
+
+def read_metrics(path: str | Path, *, superseded: bool = False) -> list[dict[str, Any]]:
+    """Read metrics.jsonl (the file or its run directory) in the order it was written.
+
+    A torn last line (the process was killed while writing) is left out. Rows that a resumed attempt
+    did again, that is whose step is not below a later row of another attempt of the same phase, are
+    left out too unless `superseded`. Raises DataError when any other line is damaged.
+    """
+    file = Path(path)
+    file = file / METRICS if file.is_dir() else file
+    if not file.exists():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or torn
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["values"] = {key: _restore(value) for key, value in row["values"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise DataError(
+                f"line {number} of {printable(file)} is not a metrics row; restore the file or delete it."
+            ) from None
+        rows.append(row)
+    return rows if superseded else _current(rows)
+
+
+def _current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first: dict[str, dict[Any, int]] = {}  # phase -> attempt -> lowest step seen in later rows
+    kept = []
+    for row in reversed(rows):
+        attempts = first.setdefault(row["phase"], {})
+        others = [step for attempt, step in attempts.items() if attempt != row.get("attempt")]
+        if not others or row["step"] < min(others):
+            kept.append(row)
+        attempt = row.get("attempt")
+        attempts[attempt] = min(row["step"], attempts.get(attempt, row["step"]))
+    return kept[::-1]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut what a killed process left after the last newline, so that new rows start on a line of their own."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of torch or numpy as a Python number; other objects as short text."""
+    if isinstance(value, (bool, int, float)) or value is None:
+        return value
+    if hasattr(value, "item"):
+        return value.item()
+    return printable(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _restore(value: Any) -> Any:
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _file_name(name: str) -> str:
+    return "".join(char if char.isalnum() and char.isascii() or char in "-_" else "_" for char in name) or "_"

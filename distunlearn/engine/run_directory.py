@@ -1,0 +1,149 @@
+"""The run directory: where its shards and manifest lie, which settings it belongs to, what may be taken over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distunlearn.common.launcher import is_main
+from distunlearn.config.load import field_diff, load_config, save_config
+from distunlearn.config.schema import RunConfig
+from distunlearn.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from distunlearn.data.manifest.manifest import Manifest
+    from distunlearn.data.manifest.records import Remote
+
+__all__ = [
+    "FREE_KEYS",
+    "claim",
+    "find_manifest",
+    "refuse_other_settings",
+    "saved_config",
+    "shards_folder",
+    "shards_remote",
+    "take_over",
+    "verify",
+]
+
+
+def shards_folder(cfg: RunConfig, out: Path) -> Path:
+    """Where the shards of a run lie."""
+    if cfg.data.shards:
+        return Path(cfg.data.shards).expanduser()
+    if cfg.reuse:
+        return shards_folder(saved_config(Path(cfg.reuse), world=1), Path(cfg.reuse))
+    return Path(out) / "shards"
+
+
+def shards_remote(cfg: RunConfig) -> Remote | None:
+    """The object store that holds the shards of a run; None: they lie in `shards_folder`."""
+    from distunlearn.data.manifest.records import Remote
+
+    data = cfg.data
+    if data.store:
+        return Remote(data.store, data.read_retries, data.store_cache, data.store_cache_mib)
+    return shards_remote(saved_config(Path(cfg.reuse), world=1)) if cfg.reuse and not data.shards else None
+
+
+def find_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
+    """The manifest of a run's shards, which knows where they lie; None if there is none yet.
+
+    Raises:
+        DataError: the manifest is damaged; or there is none of shards in an object store, where `prepare` writes none.
+    """
+    from distunlearn.data.manifest.manifest import Manifest, has_manifest
+
+    folder, remote = shards_folder(cfg, out), shards_remote(cfg)
+    if has_manifest(folder):
+        return Manifest.load(folder, remote)
+    if remote is not None:
+        raise DataError(
+            f"{folder} holds no manifest of the shards in {remote.url}; copy manifest* and summary.json there, or "
+            "index the shards."
+        )
+    return None
+
+
+def saved_config(run_dir: Path, world: int | None = None) -> RunConfig:
+    """The resolved config of a run directory.
+
+    world: number of processes it is to run on now; None: what the launcher announced. 1 where it is only looked at,
+        for a run may reuse or continue one that had another number of processes.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(run_dir) / "run.yaml"
+    if not path.exists():
+        raise DataError(f"{run_dir} is not a run directory (run.yaml is missing); give the --out folder of a run.")
+    return load_config(None, path, [], world=world)
+
+
+def refuse_other_settings(cfg: RunConfig, out: Path) -> None:
+    """Raise ConfigError if the run directory belongs to a run with other settings."""
+    path = out / "run.yaml"
+    if not path.exists():
+        return
+    differences = field_diff(saved_config(out, world=1), cfg)
+    differences = {k: v for k, v in differences.items() if k not in FREE_KEYS}
+    if differences:
+        shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(differences.items())[:5])
+        raise ConfigError(f"{out} belongs to a run with other settings ({shown}); choose another --out.")
+
+
+def claim(cfg: RunConfig, out: Path) -> None:
+    """The run directory belongs to one config: write it, or refuse another."""
+    refuse_other_settings(cfg, out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.yaml").exists():
+        save_config(cfg, out / "run.yaml")
+
+
+def verify(cfg: RunConfig, manifest: Manifest) -> None:
+    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process.
+
+    Of shards in an object store both are compared on one process; every process compares the length of what it reads.
+    """
+    from distunlearn.data.loading.verify import verify_shards
+    from distunlearn.data.prepare.selection import check_list
+    from distunlearn.data.storage.object_store_cache import verify_objects
+
+    if "purged" in manifest.info:
+        raise DataError(
+            f"{manifest.folder} holds shards from which {manifest.info['purged']['images']} forgotten images were "
+            "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
+        )
+    check_list(cfg.data, manifest)
+    key = (str(manifest.folder), manifest.place, manifest.fingerprint, cfg.data.verify)
+    deep = cfg.data.verify == "digest" and is_main() and key not in _VERIFIED
+    if manifest.remote is None:
+        verify_shards(manifest, deep=deep)
+    elif is_main() and key not in _VERIFIED:
+        verify_objects(manifest, deep=deep)
+    if deep or manifest.remote is not None:
+        _VERIFIED.add(key)
+
+
+_VERIFIED: set[tuple[str, ...]] = set()
+
+
+FREE_KEYS = (
+    "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
+    "data.store", "data.store_cache", "data.store_cache_mib", "data.prepare_workers", "data.root",
+    "data.third_party_root", "data.workers", "data.prefetch", "data.read_retries", "data.max_undecodable", "reuse",
+    "checkpoint.asynchronous", "checkpoint.sharded", "watchdog_s", "watchdog_save_s", "join_s", "accept_code_change",
+)  # fmt: skip
+
+
+def take_over(cfg: RunConfig, out: Path) -> None:
+    """Copy the finished original and retrained encoders of `reuse`; their digests are checked when they are used."""
+    source = Path(cfg.reuse).expanduser()
+    for name in ("original", "retrained"):
+        if (source / name / "done.json").exists() and not (out / name).exists():
+            partial = out / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / name, partial, ignore=shutil.ignore_patterns("checkpoints"))
+            os.replace(partial, out / name)

@@ -1,0 +1,206 @@
+"""What the phases of one process share, and the encoders that they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from distunlearn.common.files import file_sha256, write_json
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.stream import ImageStore, open_store
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.schedule import Batch
+from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
+from distunlearn.encoders.weights import check_finite
+from distunlearn.engine import fault_injection
+from distunlearn.engine.backends import Backend, open_backend
+from distunlearn.engine.environment import environment
+from distunlearn.engine.ledger import Ledger
+from distunlearn.engine.metrics_log import Telemetry
+from distunlearn.engine.preemption import StopRequest
+from distunlearn.engine.provenance import require_one_run
+from distunlearn.engine.run_directory import (
+    claim,
+    shards_folder,
+    shards_remote,
+    take_over,
+    verify,
+)
+from distunlearn.engine.run_lock import Lease
+from distunlearn.engine.watchdog import Watch
+from distunlearn.errors import DataError
+from distunlearn.objectives import make_objective
+from distunlearn.objectives.queue import KeyQueue
+
+__all__ = [
+    "CALIBRATION_LIMIT",
+    "DONE",
+    "STATE",
+    "Session",
+    "Trained",
+    "is_done",
+    "load_trained",
+    "open_session",
+    "scratch",
+]
+
+
+@contextmanager
+def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
+    """Join the other processes, check the shards, claim the run directory, open the records; closed in reverse."""
+    out = Path(out)
+    backend = open_backend(cfg)
+    manifest = Manifest.load(shards_folder(cfg, out), shards_remote(cfg))
+    verify(cfg, manifest)
+    with contextlib.ExitStack() as stack:
+        may_write = None
+        if backend.is_main:
+            claim(cfg, out)
+            lease = Lease(out)
+            stack.callback(lease.release)
+            may_write = lease.check
+            if not (out / "env.json").exists():
+                write_json(out / "env.json", environment())
+        backend.barrier()
+        last = lease.release if backend.is_main else None
+        limits = (cfg.watchdog_s, cfg.watchdog_save_s)
+        watch = stack.enter_context(Watch(out, backend.rank, backend.world, *limits, last))
+        require_one_run(backend, cfg, manifest)
+        fault_injection.reach("session")
+        if backend.is_main and cfg.reuse:
+            take_over(cfg, out)
+        backend.barrier()
+        store = open_store(manifest, cfg)
+        stack.callback(store.close)
+        ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
+        stack.callback(ledger.close)
+        telemetry = stack.enter_context(Telemetry(out, backend.is_main))
+        stop = stack.enter_context(StopRequest(out))
+        yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
+
+
+STATE = "training_state.safetensors"
+
+
+DONE = "done.json"
+
+
+CALIBRATION_LIMIT = 2048  # images a method may calibrate on, per role
+
+
+@dataclass
+class Session:
+    """What the phases of one process share."""
+
+    cfg: RunConfig
+    out: Path
+    manifest: Manifest
+    store: ImageStore
+    backend: Backend
+    ledger: Ledger
+    telemetry: Telemetry
+    stop: StopRequest
+    watch: Watch
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the supervised objective: those of the members."""
+        if self.cfg.objective.name != "supervised":
+            return None
+        labels = self.manifest.labels(self.manifest.ids(("retain", "forget")))
+        if len(labels) == 0 or labels.min() < 0:
+            raise DataError("objective.name is supervised, but not every member has a label; expected labels for all.")
+        return int(labels.max()) + 1
+
+    def sample(self, role: str) -> Batch:
+        """The images of a role as one batch, at most `CALIBRATION_LIMIT`, alike on every rank."""
+        ids = self.manifest.ids(role)
+        if len(ids) > CALIBRATION_LIMIT:
+            keep = np.random.default_rng([self.cfg.seed, 17]).choice(len(ids), CALIBRATION_LIMIT, replace=False)
+            ids = [ids[i] for i in np.sort(keep)]
+        ids = self.store.decodable(ids)
+        return Batch(
+            ids=ids,
+            images=self.store.by_offset(ids),
+            epochs=np.zeros(len(ids), dtype=np.int64),
+            labels=torch.from_numpy(self.manifest.labels(ids)),
+        )
+
+
+@dataclass
+class Trained:
+    """An encoder read back from a model folder."""
+
+    model: ContrastiveModel
+    momentum: MomentumEncoder | None
+    queue: KeyQueue | None
+    facts: dict
+
+
+def is_done(folder: Path, digest: str) -> bool:
+    """True if `folder` holds a finished model of exactly these settings.
+
+    Raises:
+        DataError: it holds one of other settings, or its weights do not match done.json.
+    """
+    path = folder / DONE
+    if not path.exists():
+        return False
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts["digest"] != digest:
+        raise DataError(
+            f"{folder} holds a finished {facts['phase']} of other settings or data; expected this run's own; "
+            "choose another --out."
+        )
+    return True
+
+
+def scratch(session: Session, name: str) -> Trained:
+    """Fresh weights, the same for `pretrain` and `retrain`: only the data differ between the two.
+
+    An encoder "trained" by `random_init` draws others, or its audit would compare one start with itself.
+    """
+    cfg = session.cfg
+    seed = cfg if name != "unlearn" else dataclasses.replace(cfg, seed=cfg.seed + 1_000_003)
+    model = build_model(seed, session.num_classes)
+    objective = make_objective(cfg.objective)
+    momentum = MomentumEncoder(model) if objective.needs_momentum else None
+    queue = KeyQueue(cfg.objective.queue_size, cfg.objective.output_dim) if objective.uses_queue else None
+    return Trained(model, momentum, queue, {})
+
+
+def load_trained(folder: Path, session: Session) -> Trained:
+    """Read a model folder back.
+
+    Raises:
+        DataError: not finished, or the weights differ from what done.json names.
+        NumericsError: weights that are not finite.
+    """
+    if not (folder / DONE).exists():
+        raise DataError(f"{folder} holds no finished encoder ({DONE} is missing); run the phase that trains it first.")
+    facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    if file_sha256(folder / STATE) != facts["state_sha256"]:
+        raise DataError(f"{folder / STATE} differs from the digest in {DONE}; restore the file or train it again.")
+    tensors = load_file(folder / STATE)
+    check_finite(tensors)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    trained = scratch(session, "pretrain")
+    trained.model.load_state_dict(part("model."))
+    if trained.momentum is not None:
+        trained.momentum.load_state_dict(part("momentum."))
+    if trained.queue is not None:
+        trained.queue.load_state_dict(part("queue."))
+    trained.facts = facts
+    return trained

@@ -1,0 +1,87 @@
+"""What the audit of a run would train by itself: pooled shadows (tier 2) and stress tests. Nothing is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distunlearn.config.schema import RunConfig
+
+__all__ = ["audit_trainings"]
+
+Trainings = tuple[list[int], int]  # images of every training from random weights; how many unlearnings
+
+
+def audit_trainings(
+    cfg: RunConfig, counts: Mapping[str, int], classes: Mapping[Any, int], phases: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Steps and images of everything that `audit.tier` 2 and `audit.stress` train, by name; {} without them.
+
+    Relearning (`audit.relearn_steps`) and the looks at finished encoders are not counted.
+
+    Args:
+        counts: images by role. classes: members by label, as far as they have labels.
+        phases: of the run itself, as `make_plan` gives them: what unlearning costs.
+
+    Returns:
+        {name: {"pretrain_steps", "unlearn_steps", "images", "share_of_retraining"}}; the first are of all trainings
+        from random weights, the last is in trainings of the run's retrained encoder.
+    """
+    from distunlearn.audit.trainings.stress import FEWEST_CLASSES, stress_names
+
+    largest = max(classes.values()) if len(classes) >= FEWEST_CLASSES else None
+    members, forget = counts["retain"] + counts["forget"], counts["forget"]
+    planned: dict[str, Trainings] = {}
+    if cfg.audit.tier == 2:  # shares of the forget images are uneven by one or so
+        planned["shadows"] = [members - forget // 3] * cfg.audit.shadows, cfg.audit.shadows
+    planned |= {name: STRESS[name](members, forget, largest) for name in stress_names(cfg.audit.stress)}
+    return {name: _figures(cfg, *trainings, phases) for name, trainings in planned.items()}
+
+
+def _thirds(forget: int) -> list[int]:
+    from distunlearn.audit.trainings.stress import thirds
+
+    return [len(group) for group in thirds([""] * forget)]
+
+
+def _worst_case(members: int, forget: int, largest: int | None) -> Trainings:
+    least, _, most = _thirds(forget)
+    return [members - most, members - least, members - least], 3  # a random request is of the size of the least
+
+
+def _whole_class(members: int, forget: int, largest: int | None) -> Trainings:
+    return ([], 0) if largest is None else ([members - largest], 1)
+
+
+def _canaries(members: int, forget: int, largest: int | None) -> Trainings:
+    from distunlearn.audit.trainings.stress import COPIES
+
+    copies = sum(size * (count - 1) for size, count in zip(_thirds(forget), COPIES, strict=True))
+    return [members + copies], 1
+
+
+def _sequential(members: int, forget: int, largest: int | None) -> Trainings:
+    return [], 3
+
+
+STRESS = {
+    "worst_case": _worst_case, "whole_class": _whole_class, "canaries": _canaries, "sequential": _sequential,
+}  # fmt: skip
+
+
+def _figures(
+    cfg: RunConfig, sets: list[int], unlearnings: int, phases: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    from distunlearn.engine.phases import pretrain_steps
+    from distunlearn.plan.images import phase_images
+
+    steps = [pretrain_steps(cfg, size) for size in sets]
+    once = phases["unlearn"]
+    images = sum(phase_images(cfg, None, each) for each in steps)
+    images += unlearnings * (once["images"] + once.get("calibration_images", 0))
+    return {
+        "pretrain_steps": sum(steps),
+        "unlearn_steps": unlearnings * once["steps"],
+        "images": images,
+        "share_of_retraining": round(images / phases["retrain"]["images"], 4),
+    }

@@ -1,0 +1,227 @@
+"""What a run would do: steps, images, memory and coverage, checked before any compute is spent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distunlearn.config.load import digest
+from distunlearn.config.schema import RunConfig
+from distunlearn.errors import (
+    ConfigError,
+    DataError,
+    DistunlearnError,
+)
+from distunlearn.plan.images import calibration_images, phase_images
+
+if TYPE_CHECKING:
+    from distunlearn.plan.gpu_target import Target
+
+__all__ = ["make_plan", "phase_images", "plan", "write_plan"]
+
+MIB = 1 << 20
+
+
+def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
+    """Resolve roles, encoder and schedule of `cfg` without writing anything.
+
+    Returns:
+        plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
+        retraining), audit (the same of what the audit trains besides), coverage, memory (MiB, per process), encoder,
+        config digest.
+
+    Raises:
+        DataError: the data cannot be had, or the schedule cannot reach every forget image.
+        ConfigError: an encoder that cannot be built or loaded; several problems are reported together.
+    """
+    from distunlearn.methods import refuse_missing
+    from distunlearn.plan.audit_cost import audit_trainings
+
+    problems: list[DistunlearnError] = []
+    counts: Counter[str] = Counter()
+    classes: Counter[int] = Counter()
+    facts: dict[str, Any] = {}
+    try:
+        counts, classes, facts = _roles(cfg, out)
+    except DistunlearnError as error:
+        problems.append(error)
+    encoder: dict[str, Any] = {}
+    try:
+        encoder = _encoder(cfg, len(classes) or 2)
+    except DistunlearnError as error:
+        problems.append(error)
+    phases = _phases(cfg, counts) if counts else {}
+    if counts:
+        try:
+            refuse_missing(cfg, counts)
+            _check_schedule(cfg, counts)
+            _check_stress(cfg, counts)
+        except DistunlearnError as error:
+            problems.append(error)
+    if problems:
+        kind = DataError if any(isinstance(p, DataError) for p in problems) else ConfigError
+        if len(problems) == 1:
+            raise problems[0]
+        raise kind(" ".join(str(p) for p in problems))
+    return {
+        "recipe": cfg.recipe,
+        "digest": digest(cfg),
+        "backend": cfg.backend,
+        "method": cfg.method.name,
+        "objective": cfg.objective.name,
+        "roles": dict(counts),
+        "request": facts,
+        "encoder": encoder,
+        "phases": phases,
+        "audit": audit_trainings(cfg, counts, classes, phases),
+        "coverage": _coverage(cfg, counts),
+        "memory_mib": _memory(cfg, counts, encoder),
+    }
+
+
+def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int], dict[str, Any]]:
+    """Images per role, members per label and facts of the request, from existing shards or else from the source."""
+    from distunlearn.data.manifest.columns import NO_LABEL
+    from distunlearn.data.prepare.roles import draw_roles
+    from distunlearn.data.prepare.selection import request_facts
+    from distunlearn.data.sources.sources import open_sources
+    from distunlearn.engine.run_directory import find_manifest, verify
+
+    known = out or cfg.data.shards or cfg.reuse
+    manifest = find_manifest(cfg, out or Path()) if known else None
+    if manifest is not None:
+        verify(cfg, manifest)
+        found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
+        found.pop(NO_LABEL, None)
+        return Counter(manifest.count_roles()), found, request_facts(manifest.info)
+    members, guest = open_sources(cfg.data)
+    drawn = draw_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
+    roles = drawn.roles
+    labels = Counter(
+        label for i, label in members.samples if label is not None and roles.get(i) in ("retain", "forget")
+    )
+    return Counter(roles.values()), labels, request_facts(drawn.facts)
+
+
+def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
+    from distunlearn.encoders.model import build_model
+    from distunlearn.encoders.weights import load_backbone
+
+    model = build_model(cfg, classes if cfg.objective.name == "supervised" else None)
+    if cfg.encoder.checkpoint is not None:
+        load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    return {
+        "name": cfg.encoder.name,
+        "embed_dim": model.backbone.num_features,
+        "backbone_parameters": backbone,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": classes if cfg.objective.name == "supervised" else None,
+    }
+
+
+def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:
+    from distunlearn.engine.phases import pretrain_steps
+    from distunlearn.methods import METHODS
+
+    members = counts["retain"] + counts["forget"]
+    entry = METHODS[cfg.method.name]
+    unlearn_steps = {
+        "unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0
+    }[entry.steps]
+    phases = {
+        "pretrain": (pretrain_steps(cfg, members), None),
+        "unlearn": (unlearn_steps, cfg.method.name),
+        "retrain": (pretrain_steps(cfg, counts["retain"]), "retrain"),
+    }
+    images = {name: phase_images(cfg, method, steps) for name, (steps, method) in phases.items()}
+    before = {"unlearn": calibration_images(cfg, counts)}
+    return {
+        name: {
+            "steps": steps,
+            "images": images[name],
+            **({"calibration_images": before[name]} if before.get(name) else {}),
+            "share_of_retraining": round((images[name] + before.get(name, 0)) / images["retrain"], 4),
+        }
+        for name, (steps, _) in phases.items()
+    }
+
+
+def _coverage(cfg: RunConfig, counts: Counter[str]) -> dict[str, float]:
+    """Consumptions per forget image that the schedule guarantees: whole passes over the forget list."""
+    rows = _forget_steps(cfg) * cfg.unlearn.forget_batch
+    return {"requested": counts["forget"], "scheduled_min": rows // max(1, counts["forget"])}
+
+
+def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
+    from distunlearn.methods import METHODS
+
+    entry = METHODS[cfg.method.name]
+    forgets = entry.build is not None and entry.build(cfg).forgets
+    steps = _forget_steps(cfg)
+    rows = steps * cfg.unlearn.forget_batch
+    if forgets and rows < counts["forget"]:
+        share = "" if steps == cfg.unlearn.steps else f" (the {steps} of {cfg.unlearn.steps} that see them)"
+        raise DataError(
+            f"unlearn.steps{share} x unlearn.forget_batch = {rows} images cannot reach all {counts['forget']} forget "
+            f"images; expected at least {counts['forget']}; raise one of the two."
+        )
+
+
+def _check_stress(cfg: RunConfig, counts: Counter[str]) -> None:
+    from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
+
+    if not cfg.audit.stress:
+        return
+    check_count(counts["forget"])
+    largest = largest_request(stress_names(cfg.audit.stress), counts["forget"])
+    if largest > counts["forget"]:
+        try:
+            _check_schedule(cfg, Counter({**counts, "forget": largest}))
+        except DataError as error:
+            raise DataError(f"audit.stress has {largest} forget images in its largest request: {error}") from error
+
+
+def _forget_steps(cfg: RunConfig) -> int:
+    """Steps of the unlearning that consume forget images."""
+    from distunlearn.methods import METHODS
+
+    entry = METHODS[cfg.method.name]
+    built = entry.build(cfg) if entry.build else None
+    return built.forget_steps(cfg) if hasattr(built, "forget_steps") else cfg.unlearn.steps
+
+
+def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> dict[str, float]:
+    """Lower bounds per process, unsharded: weights, gradients and two optimizer moments in fp32; decoded images."""
+    from distunlearn.objectives import make_objective
+
+    copies = 4 if cfg.pretrain.optimizer == "adamw" else 3
+    copies += 1 if make_objective(cfg.objective).needs_momentum else 0
+    images = sum(counts.values()) * cfg.encoder.in_chans * cfg.encoder.image_size**2
+    return {
+        "weights_and_optimizer": round(copies * 4 * encoder["parameters"] / MIB, 1),
+        "decoded_images": round(min(images / MIB, cfg.data.cache_mib), 1),
+    }
+
+
+def plan(cfg: RunConfig, out: Path | None, target: Target | None = None) -> dict:
+    """Everything that a run would do, checked and counted, with nothing written; on which GPUs, if `target` says so."""
+
+    if target is None or not target.gpu:
+        if target is not None:
+            target.check()
+        return make_plan(cfg, out)
+    from distunlearn.plan.gpu_estimate import check_target, estimate
+
+    check_target(cfg, target)  # before data are looked at
+    planned = make_plan(cfg, out)
+    planned["estimate"] = estimate(cfg, planned["phases"], target, planned["encoder"]["classes"])
+    return planned
+
+
+def write_plan(planned: dict, out: Path) -> None:
+    """Keep the plan beside the run it describes."""
+    from distunlearn.common.files import write_json
+
+    write_json(Path(out) / "plan.json", planned)

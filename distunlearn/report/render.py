@@ -1,0 +1,219 @@
+"""One HTML file that holds the whole report: text, tables and pictures, and no address of anything outside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distunlearn import __version__
+from distunlearn.errors import ConfigError
+from distunlearn.report import evidence, facts, figures, texts
+from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, load_run, number
+
+__all__ = ["REPORT", "render", "roc_curve", "write_report"]
+
+REPORT = "report.html"
+SHOWN_ROLES = ("forget", "third_party_audit", "holdout")
+LOG_SCALE = frozenset({"gradient_norm_network", "gradient_norm_head"})
+LOW_IS_KNOWN = LOG_SCALE  # scores that are smaller for a known image
+SECTION_OF_ITS_OWN = "gradient_norm_network"
+MARGIN = 1.7  # a forest plot reaches at least this far, in units of its widest band,
+FARTHEST = 8.0  # and at most this far
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `<run_dir>/report.html` and return its path.
+
+    The same files give the same bytes; SOURCE_DATE_EPOCH, if set, adds a date. Whatever is missing is
+    stated as "not evaluated". Raises DataError when the folder holds no run or a file of it is damaged.
+    """
+    target = Path(run_dir) / REPORT
+    content = render(load_run(run_dir)).encode("utf-8")
+    partial = target.with_name(f".{REPORT}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, target)
+    return target
+
+
+def render(run: RunFiles) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("distunlearn.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    rows = evidence.gates(run)
+    covered = facts.coverage(run)
+    return environment.get_template("report.html.j2").render(
+        version=__version__,
+        written=_written(),
+        verdict=evidence.verdict(run, rows, covered["state"]),
+        headline=evidence.headline(run),
+        request=facts.request(run),
+        coverage=covered,
+        gates=_forest(rows),
+        confidence=f"{100 * (number(run.config, 'audit', 'gates', 'confidence') or 0.9):g}",
+        attacks=evidence.attack_table(run),
+        further=evidence.further_table(run),
+        retained=evidence.retained_table(run),
+        stress=evidence.stress_table(run),
+        distances=evidence.distances(run),
+        distributions=_distributions(run),
+        rocs=_rocs(run),
+        utility=_utility(run),
+        two_sample=evidence.two_sample(run),
+        controls=evidence.controls(run),
+        cost=_cost(run),
+        provenance=facts.provenance(run),
+        encoders=texts.ENCODERS,
+        limits=texts.LIMITS,
+        colours=figures.COLOURS,
+        not_evaluated=texts.NOT_EVALUATED,
+    )
+
+
+def _written() -> str | None:
+    """The date of SOURCE_DATE_EPOCH; None when it is not set, so that the page depends on its inputs only."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        return None
+    try:
+        return f"{datetime.fromtimestamp(int(epoch), timezone.utc):%Y-%m-%d}"
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError("SOURCE_DATE_EPOCH is not a number of seconds; expected digits only, or unset it.") from None
+
+
+def _picture(draw: Callable[..., bytes], *args: Any, **more: Any) -> str:
+    return figures.data_uri(draw(*args, **more))
+
+
+def _forest(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The gate tables with one small picture a row and the scale below them."""
+    result = {}
+    for kind, unit in (("attacks", "difference of AUC"), ("utility", "percentage points")):
+        widest = max((-row["band"][0] for row in rows[kind]), default=1.0)
+        ends = [abs(row[end]) for row in rows[kind] for end in ("low", "high") if row[end] is not None]
+        reach = widest * min(FARTHEST, max([MARGIN, *(1.08 * end / widest for end in ends)]))
+        limits = (-reach, reach)
+        drawn = []
+        for row in rows[kind]:
+            plot = None
+            if row["low"] is not None and row["high"] is not None:
+                plot = _picture(
+                    figures.forest_row, row["value"], row["low"], row["high"], row["band"], limits, row["verdict"]
+                )
+            drawn.append(row | {"plot": plot})
+        bands = sorted({abs(row["band"][0]) for row in rows[kind]})
+        ticks = [sign * band for band in bands[-1:] for sign in ((-1, 1) if kind == "attacks" else (-1,))]
+        result[kind] = {"rows": drawn, "axis": _picture(figures.forest_axis, ticks, limits, unit)}
+    return result
+
+
+def _distributions(run: RunFiles) -> list[dict[str, Any]]:
+    """Per attack three panels with common axes, one an encoder; no picture where an encoder has no scores."""
+    blocks = []
+    for name in evidence.attack_names(run):
+        if name not in texts.ATTACKS:
+            continue  # pictures carry fixed words only
+        title, question, label = texts.ATTACKS[name]
+        log = name in LOG_SCALE
+        values = {
+            encoder: {role: scores.of(role, name) for role in SHOWN_ROLES} for encoder, scores in run.scores.items()
+        }
+        limits = figures.density_limits([array for roles in values.values() for array in roles.values()], log)
+        panels = []
+        for encoder in ENCODER_NAMES:
+            found = values.get(encoder, {})
+            drawable = limits is not None and any(array.size >= 2 for array in found.values())
+            plot = _picture(figures.density_panel, found, encoder, limits, label, log) if drawable else None
+            panels.append({"encoder": encoder, "plot": plot})
+        own = name == SECTION_OF_ITS_OWN
+        blocks.append({"name": name, "title": title, "question": question, "panels": panels, "own": own})
+    return blocks
+
+
+def _rocs(run: RunFiles) -> list[dict[str, Any]]:
+    """One panel an attack, and a second with a logarithmic axis for the first of them."""
+    panels = []
+    for name in evidence.attack_names(run):
+        if name not in texts.ATTACKS:
+            continue
+        curves = {}
+        for encoder, scores in run.scores.items():
+            curve = roc_curve(scores, name)
+            if curve is not None:
+                curves[encoder] = curve
+        title = texts.ATTACKS[name][0]
+        panels.append({"title": title, "plot": _picture(figures.roc_panel, curves) if curves else None})
+        if len(panels) == 1 and curves:
+            zoom = _picture(figures.roc_panel, curves, log=True)
+            panels.append({"title": f"{title}, left edge", "plot": zoom})
+    return panels
+
+
+def roc_curve(scores: Scores, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """False and true positive rates [n] of forget against holdout; None without both.
+
+    An attack that is fitted crosswise has two fits, saved apart: its curve is the mean of theirs at equal false
+    positive rates, so that the area is the mean of their areas, which is the AUC that the audit states.
+    """
+    folds = [fold for fold in (f"{name}_fold0", f"{name}_fold1") if scores.of("forget", fold).size]
+    curves = []
+    for column in folds or [name]:
+        forget, holdout = scores.of("forget", column), scores.of("holdout", column)
+        if not forget.size or not holdout.size:
+            return None
+        sign = -1.0 if name in LOW_IS_KNOWN else 1.0
+        curves.append(_rates(sign * forget, sign * holdout))
+    return curves[0] if len(curves) == 1 else _mean_curve(curves)
+
+
+def _mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean true positive rate over every false positive rate of any curve; a jump keeps both its ends."""
+    at = np.unique(np.concatenate([x for x, _ in curves]))
+    lower = np.mean([_ends(x, y, at, "left") for x, y in curves], axis=0)
+    upper = np.mean([_ends(x, y, at, "right") for x, y in curves], axis=0)
+    return np.repeat(at, 2), np.stack([lower, upper], axis=1).ravel()
+
+
+def _ends(x: np.ndarray, y: np.ndarray, at: np.ndarray, side: str) -> np.ndarray:
+    """Values at `at` of a curve that may jump: where it enters (left) or leaves (right) the jump."""
+    first, last = np.searchsorted(x, at, "left"), np.searchsorted(x, at, "right") - 1
+    inside = np.interp(at, x, y)
+    return np.where(last >= first, y[np.where(last >= first, first if side == "left" else last, 0)], inside)
+
+
+def _rates(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cuts = np.unique(np.concatenate([positives, negatives]))[::-1]
+    true = np.searchsorted(np.sort(-positives), -cuts, side="right") / positives.size
+    false = np.searchsorted(np.sort(-negatives), -cuts, side="right") / negatives.size
+    return np.concatenate([[0.0], false]), np.concatenate([[0.0], true])
+
+
+def _utility(run: RunFiles) -> list[dict[str, Any]]:
+    rows = evidence.utility(run)
+    everything = [value for row in rows for value in row["values"].values()]
+    if not everything:
+        return [row | {"plot": None} for row in rows]
+    low, high = min(everything), max(everything)
+    pad = max(2.0, 0.25 * (high - low))
+    limits = (max(0.0, low - pad), min(100.0, high + pad))
+    return [row | {"plot": _picture(figures.dots, row["values"], limits) if row["values"] else None} for row in rows]
+
+
+def _cost(run: RunFiles) -> dict[str, Any]:
+    found = facts.cost(run)
+    found["rows"] = [
+        row | {"plot": _picture(figures.bars, row["values"]) if len(row["values"]) == 2 else None}
+        for row in found["rows"]
+    ]
+    return found

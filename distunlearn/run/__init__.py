@@ -1,0 +1,1 @@
+"""The verbs, in order, on files of the run directory."""

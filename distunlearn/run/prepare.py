@@ -1,0 +1,63 @@
+"""The verbs `prepare` and `index`: the data layer's work with a progress bar, and a line about the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.index_shards import index_shards
+from distunlearn.data.prepare.write_shards import prepare_shards
+from distunlearn.engine.progress import Progress
+
+__all__ = ["describe", "index_folder", "make_shards"]
+
+QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a tenth of that
+
+
+def make_shards(cfg: RunConfig, folder: Path) -> Manifest:
+    """Sources to shards, a manifest and a summary in `folder`."""
+    with _progress("prepare") as progress:
+        return prepare_shards(cfg.data, cfg.seed, folder, progress=progress)
+
+
+def index_folder(cfg: RunConfig, folder: Path) -> Manifest:
+    """A manifest and a summary for WebDataset shards that exist, written beside them."""
+    with _progress("index", "shards") as progress:
+        return index_shards(cfg.data, cfg.seed, folder, progress)
+
+
+def describe(manifest: Manifest) -> str:
+    """Counts of a folder of shards in one line."""
+    roles = ", ".join(f"{count} {role}" for role, count in manifest.count_roles().items())
+    copies, near = manifest.info.get("copies_in_retain", 0), manifest.info.get("near_copies", {})
+    text = f"{len(manifest)} images in {len(manifest.shard_files)} shards: {roles}; {copies} retained exact copies"
+    if near:
+        text += f", {near['retain']} retained near-copies of {near['forget']} images to forget"
+    missing = manifest.info.get("forget_list", {}).get("missing", 0)
+    return text + (f"; {missing} listed ids left out, which the source lacks" if missing else "")
+
+
+@contextmanager
+def _progress(phase: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, all) that shows rate and time left on stderr, once the work has taken a moment."""
+    began = time.monotonic()
+    quiet = QUIET / 10 if sys.stderr.isatty() else QUIET
+    bars: list[Progress] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            if time.monotonic() - began < quiet or done == total:
+                return
+            bars.append(Progress(phase, total, done, sys.stderr))
+        bars[0].update(done, images=done if unit == "images" else 0)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()

@@ -1,0 +1,64 @@
+"""What a run directory tells about a run: phases, steps, attempts, evidence; from its files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distunlearn.engine.checkpoint.format import latest_checkpoint
+from distunlearn.engine.ledger import effective_steps, read_ledger
+from distunlearn.errors import DataError
+
+__all__ = ["run_status"]
+
+FOLDERS = {"pretrain": "original", "unlearn": ".", "retrain": "retrained"}
+
+
+def run_status(run_dir: Path) -> dict[str, Any]:
+    """Plain JSON: `phases` (state, steps done and planned, attempts, newest checkpoint), `audit`, `jobs`, `next`.
+
+    A phase is "done", "stopped" (begun and not done; it may be at work in another process) or "waiting".
+
+    Raises:
+        DataError: no run directory, or a damaged ledger.
+    """
+    folder = Path(run_dir)
+    if not (folder / "run.yaml").exists() and not (folder / "shards" / "summary.json").exists():
+        raise DataError(
+            f"{run_dir} is not a run directory (run.yaml and shards/summary.json are missing); give the --out folder "
+            "of a run."
+        )
+    ledger = folder / "ledger.jsonl"
+    lines = read_ledger(ledger) if ledger.exists() else []
+    phases = {name: _phase(folder / where, name, lines) for name, where in FOLDERS.items()}
+    summary = _json(folder / "audit" / "summary.json")
+    jobs = folder / "slurm" / "jobs.jsonl"
+    found = {
+        "phases": phases,
+        "audit": {"verdict": summary["gates"]["verdict"], "coverage": summary["coverage"]} if summary else None,
+        "report": (folder / "report.html").exists(),
+        "jobs": [json.loads(line)["job"] for line in jobs.read_text().splitlines()] if jobs.exists() else [],
+    }
+    waiting = next((name for name, phase in phases.items() if phase["state"] != "done"), None)
+    found["next"] = waiting or ("audit" if not summary else "report" if not found["report"] else None)
+    return found
+
+
+def _phase(folder: Path, name: str, lines: list[dict]) -> dict[str, Any]:
+    done = _json(folder / "done.json")
+    starts = [line for line in lines if line.get("phase") == name and line["event"] == "start"]
+    checkpoint, rejected = latest_checkpoint(folder / "checkpoints")
+    return {
+        "state": "done" if done else "stopped" if starts else "waiting",
+        "steps": max(effective_steps(lines, name), default=-1) + 1,
+        "of": done.get("steps", starts[-1].get("steps") if starts else None),
+        "attempts": len(starts),
+        "world": starts[-1]["world"] if starts else None,
+        "checkpoint": checkpoint.step if checkpoint else None,
+        "rejected_checkpoints": rejected,
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
