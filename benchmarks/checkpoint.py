@@ -142,8 +142,7 @@ def figures(saves: list[Save]) -> dict[str, float]:
         "asynchronous": blocked["asynchronous"],
         "ratio": blocked["asynchronous"] / blocked["synchronous"],
         "worst_pair": max(
-            a.blocked / b.blocked
-            for a, b in zip(own, [s for s in saves if s.way == "synchronous"], strict=True)
+            a.blocked / b.blocked for a, b in zip(own, [s for s in saves if s.way == "synchronous"], strict=True)
         ),
         "committed": statistics.median(s.committed for s in own),
         "step": calm,

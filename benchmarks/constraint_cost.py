@@ -34,8 +34,20 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
 
 
 def _convolution_backward(
-    grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, outputs: Any,
-    groups: int, mask: Any, *args: Any, out_shape: Any = None, **kwargs: Any,
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    outputs: Any,
+    groups: int,
+    mask: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     """Each of the two gradients takes as many operations as the forward."""
     assert not transposed, "no encoder here has a transposed convolution"

@@ -181,7 +181,10 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only these methods, besides the base")
     parser.add_argument("--root", action="append", default=[], metavar="DATASET=DIR", help="where a data set lies")
     parser.add_argument(
-        "--tuned", action="append", default=[], metavar="DATASET[-ENCODER]=FILE",
+        "--tuned",
+        action="append",
+        default=[],
+        metavar="DATASET[-ENCODER]=FILE",
         help="chosen.json of `distunlearn sweep --no-report`: settings chosen on other forget sets of this data set; "
         "those with an encoder are for that one and win",
     )

@@ -226,8 +226,12 @@ def groups(grid: Grid) -> list[list[Cell]]:
 
 
 def cell_config(
-    cell: Cell, grid: Grid, roots: Mapping[str, str], tuned: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    reuse: Path | None = None, lists: Path = Path("runs"),
+    cell: Cell,
+    grid: Grid,
+    roots: Mapping[str, str],
+    tuned: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    reuse: Path | None = None,
+    lists: Path = Path("runs"),
 ) -> RunConfig:
     """The settings of a cell.
 

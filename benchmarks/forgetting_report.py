@@ -302,6 +302,8 @@ def _raw(results: Sequence[Result]) -> str:
                    for n in UTILITIES}  # fmt: skip
         row = {"cell": result["cell"], "verdict": result["verdict"], "auc": aucs, "utility": utility}
         lines.append(json.dumps(row | {"cost": result["summary"]["cost"]}))
-    return "<details><summary>One line a cell: original, unlearned, retrained</summary>\n\n```json\n" + "\n".join(
-        lines
-    ) + "\n```\n\n</details>"
+    return (
+        "<details><summary>One line a cell: original, unlearned, retrained</summary>\n\n```json\n"
+        + "\n".join(lines)
+        + "\n```\n\n</details>"
+    )

@@ -176,12 +176,12 @@ def document(results: dict[tuple[str, int], list[dict[str, float]]], args: argpa
         f"A step is `nt_xent` forward and backward on one process, float32, D = {args.dim}, tau = {TEMPERATURE}, tiles "
         f"of {tile_size(torch.device(args.device), DEFAULT_BUDGET) // MIB} MiB. N images are 2N embeddings; one copy "
         "of their similarities takes 2N x 2N x 4 "
-        f"bytes. Extra memory is {memory} Medians over the measurements under \"Raw numbers\"; plain and tiled took "
+        f'bytes. Extra memory is {memory} Medians over the measurements under "Raw numbers"; plain and tiled took '
         "turns.",
         "\n".join(lines),
         f"**Derived, not measured:** the plain form above N = {args.largest_plain:,}. At the largest size measured it "
         f"takes {copies:.2f} copies of the similarities; that figure times one copy is what the table shows. The "
-        "column \"tiled / one copy\" does not rest on it: it compares a measurement with the size of one matrix. All "
+        'column "tiled / one copy" does not rest on it: it compares a measurement with the size of one matrix. All '
         "tiled rows are measured, above that N once each.",
         f"Agreement in float32 at N = 1,024: loss {loss_error:.1e}, gradient {grad_error:.1e} (relative difference "
         "between the forms; in float64 the tests hold it to 1e-10).",

@@ -76,16 +76,18 @@ def document(result: dict[str, Any]) -> str:
     parts = [
         *preamble(result),
         "Ratios are speed of ours to theirs, above 1 ours is faster: the median over pairs that ran next to each "
-        "other, with a distribution-free 95 % interval of the median. \"Clock\" decides; \"CPU\" is the same with the "
+        'other, with a distribution-free 95 % interval of the median. "Clock" decides; "CPU" is the same with the '
         "process's own CPU seconds, which other work on the machine disturbs less. Goal: lower bound >= "
         f"{GOAL}.",
         "## Training step\n",
         "Ours is the whole engine with its finite checks, gradient norm, ledger and metrics. Same backbone, batches "
-        "and views on both sides; \"default optimizer\": theirs has torch's AdamW as its constructor makes it, ours "
-        "the fused one; \"same optimizer\": both have the fused one; \"own views\": theirs makes its views from PIL "
+        'and views on both sides; "default optimizer": theirs has torch\'s AdamW as its constructor makes it, ours '
+        'the fused one; "same optimizer": both have the fused one; "own views": theirs makes its views from PIL '
         "images, with the operations and strengths of ours.",
-        table(["encoder", "objective", "peer", "pairs", "our images/s", "speed, clock", "speed, CPU", "goal"],
-              step_rows(result)),
+        table(
+            ["encoder", "objective", "peer", "pairs", "our images/s", "speed, clock", "speed, CPU", "goal"],
+            step_rows(result),
+        ),
         "solo-learn is **not installable** here: the newest version that the package index offered (1.0.2) pins "
         "torch 1.9.1, torchvision 0.10.1 and pytorch-lightning 1.4.7, which have no wheel for Python 3.11, and this "
         "package needs torch 2.11. Its loss function was loaded from its wheel by itself where a row names it; a step "
@@ -95,13 +97,15 @@ def document(result: dict[str, Any]) -> str:
         "Live memory is the peak of all tensors made within the call, MiB (ours / theirs). Error: largest relative "
         "difference to float64, sample by sample (ours / theirs).",
         table(["layers", "samples", "speed, clock", "speed, CPU", "live memory", "error", "goal"], norm_rows(result))
-        if result["norms"] else MISSING,
+        if result["norms"]
+        else MISSING,
         "## Gathered losses on two ranks\n",
         "Two processes over gloo, ours with what is small through shared memory, as its runs do; forward and backward "
         "from raw outputs; time of the slower rank. Difference: of the "
         "loss averaged over ranks, and of the gradient (relative).",
         table(["peer", "images a rank", "dim", "ours, ms", "speed, clock", "difference", "goal"], gather_rows(result))
-        if result["gathered"] else MISSING,
+        if result["gathered"]
+        else MISSING,
         "## Raw numbers\n",
         "Seconds of every step, clock / CPU; the rest is in the JSON file beside this one.",
         raw(result),

@@ -43,9 +43,9 @@ class Peer(abc.ABC):
         parameters = [p for module in self.modules() for p in module.parameters()]
         rates = {"lr": cfg.pretrain.lr, "weight_decay": cfg.pretrain.weight_decay}
         self.optimizer = (
-            make_optimizer("adamw", parameters, **rates) if optimizer == "ours" else torch.optim.AdamW(
-                parameters, **rates
-            )
+            make_optimizer("adamw", parameters, **rates)
+            if optimizer == "ours"
+            else torch.optim.AdamW(parameters, **rates)
         )
         self.transform = self.own_transform() if own_views else None
 

@@ -104,8 +104,9 @@ class Group:
             log = (own / f"log-{number}").open("w", encoding="utf-8")
             self.logs.append(log)
             self.processes.append(
-                subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                                 text=True)  # fmt: skip
+                subprocess.Popen(
+                    command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )  # fmt: skip
             )
 
     def read(self) -> list[dict[str, float]]:

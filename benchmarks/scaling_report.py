@@ -111,12 +111,32 @@ def document(result: dict[str, Any]) -> str:
         "backend's two processes to that of the two independent ones. Strong speed-up: step of one process with the "
         "global batch to that of the backend's two. Clock: the slowest process counts, its waiting for a core "
         "included; CPU: the processes' own CPU seconds, the work of communicating included, waiting not. "
-        + ("Batch statistics were those of each process's own images (sync_batchnorm=false), as the independent "
-           "processes have them." if result.get("local_batchnorm") else
-           "Batch statistics were those of the global batch, which the independent processes do not need."),
+        + (
+            "Batch statistics were those of each process's own images (sync_batchnorm=false), as the independent "
+            "processes have them."
+            if result.get("local_batchnorm")
+            else "Batch statistics were those of the global batch, which the independent processes do not need."
+        ),
         verdicts(result),
-        *([table(["encoder", "backend", "batch a process", "images/s", "weak, clock", "weak, CPU", "strong, clock",
-                  "strong, CPU"], scaling_rows(result))] if result["scaling"] else []),
+        *(
+            [
+                table(
+                    [
+                        "encoder",
+                        "backend",
+                        "batch a process",
+                        "images/s",
+                        "weak, clock",
+                        "weak, CPU",
+                        "strong, clock",
+                        "strong, CPU",
+                    ],
+                    scaling_rows(result),
+                )
+            ]
+            if result["scaling"]
+            else []
+        ),
         *model_parts(result),
         "Over nodes, and over GPUs of a node: **not measured** (docs/costs.md says how to).",
         "## Raw numbers\n",

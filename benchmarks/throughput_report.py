@@ -15,7 +15,7 @@ GIGA = 1e9
 ON_CPU = (
     "MFU: counted operations by the step's time and by the matrix rate that the same process measured right before and "
     "after, by the clock (by CPU seconds). On a shared machine the clock's figure is blurred, for the rate and the "
-    "steps met different disturbances. Memory: peak resident memory of a process, libraries included. \"Not counted\": "
+    'steps met different disturbances. Memory: peak resident memory of a process, libraries included. "Not counted": '
     "torch cannot count operations on shards; they are those of `single`."
 )
 ON_GPU = (
@@ -99,15 +99,17 @@ def document(result: dict[str, Any]) -> str:
         "in `third_party`), two views each, all of SimCLR's operations. Every cell is a whole run of its own: real "
         "shards, ledger, metrics, finite checks, gradient norm. Cells ran one after another on a machine whose load "
         "changed: **compare cells with care**; pairs that took turns are in the peers' and scaling documents. "
-        "Images/s counts source images of the global batch: median and quartiles over steps. \"By CPU\" is the same "
+        'Images/s counts source images of the global batch: median and quartiles over steps. "By CPU" is the same '
         "with the process's own CPU seconds (for two processes: of rank 0, times the images of both).",
         "## Speed\n",
         ON_GPU if result["machine"]["gpu"] else ON_CPU,
-        table([*head, "images/s", "quartiles", "images/s by CPU", "GFLOP an image", "MFU", "memory, MiB"],
-              speed_rows(result)),
+        table(
+            [*head, "images/s", "quartiles", "images/s by CPU", "GFLOP an image", "MFU", "memory, MiB"],
+            speed_rows(result),
+        ),
         "## Where a step's time goes, %\n",
         "Exclusive shares, medians over steps; what counts as what is in `benchmarks/throughput_split.py`. The data "
-        "wait is the column \"data\".",
+        'wait is the column "data".',
         table([*head, *PARTS], split_rows(result)),
         *(["## Cells that failed\n", "\n".join(failed)] if failed else []),
         "## Raw numbers\n",

@@ -51,8 +51,16 @@ EPOCH = 4  # steps in an epoch: members are as many global batches
 
 
 def configuration(
-    encoder: EncoderConfig, batch: int, *, objective: str = "simclr", method: str = "pretrain", evaluator: str = "head",
-    backend: str = "single", precision: str = "fp32", steps: int = 20, **other: Any,
+    encoder: EncoderConfig,
+    batch: int,
+    *,
+    objective: str = "simclr",
+    method: str = "pretrain",
+    evaluator: str = "head",
+    backend: str = "single",
+    precision: str = "fp32",
+    steps: int = 20,
+    **other: Any,
 ) -> RunConfig:
     """A run of noise. batch: images of a global batch; forget and third-party are a quarter of it each.
 

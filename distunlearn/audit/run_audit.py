@@ -76,5 +76,3 @@ def _signals(session: Session, name: str, eye: Eye, state_sha256: str) -> Signal
         session.ledger.may_write()
         keep_signals(session.out / "audit" / f"signals-{name}.npz", found, key)
     return found
-
-

@@ -36,6 +36,7 @@ __all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "main"]
 
 # torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
 
+
 @dataclass(frozen=True)
 class Run:
     """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped."""

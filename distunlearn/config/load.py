@@ -369,5 +369,3 @@ def _name(path: Path_) -> str:
 
 def _show(value: Any) -> str:
     return printable(json.dumps(value, ensure_ascii=False), 80)
-
-

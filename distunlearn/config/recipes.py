@@ -98,7 +98,12 @@ def fashion_mnist() -> RunConfig:
         base,
         recipe="fashion_mnist",
         data=DataConfig(
-            source="fashion_mnist", members=1000, forget=200, holdout=1000, calibration=400, third_party=500,
+            source="fashion_mnist",
+            members=1000,
+            forget=200,
+            holdout=1000,
+            calibration=400,
+            third_party=500,
             third_party_audit=500,
         ),
         views=replace(base.views, flip=0.5),

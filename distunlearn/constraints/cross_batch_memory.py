@@ -51,7 +51,7 @@ class FeatureMemory:
         self._held = []
 
     def state_dict(self) -> dict[str, Tensor]:
-        """"x" [N, k] and "y" [M, k], one step after the other, and "sizes" [steps held, 2]; empty where none is."""
+        """ "x" [N, k] and "y" [M, k], one step after the other, and "sizes" [steps held, 2]; empty where none is."""
         sizes = torch.tensor([[len(x), len(y)] for x, y in self._held], dtype=torch.int64).reshape(-1, 2)
         if not self._held:
             return {"x": torch.zeros(0, 0), "y": torch.zeros(0, 0), "sizes": sizes}

@@ -134,7 +134,7 @@ class PhiSwitch:
         return 0.0 if self.target > 0 and self.mean <= self.target else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """"target", "sum" and "weight", float64 [1] each."""
+        """ "target", "sum" and "weight", float64 [1] each."""
         self._read()
         values = {"target": self.target, "sum": self._sum, "weight": self._weight}
         return {name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()}

@@ -88,7 +88,13 @@ def _uniforms(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int, draw
 
 
 def make_view(
-    images: Tensor, cfg: ViewsConfig, *, seed: int, epochs: np.ndarray, ids: Sequence[str], view: int,
+    images: Tensor,
+    cfg: ViewsConfig,
+    *,
+    seed: int,
+    epochs: np.ndarray,
+    ids: Sequence[str],
+    view: int,
     compiled: bool = False,
 ) -> Tensor:
     """One random view of each image, float32 [n, C, S, S] in [-1, 1], on the images' device.

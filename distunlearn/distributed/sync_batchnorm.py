@@ -43,9 +43,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __init__(self, source: _BatchNorm) -> None:
         """Takes over the parameters and buffers of `source` themselves, not copies: an optimizer may hold them."""
-        super().__init__(
-            source.num_features, source.eps, source.momentum, affine=False, track_running_stats=False
-        )
+        super().__init__(source.num_features, source.eps, source.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = source.affine, source.track_running_stats
         for name in ("weight", "bias"):
             setattr(self, name, getattr(source, name))

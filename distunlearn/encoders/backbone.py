@@ -31,11 +31,28 @@ SETTINGS = {
     "stem_type": "encoder.stem",
     "checkpoint_path": "encoder.checkpoint",
 }
-RESERVED = frozenset({
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
-    "cache_dir", "num_classes", "features_only", "out_indices", "feature_cls", "use_naflex", "scriptable",
-    "exportable", "no_jit", "device", "dtype", "model_name", "pruned",
-})
+RESERVED = frozenset(
+    {
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_model_args",
+        "pretrained_strict",
+        "cache_dir",
+        "num_classes",
+        "features_only",
+        "out_indices",
+        "feature_cls",
+        "use_naflex",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "device",
+        "dtype",
+        "model_name",
+        "pruned",
+    }
+)
 DEEP_STEM_WIDTH = 32  # of timm's own deep-stem variants (resnet18d, resnet50d)
 
 

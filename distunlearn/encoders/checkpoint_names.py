@@ -16,24 +16,82 @@ __all__ = ["Reading", "match_names"]
 
 # Keys under which a checkpoint keeps weights, best first where two fit equally well.
 CONTAINERS = (
-    "state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "model_ema", "net", "network",
-    "encoder", "backbone", "teacher", "student", "params", "weights", "module",
+    "state_dict",
+    "model",
+    "model_state",
+    "model_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "net",
+    "network",
+    "encoder",
+    "backbone",
+    "teacher",
+    "student",
+    "params",
+    "weights",
+    "module",
 )
 # Modules that wrap a backbone, best first where two fit equally well: the online copy before the momentum copy.
 WRAPPERS = (
-    "module", "_orig_mod", "model", "net", "network", "backbone", "encoder", "trunk", "feature_extractor",
-    "encoder_q", "base_encoder", "online_encoder", "online_network", "visual", "student", "teacher",
-    "momentum_encoder", "encoder_k", "target_encoder", "target_network",
+    "module",
+    "_orig_mod",
+    "model",
+    "net",
+    "network",
+    "backbone",
+    "encoder",
+    "trunk",
+    "feature_extractor",
+    "encoder_q",
+    "base_encoder",
+    "online_encoder",
+    "online_network",
+    "visual",
+    "student",
+    "teacher",
+    "momentum_encoder",
+    "encoder_k",
+    "target_encoder",
+    "target_network",
 )
 # First names of what is not the backbone and may be left out.
-HEADS = frozenset({
-    "fc", "head", "heads", "head_dist", "classifier", "projector", "projection", "projection_head", "proj_head",
-    "contrastive_head", "mlp_head", "predictor", "prediction_head", "prototypes", "online_predictor",
-})
-OTHERS = frozenset({
-    "queue", "queue_ptr", "queue_ids", "momentum_encoder", "encoder_k", "target_encoder", "target_network",
-    "momentum_projector", "teacher", "teacher_head", "student_head", "criterion", "loss",
-})
+HEADS = frozenset(
+    {
+        "fc",
+        "head",
+        "heads",
+        "head_dist",
+        "classifier",
+        "projector",
+        "projection",
+        "projection_head",
+        "proj_head",
+        "contrastive_head",
+        "mlp_head",
+        "predictor",
+        "prediction_head",
+        "prototypes",
+        "online_predictor",
+    }
+)
+OTHERS = frozenset(
+    {
+        "queue",
+        "queue_ptr",
+        "queue_ids",
+        "momentum_encoder",
+        "encoder_k",
+        "target_encoder",
+        "target_network",
+        "momentum_projector",
+        "teacher",
+        "teacher_head",
+        "student_head",
+        "criterion",
+        "loss",
+    }
+)
 MAX_DEPTH = 4  # containers in containers, wrappers in wrappers
 
 TORCHVISION_VIT = (

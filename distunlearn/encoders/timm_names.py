@@ -14,12 +14,17 @@ __all__ = ["check_name", "is_resnet", "list_encoders"]
 
 RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")  # the pattern by which configs are checked
 VIT = re.compile(r"^(?:vit|deit)_")
-UNFIT = frozenset({
-    # Without a classifier it still ends in a projection, so its embedding has another size than it says.
-    "resnet50_mlp",
-    # timm fetches published weights for their inner ResNet whenever it loads an export of them.
-    "vit_base_resnet26d_224", "vit_base_resnet50d_224", "vit_small_resnet26d_224", "vit_small_resnet50d_s16_224",
-})
+UNFIT = frozenset(
+    {
+        # Without a classifier it still ends in a projection, so its embedding has another size than it says.
+        "resnet50_mlp",
+        # timm fetches published weights for their inner ResNet whenever it loads an export of them.
+        "vit_base_resnet26d_224",
+        "vit_base_resnet50d_224",
+        "vit_small_resnet26d_224",
+        "vit_small_resnet50d_s16_224",
+    }
+)
 
 
 def is_resnet(name: str) -> bool:

@@ -361,4 +361,3 @@ class _Runner:
         self.saver.resumed(checkpoint.step)
         self.telemetry.note(self.phase.name, f"goes on from step {checkpoint.step} (attempt {self.attempt})")
         return checkpoint.step
-

@@ -101,5 +101,3 @@ class Stateless:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         pass
-
-

@@ -81,4 +81,3 @@ class Finetune(Contrastive):
 
     def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
         return {"retain": cfg.unlearn.retain_batch}
-

@@ -81,9 +81,7 @@ def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     images = on_device(batch.images, ctx.device)
     key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
     compiled = ctx.cfg.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
-    return [
-        make_view(images, ctx.cfg.views, **key, view=view, compiled=compiled) for view in (2 * pair, 2 * pair + 1)
-    ]
+    return [make_view(images, ctx.cfg.views, **key, view=view, compiled=compiled) for view in (2 * pair, 2 * pair + 1)]
 
 
 def embed(

@@ -189,9 +189,7 @@ def bank_delta(
     return through_normalisation(z_a, grad_u)
 
 
-def bank_density(
-    u: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET
-) -> Tensor:
+def bank_density(u: Tensor, bank: Bank, query_ids: Tensor | None = None, budget: int = DEFAULT_BUDGET) -> Tensor:
     """How close a sample is to its nearest bank keys: tau * log mean_k exp(u.q_k / tau), masked rows left out.
 
     A soft maximum of cosines in [-1, 1] that does not grow with the size of the bank; 0 where all rows are

@@ -127,9 +127,9 @@ def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]
 
     members = counts["retain"] + counts["forget"]
     entry = METHODS[cfg.method.name]
-    unlearn_steps = {
-        "unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0
-    }[entry.steps]
+    unlearn_steps = {"unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0}[
+        entry.steps
+    ]
     phases = {
         "pretrain": (pretrain_steps(cfg, members), None),
         "unlearn": (unlearn_steps, cfg.method.name),

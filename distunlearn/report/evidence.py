@@ -269,9 +269,7 @@ def _points(figures: dict[str, Any]) -> str:
 
 def two_sample(run: RunFiles) -> list[dict[str, str]]:
     """The classifier that tries to tell forgotten from third-party images, for each encoder."""
-    return [
-        {"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in ENCODER_NAMES
-    ]
+    return [{"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in ENCODER_NAMES]
 
 
 def controls(run: RunFiles) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"Chosen on seed {results['validation_seed']} and {results['validation_images']} images to forget, reported on "
         f"seed {seeds} and images",
         "that no trial was asked to forget. Average gap to the retrained encoder over "
-        + ", ".join([*results["attacks"], *results["utilities"]]) + ".",
+        + ", ".join([*results["attacks"], *results["utilities"]])
+        + ".",
         "The first trial of every method has the recipe's own settings.",
         "",
         "| method | average gap, reported | by seed | validation: chosen | validation: recipe's settings "

@@ -140,9 +140,9 @@ def test_embedding_norm_is_the_likelihood_ratio_of_two_gaussians():
     part = found.comparison.parts[0]
     known = lengths[signals.of("retain")]
     unknown = lengths[np.delete(signals.of("holdout"), part.rows)]
-    expected = stats.norm(known.mean(), known.std()).logpdf(lengths) - stats.norm(
-        unknown.mean(), unknown.std()
-    ).logpdf(lengths)
+    expected = stats.norm(known.mean(), known.std()).logpdf(lengths) - stats.norm(unknown.mean(), unknown.std()).logpdf(
+        lengths
+    )
     np.testing.assert_allclose(part.positives, expected[signals.of("forget")], rtol=1e-6)
 
 

@@ -60,9 +60,10 @@ def test_tow_by_hand():
     found = tow(signals, {"unlearned": 0.7, "retrained": 0.5})
     assert found["tow"] == pytest.approx(kept["retain"] * kept["forget"] * kept["holdout"])
     assert found["tow_mia"] == pytest.approx(0.8 * kept["retain"] * kept["holdout"])
-    assert tow({"unlearned": signals["retrained"], "retrained": signals["retrained"]}, dict.fromkeys(signals, 0.5))[
-        "tow"
-    ] == 1.0
+    assert (
+        tow({"unlearned": signals["retrained"], "retrained": signals["retrained"]}, dict.fromkeys(signals, 0.5))["tow"]
+        == 1.0
+    )
 
 
 def test_iam_is_the_weighted_sum_of_the_formula():

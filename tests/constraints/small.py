@@ -142,9 +142,7 @@ def constrained(cfg: RunConfig, ctx: Context, looking: Callable = look):
     return found, gradient(ctx, found.term)
 
 
-def per_sample_gradients(
-    ctx: Context, images: Batch, names: list[str], create_graph: bool
-) -> list[dict[str, Tensor]]:
+def per_sample_gradients(ctx: Context, images: Batch, names: list[str], create_graph: bool) -> list[dict[str, Tensor]]:
     """d l_i / d weight of the named layers by autograd, every image in forwards of its own, running statistics."""
     weights = [ctx.model.get_submodule(name).weight for name in names]
     found, keys = [], bank(ctx)
@@ -174,10 +172,12 @@ def features_of(name: str, ctx: Context) -> tuple[Callable[[dict[str, Tensor]], 
     names = list(probes.layers)
 
     def sketch(gradients: dict[str, Tensor]) -> Tensor:
-        return torch.stack([
-            outer.T @ gradients[n].flatten(1) @ inner.flatten(1).T
-            for n, inner, outer in zip(names, probes.ins, probes.outs, strict=True)
-        ])
+        return torch.stack(
+            [
+                outer.T @ gradients[n].flatten(1) @ inner.flatten(1).T
+                for n, inner, outer in zip(names, probes.ins, probes.outs, strict=True)
+            ]
+        )
 
     def sketched(gradients: dict[str, Tensor]) -> Tensor:
         s = sketch(gradients).flatten()

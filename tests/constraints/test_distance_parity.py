@@ -103,7 +103,10 @@ def ranks(request, tmp_path_factory):
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(world), str(folder)],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world)
     ]

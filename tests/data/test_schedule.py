@@ -49,8 +49,6 @@ def test_permutation_places_every_item_everywhere_about_equally():
     assert np.abs(counts / 2000 - 0.2).max() < 0.05
 
 
-
-
 @pytest.mark.parametrize(("n", "world"), [(0, 1), (1, 4), (7, 3), (12, 4), (50, 2)])
 def test_rank_slices_tile_the_batch(n, world):
     rows = [list(range(n))[rank_slice(n, rank, world)] for rank in range(world)]

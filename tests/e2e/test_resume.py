@@ -28,7 +28,10 @@ def kill_at(out, recipe, phase, step, extra):
     """Start a run, SIGKILL it once the ledger shows that `phase` passed `step`; returns the steps seen."""
     process = subprocess.Popen(
         [sys.executable, "-m", "distunlearn", "run", recipe, "--out", str(out), *tiny.settings(*LONG, *extra)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny.environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=tiny.environment(),
+        start_new_session=True,
     )
     needle = f'"event":"step","phase":"{phase}","step":{step},'
     deadline = time.monotonic() + 240

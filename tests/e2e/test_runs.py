@@ -29,11 +29,26 @@ def finished(request, tmp_path_factory):
 def test_the_run_directory_is_complete(finished):
     _, out, _ = finished
     for name in (
-        "run.yaml", "plan.json", "env.json", "ledger.jsonl", "metrics.jsonl", "report.html", "done.json",
-        "training_state.safetensors", "export/config.json", "export/model.safetensors", "audit/summary.json",
-        "audit/scores-original.json", "audit/scores-unlearned.json", "audit/scores-retrained.json",
-        "original/done.json", "original/export/model.safetensors", "retrained/done.json",
-        "shards/manifest.jsonl", "shards/summary.json", "checkpoints/LATEST",
+        "run.yaml",
+        "plan.json",
+        "env.json",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "report.html",
+        "done.json",
+        "training_state.safetensors",
+        "export/config.json",
+        "export/model.safetensors",
+        "audit/summary.json",
+        "audit/scores-original.json",
+        "audit/scores-unlearned.json",
+        "audit/scores-retrained.json",
+        "original/done.json",
+        "original/export/model.safetensors",
+        "retrained/done.json",
+        "shards/manifest.jsonl",
+        "shards/summary.json",
+        "checkpoints/LATEST",
     ):
         assert (out / name).exists(), name
 

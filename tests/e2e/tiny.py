@@ -8,11 +8,26 @@ import sys
 from pathlib import Path
 
 TINY = [
-    "data.members=96", "data.forget=24", "data.holdout=48", "data.calibration=24", "data.third_party=24",
-    "data.third_party_audit=24", "data.samples_per_shard=32", "method.view_pairs=1",
-    "pretrain.epochs=2", "pretrain.batch=32", "pretrain.checkpoint_every=2",
-    "unlearn.steps=6", "unlearn.retain_batch=32", "unlearn.forget_batch=8", "unlearn.third_party_batch=8",
-    "unlearn.checkpoint_every=2", "audit.views=4", "audit.bootstrap=100", "objective.queue_size=64", "threads=1",
+    "data.members=96",
+    "data.forget=24",
+    "data.holdout=48",
+    "data.calibration=24",
+    "data.third_party=24",
+    "data.third_party_audit=24",
+    "data.samples_per_shard=32",
+    "method.view_pairs=1",
+    "pretrain.epochs=2",
+    "pretrain.batch=32",
+    "pretrain.checkpoint_every=2",
+    "unlearn.steps=6",
+    "unlearn.retain_batch=32",
+    "unlearn.forget_batch=8",
+    "unlearn.third_party_batch=8",
+    "unlearn.checkpoint_every=2",
+    "audit.views=4",
+    "audit.bootstrap=100",
+    "objective.queue_size=64",
+    "threads=1",
 ]
 
 

@@ -111,7 +111,9 @@ def test_a_declared_embedding_size_that_is_right_is_accepted():
 def test_stems():
     deep, standard = (create_backbone(replace(RESNET18, stem=stem)) for stem in ("deep", "standard"))
     assert [tuple(m.weight.shape) for m in deep.conv1 if isinstance(m, torch.nn.Conv2d)] == [
-        (4, 1, 3, 3), (4, 4, 3, 3), (8, 4, 3, 3),
+        (4, 1, 3, 3),
+        (4, 4, 3, 3),
+        (8, 4, 3, 3),
     ]
     assert tuple(standard.conv1.weight.shape) == (64, 1, 7, 7)
     assert create_args(replace(RESNET18, args={}))["stem_width"] == 32
@@ -132,7 +134,10 @@ def test_full_sizes_build_at_32_pixels(name):
 
 def test_dropout_that_a_model_has_by_default_is_switched_off():
     encoder = EncoderConfig(
-        name="vit_relpos_small_patch16_224", image_size=32, in_chans=1, stem="standard",
+        name="vit_relpos_small_patch16_224",
+        image_size=32,
+        in_chans=1,
+        stem="standard",
         args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
     )
     model, images = build_model(run_config(encoder), None).train(), images_for(encoder)
@@ -195,5 +200,9 @@ def test_a_supervised_encoder_needs_the_number_of_classes():
 
 
 def test_averaged_vits_need_no_class_token():
-    assert build_model(run_config(EncoderConfig(
-        name="vit_tiny_patch16_224", in_chans=1, stem="standard", args=AVERAGED)), None).backbone.cls_token is None
+    assert (
+        build_model(
+            run_config(EncoderConfig(name="vit_tiny_patch16_224", in_chans=1, stem="standard", args=AVERAGED)), None
+        ).backbone.cls_token
+        is None
+    )

@@ -70,8 +70,11 @@ def test_a_fresh_process_gets_bit_equal_embeddings(tmp_path):
         assert found["equal"] and not found["control"], name
         assert found["shape"] == [4, backbone.num_features]
         assert found["data"] == {
-            "mean": [0.5] * chans, "std": [0.5] * chans, "input_size": [chans, size, size],
-            "interpolation": "bilinear", "crop_pct": 1.0,
+            "mean": [0.5] * chans,
+            "std": [0.5] * chans,
+            "input_size": [chans, size, size],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
         }
 
 

@@ -96,7 +96,11 @@ def test_damaged_safetensors_are_refused_in_bounded_memory(tmp_path, source):
     twice = b'{"a":%s,"a":%s}' % ((json.dumps(entry).encode(),) * 2)
     huge = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     damaged = {
-        "truncated": raw[:-5], "header only": raw[:200], "empty": b"", "extra": raw + b"tail", "text": b"hello" * 20,
+        "truncated": raw[:-5],
+        "header only": raw[:200],
+        "empty": b"",
+        "extra": raw + b"tail",
+        "text": b"hello" * 20,
         "length": struct.pack("<Q", 2**60) + raw[8:],
     }
     files = []
@@ -142,8 +146,19 @@ def test_other_files_are_refused(tmp_path, source):
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone.", "module.encoder_q.",
-     "module.base_encoder.", "model.backbone.", "encoder.", "momentum_encoder.", "online_encoder."],
+    [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "backbone.",
+        "module.encoder_q.",
+        "module.base_encoder.",
+        "model.backbone.",
+        "encoder.",
+        "momentum_encoder.",
+        "online_encoder.",
+    ],
 )
 def test_known_prefixes_are_stripped_and_logged(tmp_path, source, prefix):
     torch.save({f"{prefix}{key}": value for key, value in source.items()}, tmp_path / "w.pth")
@@ -283,9 +298,14 @@ def test_other_precisions_are_converted_to_fp32(tmp_path, source, dtype):
     notes = load_backbone(backbone, tmp_path / "w.pth")
     assert notes == [f"Weights in {str(dtype)[6:]} were converted to the encoder's own type."]
     assert {t.dtype for t in backbone.state_dict().values()} == {torch.float32, torch.int64}
-    assert differs(backbone, {key: value.float() for key, value in half.items()} | {
-        key: value for key, value in half.items() if not value.is_floating_point()
-    }) == []
+    assert (
+        differs(
+            backbone,
+            {key: value.float() for key, value in half.items()}
+            | {key: value for key, value in half.items() if not value.is_floating_point()},
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 1e6), (torch.float64, 1e300)])

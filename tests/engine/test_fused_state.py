@@ -33,7 +33,8 @@ def test_it_steps_as_torchs_plain_optimizer_in_float64(name):
     groups = [{"params": [p for p in plain.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in plain.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     reference = (
-        torch.optim.AdamW(groups, lr=0.1, fused=False, foreach=False) if name == "adamw"
+        torch.optim.AdamW(groups, lr=0.1, fused=False, foreach=False)
+        if name == "adamw"
         else torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False)
     )
     for optimizer, own in ((make_optimizer(name, model.parameters(), 0.1, 0.1), model), (reference, plain)):

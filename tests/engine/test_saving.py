@@ -290,6 +290,7 @@ def test_the_main_rank_does_not_commit_before_the_other_has_written(training, mo
 def test_a_rank_that_cannot_write_stops_all_with_its_own_reason(training, monkeypatch):
     main, other = both(training)
     with monkeypatch.context() as fault:
+
         def broken(folder, pieces, rank, world, sharded):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

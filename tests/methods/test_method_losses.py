@@ -195,9 +195,7 @@ def test_neg_grad(objective):
 
 @pytest.mark.parametrize("objective", [o for o in ALL_OBJECTIVES if o != "supervised"])
 def test_alignment_calibration(objective):
-    method, ctx, hand = started(
-        "alignment_calibration", objective, alignment_weight=3.0, calibration_weight=0.4
-    )
+    method, ctx, hand = started("alignment_calibration", objective, alignment_weight=3.0, calibration_weight=0.4)
     both, forget = merged(BATCHES["retain"], BATCHES["forget"]), BATCHES["forget"]
     seen, alike = see(hand, both, "train"), see(hand, forget, "eval", pair=1)
     second = alike.output[1:] + alike.output[:1] if alike.target is None else alike.target

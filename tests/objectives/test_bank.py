@@ -58,9 +58,7 @@ def test_loss_and_confidence_equal_scalar_loops(bank):
     for i in range(N):
         a = oracle_side(u_a[i].tolist(), u_b[i].tolist(), bank, int(QUERY_IDS[i]))
         b = oracle_side(u_b[i].tolist(), u_a[i].tolist(), bank, int(QUERY_IDS[i]))
-        assert number(loss[i]) == pytest.approx(
-            0.5 * (math.log(sum(a)) + math.log(sum(b))) - math.log(a[0]), abs=1e-12
-        )
+        assert number(loss[i]) == pytest.approx(0.5 * (math.log(sum(a)) + math.log(sum(b))) - math.log(a[0]), abs=1e-12)
         assert number(c[i]) == pytest.approx(0.5 * (a[0] / sum(a) + b[0] / sum(b)), abs=1e-12)
 
 
@@ -85,9 +83,7 @@ def test_the_own_image_never_counts_as_a_negative(bank):
 def test_delta_equals_autograd_and_so_does_its_derivative(bank):
     z = draw(N, D).requires_grad_()
     u_b = normalise(draw(N, D, seed=2))
-    (expected,) = torch.autograd.grad(
-        bank_infonce(normalise(z), u_b, bank, QUERY_IDS).sum(), z, create_graph=True
-    )
+    (expected,) = torch.autograd.grad(bank_infonce(normalise(z), u_b, bank, QUERY_IDS).sum(), z, create_graph=True)
     delta = bank_delta(z, u_b, bank, QUERY_IDS)
     torch.testing.assert_close(delta, expected, **TIGHT)
     weight = draw(N, D, seed=4)

@@ -107,4 +107,3 @@ def has_step(out: Path, phase: str, step: int) -> bool:
 def log_of(out: Path, number: str) -> str:
     path = out / "slurm" / f"{number}.log"
     return path.read_text() if path.exists() else ""
-

@@ -1,6 +1,6 @@
 """Runs over two nodes of a real SLURM, interrupted in every way it has: each ends in the weights of a run left alone.
 
-    pytest -m slurm tests/slurm         needs slurmctld, slurmd and sbatch (Debian: slurm-wlm) and root
+pytest -m slurm tests/slurm         needs slurmctld, slurmd and sbatch (Debian: slurm-wlm) and root
 """
 
 from __future__ import annotations

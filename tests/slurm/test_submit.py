@@ -33,7 +33,7 @@ def stubs(tmp_path):
 
 def test_hostile_values_reach_the_ranks_as_they_are(tmp_path, stubs, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out, config = tmp_path / "a 'run'; touch pwned $(touch pwned)", tmp_path / "my \"settings\" `touch pwned`.yaml"
+    out, config = tmp_path / "a 'run'; touch pwned $(touch pwned)", tmp_path / 'my "settings" `touch pwned`.yaml'
     text = script(Job(), "digits", out, config, HOSTILE, stubs.python)
     code, said = stubs.run(text, {"code": 0})
     assert code == 0, said

@@ -56,5 +56,3 @@ def nested_session(
     ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
     stack.callback(ledger.close)
     return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)
-
-

@@ -96,7 +96,12 @@ class GhostNorm:
 
     @grad_wanted
     def _gradients(
-        self, ctx: Context, batch: Batch, bank: Bank | None, viewed: list[list[Tensor]], kept: int,
+        self,
+        ctx: Context,
+        batch: Batch,
+        bank: Bank | None,
+        viewed: list[list[Tensor]],
+        kept: int,
         lasting: bool = False,
     ) -> tuple[GhostGradients, list[Branches]]:
         """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches, whose graph is

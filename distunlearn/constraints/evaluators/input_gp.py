@@ -72,16 +72,14 @@ class InputGP:
             views = self._interpolates(ctx, viewed[pair], count, pair, sum(sizes[: ctx.rank]))
             slopes, along, first = self._slopes(ctx, forget, bank, pair, views)
             excess = slopes - self.cfg.constraint.center
-            pulls = 2 * excess * self._differences(
-                ctx, forget, bank, pair, views, along, first, self.rho, places=places
+            pulls = (
+                2 * excess * self._differences(ctx, forget, bank, pair, views, along, first, self.rho, places=places)
             )
             penalty = penalty + scale * excess.square().sum()
             term = term + scale * pulls.sum()
             if self.check.due(ctx.step):
                 with torch.no_grad():
-                    half = self._differences(
-                        ctx, forget, bank, pair, views, along, first, self.rho / 2, ctx.first_pass
-                    )
+                    half = self._differences(ctx, forget, bank, pair, views, along, first, self.rho / 2, ctx.first_pass)
                 wholes.append(pulls)
                 halves.append(2 * excess * half)
         metrics = self.check.compare(ctx, torch.cat(wholes), torch.cat(halves)) if wholes else {}
@@ -121,8 +119,17 @@ class InputGP:
         return slopes, [*unit, *still], without_graph(branches)
 
     def _differences(
-        self, ctx: Context, forget: Batch, bank: Bank | None, pair: int, views: list[Tensor], along: list[Tensor],
-        first: Branches, rho: float, network: Callable | None = None, places: list[Tensor] | None = None,
+        self,
+        ctx: Context,
+        forget: Batch,
+        bank: Bank | None,
+        pair: int,
+        views: list[Tensor],
+        along: list[Tensor],
+        first: Branches,
+        rho: float,
+        network: Callable | None = None,
+        places: list[Tensor] | None = None,
     ) -> Tensor:
         """[l_i(x + rho v) - l_i(x - rho v)] / 2 rho, [n]; the outputs are added to `places`."""
         count = len(forget)

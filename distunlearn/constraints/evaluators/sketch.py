@@ -89,8 +89,14 @@ class _Probing:
 
     @grad_wanted
     def _sketches(
-        self, ctx: Context, batch: Batch, bank: Bank | None, probes: ProbeSet, viewed: list[list[Tensor]],
-        exact: bool = False, lasting: bool = False,
+        self,
+        ctx: Context,
+        batch: Batch,
+        bank: Bank | None,
+        probes: ProbeSet,
+        viewed: list[list[Tensor]],
+        exact: bool = False,
+        lasting: bool = False,
     ) -> tuple[Tensor, list[Branches]]:
         """S [n, L, k_out, k_in] and the branches they come from; with a graph of second order if `exact`, one for
         another backward if `lasting`.

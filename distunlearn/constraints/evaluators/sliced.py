@@ -104,7 +104,13 @@ class Sliced:
         return Constrained(phi, term, both, strangers, metrics, [values])
 
     def _shown(
-        self, ctx: Context, batch: Batch, count: int, probes: ProbeSet, core: list[Tensor], rho: float,
+        self,
+        ctx: Context,
+        batch: Batch,
+        count: int,
+        probes: ProbeSet,
+        core: list[Tensor],
+        rho: float,
         targets: list[Branches] | None = None,
     ) -> list[Branches]:
         """Signed copies of the first `count` images, then the others, by pair of views.

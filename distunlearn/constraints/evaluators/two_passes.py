@@ -87,9 +87,7 @@ def first_pass(ctx: Context, forget: Batch, third: Batch, views: Views, measure:
         found = measure(both, viewed, False)
         seen = [without_graph(b) for b in found.pairs]
         return FirstPass(found.values[:count], found.values[count:], found.kept, count, both, viewed, seen, None)
-    apart = [
-        [[view[rows] for view in pair] for pair in viewed] for rows in (slice(count), slice(count, None))
-    ]
+    apart = [[[view[rows] for view in pair] for pair in viewed] for rows in (slice(count), slice(count, None))]
     own = measure(forget, apart[0], False)
     seen = [without_graph(b) for b in own.pairs]
     own = own._replace(pairs=[])  # their graph may go before the next one is made

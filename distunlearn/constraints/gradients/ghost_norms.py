@@ -127,9 +127,7 @@ class Recorder:
             assert self._finish is not None, "the backward belongs to `gradients`"
             self._finish(name, inputs, [deltas[number] for number in range(len(inputs))])
 
-    def gradients(
-        self, total: Tensor, count: int, kept: int | None = None, *, lasting: bool = False
-    ) -> GhostGradients:
+    def gradients(self, total: Tensor, count: int, kept: int | None = None, *, lasting: bool = False) -> GhostGradients:
         """Per-sample gradients of `total` = sum_i l_i, as norms and factors; its graph and the records are used up.
 
         Args:
@@ -247,9 +245,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 class GhostGradients:
     """Per-sample gradients of some layers as factors; made by `Recorder.gradients`, without any graph."""
 
-    def __init__(
-        self, layers: dict[str, Layer], parts: dict[str, _Gram | _Whole], norms: Tensor, kept: int
-    ) -> None:
+    def __init__(self, layers: dict[str, Layer], parts: dict[str, _Gram | _Whole], norms: Tensor, kept: int) -> None:
         self.layers, self._parts, self._norms, self.kept = layers, parts, norms, kept
 
     def norm(self) -> Tensor:

@@ -108,9 +108,7 @@ class ProbeSet:
         self.k_out, self.k_in = k_out, k_in
         drawn: list[tuple[np.random.Generator, tuple[int, ...], float]] = []
         for index, layer in enumerate(layers.values()):
-            bits = np.random.Philox(
-                key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, _PROBE_STREAM]
-            )
+            bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, _PROBE_STREAM])
             generator = np.random.Generator(bits)
             # Sizes from the layer's attributes: a sharded weight has another shape.
             if isinstance(layer, nn.Linear):
@@ -187,9 +185,7 @@ class ProbeSet:
                 found.append(small)
                 return (x,)
 
-            def after(
-                layer: Layer, args: tuple, output: Tensor, then: Callable = then, found: list = found
-            ) -> Tensor:
+            def after(layer: Layer, args: tuple, output: Tensor, then: Callable = then, found: list = found) -> Tensor:
                 return then(layer, found.pop(), output)
 
             handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
@@ -199,9 +195,7 @@ class ProbeSet:
             for handle in handles:
                 handle.remove()
 
-    def _reduced(
-        self, index: int, layer: Layer, x: Tensor, moved: MovedRows, once: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _reduced(self, index: int, layer: Layer, x: Tensor, moved: MovedRows, once: bool) -> tuple[Tensor, Tensor]:
         """x for the layer, and A x of the rows that move: [r, T, k_in], or [r, k_in, H, W] of a convolution."""
         inner = self.ins[index].to(x.dtype)
         if isinstance(layer, nn.Conv2d):
@@ -226,9 +220,7 @@ class ProbeSet:
         added = F.linear(through, outer)  # [r, T, d]
         return added_to(output, added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2), moved)
 
-    def _listen(
-        self, index: int, leaf: Tensor, rows: Tensor, layer: Layer, small: Tensor, output: Tensor
-    ) -> Tensor:
+    def _listen(self, index: int, leaf: Tensor, rows: Tensor, layer: Layer, small: Tensor, output: Tensor) -> Tensor:
         layout = _layout(layer, output)
         return _Listener.apply(output, leaf, _flat(small, layout), self.outs[index], rows, layout)
 

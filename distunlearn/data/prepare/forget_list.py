@@ -99,9 +99,7 @@ def resolve_list(path: str | Path, table: IdTable) -> Resolved:
     if len(both):
         named = some(table.at(both[:6]), len(both))
         raise DataError(f"{path} lists {named} both to forget and to retain; keep each id once.")
-    return Resolved(
-        forget, retain, entries, list(missing), len(np.unique(np.concatenate(lost))), digest.hexdigest()
-    )
+    return Resolved(forget, retain, entries, list(missing), len(np.unique(np.concatenate(lost))), digest.hexdigest())
 
 
 def _each_once(rows: np.ndarray) -> np.ndarray:

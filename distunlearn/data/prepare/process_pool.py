@@ -31,9 +31,7 @@ def num_workers(asked: int, images: int, jobs: int) -> int:
     return max(1, min(chosen, jobs))
 
 
-def run_jobs(
-    work: Callable[[Any, Job], Result], shared: Any, jobs: Sequence[Job], workers: int
-) -> Iterator[Result]:
+def run_jobs(work: Callable[[Any, Job], Result], shared: Any, jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """Yield work(shared, job) for each job, in order. One worker: in this process.
 
     work, shared, jobs and results must be picklable; workers start afresh, so the main module must be importable.

@@ -39,9 +39,7 @@ def is_list(forget: int | float | str) -> bool:
     return isinstance(forget, str) and not forget.startswith("class:")
 
 
-def assign_roles(
-    samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samples | None = None
-) -> dict[str, str]:
+def assign_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samples | None = None) -> dict[str, str]:
     """The roles alone, see `draw_roles`."""
     return draw_roles(samples, cfg, seed, third_party).roles
 

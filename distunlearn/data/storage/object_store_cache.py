@@ -30,8 +30,7 @@ _PARTIAL = ".partial"
 
 
 def check_sizes(store: ObjectStore, manifest: Manifest, shards: list[str], counts: Counts) -> None:
-    """DataError unless each of these shards is in the store, as long as the manifest says; also as `ObjectStore.sizes`.
-    """
+    """DataError unless each of these shards is in the store, as long as the manifest says; also as `ObjectStore.sizes`."""
     for shard, found in zip(shards, store.sizes(shards, counts), strict=True):
         expected = manifest.shard_files[shard].bytes
         if found != expected:
@@ -70,9 +69,7 @@ def _digested(store: ObjectStore, manifest: Manifest, shard: str, counts: Counts
         while handle is not None and piece:
             piece = piece[os.write(handle, piece) :]
     if digest.hexdigest() != wanted.sha256:
-        raise DataError(
-            f"The shard {shard} in {printable(store.url)} does not have the sha256 of the manifest; {FIX}."
-        )
+        raise DataError(f"The shard {shard} in {printable(store.url)} does not have the sha256 of the manifest; {FIX}.")
 
 
 class ShardCache:

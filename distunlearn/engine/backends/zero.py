@@ -127,8 +127,10 @@ class Zero(Backend):
                 f"backend=zero{self.stage} optimises {mine} of {total} weights on rank {self.rank} of {self.world}, "
                 "expected a part; set backend=ddp."
             )
-        if self.stage == 3 and self.world > 1 and any(
-            p.ds_tensor.numel() >= p.ds_numel for p in self._named.values() if p.ds_numel > 1
+        if (
+            self.stage == 3
+            and self.world > 1
+            and any(p.ds_tensor.numel() >= p.ds_numel for p in self._named.values() if p.ds_numel > 1)
         ):
             raise ConfigError("backend=zero3 left a weight whole, expected a part on each rank; set backend=fsdp2.")
 

@@ -273,9 +273,7 @@ def _explained(error: BaseException, folder: Path, step: int) -> BaseException:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def agreed_checkpoint(
-    folder: Path, backend: Backend, ledger: Ledger, note: Callable[[str], None]
-) -> Checkpoint | None:
+def agreed_checkpoint(folder: Path, backend: Backend, ledger: Ledger, note: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of which every rank finds its share of the files sound; None: there is none. Collective.
 
     note: told of those that are passed over, and of a folder that others may write into.
