@@ -145,7 +145,7 @@ def machine_of(gpu: Gpu, precision: str, world: int, kind: str, mfu: float) -> M
 
 
 def memory_of(cfg: RunConfig, encoder: Encoder, backend: str, world: int, method: str | None) -> float:
-    """Bytes of one process: weights, gradients, two moments, momentum encoder, activations; no library, no workspace."""
+    """Bytes of one process: weights, gradients, two moments, momentum encoder, activations; no library or workspace."""
     from distunlearn.objectives import make_objective
     from distunlearn.plan.images import images_per_step
 

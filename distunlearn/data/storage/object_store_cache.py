@@ -30,7 +30,7 @@ _PARTIAL = ".partial"
 
 
 def check_sizes(store: ObjectStore, manifest: Manifest, shards: list[str], counts: Counts) -> None:
-    """DataError unless each of these shards is in the store, as long as the manifest says; also as `ObjectStore.sizes`."""
+    """DataError unless each of these shards is in the store, as long as the manifest says; see `ObjectStore.sizes`."""
     for shard, found in zip(shards, store.sizes(shards, counts), strict=True):
         expected = manifest.shard_files[shard].bytes
         if found != expected:
