@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from distunlearn.common.text import printable
 from distunlearn.config.checks import PATH_KEYS, cross_checks, forget_is_file
+from distunlearn.config.recipes import RECIPES
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.yaml import dump_yaml, parse_scalar, read_yaml
 from distunlearn.errors import ConfigError
@@ -149,8 +150,6 @@ def known_keys() -> list[str]:
 
 def _base(recipe: str | None, config_file: Path | None, data: dict[str, Any]) -> RunConfig:
     """The recipe everything starts from; `recipe` in the file must agree with the one asked for."""
-    from distunlearn.config.recipes import RECIPES  # late: recipes may use what reads configs
-
     named = data.get("recipe")
     if named is not None and recipe is not None and named != recipe:
         raise ConfigError(f"{config_file}: recipe is {_show(named)}, but {recipe} was asked for; name only one of them")

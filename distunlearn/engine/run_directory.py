@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 from distunlearn.common.launcher import is_main
 from distunlearn.config.load import field_diff, load_config, save_config
 from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.verify import verify_shards
+from distunlearn.data.manifest.manifest import Manifest, has_manifest
+from distunlearn.data.manifest.records import Remote
+from distunlearn.data.prepare.selection import check_list
+from distunlearn.data.storage.object_store_cache import verify_objects
 from distunlearn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,8 +45,6 @@ def shards_folder(cfg: RunConfig, out: Path) -> Path:
 
 def shards_remote(cfg: RunConfig) -> Remote | None:
     """The object store that holds the shards of a run; None: they lie in `shards_folder`."""
-    from distunlearn.data.manifest.records import Remote
-
     data = cfg.data
     if data.store:
         return Remote(data.store, data.read_retries, data.store_cache, data.store_cache_mib)
@@ -54,8 +57,6 @@ def find_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
     Raises:
         DataError: the manifest is damaged; or there is none of shards in an object store, where `prepare` writes none.
     """
-    from distunlearn.data.manifest.manifest import Manifest, has_manifest
-
     folder, remote = shards_folder(cfg, out), shards_remote(cfg)
     if has_manifest(folder):
         return Manifest.load(folder, remote)
@@ -107,10 +108,6 @@ def verify(cfg: RunConfig, manifest: Manifest) -> None:
 
     Of shards in an object store both are compared on one process; every process compares the length of what it reads.
     """
-    from distunlearn.data.loading.verify import verify_shards
-    from distunlearn.data.prepare.selection import check_list
-    from distunlearn.data.storage.object_store_cache import verify_objects
-
     if "purged" in manifest.info:
         raise DataError(
             f"{manifest.folder} holds shards from which {manifest.info['purged']['images']} forgotten images were "

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distunlearn.audit.trainings.stress import COPIES, FEWEST_CLASSES, stress_names, thirds
 from distunlearn.config.schema import RunConfig
+from distunlearn.engine.phases import pretrain_steps
+from distunlearn.plan.images import phase_images
 
 __all__ = ["audit_trainings"]
 
@@ -27,8 +30,6 @@ def audit_trainings(
         {name: {"pretrain_steps", "unlearn_steps", "images", "share_of_retraining"}}; the first are of all trainings
         from random weights, the last is in trainings of the run's retrained encoder.
     """
-    from distunlearn.audit.trainings.stress import FEWEST_CLASSES, stress_names
-
     largest = max(classes.values()) if len(classes) >= FEWEST_CLASSES else None
     members, forget = counts["retain"] + counts["forget"], counts["forget"]
     planned: dict[str, Trainings] = {}
@@ -39,8 +40,6 @@ def audit_trainings(
 
 
 def _thirds(forget: int) -> list[int]:
-    from distunlearn.audit.trainings.stress import thirds
-
     return [len(group) for group in thirds([""] * forget)]
 
 
@@ -54,8 +53,6 @@ def _whole_class(members: int, forget: int, largest: int | None) -> Trainings:
 
 
 def _canaries(members: int, forget: int, largest: int | None) -> Trainings:
-    from distunlearn.audit.trainings.stress import COPIES
-
     copies = sum(size * (count - 1) for size, count in zip(_thirds(forget), COPIES, strict=True))
     return [members + copies], 1
 
@@ -72,9 +69,6 @@ STRESS = {
 def _figures(
     cfg: RunConfig, sets: list[int], unlearnings: int, phases: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
-    from distunlearn.engine.phases import pretrain_steps
-    from distunlearn.plan.images import phase_images
-
     steps = [pretrain_steps(cfg, size) for size in sets]
     once = phases["unlearn"]
     images = sum(phase_images(cfg, None, each) for each in steps)

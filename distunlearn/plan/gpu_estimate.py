@@ -22,8 +22,10 @@ from distunlearn.encoders.blocks import shard_units
 from distunlearn.encoders.model import ContrastiveModel, build_model
 from distunlearn.encoders.timm_names import is_resnet
 from distunlearn.errors import ConfigError
+from distunlearn.objectives import make_objective
 from distunlearn.plan.cost_model import BACKENDS, Machine, Work, step_time
 from distunlearn.plan.gpu_target import Target
+from distunlearn.plan.images import images_per_step, phase_images
 
 __all__ = ["GPUS", "Encoder", "Gpu", "check_target", "count_encoder", "estimate", "machine_of", "phases_of", "work_of"]
 
@@ -118,9 +120,6 @@ def work_of(cfg: RunConfig, encoder: Encoder, method: str | None, world: int) ->
     A pass with gradients counts as three forwards, one of the momentum encoder as one. Passes that an evaluator adds
     count as passes with gradients, which is a little too much.
     """
-    from distunlearn.objectives import make_objective
-    from distunlearn.plan.images import images_per_step
-
     objective = make_objective(cfg.objective)
     passes = images_per_step(cfg, method) / world
     followed = passes / 2 if objective.needs_momentum else 0.0
@@ -146,9 +145,6 @@ def machine_of(gpu: Gpu, precision: str, world: int, kind: str, mfu: float) -> M
 
 def memory_of(cfg: RunConfig, encoder: Encoder, backend: str, world: int, method: str | None) -> float:
     """Bytes of one process: weights, gradients, two moments, momentum encoder, activations; no library or workspace."""
-    from distunlearn.objectives import make_objective
-    from distunlearn.plan.images import images_per_step
-
     weights = encoder.weights
     shards = {"zero1": (1, 1, world), "zero2": (1, world, world), "zero3": (world,) * 3, "fsdp2": (world,) * 3}
     parts = shards.get(backend, (1, 1, 1))
@@ -170,8 +166,6 @@ def estimate(
     Raises:
         ConfigError: an unknown GPU, numbers that cannot be, or more processes than images in a batch.
     """
-    from distunlearn.plan.images import phase_images
-
     check_target(cfg, target)
     gpu, world = target.gpu, target.world or 1
     card = GPUS[gpu]
@@ -234,8 +228,6 @@ def check_target(cfg: RunConfig, target: Target) -> None:
 
 def phases_of(cfg: RunConfig, steps: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """`phases` of `estimate` from steps by phase, for a run whose data are not at hand."""
-    from distunlearn.plan.images import images_per_step
-
     methods = {"pretrain": None, "retrain": "retrain", "unlearn": cfg.method.name}
     return {
         name: {"steps": count, "images": count * images_per_step(cfg, methods[name])} for name, count in steps.items()

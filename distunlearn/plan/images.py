@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from distunlearn.config.schema import RunConfig
+from distunlearn.constraints.evaluators import extra_images
+from distunlearn.engine.matched_sampling import looked_at
+from distunlearn.engine.session import CALIBRATION_LIMIT
+from distunlearn.methods import METHODS, Contrastive
+from distunlearn.methods.third_party import CALIBRATION_DRAWS
+from distunlearn.objectives import make_objective
 
 __all__ = ["ROLES", "calibration_images", "images_per_step", "phase_images"]
 
@@ -14,10 +20,6 @@ ROLES = ("forget", "third_party")  # feeders of the images that an evaluator see
 
 def images_per_step(cfg: RunConfig, method: str | None, step: int = 0) -> int:
     """Images through an encoder in a step: views of every feeder, momentum keys included (method None: pretraining)."""
-    from distunlearn.constraints.evaluators import extra_images
-    from distunlearn.methods import METHODS, Contrastive
-    from distunlearn.objectives import make_objective
-
     objective = make_objective(cfg.objective)
     views = objective.branches + (objective.branches if objective.needs_momentum else 0)
     entry = METHODS[method] if method else None
@@ -40,19 +42,12 @@ def images_per_step(cfg: RunConfig, method: str | None, step: int = 0) -> int:
 
 def calibration_images(cfg: RunConfig, counts: Mapping[str, int]) -> int:
     """Images through an encoder before the first step: the targets of `third_party`, the looks of a matched draw."""
-    from distunlearn.engine.matched_sampling import looked_at
-    from distunlearn.methods import METHODS
-
     matched = cfg.unlearn.third_party_draw == "matched" and "third_party" in METHODS[cfg.method.name].needs
     return _target_images(cfg, counts) + (looked_at(counts) if matched else 0)
 
 
 def _target_images(cfg: RunConfig, counts: Mapping[str, int]) -> int:
     """Images through an encoder for the targets of `third_party`; 0 for other methods."""
-    from distunlearn.engine.session import CALIBRATION_LIMIT
-    from distunlearn.methods.third_party import CALIBRATION_DRAWS
-    from distunlearn.objectives import make_objective
-
     if cfg.method.name != "third_party":
         return 0
     objective = make_objective(cfg.objective)
@@ -67,8 +62,6 @@ def _target_images(cfg: RunConfig, counts: Mapping[str, int]) -> int:
 
 def phase_images(cfg: RunConfig, method: str | None, steps: int) -> int:
     """Images through an encoder in a training of `steps`; a method may have a second phase without forget images."""
-    from distunlearn.methods import METHODS
-
     entry = METHODS[method] if method else None
     built = entry.build(cfg) if entry and entry.build else None
     first = min(steps, built.forget_steps(cfg)) if hasattr(built, "forget_steps") else steps

@@ -6,13 +6,27 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
+from distunlearn.common.files import write_json
 from distunlearn.config.load import digest
 from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.columns import NO_LABEL
+from distunlearn.data.prepare.roles import draw_roles
+from distunlearn.data.prepare.selection import request_facts
+from distunlearn.data.sources.sources import open_sources
+from distunlearn.encoders.model import build_model
+from distunlearn.encoders.weights import load_backbone
+from distunlearn.engine.phases import pretrain_steps
+from distunlearn.engine.run_directory import find_manifest, verify
 from distunlearn.errors import (
     ConfigError,
     DataError,
     DistunlearnError,
 )
+from distunlearn.methods import METHODS, refuse_missing
+from distunlearn.objectives import make_objective
+from distunlearn.plan.audit_cost import audit_trainings
+from distunlearn.plan.gpu_estimate import check_target, estimate
 from distunlearn.plan.images import calibration_images, phase_images
 
 if TYPE_CHECKING:
@@ -35,9 +49,6 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
         ConfigError: an encoder that cannot be built or loaded; several problems are reported together.
     """
-    from distunlearn.methods import refuse_missing
-    from distunlearn.plan.audit_cost import audit_trainings
-
     problems: list[DistunlearnError] = []
     counts: Counter[str] = Counter()
     classes: Counter[int] = Counter()
@@ -82,12 +93,6 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 
 def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int], dict[str, Any]]:
     """Images per role, members per label and facts of the request, from existing shards or else from the source."""
-    from distunlearn.data.manifest.columns import NO_LABEL
-    from distunlearn.data.prepare.roles import draw_roles
-    from distunlearn.data.prepare.selection import request_facts
-    from distunlearn.data.sources.sources import open_sources
-    from distunlearn.engine.run_directory import find_manifest, verify
-
     known = out or cfg.data.shards or cfg.reuse
     manifest = find_manifest(cfg, out or Path()) if known else None
     if manifest is not None:
@@ -105,9 +110,6 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
 
 
 def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
-    from distunlearn.encoders.model import build_model
-    from distunlearn.encoders.weights import load_backbone
-
     model = build_model(cfg, classes if cfg.objective.name == "supervised" else None)
     if cfg.encoder.checkpoint is not None:
         load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
@@ -122,9 +124,6 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
 
 
 def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:
-    from distunlearn.engine.phases import pretrain_steps
-    from distunlearn.methods import METHODS
-
     members = counts["retain"] + counts["forget"]
     entry = METHODS[cfg.method.name]
     unlearn_steps = {"unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0}[
@@ -155,8 +154,6 @@ def _coverage(cfg: RunConfig, counts: Counter[str]) -> dict[str, float]:
 
 
 def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
-    from distunlearn.methods import METHODS
-
     entry = METHODS[cfg.method.name]
     forgets = entry.build is not None and entry.build(cfg).forgets
     steps = _forget_steps(cfg)
@@ -170,8 +167,6 @@ def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
 
 
 def _check_stress(cfg: RunConfig, counts: Counter[str]) -> None:
-    from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
-
     if not cfg.audit.stress:
         return
     check_count(counts["forget"])
@@ -185,8 +180,6 @@ def _check_stress(cfg: RunConfig, counts: Counter[str]) -> None:
 
 def _forget_steps(cfg: RunConfig) -> int:
     """Steps of the unlearning that consume forget images."""
-    from distunlearn.methods import METHODS
-
     entry = METHODS[cfg.method.name]
     built = entry.build(cfg) if entry.build else None
     return built.forget_steps(cfg) if hasattr(built, "forget_steps") else cfg.unlearn.steps
@@ -194,8 +187,6 @@ def _forget_steps(cfg: RunConfig) -> int:
 
 def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> dict[str, float]:
     """Lower bounds per process, unsharded: weights, gradients and two optimizer moments in fp32; decoded images."""
-    from distunlearn.objectives import make_objective
-
     copies = 4 if cfg.pretrain.optimizer == "adamw" else 3
     copies += 1 if make_objective(cfg.objective).needs_momentum else 0
     images = sum(counts.values()) * cfg.encoder.in_chans * cfg.encoder.image_size**2
@@ -212,7 +203,6 @@ def plan(cfg: RunConfig, out: Path | None, target: Target | None = None) -> dict
         if target is not None:
             target.check()
         return make_plan(cfg, out)
-    from distunlearn.plan.gpu_estimate import check_target, estimate
 
     check_target(cfg, target)  # before data are looked at
     planned = make_plan(cfg, out)
@@ -222,6 +212,4 @@ def plan(cfg: RunConfig, out: Path | None, target: Target | None = None) -> dict
 
 def write_plan(planned: dict, out: Path) -> None:
     """Keep the plan beside the run it describes."""
-    from distunlearn.common.files import write_json
-
     write_json(Path(out) / "plan.json", planned)

@@ -8,8 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distunlearn.audit.run_audit import collect_evidence
+from distunlearn.audit.trainings.shadows import audit_shadows
+from distunlearn.audit.trainings.stress import audit_stress
+from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
 from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.selection import check_selection
+from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
+from distunlearn.distributed.process_group import wait_for_all
+from distunlearn.encoders.compile import require_compiler
+from distunlearn.engine import phases
+from distunlearn.engine.backends import open_backend
+from distunlearn.engine.phases import check_coverage
 from distunlearn.engine.run_directory import (
     claim,
     find_manifest,
@@ -21,7 +33,9 @@ from distunlearn.engine.run_directory import (
 )
 from distunlearn.engine.session import open_session
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
-from distunlearn.plan.plan import plan, write_plan
+from distunlearn.plan.plan import make_plan, plan, write_plan
+from distunlearn.report import write_report
+from distunlearn.run.prepare import describe, make_shards
 
 __all__ = ["audit", "plan", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
 
@@ -30,9 +44,6 @@ VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCON
 
 def prepare(cfg: RunConfig, out: Path) -> str:
     """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`; returns a line that says what."""
-    from distunlearn.data.prepare.selection import check_selection
-    from distunlearn.run.prepare import describe, make_shards
-
     manifest = find_manifest(cfg, out)
     if manifest is None:
         return describe(make_shards(cfg, shards_folder(cfg, out)))
@@ -43,8 +54,6 @@ def prepare(cfg: RunConfig, out: Path) -> str:
 
 def pretrain(cfg: RunConfig, out: Path) -> None:
     """Train the original encoder on retain and forget samples."""
-    from distunlearn.engine import phases
-
     with open_session(cfg, out) as session:
         phases.pretrain(session)
 
@@ -55,9 +64,6 @@ def unlearn(cfg: RunConfig, out: Path) -> None:
     Raises:
         CoverageError: a forget sample never entered the loss of a method that forgets, or entered it as retain.
     """
-    from distunlearn.engine import phases
-    from distunlearn.engine.phases import check_coverage
-
     with open_session(cfg, out) as session:
         phases.unlearn(session)
         check_coverage(session)
@@ -74,12 +80,6 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
     Raises:
         CoverageError: as `unlearn`; evidence about a run that missed images would mislead.
     """
-    from distunlearn.audit.run_audit import collect_evidence
-    from distunlearn.audit.trainings.shadows import audit_shadows
-    from distunlearn.audit.trainings.stress import audit_stress
-    from distunlearn.engine import phases
-    from distunlearn.engine.phases import check_coverage
-
     cfg = cfg or saved_config(run_dir)
     with open_session(cfg, run_dir) as session:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
@@ -109,10 +109,6 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
         DataError: the run has not forgotten yet, was not audited, or its shards are not as the manifest says.
         ConfigError: its shards lie in an object store.
     """
-    from distunlearn.common.files import write_json
-    from distunlearn.data.manifest.manifest import Manifest
-    from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
-
     cfg, folder = saved_config(run_dir, world=1), Path(run_dir)
     remote = shards_remote(cfg)
     if remote is not None:
@@ -141,18 +137,11 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
 
 def report(run_dir: Path) -> Path:
     """Write `report.html` from what the audit saved."""
-    from distunlearn.report import write_report
-
     return write_report(Path(run_dir))
 
 
 def run(cfg: RunConfig, out: Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
-    from distunlearn.distributed.process_group import wait_for_all
-    from distunlearn.encoders.compile import require_compiler
-    from distunlearn.engine.backends import open_backend
-    from distunlearn.plan.plan import make_plan
-
     planned = make_plan(cfg, out)
     if cfg.compile:
         require_compiler()

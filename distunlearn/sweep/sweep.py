@@ -31,7 +31,13 @@ from typing import Any
 
 from distunlearn.config.load import digest, load_config, save_config
 from distunlearn.config.schema import RunConfig
+from distunlearn.data.prepare.roles import assign_roles
+from distunlearn.data.schedule import permutation
+from distunlearn.data.sources.sources import open_sources
 from distunlearn.errors import ConfigError, DataError, DistunlearnError, NumericsError, RankLostError, StoppedError
+from distunlearn.methods import METHODS
+from distunlearn.methods.search_space import grid, random
+from distunlearn.run import pipeline
 from distunlearn.sweep.results import average_gap, choose, facts, gaps, page, strongest
 
 __all__ = [
@@ -102,8 +108,6 @@ def prepare_sweep(cfg: RunConfig, sweep: Sweep, out: Path) -> None:
 
 
 def _check(cfg: RunConfig, sweep: Sweep) -> None:
-    from distunlearn.methods import METHODS
-
     problems = []
     unknown = [name for name in sweep.methods if name not in METHODS]
     if unknown or not sweep.methods:
@@ -128,10 +132,6 @@ def _validation_forget(cfg: RunConfig, sweep: Sweep) -> tuple[Any, list[str]]:
     """What the validation forgets: another class where the reports forget one, else as many ids of images that no
     report forgets.
     """
-    from distunlearn.data.prepare.roles import assign_roles
-    from distunlearn.data.schedule import permutation
-    from distunlearn.data.sources.sources import open_sources
-
     members, guest = open_sources(cfg.data)
     if isinstance(cfg.data.forget, str) and cfg.data.forget.startswith("class:"):
         labels = sorted({label for _, label in members.samples if label is not None})
@@ -188,9 +188,6 @@ def _reuse(out: Path, base: int) -> str:
 
 
 def _trials(out: Path, what: Mapping[str, Any]) -> Planned:
-    from distunlearn.methods import METHODS
-    from distunlearn.methods.search_space import grid, random
-
     fixed = [*_seeds(out, what)[0], _reuse(out, 0)]
     base = load_config(None, out / "settings.yaml", [], world=1)
     for method in what["methods"]:
@@ -287,8 +284,6 @@ def run_task(folder: Path, extra: Sequence[str] = ()) -> None:
         DataError: there is no such task.
         DistunlearnError: what a run raises, but for one that diverges: that is a result.
     """
-    from distunlearn.run import pipeline
-
     stage, out = folder.parent.name, folder.parent.parent
     tasks = _read(out / f"{stage}.json") if (out / f"{stage}.json").is_file() else []
     found = next((task for task in tasks if str(task["index"]) == folder.name), None)
