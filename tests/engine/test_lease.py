@@ -19,7 +19,7 @@ from distunlearn.errors import ConfigError, RankLostError
 NO_MOMENTS = {"optimizer": "SGD", "state": {}}
 CHILD = """
 import sys
-from distunlearn.engine.lease import Lease
+from distunlearn.engine.run_lock import Lease
 Lease(sys.argv[1])
 print("claimed", flush=True)
 input()

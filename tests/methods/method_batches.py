@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from distunlearn.data.schedule import Batch
-from distunlearn.methods import base
+from distunlearn.objectives import forward
 
 SIZES = {"retain": 12, "forget": 6, "third_party": 8, "calibration": 10}
 
@@ -30,6 +30,6 @@ def batch(role: str, count: int | None = None) -> Batch:
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
     """Views as double precision numbers."""
-    right = base.make_view
-    with mock.patch.object(base, "make_view", lambda *args, **how: right(*args, **how).double()):
+    right = forward.make_view
+    with mock.patch.object(forward, "make_view", lambda *args, **how: right(*args, **how).double()):
         yield
