@@ -1,7 +1,7 @@
-"""Weak and strong scaling over processes of this machine, and the cost model fitted to what was measured.
+"""Weak and strong scaling over processes of this machine.
 
     python benchmarks/scaling.py --document benchmarks/results/DATE-scaling.md
-    torchrun ... benchmarks/throughput.py --cell ...     one point over nodes: see docs/costs.md
+    torchrun ... benchmarks/throughput.py --cell ...     one point over nodes: see docs/benchmarks.md
 
 Three groups of processes, one thread each, stay alive and take turns step by step: two processes that do not
 communicate, one process with the global batch, and the processes of a backend. So whatever else the machine does, it
@@ -12,8 +12,6 @@ does to all of them.
 
 By the clock (the slowest process of a group counts) and by CPU seconds (their sum): the clock has what processes wait
 for each other, which on a busy machine is mostly the scheduler; CPU seconds have the work of communicating alone.
-The cost model (`distunlearn/plan/cost_model.py`) is fitted to CPU seconds of a process, for the same reason, and
-checked by leaving one point out at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,11 +32,7 @@ from constraint_report import json_text, machine
 from scaling_report import document, efficiency_plot
 from throughput_step import ENCODERS, configuration, prepared, session, train
 
-from distunlearn.plan.cost_model import Measured, fit, leave_one_out
-from distunlearn.plan.gpu_estimate import count_encoder, work_of
-
 WARM_UP = 2
-POINTS = [(name, batch) for name in ("resnet18-64", "vit_tiny16-64") for batch in (4, 8, 16, 24)]
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -201,64 +194,11 @@ def scale(
     return found
 
 
-def single_points(count: int) -> list[dict[str, Any]]:
-    """CPU seconds of steps of one process, this one, for several encoders and batches, one after the other."""
-    found = []
-    with tempfile.TemporaryDirectory() as name:
-        for encoder, batch in POINTS:
-            cfg = configuration(ENCODERS[encoder], batch, steps=count + WARM_UP)
-            folder = Path(name) / f"{encoder}-{batch}"
-            cfg = prepared(cfg, folder / "data")
-            with session(cfg, folder / "run") as run:
-                samples = train(run, "pretrain")[WARM_UP : WARM_UP + count]
-            found.append({"encoder": encoder, "batch": batch, "samples": [asdict(sample) for sample in samples]})
-            print(encoder, batch, statistics.median(sample.cpu for sample in samples), flush=True)
-    return found
-
-
-def measured(result: dict[str, Any]) -> list[tuple[str, Measured]]:
-    """Named points of the cost model: median CPU seconds of a process and step."""
-    counted: dict[str, Any] = {}
-    points = []
-
-    def add(encoder: str, batch: int, backend: str, world: int, cpus: list[float]) -> None:
-        cfg = Job(encoder, batch, backend, world, sync_batchnorm=not result["local_batchnorm"]).config()
-        if encoder not in counted:
-            counted[encoder] = count_encoder(cfg)
-        own = work_of(cfg, counted[encoder], None, world)
-        point = Measured(own, backend, world, statistics.median(cpus))
-        points.append((f"{encoder} {backend} x{world} batch {batch}", point))
-
-    for found in result["single"]:
-        add(found["encoder"], found["batch"], "single", 1, [s["cpu"] for s in found["samples"]])
-    for found in result["scaling"]:
-        if "error" not in found:
-            cpus = {name: [s["cpu"] for row in rows for s in row] for name, rows in found["rounds"].items()}
-            add(found["encoder"], found["batch"], found["backend"], 2, cpus["backend"])
-            if found["backend"] == result["scaling"][0]["backend"]:  # the processes beside it, once a cell
-                add(found["encoder"], found["batch"], "single", 1, cpus["independent"])
-                add(found["encoder"], 2 * found["batch"], "single", 1, cpus["one"])
-    return points
-
-
-def modelled(points: list[tuple[str, Measured]]) -> dict[str, Any]:
-    """The fitted parameters and the error of leaving each named point out."""
-    own = fit([point for _, point in points])
-    errors = leave_one_out([point for _, point in points])
-    return {
-        "machine": {**asdict(own), "rate": dict(own.rate)},
-        "points": [
-            {"name": name, "cpu_seconds": point.seconds, "error": error}
-            for (name, point), error in zip(points, errors, strict=True)
-        ],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", default=["vit_tiny16-64:32", "resnet18-64:16"], metavar="ENCODER:BATCH",
                         help="what a process of a backend trains; batch: its images of a step")  # fmt: skip
-    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--local-batchnorm", action="store_true", help="batch statistics of each process's own images")
     parser.add_argument("--document", type=Path, help="write the results here; .json and .svg (plot) beside it")
@@ -270,7 +210,7 @@ def main() -> None:
         return
     begun = time.perf_counter()
     result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])}
-    result |= {"machine": machine("cpu"), "scaling": [], "single": [], "local_batchnorm": args.local_batchnorm}
+    result |= {"machine": machine("cpu"), "scaling": [], "local_batchnorm": args.local_batchnorm}
     cells = [(name, int(batch)) for name, _, batch in (cell.partition(":") for cell in args.cells)]
     if unknown := [name for name, _ in cells if name not in ENCODERS]:
         parser.error(f"--cells names {unknown[0]}, expected one of {', '.join(ENCODERS)} and a batch")
@@ -281,11 +221,7 @@ def main() -> None:
             args.document.with_suffix(".json").write_text(json_text(result), encoding="utf-8")
 
     torch.set_num_threads(1)
-    result["single"] = single_points(max(3, args.rounds // 2))
-    save()
-    if args.backends:
-        save(scale(cells, args.backends, args.rounds, save, not args.local_batchnorm))
-    result["model"] = modelled(measured(result))
+    save(scale(cells, args.backends, args.rounds, save, not args.local_batchnorm))
     result |= {"minutes": (time.perf_counter() - begun) / 60, "load_after": os.getloadavg()[0]}
     save()
     text = document(result)

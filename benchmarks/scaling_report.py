@@ -11,7 +11,6 @@ from throughput_stats import Ratio, paragraphs, preamble, ratio, shown, table
 __all__ = ["document", "efficiency_plot", "efficiency", "speed_up"]
 
 GOAL = 0.9
-LIMITS = (0.25, 0.10)  # of the cost model's errors: the worst, the median
 
 
 def efficiency(found: dict[str, Any], key: str) -> Ratio:
@@ -48,8 +47,6 @@ def scaling_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def verdicts(result: dict[str, Any]) -> str:
     """The goal for ddp, in words."""
-    if not result["scaling"]:
-        return "Weak and strong scaling over two processes: **not measured** in this run."
     words = []
     for found in result["scaling"]:
         if found["backend"] != "ddp" or "error" in found:
@@ -61,48 +58,12 @@ def verdicts(result: dict[str, Any]) -> str:
     return f"Goal: weak scaling of ddp >= {GOAL}. " + "; ".join(words) + "."
 
 
-def model_parts(result: dict[str, Any]) -> list[str]:
-    if "model" not in result:
-        return []
-    reach = "1 and 2 processes" if result["scaling"] else "one process (so nothing is known of collectives)"
-    return ["## Cost model\n", *model_text(result["model"], reach)]
-
-
-def errors_of(model: dict[str, Any]) -> tuple[float, float]:
-    """(worst, median) error of leaving a point out."""
-    errors = [abs(point["error"]) for point in model["points"]]
-    return max(errors), statistics.median(errors)
-
-
-def model_text(model: dict[str, Any], reach: str) -> list[str]:
-    """Parameters, errors of leaving a point out, and all points."""
-    worst, middle = errors_of(model)
-    own = model["machine"]
-    rates = ", ".join(f"{kind} {rate / 1e9:.1f}e9 operations/s" for kind, rate in own["rate"].items())
-    rows = [[p["name"], f"{p['cpu_seconds']:.4f}", f"{100 * p['error']:+.1f} %"] for p in model["points"]]
-    return [
-        f"Fitted to the median CPU seconds of a process and step, {len(model['points'])} points: rates {rates}; "
-        f"optimizer {own['sweep'] / 1e9:.2f} GB/s; fixed {1e3 * own['fixed']:.1f} ms; "
-        f"latency {1e3 * own['latency']:.3f} ms; bandwidth {own['bandwidth'] / 1e9:.2f} GB/s; "
-        f"a gather of a unit {1e3 * own['hook']:.2f} ms, weights laid out "
-        f"at {own['copy'] / 1e9:.2f} GB/s. An infinite figure is a parameter that fits best at no cost. "
-        f"Leave one out: worst error {100 * worst:.1f} % (limit {100 * LIMITS[0]:.0f} %: "
-        f"{'met' if worst <= LIMITS[0] else 'MISSED'}), median {100 * middle:.1f} % (limit {100 * LIMITS[1]:.0f} %: "
-        f"{'met' if middle <= LIMITS[1] else 'MISSED'}). The measured range is {reach} of a CPU; everything that "
-        "`distunlearn plan --world N --gpu ...` prints lies beyond it and is labelled an extrapolation.",
-        table(["point", "CPU seconds", "predicted without it"], rows),
-    ]
-
-
 def document(result: dict[str, Any]) -> str:
     raw = []
     for found in result["scaling"]:
         for name, rows in found.get("rounds", {}).items():
             steps = "  ".join(" ".join(f"{s['seconds']:.3f}/{s['cpu']:.3f}" for s in row) for row in rows)
             raw.append(f"{found['encoder']} {found['backend']} {name}: {steps}")
-    for found in result["single"]:
-        steps = " ".join(f"{s['seconds']:.3f}/{s['cpu']:.3f}" for s in found["samples"])
-        raw.append(f"one process, {found['encoder']}, batch {found['batch']}: {steps}")
     parts = [
         *preamble(result),
         "SimCLR pretraining, float32, one thread a process, gloo over loopback; whole steps of real runs. "
@@ -118,27 +79,20 @@ def document(result: dict[str, Any]) -> str:
             else "Batch statistics were those of the global batch, which the independent processes do not need."
         ),
         verdicts(result),
-        *(
+        table(
             [
-                table(
-                    [
-                        "encoder",
-                        "backend",
-                        "batch a process",
-                        "images/s",
-                        "weak, clock",
-                        "weak, CPU",
-                        "strong, clock",
-                        "strong, CPU",
-                    ],
-                    scaling_rows(result),
-                )
-            ]
-            if result["scaling"]
-            else []
+                "encoder",
+                "backend",
+                "batch a process",
+                "images/s",
+                "weak, clock",
+                "weak, CPU",
+                "strong, clock",
+                "strong, CPU",
+            ],
+            scaling_rows(result),
         ),
-        *model_parts(result),
-        "Over nodes, and over GPUs of a node: **not measured** (docs/costs.md says how to).",
+        "Over nodes, and over GPUs of a node: **not measured** (docs/benchmarks.md says how to).",
         "## Raw numbers\n",
         "Seconds, clock / CPU; a round's processes stand together.",
         "```\n" + "\n".join(raw) + "\n```",

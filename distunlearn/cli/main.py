@@ -26,7 +26,6 @@ from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main as _is_main
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
-from distunlearn.plan.gpu_target import Target
 from distunlearn.run.slurm import Job
 
 if TYPE_CHECKING:
@@ -221,12 +220,11 @@ class Plan:
     ] = None
     config: Config = None
     overrides: Overrides = ()
-    target: Target = Target()
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
+        from distunlearn.plan.plan import make_plan
 
-        planned = pipeline.plan(_resolve(self), self.out, self.target)
+        planned = make_plan(_resolve(self), self.out)
         if _is_main():
             print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
         return 0

@@ -8,7 +8,7 @@ For queries x (already divided by the temperature) and keys q, with s_ik = x_i.q
 (the running softmax of Milakov and Gimelshein, arXiv 1805.02867, algorithm 3). A forward pass keeps LSE, one number a
 query; the backward pass computes every tile again and turns it into probabilities, as FlashAttention does (Dao et al.,
 arXiv 2205.14135, algorithm 4). That makes four products of a tile instead of the plain form's three; but a tile stays
-in the cache, which more than pays on a CPU (benchmarks/results/2026-11-25-infonce.md).
+in the cache, which more than pays on a CPU (benchmarks/results/2026-11-27-infonce.md).
 
 `TiledInfoNCE` takes the keys as one block, or as W blocks that travel round a ring of ranks (the ring of Inf-CL,
 Cheng et al., arXiv 2410.17243); its key gradients travel with them. `SoftmaxMean` is the bank's: constant

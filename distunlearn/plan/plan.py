@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
 from distunlearn.common.files import write_json
@@ -26,13 +26,9 @@ from distunlearn.errors import (
 from distunlearn.methods import METHODS, refuse_missing
 from distunlearn.objectives import make_objective
 from distunlearn.plan.audit_cost import audit_trainings
-from distunlearn.plan.gpu_estimate import check_target, estimate
 from distunlearn.plan.images import calibration_images, phase_images
 
-if TYPE_CHECKING:
-    from distunlearn.plan.gpu_target import Target
-
-__all__ = ["make_plan", "phase_images", "plan", "write_plan"]
+__all__ = ["make_plan", "phase_images", "write_plan"]
 
 MIB = 1 << 20
 
@@ -194,20 +190,6 @@ def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> di
         "weights_and_optimizer": round(copies * 4 * encoder["parameters"] / MIB, 1),
         "decoded_images": round(min(images / MIB, cfg.data.cache_mib), 1),
     }
-
-
-def plan(cfg: RunConfig, out: Path | None, target: Target | None = None) -> dict:
-    """Everything that a run would do, checked and counted, with nothing written; on which GPUs, if `target` says so."""
-
-    if target is None or not target.gpu:
-        if target is not None:
-            target.check()
-        return make_plan(cfg, out)
-
-    check_target(cfg, target)  # before data are looked at
-    planned = make_plan(cfg, out)
-    planned["estimate"] = estimate(cfg, planned["phases"], target, planned["encoder"]["classes"])
-    return planned
 
 
 def write_plan(planned: dict, out: Path) -> None:

@@ -33,11 +33,11 @@ from distunlearn.engine.run_directory import (
 )
 from distunlearn.engine.session import open_session
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
-from distunlearn.plan.plan import make_plan, plan, write_plan
+from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report import write_report
 from distunlearn.run.prepare import describe, make_shards
 
-__all__ = ["audit", "plan", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
+__all__ = ["audit", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 

@@ -102,7 +102,7 @@ def test_plan_reports_every_problem_at_once_and_writes_nothing(tmp_path, capsys)
 OPTIONS = {
     "prepare": "--out --config --set", "pretrain": "--out --config --set", "unlearn": "--out --config --set",
     "audit": "", "report": "", "run": "--out --config --set", "purge": "--apply --no-apply", "status": "",
-    "plan": "--out --config --set --gpu --world --mfu --price", "list": "", "doctor": "--out --config --set",
+    "plan": "--out --config --set", "list": "", "doctor": "--out --config --set",
     "index": "--config --set",
     "submit": (
         "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run "
