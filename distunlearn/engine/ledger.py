@@ -88,9 +88,13 @@ class Ledger:
         """`phase` ended after `step` steps."""
         self._write({"event": "done", "phase": phase, "step": step, **facts})
 
-    def code(self, version: str, digest: str) -> None:
-        """From here on the run works under this version, whose files have this sha256."""
-        self._write({"event": "code", "version": version, "digest": digest})
+    def code(self, version: str, digest: str, outside: Sequence[Mapping[str, str]] = ()) -> None:
+        """From here on the run works under this version, whose files have this sha256.
+
+        outside: name, file and sha256 of each package or file with parts of the run that is not ours.
+        """
+        more = {"outside": list(outside)} if outside else {}
+        self._write({"event": "code", "version": version, "digest": digest, **more})
 
     def sync(self) -> None:
         """Make everything written so far durable; another thread may go on writing."""

@@ -1,4 +1,4 @@
-"""What runs: the digest of this package's code, its record in the ledger, and that all ranks run the same.
+"""What runs: the digest of the code, own and from outside, its record in the ledger, and that all ranks run the same.
 
 A run may go on under other code only if the settings say so (`accept_code_change`), and the ledger then has a line
 for each code that worked on it.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distunlearn import __version__
+from distunlearn.common.plugins import loaded
 from distunlearn.common.text import printable
 from distunlearn.config.checks import PATH_KEYS
 from distunlearn.config.load import settings
@@ -36,8 +37,14 @@ LOCAL = (
 SHOWN = 5
 
 
-@functools.cache
 def code_digest() -> str:
+    """sha256 (hex) over all Python files of the package, and over what the run has taken from outside it."""
+    outside = [part.sha256 for part in loaded()]
+    return hashlib.sha256(" ".join([_own_digest(), *outside]).encode()).hexdigest() if outside else _own_digest()
+
+
+@functools.cache
+def _own_digest() -> str:
     """sha256 (hex) over the names and bytes of all Python files of the package."""
     root = Path(__file__).parents[1]
     total = hashlib.sha256()
@@ -101,7 +108,7 @@ def require_same_code(ledger: Ledger, accept: bool) -> None:
             f"this is {__version__} (code {now[:12]}); go on with that installation, or set accept_code_change=true, "
             "which the ledger will record."
         )
-    ledger.code(__version__, now)
+    ledger.code(__version__, now, [part._asdict() for part in loaded()])
 
 
 def _show(value: Any) -> str:
