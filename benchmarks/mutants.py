@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomllib
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIST = REPOSITORY / "benchmarks" / "planted_mistakes.toml"

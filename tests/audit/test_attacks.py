@@ -11,7 +11,7 @@ from synthetic import make_signals
 
 from distunlearn.audit.attacks import ATTACKS, FURTHER, PAIRED, run_attacks
 from distunlearn.audit.attacks.embedding_norm import embedding_norm
-from distunlearn.audit.attacks.encodermi import BUMPS, encodermi_set, pooled_bumps
+from distunlearn.audit.attacks.encodermi import BUMPS, encodermi_set, encodermi_vector, pooled_bumps
 from distunlearn.audit.attacks.lira import alignment_likelihood
 from distunlearn.audit.attacks.rmia import A, rmia
 from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
@@ -88,6 +88,16 @@ def test_set_form_does_not_depend_on_the_order_of_similarities():
     assert auc(encodermi_set(signals, 0).comparison) == pytest.approx(auc(encodermi_set(other, 0).comparison))
 
 
+def test_vector_form_is_fitted_on_sorted_similarities():
+    """A view has no number: the same similarities in another order of each image give the same scores."""
+    signals = make_signals(STRONG, seed=1)
+    shuffled = np.random.default_rng(0).permuted(signals.embedding_cosines, axis=1)
+    assert not np.array_equal(shuffled, signals.embedding_cosines)
+    found, other = (encodermi_vector(replace(signals, embedding_cosines=c), 0)
+                    for c in (signals.embedding_cosines, shuffled))  # fmt: skip
+    np.testing.assert_allclose(found.shown, other.shown, rtol=1e-9, equal_nan=True)
+
+
 def test_bumps_are_those_of_the_formula():
     cosines = np.random.default_rng(0).normal(size=(7, 5))
     centres = np.quantile(cosines, [(k + 0.5) / BUMPS for k in range(BUMPS)])
@@ -106,6 +116,16 @@ def test_rmia_counts_the_strangers_that_are_beaten():
         strangers = np.delete(holdout, part.rows)
         expected = [np.mean([p[i] > p[z] for z in strangers]) for i in forget]
         np.testing.assert_allclose(part.positives, expected, atol=1e-12)
+
+
+def test_rmia_beats_nobody_by_a_tie():
+    """Saturated confidences of 1.0 are ties: the formula asks for more than the stranger's ratio."""
+    signals = three(STRONG)
+    one = {name: replace(s, confidence=np.ones(len(s.ids))) for name, s in signals.items()}
+    found = rmia(one["original"], one["retrained"], seed=0)
+    for part in found.comparison.parts:
+        assert not part.positives.any() and not part.negatives.any()
+    assert auc(found.comparison) == 0.5
 
 
 def test_rmia_gains_from_its_reference():

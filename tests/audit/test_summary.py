@@ -167,3 +167,49 @@ def test_the_audit_is_blind_to_names():
         assert one["attacks"][attack]["unlearned"] == two["attacks"][attack]["retrained"]
         assert one["attacks"][attack]["gap"]["auc"] == pytest.approx(-two["attacks"][attack]["gap"]["auc"])
         assert one["attacks"][attack]["gap"]["low"] == pytest.approx(-two["attacks"][attack]["gap"]["high"])
+
+
+def reversed_signs(signals):
+    """Members stand out as much as before, but on the other side of the strangers."""
+    base = make_signals(NONE, seed=7)
+    return replace(
+        signals, output_cosines=2 * base.output_cosines.mean() - signals.output_cosines,
+        gradient_norm_head=1 / signals.gradient_norm_head,
+    )  # fmt: skip
+
+
+def test_an_attack_that_works_with_its_sign_reversed_has_power():
+    original = reversed_signs(make_signals(STRONG, seed=1))
+    alike = forgetting(make_signals(NONE, seed=2))
+    summary, _ = audited(alike, original=original)
+    for attack in ("view_agreement", "gradient_norm_head"):
+        found = summary["attacks"][attack]
+        assert found["original"]["auc_high"] < 0.5
+        assert found["power"]["beats_chance"] and found["gap"]["verdict"] == "pass", attack
+    weak, _ = audited(alike, original=make_signals(NONE, seed=1))  # control
+    assert not weak["attacks"]["view_agreement"]["power"]["beats_chance"]
+
+
+def test_the_declared_confidence_moves_the_gap_and_nothing_else():
+    """Intervals of more confidence hold those of less; the figures of a single encoder keep theirs."""
+    unlearned, found = make_signals(0.3, seed=2), {}
+    for confidence in (0.5, 0.9, 0.99):
+        gates = replace(CFG.audit.gates, confidence=confidence)
+        found[confidence], _ = audited(unlearned, cfg=replace(CFG, audit=replace(CFG.audit, gates=gates)))
+    for attack in ATTACKS:
+        narrow, usual, wide = (found[c]["attacks"][attack] for c in (0.5, 0.9, 0.99))
+        assert wide["gap"]["low"] < usual["gap"]["low"] < narrow["gap"]["low"]
+        assert narrow["gap"]["high"] < usual["gap"]["high"] < wide["gap"]["high"]
+        assert narrow["gap"]["auc"] == usual["gap"]["auc"] == wide["gap"]["auc"]
+        for encoder in ENCODERS:
+            assert narrow[encoder] == usual[encoder] == wide[encoder]
+    for name in ("knn", "linear_probe"):
+        low = [found[c]["gates"][name]["low"] for c in (0.99, 0.9, 0.5)]
+        assert low == sorted(low)
+
+
+def test_a_gap_is_judged_only_with_enough_images_on_both_sides():
+    sizes = {"retain": 120, "forget": 60, "third_party_audit": 50, "holdout": 12}
+    made = [make_signals(shift, seed=seed, sizes=sizes) for shift, seed in ((STRONG, 1), (NONE, 2), (NONE, 3))]
+    summary, _ = summarise(dict(zip(ENCODERS, made, strict=True)), CFG, cost=COST, coverage=COVERED)
+    assert "12 images are too few" in summary["attacks"]["view_agreement"]["gap"]["reason"]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from distunlearn.data.prepare.forget_list import read_ids
+from distunlearn.data.manifest.ids import IdTable
+from distunlearn.data.prepare import forget_list
+from distunlearn.data.prepare.forget_list import read_ids, resolve_list
 from distunlearn.errors import DataError
 
 
@@ -91,3 +93,20 @@ def test_refuses_a_missing_file_and_a_folder(tmp_path):
 def test_a_hundred_thousand_ids_are_quick(tmp_path):
     path = write(tmp_path, "a.txt", "".join(f"digits/{i}\n" for i in range(100_000)))
     assert len(read_ids(path)["forget"]) == 100_000
+
+
+@pytest.mark.parametrize("together", [4096, 2])
+def test_rows_keep_the_order_of_the_list_and_come_once(tmp_path, monkeypatch, together):
+    """Also where a long list is looked up a part at a time."""
+    monkeypatch.setattr(forget_list, "LOOKED_UP", together)
+    table = IdTable.of(f"digits/{i}" for i in range(10))
+    path = write(tmp_path, "a.txt", "".join(f"digits/{i}\n" for i in (7, 2, 9, 2, 0, 7, 5)))
+    found = resolve_list(path, table)
+    assert table.at(found.forget) == [f"digits/{i}" for i in (7, 2, 9, 0, 5)] == read_ids(path)["forget"]
+    assert (found.entries, found.facts()["duplicates"]) == (7, 2)
+
+
+def test_one_id_to_forget_and_to_retain_is_refused(tmp_path):
+    path = write(tmp_path, "a.csv", "id,role\na,forget\nb,forget\nb,retain\n")
+    with pytest.raises(DataError, match="lists 1 id .'b'. both to forget and to retain"):
+        resolve_list(path, IdTable.of(["a", "b"]))

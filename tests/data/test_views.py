@@ -69,20 +69,27 @@ def test_id_hashes_are_blake2b_and_the_same_in_another_process():
     assert len(set(id_hashes(names(5000)).tolist())) == 5000
 
 
+MASK, GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+
+def splitmix(z: int) -> int:
+    """The finaliser with Python integers."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def stream_start(seed: int, epoch: int, id_hash: int, view: int) -> int:
+    """Where the draws of an image's view start."""
+    key = seed & MASK
+    for part in (epoch, id_hash & MASK, view):
+        key = splitmix((key + GOLDEN) & MASK) ^ part
+    return splitmix((key + GOLDEN) & MASK)
+
+
 def splitmix_oracle(seed: int, epoch: int, id_hash: int, view: int, draw: int) -> float:
     """The documented construction with Python integers."""
-    mask, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
-
-    def mix(z: int) -> int:
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
-
-    key = seed & mask
-    for part in (epoch, id_hash & mask, view):
-        key = mix((key + golden) & mask) ^ part
-    key = mix((key + golden) & mask)
-    return (mix((key + (draw + 1) * golden) & mask) >> 40) / 2**24
+    return (splitmix((stream_start(seed, epoch, id_hash, view) + (draw + 1) * GOLDEN) & MASK) >> 40) / 2**24
 
 
 def test_uniforms_equal_an_integer_oracle():
@@ -308,7 +315,7 @@ def test_grayscale_agrees_with_torchvision():
     torch.testing.assert_close(mixed[~grey], batch[~grey].float() / 255, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("side", "taps"), [(12, 3), (32, 5)])
+@pytest.mark.parametrize(("side", "taps"), [(12, 3), (15, 3), (16, 5), (32, 5)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_blur_agrees_with_torchvision(channels, side, taps):
     n = 8
@@ -360,6 +367,30 @@ def test_noise_is_standard_normal_and_fresh_everywhere():
     for lag in range(1, 9):  # four numbers share one hash
         assert abs(np.corrcoef(sample[:-lag], sample[lag:])[0, 1]) < 4.5 / np.sqrt(sample.size)
         assert abs(np.corrcoef(sample[:-lag] ** 2, sample[lag:] ** 2)[0, 1]) < 4.5 / np.sqrt(sample.size)
+
+
+def test_noise_equals_an_oracle_and_shares_no_bits_with_the_other_draws():
+    """The documented construction with Python integers: a stream of its own, four numbers from 64 bits."""
+    tag = 0x6E6F697365000000
+
+    def normals(start: int) -> list[float]:
+        found = []
+        for block in (1, 2):
+            bits = splitmix((start + block * GOLDEN) & MASK)
+            cells = [(((bits >> 16 * k) & 0xFFFF) + 0.5) / 65536 for k in range(4)]
+            for u, v in (cells[:2], cells[2:]):
+                radius = np.sqrt(-2 * np.log(u))
+                found += [radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)]
+        return found
+
+    flat = torch.full((3, 1, 3, 3), 128, dtype=torch.uint8)
+    epochs = np.array([0, 2, 1 << 32])
+    view = unit(view_of(flat, config(noise=0.01), seed=7, epochs=epochs, view=1))
+    noise = ((view - 128 / 255) / 0.01).double().numpy().reshape(3, -1)[:, :8]
+    for i, name in enumerate(names(3)):
+        key = stream_start(7, int(epochs[i]), int(id_hashes([name])[0]), 1)
+        np.testing.assert_allclose(noise[i], normals(key ^ tag), atol=2e-4)
+        assert np.abs(noise[i] - normals(key)).max() > 0.1  # the stream of crop, flip and colour
 
 
 def test_values_stay_in_range_and_gradients_are_not_tracked():

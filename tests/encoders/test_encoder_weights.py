@@ -328,6 +328,17 @@ def test_weights_of_zeros_are_refused_and_zero_gains_are_not(tmp_path, source):
     assert load_backbone(backbone_of(), tmp_path / "w.pth") == []
 
 
+@pytest.mark.parametrize("layer", ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"])
+def test_a_linear_layer_of_zeros_is_refused(tmp_path, layer):
+    """The only weights that a vision transformer has besides its patch embedding."""
+    encoder = ENCODERS["vit token"]
+    state = plain_state(create_backbone(encoder))
+    torch.save(state, tmp_path / "whole.pth")
+    load_backbone(create_backbone(encoder), tmp_path / "whole.pth")  # control: biases of zeros are no offence
+    torch.save({**state, layer: torch.zeros_like(state[layer])}, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", rf"1 weights in .* are all zero \({layer}\)", create_backbone(encoder))
+
+
 def test_check_finite_names_at_most_five():
     state = {f"w{i}": torch.tensor([float("nan")]) for i in range(8)} | {"n": torch.tensor([1])}
     with pytest.raises(NumericsError, match=r"8 of 9 tensors .*\(w0, w1, w2, w3, w4 and 3 more\)"):

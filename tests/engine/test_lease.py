@@ -137,3 +137,18 @@ def test_a_deleted_claim_ends_its_owner(tmp_path):
     with pytest.raises(RankLostError, match="deleted owner.json"):
         lease.check()
     lease.release()
+
+
+@pytest.mark.parametrize(("age", "lives"), [(20, True), (60, True), (STALE + 5, False)])
+def test_an_owner_on_another_machine_may_miss_a_few_renewals(tmp_path, monkeypatch, age, lives):
+    monkeypatch.setattr(module, "RENEWED", 3600.0)  # nobody renews
+    first = Lease(tmp_path)
+    rewrite(tmp_path, host="elsewhere")
+    old = time.time() - age
+    os.utime(tmp_path / OWNER, (old, old))
+    if lives:
+        with pytest.raises(ConfigError, match="on elsewhere"):
+            Lease(tmp_path)
+        first.check()
+    else:
+        Lease(tmp_path).release()

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from distunlearn.engine.ledger import Ledger, coverage, effective_steps, read_ledger
-from distunlearn.errors import DataError
+from distunlearn.engine.ledger import Ledger, coverage, effective_steps, read_ledger, require_coverage
+from distunlearn.errors import CoverageError, DataError
 
 FORGET = frozenset({"f0", "f1", "f2"})
 
@@ -49,7 +49,47 @@ def test_a_forget_image_on_the_retain_side_is_seen(tmp_path):
     ledger.start("unlearn", 0, attempt=1)
     ledger.step("unlearn", 0, {"forget": ["f0", "f1", "f2"], "retain": ["r0", "f1"]}, FORGET)
     ledger.close()
-    assert coverage(read_ledger(path), sorted(FORGET)).used_as_retain == 1
+    lines = read_ledger(path)
+    assert coverage(lines, sorted(FORGET)).used_as_retain == 1
+    assert coverage(lines, ["f0", "f2"]).used_as_retain == 0  # of the images asked for, not of all
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+@pytest.mark.parametrize("phase", ["unlearn", "retrain"])
+def test_a_forget_image_in_a_loss_as_a_retain_image_is_refused(tmp_path, phase, forgets):
+    """In the unlearning and in the retraining: a yardstick that saw a forgotten image makes every gap lenient."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.start("unlearn", 0, attempt=1)
+    ledger.step("unlearn", 0, {"forget": sorted(FORGET), "retain": ["r0"]}, FORGET)
+    require_coverage(coverage(read_ledger(path), sorted(FORGET)), forgets)  # control: all is well so far
+    ledger.start(phase, 1, attempt=1)
+    ledger.step(phase, 1, {"forget": [], "retain": ["r1", "f1", "f2", "f1"]}, FORGET)
+    ledger.close()
+    found = coverage(read_ledger(path), sorted(FORGET))
+    assert found.used_as_retain == 2
+    with pytest.raises(CoverageError, match="2 of 3 forget images entered a loss as retain images"):
+        require_coverage(found, forgets)
+
+
+def test_every_single_image_must_be_covered_where_the_method_shows_them(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    write(path, 0, [["f0", "f1", "f1"]], 1)
+    found = coverage(read_ledger(path), sorted(FORGET))
+    with pytest.raises(CoverageError, match="1 of 3 forget images never entered the loss"):
+        require_coverage(found, True)
+    require_coverage(found, False)
+    require_coverage(coverage(read_ledger(path), ["f0", "f1"]), True)
+
+
+def test_a_step_that_is_to_be_repeated_does_not_count_before_it_is(tmp_path):
+    """Killed after step 2; the checkpoint was at step 2, and the next attempt dies before it has repeated it."""
+    path = tmp_path / "ledger.jsonl"
+    write(path, 0, [["f0"], ["f1"], ["f2"]], 1)
+    write(path, 2, [], 2)
+    lines = read_ledger(path)
+    assert sorted(effective_steps(lines, "unlearn")) == [0, 1]
+    assert dict(coverage(lines, sorted(FORGET)).counts) == {"f0": 1, "f1": 1, "f2": 0}
 
 
 def test_pretraining_on_members_is_counted_but_names_nobody(tmp_path):
