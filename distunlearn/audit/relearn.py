@@ -14,6 +14,7 @@ of the run is touched.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from distunlearn.audit.signals.collect import AUDIT_EPOCH, Eye, audit_bank, sampled, usable_labels
+from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, sampled, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.stream import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import normalise
 
 __all__ = ["Relearned", "relearn", "relearning_figures"]
@@ -49,7 +51,7 @@ class Relearned:
         return Comparison.of(self.forget[first:].mean(0), self.holdout[first:].mean(0))
 
 
-def relearn(eye: Eye, store: ImageStore, manifest: Manifest, cfg: RunConfig, steps: int) -> Relearned:
+def relearn(encoder: EncoderView, store: ImageStore, manifest: Manifest, cfg: RunConfig, steps: int) -> Relearned:
     """Train a copy of the encoder for `steps` steps, measured at 0, 1, 2, 4 ... and the last; 0: measure only."""
     count = min(CANDIDATES, len(manifest.ids("forget")), len(manifest.ids("holdout")))
     holdout = store.decodable(sampled(manifest.ids("holdout"), count, cfg.seed + 2))
@@ -57,22 +59,22 @@ def relearn(eye: Eye, store: ImageStore, manifest: Manifest, cfg: RunConfig, ste
     forget = sampled(manifest.ids("forget"), count, cfg.seed + 2)
     ids = [*forget, *holdout]
     images = store.by_offset(ids)
-    bank = audit_bank(eye, store, manifest)
-    labels = usable_labels(eye, images, manifest.labels(ids))
-    eye = Eye(copy.deepcopy(eye.model).requires_grad_(True), eye.momentum, eye.objective, eye.cfg, eye.device)
-    optimizer = torch.optim.AdamW(eye.model.parameters(), lr=cfg.unlearn.lr, weight_decay=cfg.unlearn.weight_decay)
+    bank = audit_bank(encoder, store, manifest)
+    labels = usable_labels(encoder, images, manifest.labels(ids))
+    encoder = dataclasses.replace(encoder, model=copy.deepcopy(encoder.model).requires_grad_(True))
+    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=cfg.unlearn.lr, weight_decay=cfg.unlearn.weight_decay)
     moments = sorted({0, steps, *(1 << k for k in range(steps.bit_length()) if 1 << k < steps)})
     found = []
     for step in range(steps + 1):
         if step in moments:
-            found.append(_agreement(eye, ids, images))
+            found.append(_agreement(encoder, ids, images))
         if step == steps:
             break
         rows = _rows(step, count, cfg.seed)
         chosen = [ids[i] for i in rows]
         with torch.enable_grad():
-            pair = eye.views(chosen, images[rows], TRAINED_EPOCH + step, 2)
-            loss = eye.objective.per_sample_loss(eye.branches(pair, chosen, labels[rows]), bank).mean()
+            pair = encoder.views(chosen, images[rows], TRAINED_EPOCH + step, 2)
+            loss = encoder.objective.per_sample_loss(encoder.branches(pair, chosen, labels[rows]), bank).mean()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -90,13 +92,13 @@ def _rows(step: int, count: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _agreement(eye: Eye, ids: list[str], images: torch.Tensor) -> np.ndarray:
+def _agreement(encoder: EncoderView, ids: list[str], images: torch.Tensor) -> np.ndarray:
     """Cosine between the head's outputs for two views of every image, [n], for views that no training has."""
     found = []
     for start in range(0, len(ids), 256):
         rows = slice(start, start + 256)
         first, second = (
-            normalise(eye.model(view).output) for view in eye.views(ids[rows], images[rows], MEASURED_EPOCH, 2)
+            normalise(encoder.model(view).output) for view in encoder.views(ids[rows], images[rows], MEASURED_EPOCH, 2)
         )
         found.append((first * second).sum(-1).double().cpu().numpy())
     return np.concatenate(found)

@@ -11,19 +11,18 @@ Stress tests (`stress`, called tier 3) come on top of tier 1 or 2 where `audit.s
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distunlearn.audit.relearn import Relearned, relearn
 from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_key
-from distunlearn.audit.signals.collect import Eye, Signals, collect_signals, make_eye
+from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
 from distunlearn.audit.summary import summarise, write_audit
 from distunlearn.engine import phases
 from distunlearn.engine.ledger import coverage, read_ledger
+from distunlearn.engine.session import Session
+from distunlearn.objectives.forward import EncoderView
 
-if TYPE_CHECKING:
-    from distunlearn.engine.session import Session
-
-__all__ = ["collect_evidence", "make_eye"]
+__all__ = ["collect_evidence"]
 
 
 def collect_evidence(
@@ -44,11 +43,11 @@ def collect_evidence(
         session.telemetry.note("audit", f"attacking the {name} encoder")
         trained = phases.load_trained(folder, session)
         facts[name] = trained.facts
-        eye = make_eye(session, trained)
-        signals[name] = _signals(session, name, eye, trained.facts["state_sha256"])
+        encoder = encoder_view(session, trained)
+        signals[name] = _signals(session, name, encoder, trained.facts["state_sha256"])
         if cfg.audit.tier and cfg.audit.relearn_steps:
             steps = 0 if name == "original" else cfg.audit.relearn_steps
-            relearned[name] = relearn(eye, session.store, session.manifest, cfg, steps)
+            relearned[name] = relearn(encoder, session.store, session.manifest, cfg, steps)
     phase_of = {"pretrain": "original", "unlearn": "unlearned", "retrain": "retrained"}
     cost = {
         f"{phase}_{unit}": facts[name][unit] if name in facts else None
@@ -63,7 +62,7 @@ def collect_evidence(
     return summary["gates"]["verdict"]
 
 
-def _signals(session: Session, name: str, eye: Eye, state_sha256: str) -> Signals:
+def _signals(session: Session, name: str, encoder: EncoderView, state_sha256: str) -> Signals:
     """Those of a run that this one reuses, where it kept them, else found by looking."""
     cfg = session.cfg
     key = signals_key(cfg, session.manifest, state_sha256)
@@ -71,7 +70,7 @@ def _signals(session: Session, name: str, eye: Eye, state_sha256: str) -> Signal
     if name in SHARED and cfg.reuse:
         found = kept_signals(Path(cfg.reuse).expanduser() / "audit" / f"signals-{name}.npz", key)
     if found is None:
-        found = collect_signals(eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg)
+        found = collect_signals(encoder, session.store, session.manifest, cfg)
     if name in SHARED and cfg.audit.keep_signals:
         session.ledger.may_write()
         keep_signals(session.out / "audit" / f"signals-{name}.npz", found, key)

@@ -21,12 +21,13 @@ from distunlearn.common.device import on_device
 from distunlearn.common.files import write_json
 from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.augmentations import make_view, plain_view
+from distunlearn.data.augmentations import plain_view
 from distunlearn.data.schedule import permutation
 from distunlearn.distributed.collectives import all_gather_uneven
 from distunlearn.encoders.model import ContrastiveModel, batchnorm_mode
 from distunlearn.errors import DataError, DistunlearnError
 from distunlearn.methods.third_party_weights import Look, counterpart_weights, effective_number, inclusion_shares
+from distunlearn.objectives.forward import random_views
 from distunlearn.objectives.memory_bank import normalise
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def look(cfg: RunConfig, network: ContrastiveModel, images: Tensor, ids: Sequenc
     half = torch.autocast(images.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     total = 0
     with batchnorm_mode(network, "eval"), half:
-        for view in range(LOOK_VIEWS):
-            shown = make_view(images, cfg.views, seed=cfg.seed, epochs=epochs, ids=ids, view=view)
+        for view in range(LOOK_VIEWS):  # one at a time: bounds memory
+            (shown,) = random_views(images, cfg.views, seed=cfg.seed, epochs=epochs, ids=ids, views=[view])
             total = total + normalise(network(shown).output.float())
         direction = normalise(network(plain_view(images)).embedding.float())
     return Look(direction, (total.square().sum(1) - LOOK_VIEWS) / (LOOK_VIEWS * (LOOK_VIEWS - 1)))

@@ -1,15 +1,16 @@
-"""One batch through an encoder: views, branches of the objective, images counted."""
+"""One batch through an encoder: views, branches of the objective, images counted. The one place that does it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distunlearn.common.device import on_device
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import RunConfig, ViewsConfig
 from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import gather_sizes, mean_scale
@@ -17,7 +18,9 @@ from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, Momentum
 from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = ["Context", "embed", "image_mean", "view_pair"]
+__all__ = ["Context", "EncoderView", "Network", "embed", "encode", "image_mean", "random_views", "view_pair"]
+
+Network = Callable[[Tensor], EncoderOutput]  # images [n, C, S, S] -> their outputs
 
 
 def _silent(text: str) -> None:
@@ -35,7 +38,7 @@ class Context:
     cfg: RunConfig
     objective: Objective
     model: ContrastiveModel
-    forward: Callable[[Tensor], EncoderOutput]
+    forward: Network
     device: torch.device
     momentum: MomentumEncoder | None = None
     queue: KeyQueue | None = None
@@ -47,11 +50,11 @@ class Context:
     micro: int = 0  # which micro-batch of the step, of `accumulate`
     accumulate: int = 1
     images: int = 0  # images passed through an encoder by this rank: every view, every extra forward
-    plain_forward: Callable[[Tensor], EncoderOutput] | None = None
+    plain_forward: Network | None = None
     note: Callable[[str], None] = _silent  # one line for people
 
     @property
-    def first_pass(self) -> Callable[[Tensor], EncoderOutput]:
+    def first_pass(self) -> Network:
         """What a pass goes through that is differentiated by itself, before the step's one backward."""
         return self.plain_forward or self.forward
 
@@ -76,12 +79,72 @@ def image_mean(values: Tensor) -> Tensor:
     return values.sum() * mean_scale(gather_sizes(values.shape[0], values.device))
 
 
+def random_views(
+    images: Tensor,
+    settings: ViewsConfig,
+    *,
+    seed: int,
+    epochs: np.ndarray,
+    ids: Sequence[str],
+    views: Iterable[int],
+    compiled: bool = False,
+) -> list[Tensor]:
+    """The views of these numbers of every image, float [n, C, S, S] each; arguments as of `make_view`."""
+    key = {"seed": seed, "epochs": epochs, "ids": ids, "compiled": compiled}
+    return [make_view(images, settings, view=view, **key) for view in views]
+
+
 def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     """Two random views of a batch on the encoder's device, float [n, C, S, S] each; `pair` gives others."""
     images = on_device(batch.images, ctx.device)
-    key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
     compiled = ctx.cfg.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
-    return [make_view(images, ctx.cfg.views, **key, view=view, compiled=compiled) for view in (2 * pair, 2 * pair + 1)]
+    views = (2 * pair, 2 * pair + 1)
+    key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
+    return random_views(images, ctx.cfg.views, views=views, compiled=compiled, **key)
+
+
+def encode(
+    objective: Objective,
+    views: Sequence[Tensor],
+    network: Network,
+    momentum: Network | None,
+    *,
+    ids: Tensor,
+    labels: Tensor | None,
+    copies: Tensor | None = None,
+    outputs: EncoderOutput | None = None,
+) -> Branches:
+    """Both views of n images through an encoder, as the branches of the objective.
+
+    Args:
+        views: [n, C, S, S], two of them; an objective with one branch shows its encoder the first alone.
+        network, momentum: called once each, with all their views in one batch; momentum None: no targets.
+        ids: int64 [n], hashes. labels: int64 [n]. copies: see `embed`.
+        outputs: what the network gave for its views, where that is known; the network is not called.
+    """
+    online, shape = views[: objective.branches], (objective.branches, len(ids), -1)
+    if outputs is None:
+        outputs = network(torch.cat([*online] if copies is None else [view[copies] for view in online]))
+    target = target_embedding = None
+    if momentum is not None:
+        # The key that goes with query view a is view b, and the other way round.
+        keys = momentum(torch.cat([*(views[1:] if len(online) == 1 else views[::-1])]))
+        target = keys.projection.view(shape)
+        target_embedding = keys.embedding.to(target.dtype).view(shape)
+    if copies is not None:
+        shape = (len(online), len(copies), -1)
+        ids, labels = ids[copies], None if labels is None else labels[copies]
+        if target is not None:
+            target, target_embedding = target[:, copies], target_embedding[:, copies]
+    return Branches(
+        output=outputs.output.view(shape),
+        hidden=outputs.hidden.view(shape),
+        target=target,
+        labels=labels,
+        ids=ids,
+        embedding=outputs.embedding.view(shape),
+        target_embedding=target_embedding,
+    )
 
 
 def embed(
@@ -89,13 +152,13 @@ def embed(
     batch: Batch,
     *,
     batchnorm: str,
-    network: nn.Module | Callable[[Tensor], EncoderOutput] | None = None,
+    network: Network | None = None,
     momentum: bool = True,
     pair: int = 0,
     copies: Tensor | None = None,
     views: list[Tensor] | None = None,
 ) -> Branches:
-    """Two random views of a batch through the encoder, as the branches of the objective.
+    """Two random views of a batch through the encoder in training, as the branches of the objective.
 
     Args:
         batch: n images of this rank.
@@ -108,38 +171,57 @@ def embed(
             branches have one row for each. None: every row once. Momentum targets are computed once per image.
         views: the two views, if they are not those of `pair`.
     """
-    views = view_pair(ctx, batch, pair) if views is None else views
-    n = len(batch.ids)
-    online = views[:1] if ctx.objective.branches == 1 else views
-    shown = online if copies is None else [view[copies] for view in online]
-    ctx.images += sum(len(view) for view in shown)
-    with batchnorm_mode(ctx.model, batchnorm):
-        out = (network or ctx.forward)(torch.cat(shown))
-    shape = (len(online), n, -1)
-    target = target_embedding = None
-    if momentum and ctx.momentum is not None:
-        # The key that goes with query view a is view b, and the other way round.
-        keyed = views[1:] if len(online) == 1 else views[::-1]
-        ctx.images += n * len(keyed)
+
+    def forward(images: Tensor) -> EncoderOutput:
+        ctx.images += len(images)
+        with batchnorm_mode(ctx.model, batchnorm):
+            return (network or ctx.forward)(images)
+
+    def targets(images: Tensor) -> EncoderOutput:
+        ctx.images += len(images)
         # Its weights are float32 whatever the precision; what it computes with them is as precise as the queries are.
         half = torch.autocast(ctx.device.type, torch.bfloat16, enabled=ctx.cfg.precision == "bf16")
         with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm), half:
-            keys = ctx.momentum(torch.cat(keyed))
-        target = keys.projection.view(shape)
-        target_embedding = keys.embedding.to(target.dtype).view(shape)
-    labels = on_device(batch.labels, ctx.device) if batch.labels is not None else None
-    ids = on_device(id_hashes(batch.ids), ctx.device)
-    if copies is not None:
-        shape = (len(online), len(copies), -1)
-        ids, labels = ids[copies], None if labels is None else labels[copies]
-        if target is not None:
-            target, target_embedding = target[:, copies], target_embedding[:, copies]
-    return Branches(
-        output=out.output.view(shape),
-        hidden=out.hidden.view(shape),
-        target=target,
-        labels=labels,
-        ids=ids,
-        embedding=out.embedding.view(shape),
-        target_embedding=target_embedding,
+            return ctx.momentum(images)
+
+    return encode(
+        ctx.objective,
+        view_pair(ctx, batch, pair) if views is None else views,
+        forward,
+        targets if momentum and ctx.momentum is not None else None,
+        ids=on_device(id_hashes(batch.ids), ctx.device),
+        labels=None if batch.labels is None else on_device(batch.labels, ctx.device),
+        copies=copies,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderView:
+    """One finished encoder, in evaluation mode, and how images are displayed to it outside of training."""
+
+    model: ContrastiveModel
+    momentum: nn.Module | None
+    objective: Objective
+    settings: ViewsConfig
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder's weights lie."""
+        return next(self.model.parameters()).device
+
+    def views(self, ids: Sequence[str], images: Tensor, epoch: int, count: int) -> list[Tensor]:
+        """The first `count` views of an epoch, float [n, C, S, S] each. images: uint8 [n, C, S, S], anywhere."""
+        epochs = np.full(len(ids), epoch, dtype=np.int64)
+        key = {"seed": self.seed, "epochs": epochs, "ids": ids}
+        return random_views(images.to(self.device), self.settings, views=range(count), **key)
+
+    def branches(
+        self, pair: Sequence[Tensor], ids: Sequence[str], labels: Tensor, seen: Sequence[EncoderOutput] | None = None
+    ) -> Branches:
+        """The pair of views as the objective's branches. seen: what the encoder gave for each of them, if known."""
+        outputs = None
+        if seen is not None:
+            outputs = EncoderOutput(*(torch.cat(p) for p in zip(*seen[: self.objective.branches], strict=True)))
+        hashes = torch.from_numpy(id_hashes(ids)).to(self.device)
+        return encode(self.objective, pair, self.model, self.momentum, ids=hashes, labels=labels, outputs=outputs)

@@ -13,7 +13,7 @@ import pytest
 
 from distunlearn.audit.attacks import run_attacks
 from distunlearn.audit.relearn import relearn, relearning_figures
-from distunlearn.audit.signals.collect import collect_signals, make_eye
+from distunlearn.audit.signals.collect import collect_signals, encoder_view
 from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.load import load_config
 from distunlearn.engine import phases
@@ -40,13 +40,11 @@ def encoders(tmp_path_factory: pytest.TempPathFactory):
         phases.pretrain(session)
         phases.retrain(session)
         for name in ("original", "retrained"):
-            eye = make_eye(session, phases.load_trained(out / name, session))
-            before = {key: value.clone() for key, value in eye.model.state_dict().items()}
-            signals[name] = collect_signals(
-                eye.model, eye.momentum, eye.objective, session.store, session.manifest, cfg
-            )
-            curves[name] = relearn(eye, session.store, session.manifest, cfg, 8)
-            assert all((before[key] == value).all() for key, value in eye.model.state_dict().items())
+            encoder = encoder_view(session, phases.load_trained(out / name, session))
+            before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
+            signals[name] = collect_signals(encoder, session.store, session.manifest, cfg)
+            curves[name] = relearn(encoder, session.store, session.manifest, cfg, 8)
+            assert all((before[key] == value).all() for key, value in encoder.model.state_dict().items())
         trained_on = session.ledger.path.read_text()
         holdout = session.manifest.ids("holdout")
     assert not any(sample_id in trained_on for sample_id in holdout)

@@ -14,16 +14,14 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from distunlearn import __version__
 from distunlearn.audit.signals.collect import Signals
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-    from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest
 
 __all__ = ["SHARED", "keep_signals", "kept_signals", "signals_key"]
 

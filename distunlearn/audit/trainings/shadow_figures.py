@@ -22,18 +22,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from distunlearn.audit.signals.collect import AUDIT_EPOCH, Eye, audit_bank, usable_labels
+from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, percentile_interval
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-    from distunlearn.data.loading.stream import ImageStore
-    from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.objectives.forward import EncoderView
 
 __all__ = ["IN", "OUT", "UNLEARNED", "epsilon", "epsilon_ceiling", "klom", "margins", "pooled_figures", "u_lira"]
 
@@ -46,17 +45,17 @@ CHUNK = 256
 
 
 @torch.no_grad()
-def margins(eye: Eye, store: ImageStore, manifest: Manifest, ids: list[str]) -> np.ndarray:
-    """m_i of the images, [n]: mean over disjoint pairs of `audit.views` views."""
-    bank, found = audit_bank(eye, store, manifest), []
+def margins(encoder: EncoderView, store: ImageStore, manifest: Manifest, ids: list[str], count: int) -> np.ndarray:
+    """m_i of the images, [n]: mean over disjoint pairs of `count` views."""
+    bank, found = audit_bank(encoder, store, manifest), []
     for start in range(0, len(ids), CHUNK):
         chosen = ids[start : start + CHUNK]
         images = store.by_offset(chosen)
-        labels = usable_labels(eye, images, manifest.labels(chosen))
-        views = eye.views(chosen, images, AUDIT_EPOCH, eye.cfg.audit.views)
+        labels = usable_labels(encoder, images, manifest.labels(chosen))
+        views = encoder.views(chosen, images, AUDIT_EPOCH, count)
         per_pair = []
         for first in range(0, len(views) - 1, 2):
-            c = eye.objective.confidence(eye.branches(views[first : first + 2], chosen, labels), bank).double()
+            c = encoder.objective.confidence(encoder.branches(views[first : first + 2], chosen, labels), bank).double()
             per_pair.append(torch.logit(c, eps=1e-12))
         found.append(torch.stack(per_pair).mean(0).cpu().numpy())
     return np.concatenate(found)

@@ -15,21 +15,19 @@ encoder; after an interruption the same command goes on. What is measured of it 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from distunlearn.audit.signals.collect import make_eye
+from distunlearn.audit.signals.collect import encoder_view
 from distunlearn.audit.trainings.shadow_figures import IN, OUT, UNLEARNED, margins, pooled_figures
 from distunlearn.audit.trainings.sub_run import nested_session, with_roles
 from distunlearn.common.files import write_json
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine import phases
 from distunlearn.engine.phases import check_coverage
+from distunlearn.engine.session import Session
 from distunlearn.errors import DataError
-
-if TYPE_CHECKING:
-    from distunlearn.engine.session import Session
 
 __all__ = ["assign_parts", "audit_shadows", "shadow_manifest"]
 
@@ -86,8 +84,8 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             check_coverage(shadow)
             if session.backend.is_main:
                 trained = phases.load_trained(shadow.out, shadow)
-                eye = make_eye(session, trained)  # the run's own views and bank, so that shadows differ by weights only
-                measured.append(margins(eye, session.store, session.manifest, ids))
+                encoder = encoder_view(session, trained)  # the run's views and bank: shadows differ by weights only
+                measured.append(margins(encoder, session.store, session.manifest, ids, cfg.audit.views))
         session.backend.barrier()
     if not session.backend.is_main:
         return None

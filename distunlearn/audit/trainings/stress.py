@@ -22,12 +22,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from distunlearn.audit.attacks.lira import alignment
-from distunlearn.audit.signals.collect import Signals, collect_signals, make_eye
+from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
 from distunlearn.audit.trainings.stress_figures import accuracies, agreement, of_request, request_figures
 from distunlearn.audit.trainings.sub_run import nested_session, with_copies, with_roles
 from distunlearn.data.manifest.manifest import Manifest
@@ -35,10 +35,8 @@ from distunlearn.data.manifest.records import UNUSED
 from distunlearn.data.schedule import permutation
 from distunlearn.engine import phases
 from distunlearn.engine.phases import check_coverage
+from distunlearn.engine.session import Session
 from distunlearn.errors import DataError
-
-if TYPE_CHECKING:
-    from distunlearn.engine.session import Session
 
 __all__ = [
     "COPIES", "FEWEST", "FEWEST_CLASSES", "TESTS", "audit_stress", "check_count", "largest_request", "stress_names",
@@ -249,9 +247,9 @@ def _request(
 
 def _look(session: Session, folder: Path, manifest: Manifest | None = None, nested: Session | None = None) -> Signals:
     """What an attacker sees of an encoder, with the run's own views. nested: whose store has the images."""
-    eye = make_eye(session, phases.load_trained(folder, session))
+    encoder = encoder_view(session, phases.load_trained(folder, session))
     store = (nested or session).store
-    return collect_signals(eye.model, eye.momentum, eye.objective, store, manifest or session.manifest, session.cfg)
+    return collect_signals(encoder, store, manifest or session.manifest, session.cfg)
 
 
 def _look_at_three(session: Session, nested: Session, original: Path, retrained: Path) -> dict[str, Signals]:

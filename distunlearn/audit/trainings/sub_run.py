@@ -10,15 +10,12 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distunlearn.data.loading.stream import open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.phases import check_coverage
-
-if TYPE_CHECKING:
-    from distunlearn.engine.session import Session
+from distunlearn.engine.session import Session
 
 __all__ = ["check_coverage", "nested_session", "with_copies", "with_roles"]
 
