@@ -19,7 +19,7 @@ __all__ = ["PACKAGES", "environment", "redact"]
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "scikit-learn", "transformers",
-    "safetensors", "numpy", "scipy", "pillow", "pydantic", "pyyaml", "tyro", "rich", "tensorboard", "matplotlib",
+    "safetensors", "numpy", "scipy", "pillow", "pydantic", "ruamel.yaml", "tyro", "rich", "tensorboard", "matplotlib",
     "jinja2",
 )  # fmt: skip
 

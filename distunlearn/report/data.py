@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from distunlearn.common.text import printable
-from distunlearn.errors import DataError
+from distunlearn.config.yaml import read_yaml
+from distunlearn.errors import ConfigError, DataError
 
 __all__ = ["ENCODER_NAMES", "RunFiles", "Scores", "load_run", "number", "tree"]
 
@@ -163,9 +163,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, yaml.YAMLError):
-        raise DataError(f"{printable(path)} is not plain YAML; restore it or resolve the settings again.") from None
+        value = read_yaml(path)
+    except ConfigError as error:
+        raise DataError(f"{printable(str(error))}; restore the file or resolve the settings again.") from None
     if not isinstance(value, dict):
         raise DataError(f"{printable(path)} holds no settings; restore it or resolve the settings again.")
     return _clean(value, _Budget())

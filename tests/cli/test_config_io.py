@@ -245,8 +245,14 @@ def test_a_refused_value_draws_no_second_complaint():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("seed: 1\nseed: 2", "line 2, column 1: not valid YAML (key 'seed' is given more than once)"),
-        ("pretrain: {lr: 1, lr: 2}", "key 'lr' is given more than once"),
+        ("seed: 1\nseed: 2", 'line 2, column 1: not valid YAML (found duplicate key "seed"'),
+        ("pretrain: {lr: 1, lr: 2}", 'found duplicate key "lr"'),
+        ("pretrain: {lr: 1, 'lr': 2}", 'found duplicate key "lr"'),
+        ("a: ! 5", "is not allowed"),
+        ("%YAML 1.1\n---\nseed: 0x10", 'found "0x10", expected a whole number'),
+        ("a: _", "unknown key a"),
+        ("1: 2", "unknown key 1"),
+        ("null: 2", "unknown key null"),
         ("seed: !!python/object/apply:os.system ['true']", "tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
         ("seed: !!int '1'", "tag 'tag:yaml.org,2002:int' is not allowed"),
         ("!!map {}", "is not allowed"),
@@ -302,6 +308,7 @@ def test_unreadable_files(tmp_path):
         ("1e-3", 1e-3), ("1E3", 1000.0), (".5", 0.5), ("-2.", -2.0), ("010", 10), ("64_000", 64000), ("+3", 3),
         ("yes", "yes"), ("off", "off"), ("2024-01-01", "2024-01-01"), ("12:30", "12:30"), ("0x10", "0x10"),
         ("class:3", "class:3"), ("true", True), ("False", False), ("~", None), ("null", None), ("nan", "nan"),
+        ("-_", "-_"), ("._", "._"), ("0b1", "0b1"), ("1:30", "1:30"), ("=", "="),
         ("'1'", "1"), ("[1, a]", [1, "a"]), ("{a: 1e-3}", {"a": 1e-3}),
     ],
 )  # fmt: skip
@@ -313,12 +320,19 @@ def test_scalars_mean_one_thing(text, value):
 @pytest.mark.parametrize(
     "value",
     ["1e-3", "yes", "no", "010", "12:30", "2024-01-01", "null", "~", "", "a: b", "# a", " a ", "-", "=", "<<", "'", "\\",  # noqa: E501
-     "a\nb", "é", "true", "1_0", "!x", "&x", "*x", "[", 1e-5, 1e22, 0.1, -3, None, True, [], {}, {"1": [None]}],
+     "a\nb", "é", "true", "1_0", "!x", "&x", "*x", "[", 1e-5, 1e22, 0.1, -3, None, True, [], {}, {"1": [None]},
+     "\x85", "a\u2028b"],
 )  # fmt: skip
 def test_what_is_dumped_reads_back(value):
     text = yaml.dump_yaml({"a": value})
     found = yaml.parse_yaml(text, "x")["a"]
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["yes", "off", "010", "0x1F", "1:30", "2024-01-01", "1e-3", ".inf", "=", "<<"])
+def test_what_another_reader_would_take_for_something_else_is_quoted(text):
+    assert yaml.dump_yaml([text]) in (f"- '{text}'\n", f'- "{text}"\n')
+    assert yaml.dump_yaml(["class"]) == "- class\n"
 
 
 def test_bytes_that_are_no_text_are_refused():

@@ -345,10 +345,11 @@ def test_hostile_text_is_inert_wherever_it_stands(passing: Path, text: str) -> N
     for encoder in ENCODERS:
         odd = {text: {"role": "forget", text: 1.0}, "b": {"role": text, "bank_loss": 1.0}}
         change_json(passing / "audit" / f"scores-{encoder}.json", lambda s, odd=odd: s["samples"].update(odd))
-    settings = {key: text for key in ("recipe", "seed", "reuse", "backend")}
+    short = text[:60_000]  # a settings file has at most 1 MiB
+    settings = {key: short for key in ("recipe", "seed", "reuse", "backend")}
     groups = {"data": ("source", "forget", "third_party_source", "root"), "encoder": ("name", "checkpoint")}
     groups |= {"objective": ("name",), "method": ("name",), text[:500]: (text[:500],)}
-    settings |= {group: dict.fromkeys(keys, text) for group, keys in groups.items()}
+    settings |= {group: dict.fromkeys(keys, short) for group, keys in groups.items()}
     (passing / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
     with (passing / "ledger.jsonl").open("a") as ledger:
         ledger.write(json.dumps({"event": "done", "phase": text, "time": text}, separators=(",", ":")) + "\n")
