@@ -47,10 +47,10 @@ def test_workers_give_the_batches_of_local_shards(local, tmp_path, server, monke
 
 WATCHED = """
 import pickle, sys
-from distunlearn.data.manifest import Manifest
-from distunlearn.data.reading import Reader
-from distunlearn.data.stores import Remote
-from distunlearn.data.store_cache import verify_objects
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.loading.shard_reader import Reader
+from distunlearn.data.manifest.records import Remote
+from distunlearn.data.storage.object_store_cache import verify_objects
 events = []
 names = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")
 sys.addaudithook(lambda event, args: events.append(event) if event in names else None)

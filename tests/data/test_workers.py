@@ -183,7 +183,7 @@ import os, signal, sys, time
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from pictures import feeder, store
-from distunlearn.data.manifest import Manifest
+from distunlearn.data.manifest.manifest import Manifest
 images = store(Manifest.load(Path({folder!r})), workers=3)
 feeds = feeder(images)
 feeds.batch_at(0)

@@ -24,7 +24,8 @@ from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
 from distunlearn.engine.backends import Backend, open_backend, zero
 from distunlearn.engine.optimizer import make_optimizer
-from distunlearn.methods import Context, base, third_party
+from distunlearn.methods import Context, third_party
+from distunlearn.objectives import forward
 from distunlearn.objectives import KeyQueue, make_objective
 from distunlearn.distributed.collectives import get_world
 from distunlearn.objectives.simclr import nt_xent
@@ -199,9 +200,9 @@ def train(case: Case, ctx: Context, precision: str, steps: int, backend: Backend
     """Some steps of SGD: weights on the way, the calibration, metrics of the last step, and the attention kernels that
     ran in the first.
     """
-    right, computing = base.make_view, COMPUTING[precision]
+    right, computing = forward.make_view, COMPUTING[precision]
     with (
-        mock.patch.object(base, "make_view", lambda *args, **how: right(*args, **how).to(computing)),
+        mock.patch.object(forward, "make_view", lambda *args, **how: right(*args, **how).to(computing)),
         computing_in(precision),
     ):
         method = third_party.ThirdParty(ctx.cfg)

@@ -26,7 +26,8 @@ from distunlearn.data.augmentations import id_hashes
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends import Backend, open_backend, zero
 from distunlearn.engine.optimizer import make_optimizer
-from distunlearn.methods import METHODS, Context, base, mixed_batch, random_target, sure
+from distunlearn.methods import METHODS, Context, mixed_batch, random_target, sure
+from distunlearn.objectives import forward
 from distunlearn.objectives import KeyQueue, make_objective
 from distunlearn.distributed.collectives import get_rank, get_world
 
@@ -85,8 +86,8 @@ def contents(objective: str, weights: dict, dtype: torch.dtype, cfg: RunConfig):
 
 
 def train(method, ctx: Context, dtype: torch.dtype, backward: Callable, update: Callable, state: Callable) -> dict:
-    right = base.make_view
-    with mock.patch.object(base, "make_view", lambda *args, **how: right(*args, **how).to(dtype)):
+    right = forward.make_view
+    with mock.patch.object(forward, "make_view", lambda *args, **how: right(*args, **how).to(dtype)):
         started, states = method.start(ctx, batch), [state()]
         ctx.rate = RATE
         for ctx.step in range(STEPS):

@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import resource, sys, torch
-from distunlearn.config_io import load_config
+from distunlearn.config.load import load_config
 from distunlearn.engine.backends import open_backend
 torch.set_num_threads(1)
 if sys.argv[1] == "run":

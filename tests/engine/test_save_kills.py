@@ -27,13 +27,13 @@ CHILD = """
 import dataclasses, json, os, signal, sys, threading
 import torch
 from pathlib import Path
-from distunlearn.config import CheckpointConfig, RunConfig
+from distunlearn.config.schema import CheckpointConfig, RunConfig
 from distunlearn.engine import checkpoint as c
 from distunlearn.engine.backends.base import Backend
-from distunlearn.engine.backends.process_group import Place
+from distunlearn.distributed.process_group import Place
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.saving import Saver
-from distunlearn.engine.stopping import StopRequest
+from distunlearn.engine.checkpoint.async_save import Saver
+from distunlearn.engine.preemption import StopRequest
 count = last = 0
 lock = threading.Lock()
 def event():

@@ -286,9 +286,9 @@ def test_f09_a_million_ids_in_bounded_memory(tmp_path):
     """Half a million listed twice, one missing: what is kept of the list is less than 40 bytes an id."""
     code = """
 import resource, sys, time
-from distunlearn.data.forget_list import resolve_list
-from distunlearn.data.forget_list import LOOKED_UP
-from distunlearn.data.ids import IdTable
+from distunlearn.data.prepare.forget_list import resolve_list
+from distunlearn.data.prepare.forget_list import LOOKED_UP
+from distunlearn.data.manifest.ids import IdTable
 n = 500_000
 table = IdTable.of(f"train/{i:09d}.jpg" for i in range(n))
 table.index()

@@ -83,7 +83,7 @@ def test_a_killed_rank_is_named(copied, forget):
 SLOW = """
 import sys, time
 from pathlib import Path
-from distunlearn.engine.watch import Watch
+from distunlearn.engine.watchdog import Watch
 with Watch(Path(sys.argv[1]), 0, 1, limit=1.0, slow_limit=600.0) as watch, watch.training():
     watch.at("checkpoint", "unlearn", 2, slow=True)
     time.sleep(4)
