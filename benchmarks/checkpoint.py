@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py --document benchmarks/results/2026-11-26-checkpoint.md
 
-One encoder with AdamW's moments is saved by `engine.saving.Saver`, as a run does it, into a folder on a disk. The two
+One encoder with AdamW's moments is saved by `engine.checkpoint.async_save.Saver`, as a run does it, into a folder on a disk. The two
 ways take turns, in alternating order, within one process. After each save training steps run: beside the write, until
 the checkpoint is committed, and after that a few more, undisturbed ones, with which the former are compared.
 """
@@ -86,7 +86,7 @@ class Subject:
         saver.save(self.number, {}, {"digest": "benchmark"})
         blocked = time.perf_counter() - began
         beside = []
-        while saver.in_flight():
+        while (job := saver._job) is not None and job.thread is not None and job.thread.is_alive():
             beside.append(timed(self.step))
         committed = time.perf_counter() - began
         saver.wait()

@@ -74,7 +74,7 @@ def cpu_ms(act: Callable[[], Any], images: int, rounds: int) -> float:
 
 def parts(manifest: Manifest, rounds: int) -> dict[str, float]:
     """{step: CPU ms per image}, on one core."""
-    ids = epoch_order(manifest, ROLES, 0, 0)[:BATCH]
+    ids = list(epoch_order(manifest, ROLES, 0, 0))[:BATCH]
     epochs = np.zeros(len(ids), dtype=np.int64)
     samples = [manifest.by_id[i] for i in ids]
     data = Reader(manifest).read(samples)
@@ -154,7 +154,7 @@ def shard_cost(source: Photos, folder: Path, sizes: Sequence[int], rounds: int) 
     found = {}
     for size in sizes:
         manifest = shards(source, folder / f"by-{size}", size)
-        order = epoch_order(manifest, ROLES, 0, 0)
+        order = list(epoch_order(manifest, ROLES, 0, 0))
         reader = Reader(manifest)
 
         def epoch(manifest: Manifest = manifest, order: list[str] = order, reader: Reader = reader) -> None:

@@ -66,7 +66,7 @@ MEANINGS = {
     "method.name": "how to forget (`distunlearn list methods`)",
     "method.confidence_weight": "of the term that lowers the confidence on third-party images",
     "method.confidence": "form of that term",
-    "constraint.distance": "two-sample distance; `energy` and `mmd` are unbiased, the others not",
+    "constraint.distance": "two-sample distance; both are unbiased",
     "constraint.evaluator": "how per-sample gradients are reached: see the [method page](method.md)",
     "constraint.sketch_in": "columns of the Kronecker sketch (input side)",
     "audit.bootstrap": "draws behind every interval",

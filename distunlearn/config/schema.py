@@ -199,7 +199,7 @@ class ConstraintConfig:
     __pydantic_config__ = STRICT
 
     evaluator: Literal["head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward"] = "head"
-    distance: Literal["energy", "mmd", "sliced_wasserstein", "quantile", "moments"] = "energy"
+    distance: Literal["energy", "mmd"] = "energy"
     sketch_out: PositiveInt = 8  # rows of the Kronecker sketch (output side)
     sketch_in: PositiveInt = 8
     layers: str | None = None  # regular expression found in the names of the layers that are probed; null: all

@@ -1,6 +1,7 @@
 """The repeated parts of an encoder: what is sharded, recomputed or compiled one at a time.
 
-timm names them alike: `blocks` of a ViT, `layer1` to `layer4` of a ResNet, `stages` of a ConvNeXt with `blocks` inside.
+timm names them alike: `blocks` of a ViT, `layer1` to `layer4` of a ResNet, `stages` with `blocks` inside of the ResNet
+that makes the patches of a hybrid ViT.
 """
 
 from __future__ import annotations

@@ -90,11 +90,6 @@ class ContrastiveModel(nn.Module):
         self.backbone_frozen = True
         self.backbone.requires_grad_(False)
 
-    @property
-    def last_linear(self) -> nn.Linear:
-        """The layer whose input is `EncoderOutput.hidden` and whose result is `EncoderOutput.output`."""
-        return (self.predictor or self.projector).last
-
     def forward(self, images: Tensor) -> EncoderOutput:
         """Embed float images [n, C, S, S] in [-1, 1].
 

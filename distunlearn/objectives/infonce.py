@@ -26,17 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distunlearn.distributed.collectives import (
-    all_gather_detached,
-    all_gather_with_grad,
-    gather_sizes,
-    get_rank,
-    mean_scale,
-)
-from distunlearn.objectives.memory_bank import full_precision, normalise
+from distunlearn.distributed.collectives import all_gather_detached, all_gather_with_grad
+from distunlearn.objectives.memory_bank import full_precision
 from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns, TiledInfoNCE, tile_size
 
-__all__ = ["Form", "choose_form", "clip_loss", "infonce"]
+__all__ = ["Form", "choose_form", "infonce"]
 
 Form = Literal["plain", "tiled", "ring"]
 
@@ -91,25 +85,6 @@ def infonce(
         pairs = zip(scaled.flatten(0, -3), everyone.flatten(0, -3), strict=True)
         losses = [TiledInfoNCE.apply(*pair, columns, travelling, tile_bytes) for pair in pairs]
         return torch.stack(losses).unflatten(0, queries.shape[:-2])
-
-
-def clip_loss(
-    image: Tensor, text: Tensor, temperature: float | Tensor, *, budget: int = DEFAULT_BUDGET, form: Form | None = None
-) -> Tensor:
-    """Two-tower contrastive loss of this rank's pairs, a scalar; the mean over ranks is that of the global batch.
-
-        L = 1 / 2N sum_i [ l(image_i against all texts) + l(text_i against all images) ]
-
-    Source: Radford et al., "Learning transferable visual models from natural language supervision", ICML 2021,
-    figure 3. image, text: raw outputs [n, D] of the two towers. Other arguments: see `infonce`. A collective call.
-    """
-    u, v = normalise(image), normalise(text)
-    sizes = gather_sizes(u.shape[0], u.device)
-    pairs = Columns(torch.arange(u.shape[0], device=u.device) + sum(sizes[: get_rank()]))
-    # Both directions at once: one gather, and one sum over the ranks in the backward.
-    both, others = torch.stack([u, v]), torch.stack([v, u])
-    losses = infonce(both, others, pairs, temperature, sizes, budget=budget, form=form)
-    return losses.sum() * mean_scale(sizes) / 2
 
 
 def _gathered(keys: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -47,11 +47,6 @@ class KeyQueue:
         """Slots K, empty ones included."""
         return self.keys.shape[0]
 
-    @property
-    def num_valid(self) -> int:
-        """Slots that hold a key."""
-        return int(self.valid.sum())
-
     def push(self, keys: Tensor, ids: Tensor) -> None:
         """Write keys [m, D] and their ids [m] over the oldest slots, in order; of m > K only the last K stay.
 

@@ -69,7 +69,6 @@ def test_norms_and_sketch_equal_torch_func_in_float64(views):
     torch.testing.assert_close(gradients.squared_norm(), weight.square().sum((1, 2)), **close)
     torch.testing.assert_close(gradients.norm(), weight.flatten(1).norm(dim=1), **close)
     torch.testing.assert_close(gradients.log_norm(), weight.flatten(1).norm(dim=1).log(), **close)
-    torch.testing.assert_close(gradients.bias_norm(), bias.norm(dim=1), **close)
     torch.testing.assert_close(gradients.sketch(out, inn), expected, **close)
 
 
@@ -94,7 +93,7 @@ def test_no_matrix_per_sample_is_formed():
 
     with Watch():
         g = head_gradients(torch.ones(2, n, width), torch.ones(2, n, width))
-        g.norm(), g.bias_norm(), g.log_norm()
+        g.norm(), g.log_norm()
         g.sketch(torch.ones(8, width), torch.ones(8, width))
     assert 0 < max(sizes) <= 4 * n * width < n * width * width
 
@@ -147,7 +146,7 @@ def test_derivatives_of_norm_log_norm_and_sketch(views):
 
     def features(h, d):
         g = head_gradients(h, d)
-        return gradient_features(g, out, inn, spread=0.5), g.norm(), g.bias_norm()
+        return gradient_features(g, out, inn, spread=0.5), g.norm()
 
     assert torch.autograd.gradcheck(features, (hidden, delta))
 
@@ -183,7 +182,7 @@ def test_a_zero_gradient_has_finite_features_and_derivatives():
     g = head_gradients(hidden, delta)
     assert torch.equal(g.norm(), torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(g.log_norm().exp(), torch.full((3,), NORM_FLOOR, dtype=torch.float64))
-    (g.norm() + g.bias_norm() + g.log_norm()).sum().backward()
+    (g.norm() + g.log_norm()).sum().backward()
     assert torch.isfinite(hidden.grad).all() and torch.isfinite(delta.grad).all()
 
 
@@ -197,7 +196,7 @@ def test_not_a_number_is_not_hidden():
     hidden, delta = torch.ones(1, 2, HD), torch.ones(1, 2, D)
     delta[0, 1, 0] = torch.nan
     g = head_gradients(hidden, delta)
-    for value in (g.norm(), g.bias_norm(), g.log_norm()):
+    for value in (g.norm(), g.log_norm()):
         assert torch.isfinite(value[0]) and torch.isnan(value[1])
 
 

@@ -67,7 +67,7 @@ def test_blocks_hold_the_shards_of_the_order(manifest):
     for epoch in (0, 1):
         found = blocks(manifest, epoch)
         assert [len(block) for block in found] == [8, 8, 2] and BLOCK_SHARDS == 8
-        order = epoch_order(manifest, ROLES, 0, epoch)
+        order = list(epoch_order(manifest, ROLES, 0, epoch))
         start = 0
         for block in found:
             stop = start + sum(len(manifest.in_shard(shard)) for shard in block)

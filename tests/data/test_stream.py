@@ -257,5 +257,5 @@ def test_shuffling_crosses_shards(manifest):
     """A batch does not come from one shard, and the neighbours of an epoch are not those of the next."""
     where = [manifest.by_id[i].shard for i in epoch_order(manifest, MEMBERS, 0, 0)]
     assert sum(a == b for a, b in zip(where, where[1:], strict=False)) < len(where) / 3
-    first, second = (epoch_order(manifest, MEMBERS, 0, epoch) for epoch in (0, 1))
+    first, second = (list(epoch_order(manifest, MEMBERS, 0, epoch)) for epoch in (0, 1))
     assert len(set(zip(first, first[1:], strict=False)) & set(zip(second, second[1:], strict=False))) < 5

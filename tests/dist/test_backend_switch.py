@@ -12,6 +12,8 @@ import torch
 from processes import environment
 from test_launchers import PLAIN, SETTINGS, TORCHRUN, accelerated, deviation, execute, logged
 
+from whole_checkpoint import save_checkpoint
+
 from distunlearn.engine.checkpoint import format
 from distunlearn.engine.ledger import read_ledger
 
@@ -79,5 +81,5 @@ def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path):
         for value in entries.values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
-    format.save_checkpoint(folder, newest.step, newest.tensors(), optimizer, newest.facts)
+    save_checkpoint(folder, newest.step, newest.tensors(), optimizer, newest.facts)
     assert go_on(changed, whole, tmp_path / "run", "single") > 10 * CLOSE

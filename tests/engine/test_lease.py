@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
+from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine import run_lock as module
-from distunlearn.engine.checkpoint.format import latest_checkpoint, save_checkpoint
+from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.engine.ledger import Ledger, read_ledger
 from distunlearn.engine.run_lock import OWNER, STALE, Lease
 from distunlearn.errors import ConfigError, RankLostError

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine.backends.tensor_shards import whole
-from distunlearn.engine.checkpoint.format import latest_checkpoint, save_checkpoint
+from distunlearn.engine.checkpoint.format import latest_checkpoint
 
 KILLS = 100
 # Forks a process for each kill: in it the N-th event of a save (before or after a call that writes, syncs, renames,

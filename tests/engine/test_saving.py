@@ -115,10 +115,10 @@ def test_training_goes_on_and_what_is_saved_is_the_state_at_the_time(training, m
     one.save(1)
     assert gate.reached.wait(LIMIT)
     one.set(99.0)  # the next step, before a byte is written
-    assert one.found() is None and one.stop.reason is None and one.saver.in_flight()
+    assert one.found() is None and one.stop.reason is None and one.saver._job is not None
     gate.open.set()
     one.saver.wait()
-    assert one.found() == (1, {1.0}) and not one.saver.in_flight()
+    assert one.found() == (1, {1.0}) and one.saver._job is None
     one.saver.wait()  # nothing in flight: at once
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distunlearn.config.schema import ObjectiveConfig
 from distunlearn.objectives import OBJECTIVES, Bank, Branches, make_objective
-from distunlearn.objectives.infonce import choose_form, clip_loss, infonce
+from distunlearn.objectives.infonce import choose_form, infonce
 from distunlearn.objectives.memory_bank import normalise
 from distunlearn.objectives.simclr import nt_xent
 from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns, SoftmaxMean, TiledInfoNCE
@@ -301,13 +301,18 @@ def test_a_tiny_loss_keeps_its_digits_in_tiles():
 
 
 @pytest.mark.parametrize("form", ["plain", "tiled", "ring"])
-def test_clip_is_the_cross_entropy_of_both_directions(form):
+def test_two_towers_are_the_cross_entropy_of_both_directions(form):
+    """Two directions at once, with a temperature that has a graph, against two cross-entropies."""
     image, text = draw(N, D).requires_grad_(), draw(N, D, seed=1).requires_grad_()
     tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
     logits = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T / tau
     cross_entropy = torch.nn.functional.cross_entropy
     expected = (cross_entropy(logits, torch.arange(N)) + cross_entropy(logits.T, torch.arange(N))) / 2
-    found = clip_loss(image, text, tau, form=form, budget=100)
+    u, v = (torch.nn.functional.normalize(z) for z in (image, text))
+    losses = infonce(
+        torch.stack([u, v]), torch.stack([v, u]), Columns(torch.arange(N)), tau, [N], form=form, budget=100
+    )
+    found = losses.mean()
     torch.testing.assert_close(found, expected, **TIGHT)
     pairs = zip(*(torch.autograd.grad(loss, (image, text, tau)) for loss in (found, expected)), strict=True)
     for mine, theirs in pairs:

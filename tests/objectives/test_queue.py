@@ -28,7 +28,7 @@ def pushed(size: int, *batches: list[int]) -> KeyQueue:
 
 def test_a_new_queue_is_empty_and_masked():
     queue = KeyQueue(4, D)
-    assert queue.num_valid == 0 and queue.ids.tolist() == [EMPTY_ID] * 4
+    assert queue.valid.sum() == 0 and queue.ids.tolist() == [EMPTY_ID] * 4
     u = normalise(torch.ones(2, D))
     assert bank_infonce(u, u, queue.bank(0.2), torch.tensor([1, 2])).tolist() == [0.0, 0.0]
 
@@ -69,12 +69,12 @@ def test_purged_slots_are_written_again_in_ring_order():
     queue = pushed(4, [1, 2, 3])
     queue.purge(torch.tensor([2]))
     queue.push(keys_for(torch.tensor([4, 5, 6])), torch.tensor([4, 5, 6]))
-    assert queue.ids.tolist() == [5, 6, 3, 4] and queue.num_valid == 4
+    assert queue.ids.tolist() == [5, 6, 3, 4] and queue.valid.sum() == 4
 
 
 def test_an_id_equal_to_the_empty_mark_is_still_an_image():
     queue = pushed(3, [EMPTY_ID])
-    assert queue.num_valid == 1 and queue.purge(torch.tensor([EMPTY_ID])) == 1 and queue.num_valid == 0
+    assert queue.valid.sum() == 1 and queue.purge(torch.tensor([EMPTY_ID])) == 1 and queue.valid.sum() == 0
 
 
 def test_the_bank_is_a_snapshot():

@@ -52,10 +52,6 @@ class HeadGradients:
         """|G_i| of the weight gradient, [n]; its derivative at a zero gradient is 0."""
         return _safe_sqrt(self.squared_norm())
 
-    def bias_norm(self) -> Tensor:
-        """|d l_i / d b|, [n]; its derivative at a zero gradient is 0."""
-        return _safe_sqrt(self.delta.sum(0).square().sum(-1))
-
     def log_norm(self, floor: float = NORM_FLOOR) -> Tensor:
         """ln max(|G_i|, floor), [n]: finite, with derivative 0 below the floor."""
         return 0.5 * self.squared_norm().clamp_min(floor * floor).log()

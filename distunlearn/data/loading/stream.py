@@ -33,15 +33,6 @@ __all__ = ["ImageStore", "RoleFeeder", "epoch_order", "open_store", "read_shard"
 BLOCK_SHARDS = 8  # shards shuffled together
 
 
-def epoch_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> list[str]:
-    """Ids of the roles in the order of this epoch; every id once, the same on every rank.
-
-    Shards are shuffled by (seed, epoch), then samples within each block of BLOCK_SHARDS shards, so that reads
-    stay within a few files for a while; with up to BLOCK_SHARDS shards this is a full shuffle.
-    """
-    return list(_order(manifest, roles, seed, epoch))
-
-
 class _Order(Sequence[str]):
     """Ids in another order, looked up when asked for: an epoch of a hundred million costs its indices alone."""
 
@@ -56,9 +47,16 @@ class _Order(Sequence[str]):
         return self._ids[int(self._order[position])]
 
 
-def _order(
+def epoch_order(
     manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int, shares: np.ndarray | None = None
-) -> _Order:
+) -> Sequence[str]:
+    """Ids of the roles in the order of this epoch; every id once, the same on every rank.
+
+    Shards are shuffled by (seed, epoch), then samples within each block of BLOCK_SHARDS shards, so that reads
+    stay within a few files for a while; with up to BLOCK_SHARDS shards this is a full shuffle.
+
+    shares: weight of each image, in the manifest's order: images are drawn by systematic sampling instead.
+    """
     chosen = manifest.select(roles)
     block = np.argsort(_shard_order(manifest, roles, seed, epoch))[chosen.shard_of] // BLOCK_SHARDS
     words = random_words(len(chosen.ids), seed, "samples of", _name(roles), epoch)
@@ -292,7 +290,7 @@ class RoleFeeder:
         if not manifest.select(roles).ids:
             raise DataError(f"The manifest in {manifest.folder} has no image of role {roles}; run prepare again.")
         self.rows = rank_slice(batch, rank, world)
-        self.cycle = Cycle(lambda epoch: _order(manifest, roles, seed, epoch, shares), batch)
+        self.cycle = Cycle(lambda epoch: epoch_order(manifest, roles, seed, epoch, shares), batch)
         self._store = store
         self._manifest = manifest
         self._roles = roles

@@ -148,10 +148,6 @@ class Saver:
         if not self._settings.asynchronous:
             self.wait()
 
-    def in_flight(self) -> bool:
-        """Whether this rank is still at work on a save."""
-        return self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
-
     def wait(self) -> None:
         """Until the save in flight is committed, on all ranks; without one, at once. Collective.
 

@@ -39,7 +39,7 @@ from distunlearn.errors import DataError
 
 __all__ = [
     "Checkpoint", "begin", "candidates", "commit", "exposed", "latest_checkpoint", "none_verifies", "read_commit",
-    "save_checkpoint", "verified", "write_json", "write_pieces", "write_tensors",
+    "verified", "write_json", "write_pieces", "write_tensors",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -157,31 +157,6 @@ def commit(
     sync_path(folder)
     shutil.rmtree(damaged, ignore_errors=True)
     return final, _remove_old(folder, step, sound)
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    optimizer: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    may_write: Callable[[], None] | None = None,
-) -> Path:
-    """Commit whole tensors as the state before step `step`, at once, from one process; see `saving` for more.
-
-    Args:
-        folder: the phase's `checkpoints/`.
-        optimizer: as `backends.optimizer_state` describes it.
-        facts: plain JSON kept in COMMIT.json (config digest, world, images, seconds, attempt).
-        may_write: asked before the first byte and again before the commit.
-    """
-    if may_write is not None:
-        may_write()
-    temporary = begin(folder, step)
-    moments = {f"{OPTIMIZER}{n}/{k}": v for n, entries in optimizer["state"].items() for k, v in entries.items()}
-    pieces = [Piece(n, t.detach().cpu().contiguous(), tuple(t.shape)) for n, t in (tensors | moments).items()]
-    files = write_pieces(temporary, pieces, 0, 1, sharded=False)
-    return commit(temporary, step, files, {"optimizer": optimizer["optimizer"], **facts}, may_write)[0]
 
 
 def begin(folder: Path, step: int, token: str = "0") -> Path:
