@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py --document benchmarks/results/2026-11-26-checkpoint.md
 
-One encoder with AdamW's moments is saved by `engine.checkpoint.async_save.Saver`, as a run does it, into a folder on a disk. The two
-ways take turns, in alternating order, within one process. After each save training steps run: beside the write, until
-the checkpoint is committed, and after that a few more, undisturbed ones, with which the former are compared.
+One encoder with AdamW's moments is saved by `engine.checkpoint.async_save.Saver`, as a run does it, into a folder on a
+disk. The two ways take turns, in alternating order, within one process. After each save training steps run: beside the
+write, until the checkpoint is committed, and after that a few more, undisturbed ones, with which the former are
+compared.
 """
 
 from __future__ import annotations
