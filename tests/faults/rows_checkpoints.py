@@ -98,11 +98,10 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         ],
     ),
     "K11": (
-        "a checkpoint of an older format is read, one of a newer format refused by its number",
+        "a checkpoint written long ago in this format is read, one of another format refused by its number",
         [
-            f"{CHECKPOINT}::test_a_checkpoint_of_the_format_before_is_read",
-            f"{CHECKPOINT}::test_a_newer_format_is_refused_by_its_number_and_not_passed_over",
-            f"{CHECKPOINT}::test_a_pickle_in_the_old_place_that_is_no_plain_data_is_refused",
+            f"{CHECKPOINT}::test_the_committed_checkpoint_is_read",
+            f"{CHECKPOINT}::test_another_format_is_refused_by_its_number_and_not_passed_over",
         ],
     ),
     "K12": (
@@ -114,9 +113,9 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         [f"{RESUME}::test_resumed_at_every_step_it_ends_in_the_same_state"],
     ),
     "K14": (
-        "a checkpoint folder that others may write into, or own: a warning, and its pickles (format 1) are not read",
+        "a checkpoint folder that others may write into, or own: a warning",
         [
-            f"{CHECKPOINT}::test_a_folder_that_others_may_write_into_is_named_and_its_pickle_not_read",
+            f"{CHECKPOINT}::test_a_folder_that_others_may_write_into_is_named",
             f"{SAVING}::test_every_rank_looks_at_its_share_and_one_that_is_damaged_is_passed_over_by_all",
         ],
     ),

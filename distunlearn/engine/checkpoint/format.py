@@ -8,7 +8,7 @@ and size and is itself under a digest. Two layouts, which every backend reads:
 
 It is made under a temporary name. Every rank writes and syncs its files; the main rank waits for all of them, commits,
 renames the folder, and only then names it in `LATEST`. A folder whose COMMIT.json does not verify is passed over in
-favour of the one before. Format 1, of earlier versions, had its optimizer in a pickled `optimizer.pt`.
+favour of the one before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import stat
@@ -26,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,22 +72,9 @@ class Checkpoint:
         return {name: whole(value) for name, value in self.state().items() if not name.startswith(OPTIMIZER)}
 
     def optimizer(self) -> dict[str, Any]:
-        """The optimizer's state, as `backends.optimizer_state` describes it.
-
-        Raises:
-            DataError: the file is damaged, or it is a pickled one where others may write.
-        """
-        if self.facts["format"] > 1:
-            entries = ((n.removeprefix(OPTIMIZER), t) for n, t in self.state().items() if n.startswith(OPTIMIZER))
-            return nested(self.facts["optimizer"], entries)
-        if trouble := exposed(self.folder):
-            raise DataError(f"{trouble}, and holds a pickled file, which is not read there; change its owner and mode.")
-        path = self.folder / "optimizer.pt"
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{path} cannot be read ({reason}); delete {self.folder} to go on without it.") from None
+        """The optimizer's state, as `backends.optimizer_state` describes it."""
+        entries = ((n.removeprefix(OPTIMIZER), t) for n, t in self.state().items() if n.startswith(OPTIMIZER))
+        return nested(self.facts["optimizer"], entries)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -200,7 +185,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Selection is by step number and COMMIT.json, never by file times; LATEST is for people and scripts.
 
     Raises:
-        DataError: checkpoints exist but none verifies, or one is of a newer format.
+        DataError: checkpoints exist but none verifies, or one is of another format.
     """
     rejected: list[str] = []
     for name in candidates(folder):
@@ -230,22 +215,21 @@ def read_commit(folder: Path) -> Checkpoint | None:
     """What COMMIT.json says; None: it is missing or damaged. The files are not looked at.
 
     Raises:
-        DataError: it was written by a newer version.
+        DataError: it is of another format.
     """
     try:
         content = json.loads((folder / "COMMIT.json").read_text(encoding="utf-8"))
-        version = content.setdefault("format", 1)
-        if isinstance(version, int) and version > FORMAT:
+        version = content.get("format")
+        if isinstance(version, int) and version != FORMAT:
             raise DataError(
-                f"{folder} has format {version}, but this version reads 1 to {FORMAT}; go on with the version that "
+                f"{folder} has format {version}, but this version reads format {FORMAT}; go on with the version that "
                 "wrote it."
             )
-        digest = content.pop("commit", None)
-        if version > 1 and digest != _digest(content):
+        if content.pop("commit", None) != _digest(content):
             return None
         if content["step"] != _number(folder) or not content["files"] or folder.is_symlink():
             return None
-        if all(PLAIN.fullmatch(name) and _sha256(entry) for name, entry in content["files"].items()):
+        if all(PLAIN.fullmatch(name) and entry["sha256"] for name, entry in content["files"].items()):
             return Checkpoint(folder, content["step"], content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # a torn folder: the caller goes on to the one before
@@ -256,7 +240,7 @@ def verified(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> bool:
     """Whether the files are those that COMMIT.json names. share, of: look at every `of`-th file alone, from `share`."""
     try:
         files = sorted(checkpoint.facts["files"].items())[share::of]
-        return all(file_sha256(checkpoint.folder / name) == _sha256(entry) for name, entry in files)
+        return all(file_sha256(checkpoint.folder / name) == entry["sha256"] for name, entry in files)
     except (OSError, DataError):  # a file that cannot be read
         return False
 
@@ -269,10 +253,6 @@ def exposed(folder: Path) -> str | None:
     if found.st_mode & stat.S_IWOTH:
         return f"{folder} may be written by every user of this machine"
     return None
-
-
-def _sha256(entry: Any) -> str:
-    return entry if isinstance(entry, str) else entry["sha256"]  # format 1 had nothing else
 
 
 def _steps(folder: Path) -> list[Path]:
