@@ -29,7 +29,9 @@ import dataclasses, json, os, signal, sys, threading
 import torch
 from pathlib import Path
 from distunlearn.config.schema import CheckpointConfig, RunConfig
-from distunlearn.engine import checkpoint as c
+from distunlearn.common import files as f
+from distunlearn.common import tensors as t
+from distunlearn.engine.checkpoint import format as c
 from distunlearn.engine.backends.base import Backend
 from distunlearn.distributed.process_group import Place
 from distunlearn.engine.ledger import Ledger
@@ -52,8 +54,8 @@ def around(owner, name):
         event()
         return result
     setattr(owner, name, wrapped)
-for owner, name in ((c, "save_file"), (c, "sync_path"), (c, "file_sha256"), (os, "replace"), (os, "fsync"),
-                    (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
+for owner, name in ((c, "save_file"), (t, "save_file"), (t, "sync_path"), (f, "sync_path"), (c, "sync_path"),
+                    (c, "file_sha256"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
     around(owner, name)
 class Rank(Backend):
     def broadcast_object(self, value):
