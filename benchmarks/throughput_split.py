@@ -23,7 +23,8 @@ from distunlearn.distributed import collectives
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.prefetch import Ahead
-from distunlearn.methods import base, third_party, training
+from distunlearn.methods import third_party, training
+from distunlearn.objectives import forward
 
 __all__ = ["PARTS", "Split"]
 
@@ -50,7 +51,7 @@ class Split:
     def install(self, backend: Backend) -> None:
         patch = self._patch
         patch(Ahead, "at", "data")
-        patch(base, "make_view", "views")
+        patch(forward, "make_view", "views")
         patch(ContrastiveModel, "forward", "forward")
         patch(MomentumEncoder, "__call__", "forward")
         patch(training, "utility", "forward")
