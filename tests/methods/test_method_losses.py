@@ -14,7 +14,14 @@ from method_batches import batch, in_float64
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 
-from distunlearn.config.schema import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.config.schema import (
+    EncoderConfig,
+    MethodConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    RunConfig,
+    UnlearnConfig,
+)
 from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
@@ -27,8 +34,7 @@ from distunlearn.plan.images import images_per_step
 
 OBJECTIVES = ("simclr", "moco", "byol")
 ALL_OBJECTIVES = (*OBJECTIVES, "mocov3", "supervised")
-TRAINED = [name for name, entry in METHODS.items() if entry.build]
-NEW = [n for n in TRAINED if n not in ("third_party", "grad_ascent", "finetune", "retrain")]
+BY_HAND = ("finetune", "retrain", "l1_sparse")  # whose loss is the utility, below
 TAU = 0.5
 CLOSE = 1e-9
 BATCHES = {role: batch(role) for role in ("retain", "forget", "third_party")}
@@ -42,6 +48,7 @@ def config(name: str, objective: str = "simclr", **method) -> RunConfig:
     return RunConfig(
         encoder=encoder,
         objective=ObjectiveConfig(name=objective, hidden_dim=10, output_dim=6, temperature=TAU, queue_size=32),
+        pretrain=PretrainConfig(batch=12),
         unlearn=UnlearnConfig(retain_batch=12, forget_batch=6, third_party_batch=8),
         method=MethodConfig(name=name, **method),
     )
@@ -212,13 +219,17 @@ def test_alignment_calibration(objective):
     agree(method, ctx, hand, expected[shift])
 
 
-def test_partners_change_from_step_to_step():
-    method, ctx, _ = started("alignment_calibration", "simclr", alignment_weight=0.0, calibration_weight=1.0)
-    losses = set()
+def test_partners_change_from_step_to_step_and_nobody_is_its_own():
+    method, ctx, hand = started("alignment_calibration", "simclr", alignment_weight=0.0, calibration_weight=1.0)
+    both, losses = merged(BATCHES["retain"], BATCHES["forget"]), set()
+    seen = see(hand, both, "train")
+    of_shift = [float(mean(rows(hand, seen, both, lambda i, s=s: i if i < 12 else 12 + (i - 12 + s) % 6)).detach())
+                for s in range(6)]  # fmt: skip
     with in_float64():
-        for ctx.step in range(20):
+        for ctx.step in range(40):
             losses.add(round(float(method.loss(copy.deepcopy(ctx), BATCHES).loss.detach()), 9))
-    assert len(losses) == 5  # all shifts but 0
+    assert losses == {round(loss, 9) for loss in of_shift[1:]}  # each of them drawn
+    assert round(of_shift[0], 9) not in losses
 
 
 @pytest.mark.parametrize("objective", ALL_OBJECTIVES)
@@ -378,26 +389,39 @@ def test_l1_sparse_shrinks_by_the_rate_and_stops_at_zero():
     agree(method, ctx, hand, utility(hand))
 
 
+@pytest.mark.parametrize("objective", ALL_OBJECTIVES)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_references_train_on_the_retain_images_by_the_encoders_own_loss(name, objective):
+    method, ctx, hand = started(name, objective)
+    agree(method, ctx, hand, utility(hand))
+
+
+@pytest.mark.parametrize("objective", ["simclr", "supervised"])
+def test_grad_ascent(objective):
+    """Every image against the retain keys, as the encoder is used: no image of the batch enters another's loss."""
+    method, ctx, hand = started("grad_ascent", objective, ascent_weight=0.7)
+    retain, forget = BATCHES["retain"], BATCHES["forget"]
+    seen, found = see(hand, forget, "eval"), []
+    if objective == "supervised":
+        found = rows(hand, seen, forget)
+    else:
+        keys = [key.detach() for view in see(hand, retain, "eval").output for key in view]
+        for a, b in zip(*seen.output, strict=True):
+            positive = torch.exp(a @ b / TAU)
+            sides = [positive / (positive + sum(torch.exp(u @ key / TAU) for key in keys)) for u in (a, b)]
+            found.append(-(sides[0].log() + sides[1].log()) / 2)
+    agree(method, ctx, hand, -0.7 * mean(found))
+
+
 # -- all together ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ALL_OBJECTIVES)
-@pytest.mark.parametrize("name", NEW)
-def test_counts_what_it_passes_through_an_encoder_and_what_it_consumes(name, objective):
-    if "views" in METHODS[name].needs and objective == "supervised":
-        return
-    method, ctx, _ = started(name, objective)
-    roles = method.batch_sizes(ctx.cfg)
+def test_scrub_counts_fewer_images_once_it_has_ceased_to_push_away():
+    method, ctx, _ = started("scrub", "simclr")
+    ctx.step = method.forget_steps(method.cfg)
     with in_float64():
-        out = method.loss(ctx, {role: BATCHES[role] for role in roles})
-    assert ctx.images == images_per_step(ctx.cfg, name)
-    assert out.consumed == {role: BATCHES[role].ids for role in roles}
-    assert set(roles) <= set(METHODS[name].needs) and ("forget" in roles) == method.forgets
-    if name == "scrub":
-        ctx.images, ctx.step = 0, method.forget_steps(method.cfg)
-        with in_float64():
-            method.loss(ctx, BATCHES)
-        assert ctx.images == images_per_step(method.cfg, name, ctx.step)
+        method.loss(ctx, BATCHES)
+    assert ctx.images == images_per_step(method.cfg, "scrub", ctx.step) < images_per_step(method.cfg, "scrub", 0)
 
 
 # What each method drives, and which way.
