@@ -30,7 +30,7 @@ from sklearn.metrics import roc_auc_score
 
 from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.loading.stream import open_store
+from distunlearn.data.loading.image_store import open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.matched_sampling import look
 from distunlearn.engine.session import load_trained

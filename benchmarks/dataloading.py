@@ -42,8 +42,9 @@ from photos import SIZE, Photos, image_folder, shards
 from distunlearn.config.schema import EncoderConfig, RunConfig, ViewsConfig
 from distunlearn.data.augmentations import make_view
 from distunlearn.data.loading import stream
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.shard_reader import Reader
-from distunlearn.data.loading.stream import ImageStore, RoleFeeder, epoch_order
+from distunlearn.data.loading.stream import Batches, RoleFeeder, epoch_order
 from distunlearn.data.loading.tar_stream import read_shard
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources import decode
@@ -116,11 +117,11 @@ def waiting(manifest: Manifest, size: int, workers: int, steps: int) -> tuple[fl
     model = build_model(cfg, None)
     optimizer = torch.optim.AdamW(model.parameters())
     with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers)) as store:
-        feeder = RoleFeeder(store, manifest, ROLES, 0, BATCH)
+        batches = Batches({"all": RoleFeeder(store, manifest, ROLES, 0, BATCH)}, torch.device("cpu"), steps + 2)
         waits, whole = [], []
         for step in range(steps + 2):
             start = time.perf_counter()
-            batch = feeder.batch_at(step)
+            batch = batches.at(step)["all"]
             waits.append(time.perf_counter() - start)
             views = [make_view(batch.images, VIEWS, seed=0, epochs=batch.epochs, ids=batch.ids, view=v) for v in (0, 1)]
             out = model(torch.cat(views)).output

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.shard_reader import Reader
-from distunlearn.data.loading.stream import ImageStore, RoleFeeder
+from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources.decode import decode_square
 
@@ -61,11 +62,10 @@ def pure(data: Sequence[bytes], size: int, mode: str, workers: int, count: int, 
 
 def streamed(manifest: Manifest, size: int, mode: str, workers: int, count: int) -> None:
     with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers, decode=mode)) as store:
-        feeder = RoleFeeder(store, manifest, ROLES, 0, BATCH)
-        ahead, last = store.prefetch, count // BATCH - 1
-        for step in range(last + 1):
-            store.prefetch = min(ahead, last - step)  # nothing is decoded that nobody takes, as with the others
-            assert len(feeder.batch_at(step)) == BATCH
+        steps = count // BATCH
+        with Batches({"all": RoleFeeder(store, manifest, ROLES, 0, BATCH)}, torch.device("cpu"), steps) as batches:
+            for step in range(steps):
+                assert len(batches.at(step)["all"]) == BATCH
 
 
 def loader(dataset: Any, workers: int, count: int, **options: Any) -> None:

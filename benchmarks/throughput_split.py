@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from distunlearn.constraints.evaluators import EVALUATORS
+from distunlearn.data.loading.stream import Batches
 from distunlearn.distributed import collectives
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
 from distunlearn.engine.backends import Backend
-from distunlearn.engine.prefetch import Ahead
 from distunlearn.methods import third_party, training
 from distunlearn.objectives import forward
 
@@ -50,7 +50,7 @@ class Split:
 
     def install(self, backend: Backend) -> None:
         patch = self._patch
-        patch(Ahead, "at", "data")
+        patch(Batches, "at", "data")
         patch(forward, "make_view", "views")
         patch(ContrastiveModel, "forward", "forward")
         patch(MomentumEncoder, "__call__", "forward")

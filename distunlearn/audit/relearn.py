@@ -25,7 +25,7 @@ import torch
 from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, sampled, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import normalise

@@ -66,7 +66,7 @@ class DataConfig:
     verify: Literal["digest", "size"] = "digest"  # of every shard before a run; digest: sha256 of all bytes
     cache_mib: NonNegativeInt = 2048  # decoded images kept in memory up to this size, else streamed every epoch
     workers: NonNegativeInt = 0  # processes, for each rank, that read and decode ahead; 0: the training process does
-    prefetch: PositiveInt = 2  # batches that workers are ahead of the training
+    prefetch: PositiveInt = 2  # batches that each worker is ahead of the training (prefetch_factor of the DataLoader)
     decode: Literal["exact", "fast"] = "exact"  # fast: JPEGs at a smaller scale, resize in integers; other pixels
     read_retries: NonNegativeInt = 4  # of a failed read, after 0.25 s, 0.5 s, 1 s and so on; then the run ends
     max_undecodable: Share = 0.001  # share of a role's images that may be replaced; forget images never are

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distunlearn.config.schema import PretrainConfig, UnlearnConfig
-from distunlearn.data.loading.stream import RoleFeeder
+from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.engine import fault_injection
@@ -32,7 +32,6 @@ from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.nan_guard import NumericsGuard, Place
 from distunlearn.engine.optimizer import learning_rate
 from distunlearn.engine.preemption import StopRequest
-from distunlearn.engine.prefetch import Ahead
 from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError, RankLostError, StoppedError
 from distunlearn.methods.base import Method
@@ -90,7 +89,7 @@ def train_phase(
         StoppedError: `stop` was asked for, on any rank; the state is saved.
     """
     folder, note = phase.folder / "checkpoints", functools.partial(telemetry.note, phase.name)
-    batches = Ahead(phase.feeders, ctx.device, phase.steps * phase.optim.accumulate)
+    batches = Batches(phase.feeders, ctx.device, phase.steps * phase.optim.accumulate)
     with watch.training(), batches, Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
         return _Runner(phase, ctx, backend, ledger, telemetry, stop, watch, saver, batches).run()
 
@@ -137,7 +136,7 @@ def _close(found: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence
 class _Runner:
     def __init__(
         self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest,
-        watch: Watch, saver: Saver, batches: Ahead,
+        watch: Watch, saver: Saver, batches: Batches,
     ) -> None:  # fmt: skip
         self.phase, self.ctx, self.backend = phase, ctx, backend
         self.ledger, self.telemetry, self.stop, self.watch, self.saver = ledger, telemetry, stop, watch, saver

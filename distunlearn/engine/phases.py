@@ -190,11 +190,7 @@ def _train(
             names_forget="" if name == "pretrain" else "forget", refuse=session.store.undecodable.check,
         )  # fmt: skip
         records = (session.ledger, session.telemetry, session.stop, session.watch)
-        try:
-            facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
-        finally:
-            for feeder in feeders.values():
-                feeder.close()
+        facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
     _finish(session, name, folder, digest, model, trained, facts)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from distunlearn.common.files import file_sha256, write_json
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.loading.stream import ImageStore, open_store
+from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
@@ -79,7 +79,7 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
         if backend.is_main and cfg.reuse:
             take_over(cfg, out)
         backend.barrier()
-        store = open_store(manifest, cfg)
+        store = open_store(manifest, cfg, backend.device)
         stack.callback(store.close)
         ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
         stack.callback(ledger.close)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from distunlearn.common.text import printable
-from distunlearn.data.loading.stream import ImageStore, RoleFeeder
+from distunlearn.data.loading.image_store import ImageStore
+from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest, has_manifest
 from distunlearn.encoders.model import build_model
 from distunlearn.engine.backends import open_backend

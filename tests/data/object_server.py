@@ -173,5 +173,5 @@ def batches(manifest: Manifest, workers: int) -> list:
     finally:
         feeds.close()
         images.close()
-    assert images.pool.counts.images >= 64
+    assert images.counts.images >= 64
     return [(batch.ids, batch.images.numpy().tobytes()) for batch in found]

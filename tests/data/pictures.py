@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from distunlearn.data.loading.stream import ImageStore, RoleFeeder
+from distunlearn.data.loading.image_store import ImageStore
+from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.write_shards import write_shards
+from distunlearn.data.schedule import Batch
 
 
 def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
@@ -62,4 +65,18 @@ def store(manifest: Manifest, **options) -> ImageStore:
 
 def feeder(images: ImageStore, roles="retain", batch: int = 8, rank: int = 0, world: int = 1, seed: int = 0,
            shares: np.ndarray | None = None):  # fmt: skip
-    return RoleFeeder(images, images.manifest, roles, seed, batch, rank, world, shares)
+    return Feeder(RoleFeeder(images, images.manifest, roles, seed, batch, rank, world, shares))
+
+
+class Feeder:
+    """One feeder's batches as a phase gets them: ahead of their step where there are workers."""
+
+    def __init__(self, feeder: RoleFeeder) -> None:
+        self.feeder = feeder
+        self.batches = Batches({"all": feeder}, torch.device("cpu"), 10**6)
+
+    def batch_at(self, step: int) -> Batch:
+        return self.batches.at(step)["all"]
+
+    def close(self) -> None:
+        self.batches.close()

@@ -125,13 +125,13 @@ def test_errors_reach_a_feeder_of_any_worker_count(manifest, monkeypatch):
     disk = Disk(monkeypatch, times=2)
     images = store(manifest)
     first = feeder(images).batch_at(0)
-    assert images.pool.counts.repeated == 2 and len(disk.calls) > 2
+    assert images.counts.repeated == 2 and len(disk.calls) > 2
     for workers in (0, 2):
         Disk(monkeypatch, times=2)
         images = store(manifest, workers=workers)
         assert feeder(images).batch_at(0).ids == first.ids
         # The disk of every worker that read fails twice; one that starts late may find nothing left to read.
-        assert images.pool.counts.repeated in ({2} if workers < 2 else {2, 4})
+        assert images.counts.repeated in ({2} if workers < 2 else {2, 4})
         images.close()
         Disk(monkeypatch, times=10**6)
         images = store(manifest, workers=workers, retries=1)
@@ -175,5 +175,5 @@ def test_a_hundredth_of_the_images_costs_a_hundredth_of_the_bytes(tmp_path):
     images = store(manifest, cache_mib=1)
     assert images.load("forget")
     members = sum(s.bytes for name, s in manifest.shard_files.items() if name.startswith("members"))
-    assert images.pool.counts.images == 8
-    assert images.pool.counts.bytes <= 0.015 * members  # images of 1 KiB in tar blocks; larger ones come closer to 1 %
+    assert images.counts.images == 8
+    assert images.counts.bytes <= 0.015 * members  # images of 1 KiB in tar blocks; larger ones come closer to 1 %

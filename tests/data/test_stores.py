@@ -117,10 +117,10 @@ def test_a_hundredth_of_the_images_costs_a_hundredth_of_the_traffic(tmp_path):
         assert images.load("forget")
         members = sum(s.bytes for name, s in manifest.shard_files.items() if name.startswith("members"))
         assert 0 < sum(server.sent.values()) <= 0.015 * members
-        assert images.pool.counts.bytes == sum(server.sent.values()) and images.pool.counts.images == 8
+        assert images.counts.bytes == sum(server.sent.values()) and images.counts.images == 8
         gets = [name for method, name, _ in server.asked if method == "GET"]
         heads = [name for method, name, _ in server.asked if method == "HEAD"]
-        assert len(gets) == images.pool.counts.reads <= 8 and sorted(heads) == sorted(set(gets))
+        assert len(gets) == images.counts.reads <= 8 and sorted(heads) == sorted(set(gets))
         images.load("retain")
         assert sum(server.sent.values()) > 0.5 * members  # control: the count does count
 

@@ -170,16 +170,16 @@ def test_skipping_decodes_nothing(manifest):
     images = store(manifest)
     feeds = feeder(images)
     feeds.batch_at(1000)
-    assert images.pool.counts.images == 8
+    assert images.counts.images == 8
     feeds.batch_at(3)
-    assert images.pool.counts.images == 16
+    assert images.counts.images == 16
     images = store(manifest, workers=1, prefetch=2)
     feeds = feeder(images)
     for step in (1000, 1001, 7):
         feeds.batch_at(step)
     feeds.close()
     images.close()
-    assert images.pool.counts.images <= 8 * (2 + 2 + 1 + 2)  # taken, and asked for ahead
+    assert images.counts.images <= 8 * (2 + 2 + 1 + 2)  # taken, and asked for ahead
 
 
 @pytest.mark.parametrize(("world", "workers", "cache_mib"), [(1, 0, 0), (2, 1, 0), (4, 3, 0), (1, 0, 1), (2, 2, 1)])
@@ -231,8 +231,8 @@ def test_images_for_an_audit_leave_out_what_is_none(with_bad):
     images = store(with_bad, max_undecodable=0.05)
     ids = images.decodable(with_bad.ids("retain"))
     assert set(with_bad.ids("retain")) - set(ids) == {"p3", "p17"} and set(images.undecodable.found) == {"p3", "p17"}
-    count = images.pool.counts.images
-    assert images.decodable(with_bad.ids("retain")) == ids and images.pool.counts.images == count
+    count = images.counts.images
+    assert images.decodable(with_bad.ids("retain")) == ids and images.counts.images == count
     with pytest.raises(DataError, match="'p3'"):
         images.by_offset(["p2", "p3"])
 

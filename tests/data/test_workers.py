@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pictures import feeder, pictures, store
 
-from distunlearn.data.loading import decode_pool as module
-from distunlearn.data.loading.decode_pool import Decoder, Pool
-from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.loading import dataset, loader
+from distunlearn.data.loading.dataset import ImageDataset
+from distunlearn.data.loading.image_store import ImageStore
+from distunlearn.data.loading.loader import Loader
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources.decode import decode_square
-from distunlearn.errors import DataError
+from distunlearn.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def manifest(tmp_path_factory) -> Manifest:
 
 
 def data_workers() -> list:
-    return [p for p in multiprocessing.active_children() if p.name.startswith("data worker")]
+    return multiprocessing.active_children()
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def spoil(monkeypatch, sample_id: str, act) -> None:
     def decode(data, name, *args):
         return act() if name == sample_id else decode_square(data, name, *args)
 
-    monkeypatch.setattr(module, "decode_square", decode)
+    monkeypatch.setattr(dataset, "decode_square", decode)
 
 
 def drain(images: ImageStore, steps: int = 12) -> None:
@@ -76,8 +78,8 @@ def test_processes_do_the_work(manifest):
     images = store(manifest, workers=2)
     feeds = feeder(images)
     assert len(feeds.batch_at(0)) == 8
-    assert len(data_workers()) == 2 and images.pool.decoder.reader.counts.images == 0
-    assert images.pool.counts.images >= 8
+    assert len(data_workers()) == 2 and images.loader.dataset.reader.counts.images == 0
+    assert images.counts.images >= 8
     feeds.close()
     images.close()
     assert data_workers() == []
@@ -97,12 +99,11 @@ def test_a_worker_that_is_killed_between_batches(manifest):
     images = store(manifest, workers=2)
     feeds = feeder(images)
     feeds.batch_at(0)
-    pool = images.pool  # on a busy machine one worker may have done all there was to do so far
-    victim = next(w.process for n, w in enumerate(pool._workers) if pool._place(n) != "none yet")
-    os.kill(victim.pid, signal.SIGKILL)
-    wait_for(lambda: not alive(victim.pid))
+    victim = images.loader._pid(0)  # the first batch was this worker's
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: not alive(victim))
     started = time.monotonic()
-    with pytest.raises(DataError, match=rf"\(process {victim.pid}\) was ended by signal 9 .* at image 'p\d+'"):
+    with pytest.raises(DataError, match=rf"worker 0 \(process {victim}\) was ended by signal 9 .* at image 'p\d+'"):
         for step in range(1, 40):
             feeds.batch_at(step)
     assert time.monotonic() - started < 30
@@ -139,9 +140,9 @@ def test_a_worker_that_raises_anything(manifest, monkeypatch, kind):
 
 def test_a_worker_that_hangs(manifest, monkeypatch):
     spoil(monkeypatch, "p7", lambda: time.sleep(600))
-    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    monkeypatch.setattr(loader, "PATIENCE", 1.0)
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"Data worker \d .* has not answered for 1 s at image 'p7'"):
+    with pytest.raises(DataError, match=r"Data worker \d .* has not got on for 1 s at image 'p7'"):
         drain(store(manifest, workers=2))
     assert time.monotonic() - started < 30
 
@@ -165,17 +166,42 @@ def test_signals_for_the_run_do_not_end_its_workers(manifest):
 
 def test_signals_before_a_worker_has_begun_do_not_end_it(manifest, monkeypatch):
     """Between its fork and its first line a worker has the handlers of whoever forked it."""
-    serve = module._serve
+    begin = loader._begin
 
     def late(*arguments) -> None:
-        for number in module._IGNORED:
+        for number in loader._IGNORED:
             os.kill(os.getpid(), number)
-        serve(*arguments)
+        begin(*arguments)
 
-    monkeypatch.setattr(module, "_serve", late)
+    monkeypatch.setattr(loader, "_begin", late)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     drain(store(manifest, workers=2))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_the_handler_for_ended_children_stays_as_it_was(manifest):
+    """A DataLoader's own would raise in the midst of a checkpoint, and not with the exit code of lost data."""
+    before = signal.getsignal(signal.SIGCHLD)
+    images = store(manifest, workers=1)
+    feeds = feeder(images)
+    feeds.batch_at(0)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    os.kill(images.loader._pid(0), signal.SIGKILL)
+    time.sleep(0.2)  # nothing is raised here
+    feeds.close()
+    images.close()
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_workers_do_not_draw_from_the_generator_of_the_training(manifest):
+    """A DataLoader draws a seed from it unless it has one of its own: then the weights would depend on the workers."""
+    for workers in (0, 1):
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        drain(store(manifest, workers=workers))
+        assert torch.equal(torch.get_rng_state(), before)
+    next(iter(torch.utils.data.DataLoader([1])))
+    assert not torch.equal(torch.get_rng_state(), before), "the fault is there"
 
 
 SCRIPT = """
@@ -187,7 +213,7 @@ from distunlearn.data.manifest.manifest import Manifest
 images = store(Manifest.load(Path({folder!r})), workers=3)
 feeds = feeder(images)
 feeds.batch_at(0)
-print(*[w.process.pid for w in images.pool._workers], flush=True)
+print(*[p.pid for p in images.loader._processes], flush=True)
 if sys.argv[1] == "wait":
     time.sleep(600)
 """
@@ -209,47 +235,50 @@ def test_no_worker_outlives_the_run(manifest, way):
     wait_for(lambda: not any(map(alive, pids)))
 
 
-def test_the_pool_takes_pieces_in_any_order_and_grows(manifest):
-    pool = Pool(Decoder(manifest, 16, 3, 10_000), 2)
-    pool.reserve(2)
+def test_a_series_gives_its_batches_in_order_and_its_workers_serve_the_next(manifest):
+    plain = ImageDataset(manifest, 16, 3, 10_000)
     ids = manifest.ids("retain")
-    pieces = [pool.submit([manifest.by_id[i] for i in ids[k : k + 5]]) for k in range(0, 30, 5)]
-    expected = torch.empty((30, 3, 16, 16), dtype=torch.uint8)
-    Decoder(manifest, 16, 3, 10_000).fill([manifest.by_id[i] for i in ids[:30]], expected, lambda _: None)
-    found = torch.empty_like(expected)
-
-    def take(number: int) -> None:
-        assert pool.take(pieces[number], found[5 * number : 5 * number + 5]) == []
-
-    take(4)
-    pool.abandon([pieces[1]])
-    take(0)
-    pool.reserve(20)  # the workers are started anew, and what is outstanding is done again
-    take(3)
-    take(5)
-    take(2)
-    kept = [*range(5), *range(10, 30)]
-    assert torch.equal(found[kept], expected[kept])
-    pool.close()
+    batches = [ids[k : k + 5] for k in range(0, 30, 5)]
+    ahead = Loader(ImageDataset(manifest, 16, 3, 10_000), 2, 1)
+    pids = []
+    for series in (batches, batches[::-1]):
+        ahead.start(series)
+        pids.append({p.pid for p in data_workers()})
+        for batch in series:
+            assert torch.equal(ahead.next().images, torch.stack(plain.__getitems__(batch)))
+        assert ahead.is_idle
+    ahead.start(batches)
+    assert torch.equal(ahead.next().images[0], plain[ids[0]])
+    ahead.start(batches[3:])  # five of the series before are not taken, and come to nobody
+    assert torch.equal(ahead.next().images[0], plain[ids[15]])
+    assert pids[0] == pids[1] != {p.pid for p in data_workers()}
+    ahead.close()
+    ahead.close()
 
 
-def test_more_pieces_than_reserved_are_a_mistake_of_the_caller(manifest):
-    pool = Pool(Decoder(manifest, 16, 3, 10_000), 1)
-    one = [manifest.by_id[manifest.ids("retain")[0]]]
-    with pytest.raises(AssertionError, match="reserved"):
-        for _ in range(5):
-            pool.submit(one)
-    pool.close()
-
-
-def test_shared_memory_is_bounded_and_not_in_dev_shm(manifest):
-    images = store(manifest, workers=2, prefetch=3)
+def test_a_stream_goes_on_after_others_have_used_the_workers(manifest):
+    images = store(manifest, workers=2)
     feeds = feeder(images)
-    feeds.batch_at(0)
-    first = images.pool._slots.data_ptr()
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    (shared,) = [m for m in maps if int(m[0].split("-")[0], 16) <= first < int(m[0].split("-")[1], 16)]
-    assert shared[1] == "rw-s" and "/dev/shm" not in shared[-1]
-    assert images.pool._slots.shape == (4 + 4 * 2, 32, 3, 16, 16)  # 2 a worker, and 4 batches of 2 pieces
+    expected = [feeder(store(manifest)).batch_at(step) for step in range(4)]
+    for step in range(4):
+        found = feeds.batch_at(step)
+        assert found.ids == expected[step].ids and torch.equal(found.images, expected[step].images)
+        assert len(images.by_offset(manifest.ids(("retain", "third_party")))) == 46
     feeds.close()
     images.close()
+
+
+def test_the_dataset_is_one_that_any_data_loader_takes(manifest):
+    images = ImageDataset(manifest, 16, 3, 10_000)
+    ids = manifest.ids("forget")
+    found = torch.cat(list(torch.utils.data.DataLoader(images, sampler=ids, batch_size=3)))
+    assert len(images) == 54 and torch.equal(found, torch.stack([images[i] for i in ids]))
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_refused(manifest, monkeypatch, tmp_path):
+    """Without the check a container's small /dev/shm ends the worker by SIGBUS, in the middle of a run."""
+    monkeypatch.setattr(loader.os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=4096))
+    with pytest.raises(ConfigError, match=r"data.workers=2 and data.prefetch=3 keep 0 MiB .*--shm-size"):
+        drain(store(manifest, workers=2, prefetch=3))  # 7 batches of 8 images of 768 bytes
+    drain(store(manifest, workers=2, prefetch=2))  # 5 of them are 30,720 bytes
+    drain(store(manifest, workers=0))

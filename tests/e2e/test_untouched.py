@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from distunlearn.config.load import load_config
-from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.methods import METHODS
 from distunlearn.run import pipeline

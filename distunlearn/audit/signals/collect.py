@@ -22,7 +22,7 @@ from distunlearn.audit.signals.part_crops import part_responses
 from distunlearn.config.schema import AuditConfig, RunConfig
 from distunlearn.constraints.gradients.last_layer import head_gradients, sketch_matrices
 from distunlearn.data.augmentations import plain_view
-from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.session import Session, Trained
 from distunlearn.errors import NumericsError

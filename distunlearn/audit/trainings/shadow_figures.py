@@ -30,7 +30,7 @@ import torch
 from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, percentile_interval
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.loading.stream import ImageStore
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.objectives.forward import EncoderView
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from distunlearn.data.loading.stream import open_store
+from distunlearn.data.loading.image_store import open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.phases import check_coverage
@@ -48,7 +48,7 @@ def nested_session(
     if session.backend.is_main:
         out.mkdir(parents=True, exist_ok=True)
     session.backend.barrier()
-    store = open_store(manifest, cfg)
+    store = open_store(manifest, cfg, session.backend.device)
     stack.callback(store.close)
     ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
     stack.callback(ledger.close)
