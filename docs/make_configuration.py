@@ -141,6 +141,8 @@ def kind(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in args)
     if origin in (Union, types.UnionType):
         return " or ".join(map(kind, args))
+    if origin is tuple:
+        return f"list (each {kind(args[0])})"
     return "group of settings" if origin is dict else NAMES[annotation]
 
 

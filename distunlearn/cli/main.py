@@ -282,9 +282,6 @@ ONLY_PRINT = (Plan, List, Doctor, Status)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` defaults to the process's own arguments. Returns the exit code."""
-    # Before torch loads its thread pool: idle threads sleep. By default they spin, and where another process wants the
-    # same cores, training on 2 threads was 4 times slower for it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _main(args)

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
-__all__ = ["Outside", "loaded", "names", "resolve"]
+__all__ = ["DOTTED", "Outside", "loaded", "names", "origin", "remember", "resolve"]
 
 PACKAGE = __name__.split(".")[0]
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -49,7 +49,9 @@ class Outside(NamedTuple):
 _OUTSIDE: dict[str, Path] = {}  # top-level package, module or file -> its folder or file
 
 
-def resolve(name: str, builtin: Mapping[str, str], base: type | str | None, group: str, key: str = "") -> Any:
+def resolve(
+    name: str, builtin: Mapping[str, str], base: type | str | None, group: str, key: str = "", *, counted: bool = True
+) -> Any:
     """The class that `name` means.
 
     Args:
@@ -58,12 +60,14 @@ def resolve(name: str, builtin: Mapping[str, str], base: type | str | None, grou
         base: the class it must be a subclass of, or `package.module:Name` of that class; None: any callable will do.
         group: of entry points.
         key: the setting that has the name, for messages.
+        counted: whether `loaded` tells of it. Not of what only makes data, whose digests say more (`origin`).
 
     Raises:
         ConfigError: there is no such part, it cannot be imported, or it is not a complete subclass of `base`.
     """
     where = f"{key}=" if key else ""
     shown = f"{where}{printable(str(name), 80)}"
+    before = dict(_OUTSIDE)
     if isinstance(name, str) and name in builtin:
         found = _attribute(importlib.import_module(builtin[name].partition(":")[0]), builtin[name], shown)
     elif isinstance(name, str) and ":" in name:
@@ -73,6 +77,9 @@ def resolve(name: str, builtin: Mapping[str, str], base: type | str | None, grou
         if name not in points:
             raise ConfigError(f"{shown} is not known; {_hint(str(name), [*builtin, *points])}")
         found = _from_outside(points[name].value.partition("[")[0].replace(" ", ""), shown)
+    if not counted:
+        _OUTSIDE.clear()
+        _OUTSIDE.update(before)
     return _checked(found, base, shown)
 
 
@@ -88,6 +95,33 @@ def loaded() -> list[Outside]:
     named one imports is noticed too.
     """
     return [Outside(name, str(path), _digest(path)) for name, path in sorted(_OUTSIDE.items())]
+
+
+def origin(part: Any) -> Outside | None:
+    """Where a class or function comes from; None: from this package, or from no file (a notebook's cell)."""
+    before = dict(_OUTSIDE)
+    _OUTSIDE.clear()
+    remember(part)
+    found = loaded()
+    _OUTSIDE.clear()
+    _OUTSIDE.update(before)
+    return found[0] if found else None
+
+
+def remember(thing: Any) -> None:
+    """Count the file that defines a class or function, handed over as an object, among what is from outside.
+
+    Without a file (a notebook's cell) there is nothing to remember.
+    """
+    module = sys.modules.get(getattr(thing, "__module__", None) or "")
+    file = getattr(module, "__file__", None)
+    top = module.__name__.split(".")[0] if module is not None else PACKAGE
+    if file is None or top in (PACKAGE, "torch") or not Path(file).is_file():
+        return
+    if module.__name__ != top or not file.endswith(".py"):
+        _installed_at(top)
+    else:
+        _OUTSIDE[str(Path(file).resolve())] = Path(file).resolve()
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -144,10 +178,15 @@ def _installed(place: str, shown: str) -> ModuleType:
                 "install it, or name the file as path/to/file.py:Name."
             )
         module = importlib.import_module(place)
-    if top != PACKAGE and found.origin not in (None, "built-in", "frozen"):
-        origin = Path(found.origin).resolve()
-        _OUTSIDE[top] = origin.parent if found.submodule_search_locations else origin
+    _installed_at(top)
     return module
+
+
+def _installed_at(top: str) -> None:
+    spec = getattr(sys.modules.get(top), "__spec__", None)
+    if top != PACKAGE and spec is not None and spec.origin not in (None, "built-in", "frozen"):
+        origin = Path(spec.origin).resolve()
+        _OUTSIDE[top] = origin.parent if spec.submodule_search_locations else origin
 
 
 def _attribute(module: ModuleType, name: str, shown: str) -> Any:

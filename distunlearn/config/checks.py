@@ -12,16 +12,19 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from distunlearn.common.plugins import names
 from distunlearn.common.store_url import url_problem
-from distunlearn.config.schema import DataConfig, RunConfig
+from distunlearn.config.schema import RunConfig
 
-__all__ = ["PATH_KEYS", "SHARDED", "cross_checks", "forget_is_file"]
+__all__ = ["HANDED_OVER", "PATH_KEYS", "SHARDED", "SOURCES", "SOURCE_GROUP", "cross_checks", "forget_is_file"]
 
 PATH_KEYS = ("reuse", "data.root", "data.shards", "data.store_cache", "data.third_party_root", "encoder.checkpoint")
 
-SOURCES: tuple[str, ...] = get_args(get_type_hints(DataConfig)["source"])
+SOURCES = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset")
+SOURCE_GROUP = "distunlearn.sources"  # of entry points
+HANDED_OVER = "dataset"  # the source of shards that were made of Python's datasets
 ROOTLESS = ("digits", "fashion_mnist")  # sources that know where their files are
 ID_FILES = (".txt", ".csv", ".jsonl")
 CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
@@ -67,19 +70,28 @@ def _text(cfg: RunConfig) -> Iterator[str]:
 
 def _sources(cfg: RunConfig) -> Iterator[str]:
     data = cfg.data
-    if data.source not in ROOTLESS and not data.root and not data.shards:
+    if not _is_source(data.source) and data.source != HANDED_OVER:
+        yield f"data.source is {data.source!r}, which is no source{_nearest_source(data.source)}"
+    elif data.source in SOURCES and data.source not in ROOTLESS and not data.root and not data.shards:
         yield f"data.source={data.source} needs data.root, the folder that holds it"
     other = data.third_party_source
     if other is None:
         if data.third_party_root is not None:
             yield "data.third_party_root is set without data.third_party_source; set both or neither"
         return
-    if other not in SOURCES:
-        close = difflib.get_close_matches(other, SOURCES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(SOURCES)}"
-        yield f"data.third_party_source is {other!r}, which is no source{hint}"
-    elif other not in ROOTLESS and not data.third_party_root and not data.shards:
+    if not _is_source(other):
+        yield f"data.third_party_source is {other!r}, which is no source{_nearest_source(other)}"
+    elif other in SOURCES and other not in ROOTLESS and not data.third_party_root and not data.shards:
         yield f"data.third_party_source={other} needs data.third_party_root, the folder that holds it"
+
+
+def _is_source(name: str) -> bool:
+    return name in SOURCES or ":" in name or name in names({}, SOURCE_GROUP)
+
+
+def _nearest_source(name: str) -> str:
+    close = difflib.get_close_matches(name, SOURCES, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(SOURCES)}"
 
 
 def _store(cfg: RunConfig) -> Iterator[str]:
@@ -138,6 +150,11 @@ def _encoder(cfg: RunConfig) -> Iterator[str]:
         yield "encoder.name is empty; expected the name of a timm model such as resnet18"
     elif encoder.stem != "standard" and not RESNET.match(encoder.name.split(".")[0]):
         yield f"encoder.stem={encoder.stem} is for ResNets only; set encoder.stem=standard for {encoder.name}"
+    if (encoder.mean is None) != (encoder.std is None):
+        yield "encoder.mean and encoder.std belong together; set both or neither"
+    for key, values in (("mean", encoder.mean), ("std", encoder.std)):
+        if values is not None and len(values) != encoder.in_chans:
+            yield f"encoder.{key} has {len(values)} numbers, expected encoder.in_chans={encoder.in_chans} of them"
     if encoder.checkpoint is not None:
         path = Path(encoder.checkpoint)
         if path.suffix.lower() not in CHECKPOINT_FILES:

@@ -309,6 +309,8 @@ def _describe(annotation: Any) -> str:
         return f"one of {', '.join(map(str, args))}"
     if origin in (Union, types.UnionType):
         return " or ".join(map(_describe, args))
+    if origin is tuple:
+        return f"a list (each {_describe(args[0])})"
     if origin is dict:
         return "a group of settings"
     return NAMES[annotation]

@@ -42,7 +42,7 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    source: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset"] = "digits"
+    source: str = "digits"  # a built-in source, or an own one: package.module:Name, path/to/file.py:Name
     root: str | None = None  # folder of the source; None: the source's own default place
     shards: str | None = None  # folder of shards and manifest; None: <out>/shards
     store: str | None = None  # URL of the folder that holds the shards; the manifest stays in data.shards
@@ -74,7 +74,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """A timm backbone by name, its input, and optionally the checkpoint it starts from."""
+    """A timm backbone or an own module by name, its input, and optionally the checkpoint it starts from."""
 
     __pydantic_config__ = STRICT
 
@@ -83,6 +83,8 @@ class EncoderConfig:
     in_chans: Literal[1, 3] = 1
     stem: Literal["standard", "deep"] = "deep"  # ResNets; deep: three 3x3; small images: also args.output_stride=8
     args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model (channels, layers, patch_size ...)
+    mean: tuple[float, ...] | None = None  # of each channel in [0, 1], that the encoder wants subtracted; null: 0.5
+    std: tuple[PositiveFloat, ...] | None = None  # by which it wants the difference divided; null: 0.5
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
     checkpoint: str | None = None  # .safetensors or .pth (weights only): a foreign original encoder
 
@@ -271,7 +273,7 @@ class RunConfig:
     watchdog_save_s: NonNegativeFloat = 3600.0  # the same for checkpoints, calibration and the first step
     join_s: PositiveFloat = 600.0  # seconds to wait for the other processes at the start
     accept_code_change: bool = False  # go on with a run that another version of this package began; it is recorded
-    threads: NonNegativeInt = 0  # CPU threads per process; 0: as many as there are cores, shared by the processes
+    threads: NonNegativeInt = 0  # CPU threads per process; 0: OMP_NUM_THREADS, else all cores, shared by the processes
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -67,8 +67,13 @@ def join(cfg: RunConfig) -> Place:
 
 
 def _set_threads(threads: int, local_world: int) -> None:
+    """threads: of the settings; 0: what OMP_NUM_THREADS says, else a share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // max(1, local_world)))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        asked = ""  # torchrun sets it where nobody has
+    share = int(asked) if asked.isdecimal() and int(asked) else max(1, cores // max(1, local_world))
+    torch.set_num_threads(threads or share)
 
 
 def _refuse_unannounced_tasks() -> None:

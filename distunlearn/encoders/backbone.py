@@ -1,4 +1,4 @@
-"""From an EncoderConfig to a timm backbone without classifier, checked before it is trained.
+"""From an EncoderConfig to a backbone without classifier, timm's or the user's own, checked before it is trained.
 
 Shapes: n = images, C x S x S = one image, E = embedding size.
 """
@@ -18,10 +18,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from distunlearn.common.text import printable
 from distunlearn.config.schema import EncoderConfig
+from distunlearn.encoders.own_module import create_own, embedding_size, is_own
 from distunlearn.encoders.timm_names import check_name, is_resnet
 from distunlearn.errors import EncoderError
 
-__all__ = ["create_args", "create_backbone", "input_size"]
+__all__ = ["create_args", "create_backbone", "embed_dim", "input_size"]
 
 # Arguments of timm.create_model that have a setting of their own, and those that would fetch weights or
 # return something other than one embedding per image.
@@ -59,6 +60,11 @@ DEEP_STEM_WIDTH = 32  # of timm's own deep-stem variants (resnet18d, resnet50d)
 def input_size(encoder: EncoderConfig) -> tuple[int, int, int]:
     """(C, S, S) of the images that the encoder takes."""
     return encoder.in_chans, encoder.image_size, encoder.image_size
+
+
+def embed_dim(backbone: nn.Module, encoder: EncoderConfig) -> int:
+    """E of a backbone that `create_backbone` made."""
+    return embedding_size(backbone, input_size(encoder)) if is_own(encoder.name) else backbone.num_features
 
 
 def create_args(encoder: EncoderConfig) -> dict[str, Any]:
@@ -102,12 +108,14 @@ def create_args(encoder: EncoderConfig) -> dict[str, Any]:
 
 
 def create_backbone(encoder: EncoderConfig) -> nn.Module:
-    """A timm model with fresh weights from the global generator: [n, C, S, S] -> [n, E], E = its `num_features`.
+    """A model with fresh weights from the global generator: [n, C, S, S] -> [n, E], of timm its `num_features`.
 
     Raises:
         EncoderError: an unknown name, arguments that timm refuses, an image size that the patches do not divide,
-            another embedding size than declared, or weights that take no part in the embedding.
+            another embedding size than declared, or weights that take no part in the embedding; see `create_own`.
     """
+    if is_own(encoder.name):
+        return create_own(encoder)
     check_name(encoder.name)
     args = create_args(encoder)
     try:

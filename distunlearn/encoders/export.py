@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from distunlearn.common.files import sync_path
 from distunlearn.config.schema import EncoderConfig
-from distunlearn.encoders.backbone import create_args, input_size
+from distunlearn.encoders.backbone import create_args, embed_dim, input_size
+from distunlearn.encoders.own_module import is_own
 from distunlearn.encoders.weights import check_finite
 
 __all__ = ["export_backbone"]
@@ -26,8 +27,9 @@ CONFIG = "config.json"
 def export_backbone(backbone: nn.Module, encoder: EncoderConfig, folder: Path) -> None:
     """Write `folder`/model.safetensors and `folder`/config.json, each complete or not at all.
 
-    `timm.create_model("local-dir:<folder>", pretrained=True)` then maps images [n, C, S, S] in [-1, 1] to the same
-    embeddings [n, E]; without `pretrained=True` timm gives that model fresh weights.
+    `timm.create_model("local-dir:<folder>", pretrained=True)` then maps images [n, C, S, S], normalised by the mean and
+    std of config.json, to the same embeddings [n, E]; without `pretrained=True` timm gives that model fresh weights.
+    Of an own module the weights have the names of its own `state_dict`, for `load_state_dict`.
 
     Args:
         backbone: as `create_backbone` makes it, on any device; floating weights are stored in fp32.
@@ -54,9 +56,23 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _config(backbone: nn.Module, encoder: EncoderConfig) -> dict[str, Any]:
-    """timm's config.json: how to build the model, and how its images are made."""
-    own = backbone.pretrained_cfg
+    """timm's config.json: how to build the model, and how its images are made. Of an own module: where it is from."""
     shape = input_size(encoder)
+    images = {
+        "input_size": shape,
+        "mean": list(encoder.mean or [0.5] * encoder.in_chans),
+        "std": list(encoder.std or [0.5] * encoder.in_chans),
+    }
+    if is_own(encoder.name):
+        kind = type(backbone)
+        return {
+            "encoder": encoder.name,
+            "class": f"{kind.__module__}:{kind.__qualname__}",
+            "args": dict(encoder.args),
+            "num_features": embed_dim(backbone, encoder),
+            **images,
+        }
+    own = backbone.pretrained_cfg
     args = create_args(encoder)
     return {
         "architecture": encoder.name,
@@ -65,10 +81,8 @@ def _config(backbone: nn.Module, encoder: EncoderConfig) -> dict[str, Any]:
         "model_args": args,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": shape,
+            **images,
             "fixed_input_size": bool(own.get("fixed_input_size", False)),
-            "mean": [0.5] * encoder.in_chans,
-            "std": [0.5] * encoder.in_chans,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "crop_mode": "center",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distunlearn.config.schema import ObjectiveConfig, RunConfig
-from distunlearn.encoders.backbone import create_backbone, input_size
+from distunlearn.encoders.backbone import create_backbone, embed_dim, input_size
 from distunlearn.errors import EncoderError
 
 __all__ = ["ContrastiveModel", "EncoderOutput", "Head", "MomentumEncoder", "batchnorm_mode", "build_model"]
@@ -69,16 +69,33 @@ class ContrastiveModel(nn.Module):
     """Backbone, projector and, for objectives that predict a momentum target, a predictor.
 
     Args:
-        backbone: [n, C, S, S] -> [n, E], with `num_features` = E.
+        backbone: [n, C, S, S] -> [n, E].
         projector: head on the embedding.
         predictor: head on the projection, or None.
         image_shape: (C, S, S) that `forward` accepts.
+        mean, std: of each channel in [0, 1], by which the backbone wants its images normalised; None: 0.5 and 0.5,
+            which images in [-1, 1] are.
     """
 
+    scale: Tensor | None  # [C, 1, 1]
+    shift: Tensor | None
+
     def __init__(
-        self, backbone: nn.Module, projector: Head, predictor: Head | None, image_shape: tuple[int, int, int]
+        self,
+        backbone: nn.Module,
+        projector: Head,
+        predictor: Head | None,
+        image_shape: tuple[int, int, int],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        scale = shift = None
+        if mean is not None and std is not None:
+            scale = 0.5 / torch.tensor(std).view(-1, 1, 1)
+            shift = (0.5 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
         self.backbone = backbone
         self.projector = projector
         self.predictor = predictor
@@ -89,6 +106,15 @@ class ContrastiveModel(nn.Module):
         """Train the heads only: no gradient for the backbone, and its running statistics stay as they are."""
         self.backbone_frozen = True
         self.backbone.requires_grad_(False)
+
+    @property
+    def embed_dim(self) -> int:
+        """E."""
+        return next(part.in_features for part in self.projector.modules() if isinstance(part, nn.Linear))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as the backbone wants them."""
+        return images if self.scale is None else images * self.scale + self.shift
 
     def forward(self, images: Tensor) -> EncoderOutput:
         """Embed float images [n, C, S, S] in [-1, 1].
@@ -102,7 +128,7 @@ class ContrastiveModel(nn.Module):
                 f"floats [n, {', '.join(map(str, self.image_shape))}]; set encoder.in_chans and encoder.image_size to "
                 "what the data are."
             )
-        embedding = self.backbone(images)
+        embedding = self.backbone(self.normalise(images))
         hidden, projection = self.projector(embedding)
         output = projection
         if self.predictor is not None:
@@ -192,12 +218,13 @@ def build_model(cfg: RunConfig, num_classes: int | None) -> ContrastiveModel:
     with _own_generator(cfg.seed, "backbone"):
         backbone = create_backbone(cfg.encoder)
     with _own_generator(cfg.seed, "projector"):
-        projector = _projector(backbone.num_features, objective, num_classes)
+        projector = _projector(embed_dim(backbone, cfg.encoder), objective, num_classes)
     predictor = None
     if objective.name in WITH_PREDICTOR:
         with _own_generator(cfg.seed, "predictor"):
             predictor = Head(objective.output_dim, objective.hidden_dim, objective.output_dim)
-    return ContrastiveModel(backbone, projector, predictor, input_size(cfg.encoder)).train()
+    shape, mean, std = input_size(cfg.encoder), cfg.encoder.mean, cfg.encoder.std
+    return ContrastiveModel(backbone, projector, predictor, shape, mean, std).train()
 
 
 def _projector(embed_dim: int, objective: ObjectiveConfig, num_classes: int | None) -> Head:

@@ -140,7 +140,7 @@ def _look(session: Session, model: ContrastiveModel, ids: list[str]) -> Tensor:
     """Per image its direction [E], its view agreement and whether it was decoded: float32 [n, E + 2], on the CPU."""
     backend = session.backend
     pieces = [ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE)]
-    found, failed = [torch.zeros((0, model.backbone.num_features + 2), device=backend.device)], None
+    found, failed = [torch.zeros((0, model.embed_dim + 2), device=backend.device)], None
     try:
         found += [_look_at(session, model, piece) for piece in pieces[backend.rank :: backend.world]]
     except DistunlearnError as error:

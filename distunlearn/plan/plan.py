@@ -109,10 +109,14 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
     model = build_model(cfg, classes if cfg.objective.name == "supervised" else None)
     if cfg.encoder.checkpoint is not None:
         load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
+    if cfg.audit.part_crops and not hasattr(model.backbone, "forward_intermediates"):
+        raise ConfigError(
+            f"audit.part_crops needs feature maps, which {cfg.encoder.name} does not give; set audit.part_crops=0."
+        )
     backbone = sum(p.numel() for p in model.backbone.parameters())
     return {
         "name": cfg.encoder.name,
-        "embed_dim": model.backbone.num_features,
+        "embed_dim": model.embed_dim,
         "backbone_parameters": backbone,
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": classes if cfg.objective.name == "supervised" else None,

@@ -37,7 +37,7 @@ from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report import write_report
 from distunlearn.run.prepare import describe, make_shards
 
-__all__ = ["audit", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
+__all__ = ["audit", "begin", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
@@ -140,19 +140,24 @@ def report(run_dir: Path) -> Path:
     return write_report(Path(run_dir))
 
 
-def run(cfg: RunConfig, out: Path) -> int:
-    """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
+def begin(cfg: RunConfig, out: Path) -> None:
+    """Check everything, then shards, run.yaml and plan.json: what `run` does before it trains. Collective."""
     planned = make_plan(cfg, out)
     if cfg.compile:
         require_compiler()
 
-    def begin() -> None:
+    def claim_run() -> None:
         refuse_other_settings(cfg, out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
         claim(cfg, out)
         write_plan(planned, out)
 
-    open_backend(cfg).on_main(begin)  # what the main process refuses ends the others, too
+    open_backend(cfg).on_main(claim_run)  # what the main process refuses ends the others, too
+
+
+def run(cfg: RunConfig, out: Path) -> int:
+    """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
+    begin(cfg, out)
     pretrain(cfg, out)
     unlearn(cfg, out)
     code = audit(out, cfg)
@@ -160,9 +165,3 @@ def run(cfg: RunConfig, out: Path) -> int:
         report(out)
     wait_for_all()  # a launcher ends all processes when the first leaves with a code, while this one still writes
     return code
-
-
-# -- the run directory -----------------------------------------------------------------------------------------------
-
-
-# -- plan ------------------------------------------------------------------------------------------------------------

@@ -14,20 +14,20 @@ from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.engine.progress import Progress
 
-__all__ = ["describe", "index_folder", "make_shards"]
+__all__ = ["describe", "index_folder", "make_shards", "shards_progress"]
 
 QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a tenth of that
 
 
 def make_shards(cfg: RunConfig, folder: Path) -> Manifest:
     """Sources to shards, a manifest and a summary in `folder`."""
-    with _progress("prepare") as progress:
+    with shards_progress("prepare") as progress:
         return prepare_shards(cfg.data, cfg.seed, folder, progress=progress)
 
 
 def index_folder(cfg: RunConfig, folder: Path) -> Manifest:
     """A manifest and a summary for WebDataset shards that exist, written beside them."""
-    with _progress("index", "shards") as progress:
+    with shards_progress("index", "shards") as progress:
         return index_shards(cfg.data, cfg.seed, folder, progress)
 
 
@@ -43,7 +43,7 @@ def describe(manifest: Manifest) -> str:
 
 
 @contextmanager
-def _progress(phase: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+def shards_progress(phase: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """A callback (done, all) that shows rate and time left on stderr, once the work has taken a moment."""
     began = time.monotonic()
     quiet = QUIET / 10 if sys.stderr.isatty() else QUIET

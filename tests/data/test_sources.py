@@ -176,7 +176,7 @@ def test_a_root_is_needed_and_must_exist(tmp_path, name):
 
 
 def test_unknown_source_is_a_config_error():
-    with pytest.raises(ConfigError, match="'mnist'"):
+    with pytest.raises(ConfigError, match="mnist is not known"):
         open_source("mnist", None, LIMIT)
 
 

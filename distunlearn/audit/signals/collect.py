@@ -163,7 +163,9 @@ def _signals(
         gradient_sketch=gradients.sketch(out_matrix, in_matrix).double().cpu().numpy(),
         layer_norms=layer_norms,
         network_sketch=network_sketch,
-        part_responses=part_responses(encoder.model.backbone, plain, ids, audit.part_crops, encoder.seed),
+        part_responses=part_responses(
+            encoder.model.backbone, encoder.model.normalise(plain), ids, audit.part_crops, encoder.seed
+        ),
     )
 
 

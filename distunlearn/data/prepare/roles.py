@@ -20,7 +20,7 @@ from distunlearn.data.prepare.forget_list import resolve_list, some
 from distunlearn.data.schedule import permutation
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["ROLES", "Drawn", "assign_roles", "draw_roles", "is_list"]
+__all__ = ["ROLES", "Drawn", "assign_roles", "deal", "draw_roles", "forget_facts", "is_list"]
 
 _MIN_RETAIN = 2  # a contrastive loss compares at least two images
 _Samples = Sequence[tuple[str, int | None]]
@@ -82,23 +82,34 @@ def draw_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samp
             f"There is nothing to forget: data.forget = {cfg.forget!r} selects none of the {num_members} members; "
             "select at least one image."
         )
-    if num_members - len(forget) < _MIN_RETAIN:
-        raise DataError(
-            f"data.forget selects {len(forget)} of {num_members} members; at least {_MIN_RETAIN} must be retained, "
-            "so forget fewer or raise data.members."
-        )
-    if len(forget) > cfg.forget_cap * num_members:
-        raise DataError(
-            f"data.forget selects {len(forget)} of {num_members} members, more than the share data.forget_cap="
-            f"{cfg.forget_cap:g} allows; forget fewer, or raise data.forget_cap if that is meant."
-        )
-    facts["forget_share"] = round(len(forget) / num_members, 6)
-    facts["whole_classes"] = _whole_classes(members, labels, forget)
+    facts |= forget_facts(members, labels, forget, cfg)
     roles = {sample_id: "forget" if sample_id in forget else "retain" for sample_id in members}
-    roles.update(_deal(rest, own))
+    roles.update(deal(rest, own))
     if third_party is not None:
         roles.update(_draw_third_party(third_party, strangers, cfg, seed, labels))
     return Drawn(roles, facts)
+
+
+def forget_facts(
+    members: Sequence[str], labels: Mapping[str, int | None], forget: Collection[str], cfg: DataConfig
+) -> dict[str, Any]:
+    """Share of the members and whole classes that are to be forgotten.
+
+    Raises:
+        DataError: too little is left to retain, or the share is larger than `cfg.forget_cap`.
+    """
+    if len(members) - len(forget) < _MIN_RETAIN:
+        raise DataError(
+            f"data.forget selects {len(forget)} of {len(members)} members; at least {_MIN_RETAIN} must be retained, "
+            "so forget fewer or raise data.members."
+        )
+    if len(forget) > cfg.forget_cap * len(members):
+        raise DataError(
+            f"data.forget selects {len(forget)} of {len(members)} members, more than the share data.forget_cap="
+            f"{cfg.forget_cap:g} allows; forget fewer, or raise data.forget_cap if that is meant."
+        )
+    share = round(len(forget) / len(members), 6)
+    return {"forget_share": share, "whole_classes": _whole_classes(members, labels, forget)}
 
 
 def _count_members(available: int, cfg: DataConfig, own: list[tuple[str, int]]) -> int:
@@ -134,7 +145,7 @@ def _near_miss(missing: Sequence[str], samples: _Samples) -> str:
     return "" if match is None else f" (but {match[:80]!r} differs only in case)"
 
 
-def _whole_classes(members: list[str], labels: Mapping[str, int | None], forget: Collection[str]) -> list[int]:
+def _whole_classes(members: Sequence[str], labels: Mapping[str, int | None], forget: Collection[str]) -> list[int]:
     """Labels of which every member is to be forgotten."""
     total = Counter(labels[sample_id] for sample_id in members)
     gone = Counter(labels[sample_id] for sample_id in forget)
@@ -171,7 +182,7 @@ def _of_class(members: list[str], labels: dict[str, int | None], forget: str) ->
     return [sample_id for sample_id in members if labels[sample_id] == wanted]
 
 
-def _deal(order: list[str], shares: list[tuple[str, int]]) -> dict[str, str]:
+def deal(order: list[str], shares: list[tuple[str, int]]) -> dict[str, str]:
     """The first ids to the first role, the next to the second, and so on."""
     dealt: dict[str, str] = {}
     start = 0
@@ -192,4 +203,4 @@ def _draw_third_party(
         )
     assert not any(sample_id in taken for sample_id, _ in samples), "ids of two sources collide"
     order = [samples[i][0] for i in permutation(len(samples), seed, "third_party")]
-    return _deal(order, shares)
+    return deal(order, shares)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distunlearn.config.checks import HANDED_OVER
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import CODE
@@ -45,6 +46,8 @@ def check_selection(cfg: DataConfig, seed: int, manifest: Manifest) -> None:
 
 def _roles_now(cfg: DataConfig, seed: int, manifest: Manifest) -> bool:
     columns = manifest.columns
+    if HANDED_OVER in manifest.info:
+        return cfg.source == HANDED_OVER  # the settings say no more than the datasets did
     if manifest.info.get("indexed"):
         if cfg.source != "webdataset":
             return False

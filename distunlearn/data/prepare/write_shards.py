@@ -293,7 +293,10 @@ def _add(tar: tarfile.TarFile, sink: _Hashing, name: str, data: bytes) -> int:
 
 
 def _facts(sources: Sequence[Source]) -> dict[str, object]:
+    own = [source.code for source in sources if getattr(source, "code", None)]
+    codes = {Path(code.file).name: code.sha256 for code in own}
     return {
+        **({"source_code": codes} if codes else {}),
         "sources": [source.name for source in sources],
         "classes": list(sources[0].classes),
         "labels_known": sources[0].labels_known,

@@ -6,6 +6,7 @@
 * cifar10, cifar100: torchvision's root; nothing is downloaded, torchvision checks the MD5 sums; ids
   cifar10/train-000123 and test-000123. stl10: the same, its labelled train and test parts.
 * imagefolder: any folder, the first folder level is the class; the id is the path below the root, with /.
+* package.module:Name, path/to/file.py:Name: the user's own, see `open_source`; ids of a Dataset are Name/000123.
 * webdataset: a folder of tar files as img2dataset writes them (see `data.tars`); the class is that of `.cls`.
 """
 
@@ -24,11 +25,15 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from distunlearn.common import plugins
+from distunlearn.common.text import printable
+from distunlearn.config.checks import HANDED_OVER, SOURCE_GROUP, SOURCES
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.ids import check_id
+from distunlearn.data.sources.dataset import DatasetSource
 from distunlearn.data.sources.decode import check_header, decode_image
 from distunlearn.data.sources.tar_index import Member, read_tar
-from distunlearn.errors import ConfigError, DataError
+from distunlearn.errors import ConfigError, DataError, DistunlearnError
 
 __all__ = ["ArraySource", "FolderSource", "ShardSource", "Source", "open_source", "open_sources"]
 
@@ -235,7 +240,9 @@ def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") 
     """Open a source by its config name.
 
     Args:
-        name: digits, fashion_mnist, cifar10, cifar100, stl10, imagefolder or webdataset.
+        name: digits, fashion_mnist, cifar10, cifar100, stl10, imagefolder or webdataset; or an own one by
+            package.module:Name, path/to/file.py:Name or entry point: a class or function, given the root where there
+            is one, that returns a `Source` or a map-style torch Dataset.
         root: see above; None: the source's default place, if it has one.
         max_pixels: images above are refused from their header.
         prefix: put before every id, to keep two roots of one source apart.
@@ -247,8 +254,13 @@ def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") 
         return _open_digits(prefix)
     if name == "fashion_mnist":
         return _open_fashion_mnist(Path(root or FASHION_MNIST_ROOT), prefix)
-    if name not in ("cifar10", "cifar100", "stl10", "imagefolder", "webdataset"):
-        raise ConfigError(f"data.source is {name!r}; expected a source that `distunlearn list` names.")
+    if name == HANDED_OVER:
+        raise ConfigError(
+            "the images of this run were handed over from Python, and only its shards have them; call "
+            "distunlearn.unlearn with the datasets, or set data.source."
+        )
+    if name not in SOURCES:
+        return _open_own(name, root, max_pixels, prefix)
     if root is None:
         raise ConfigError(f"The source {name} needs a folder; set data.root.")
     folder = Path(root).expanduser()
@@ -285,6 +297,23 @@ def open_sources(cfg: DataConfig) -> tuple[Source, Source | None]:
     if clash is not None:
         raise DataError(f"Both sources have an image with the id {clash!r}; rename a folder of the members' source.")
     return members, guest
+
+
+def _open_own(name: str, root: str | None, max_pixels: int, prefix: str) -> Source:
+    make = plugins.resolve(name, dict.fromkeys(SOURCES, ""), None, SOURCE_GROUP, "data.source", counted=False)
+    try:
+        made = make() if root is None else make(root)
+    except DistunlearnError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"The source {name} cannot be opened ({type(error).__name__}: {printable(str(error), 200)}); correct it, "
+            "or set data.root, with which it is called."
+        ) from error
+    if not hasattr(made, "samples") or not hasattr(made, "read"):
+        made = DatasetSource({name.rpartition(":")[2]: made}, max_pixels, prefix)
+    made.code = plugins.origin(make)
+    return made
 
 
 def _same_folder(first: str | None, second: str | None) -> bool:
