@@ -119,7 +119,7 @@ class StepClock(Telemetry):
     """Telemetry that also notes how long every step took, and calls `between(step)` after each, off the clock."""
 
     def __init__(self, folder: Path, is_main: bool, between: Callable[[int], None] | None = None) -> None:
-        super().__init__(folder, is_main, tensorboard=False, stream=io.StringIO())
+        super().__init__(folder, is_main, stream=io.StringIO())
         self.samples: list[Sample] = []
         self.between = between
         self._start = (time.perf_counter(), time.process_time())

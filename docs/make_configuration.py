@@ -151,7 +151,7 @@ def default(field: dataclasses.Field) -> str:
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     if value is None or isinstance(value, bool):
         return f"`{json.dumps(value)}`"
-    return f"`{value}`"
+    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, tuple) else f"`{value}`"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "clearml", "comet_ml", "aim", "swanlab"]
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -272,6 +274,7 @@ class RunConfig:
     watchdog_s: NonNegativeFloat = 600.0  # seconds in one part of a step that end a run which hangs (exit 5); 0: off
     watchdog_save_s: NonNegativeFloat = 3600.0  # the same for checkpoints, calibration and the first step
     join_s: PositiveFloat = 600.0  # seconds to wait for the other processes at the start
+    tracking: tuple[Tracker, ...] = ("tensorboard",)  # experiment trackers beside metrics.jsonl
     accept_code_change: bool = False  # go on with a run that another version of this package began; it is recorded
     threads: NonNegativeInt = 0  # CPU threads per process; 0: OMP_NUM_THREADS, else all cores, shared by the processes
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics.jsonl, TensorBoard, logs/<phase>.log and progress.
+"""What a run says while it works: metrics.jsonl, experiment trackers, logs/<phase>.log and progress.
 
 Only the main process writes; on every other rank all calls do nothing. Nothing here decides
 anything: a tracker that fails is switched off with one warning and the run goes on.
@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from distunlearn.common.text import printable
 from distunlearn.engine.progress import PROGRESS_INTERVAL, Progress
+from distunlearn.engine.trackers import Trackers
 from distunlearn.errors import DataError
 
 __all__ = ["METRICS", "Telemetry", "new_attempt", "read_metrics"]
@@ -35,7 +36,7 @@ class Telemetry:
 
     folder: the run directory. is_main: False makes every call do nothing.
     attempt: names this start of the run on every line, so that attempts can be told apart.
-    tensorboard: write <folder>/tensorboard/<phase>; needs the tensorboard package, else one warning.
+    tracking: names of trackers that get the finite numbers, too; see `trackers`.
     interval: seconds between progress lines. stream: where people read; standard error by default.
     """
 
@@ -45,7 +46,7 @@ class Telemetry:
         is_main: bool = True,
         *,
         attempt: int | str | None = None,
-        tensorboard: bool = True,
+        tracking: Sequence[str] = (),
         interval: float = PROGRESS_INTERVAL,
         stream: IO[str] | None = None,
     ) -> None:
@@ -54,8 +55,7 @@ class Telemetry:
         self.attempt = printable(new_attempt() if attempt is None else attempt, 64)
         self.interval = interval
         self.stream = stream if stream is not None else sys.stderr
-        self._tensorboard = tensorboard and is_main
-        self._writers: dict[str, Any] = {}
+        self._trackers = Trackers(tracking if is_main else (), self.folder, self.note)
         self._starts: dict[str, int] = {}
         self._logs: dict[str, IO[str]] = {}
         self._metrics: IO[str] | None = None
@@ -67,7 +67,7 @@ class Telemetry:
             self._metrics = path.open("a", encoding="ascii", newline="\n")
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and the numbers among `values` to TensorBoard.
+        """Append one line to metrics.jsonl, and give the finite numbers among `values` to the trackers.
 
         values: numbers, booleans, short texts, or scalars with `.item()` (tensors, numpy).
         """
@@ -78,12 +78,13 @@ class Telemetry:
         row["values"] = {key: _jsonable(value) for key, value in plain.items()}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
-        self._scalars(phase, int(step), plain)
+        finite = {k: v for k, v in plain.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        self._trackers.log(_file_name(printable(phase, 64)), self._starts.get(phase, 0), int(step), finite)
 
     def progress(self, phase: str, total: int, start: int = 0) -> Progress:
         """Open the progress of `phase`: `with telemetry.progress(...) as bar: bar.update(step, loss=, images=)`.
 
-        start: steps that an earlier attempt finished; TensorBoard hides anything it wrote beyond them.
+        start: steps that an earlier attempt finished; in TensorBoard anything it wrote beyond them is hidden.
         """
         self._starts[phase] = start
         name = printable(phase, 64)
@@ -107,13 +108,12 @@ class Telemetry:
         """Flush and close every file; safe to call twice."""
         if self._bar is not None:
             self._bar.close()
-        for writer in self._writers.values():
-            writer.close()
+        self._trackers.close()
         for log in self._logs.values():
             log.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._writers, self._logs, self._metrics, self._bar = {}, {}, None, None
+        self._logs, self._metrics, self._bar = {}, None, None
 
     def __enter__(self) -> Telemetry:
         return self
@@ -133,27 +133,6 @@ class Telemetry:
         stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         log.write(f"{stamp} attempt={self.attempt} {line}\n")
         log.flush()
-
-    def _scalars(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """TensorBoard, one event folder a phase (a purge would otherwise hide the other phases' steps)."""
-        if not self._tensorboard:
-            return
-        try:
-            writer = self._writers.get(phase)
-            if writer is None:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-
-                start = self._starts.get(phase, 0)
-                folder = self.folder / "tensorboard" / _file_name(printable(phase, 64))
-                writer = SummaryWriter(log_dir=str(folder), purge_step=start + 1)
-                self._writers[phase] = writer
-            for key, value in values.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    writer.add_scalar(key, value, step)
-        except Exception as error:  # a tracker must never stop a run
-            self._tensorboard = False
-            kind = type(error).__name__
-            self.note(phase, f"warning: TensorBoard is off ({kind}: {error}); {METRICS} goes on")
 
 
 def new_attempt() -> str:

@@ -32,7 +32,7 @@ __all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]
 # May differ between machines without changing what is computed.
 LOCAL = (
     *PATH_KEYS, "threads", "data.cache_mib", "data.store", "data.store_cache_mib", "data.verify", "watchdog_s",
-    "watchdog_save_s", "join_s",
+    "watchdog_save_s", "join_s", "tracking",
 )  # fmt: skip
 SHOWN = 5
 

@@ -132,6 +132,7 @@ FREE_KEYS = (
     "data.store", "data.store_cache", "data.store_cache_mib", "data.prepare_workers", "data.root",
     "data.third_party_root", "data.workers", "data.prefetch", "data.read_retries", "data.max_undecodable", "reuse",
     "checkpoint.asynchronous", "checkpoint.sharded", "watchdog_s", "watchdog_save_s", "join_s", "accept_code_change",
+    "tracking",
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from distunlearn.engine.run_directory import (
     verify,
 )
 from distunlearn.engine.run_lock import Lease
+from distunlearn.engine.trackers import require_trackers
 from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError
 from distunlearn.objectives import make_objective
@@ -59,6 +60,7 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
     """Join the other processes, check the shards, claim the run directory, open the records; closed in reverse."""
     out = Path(out)
     backend = open_backend(cfg)
+    backend.on_main(lambda: require_trackers(cfg.tracking))
     manifest = Manifest.load(shards_folder(cfg, out), shards_remote(cfg))
     verify(cfg, manifest)
     with contextlib.ExitStack() as stack:
@@ -83,7 +85,7 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
         stack.callback(store.close)
         ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
         stack.callback(ledger.close)
-        telemetry = stack.enter_context(Telemetry(out, backend.is_main))
+        telemetry = stack.enter_context(Telemetry(out, backend.is_main, tracking=cfg.tracking))
         stop = stack.enter_context(StopRequest(out))
         yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
 

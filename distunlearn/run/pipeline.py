@@ -32,6 +32,7 @@ from distunlearn.engine.run_directory import (
     verify,
 )
 from distunlearn.engine.session import open_session
+from distunlearn.engine.trackers import require_trackers
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
 from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report import write_report
@@ -147,6 +148,7 @@ def begin(cfg: RunConfig, out: Path) -> None:
         require_compiler()
 
     def claim_run() -> None:
+        require_trackers(cfg.tracking)
         refuse_other_settings(cfg, out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
         claim(cfg, out)

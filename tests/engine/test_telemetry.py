@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ class Terminal(io.StringIO):
 
 
 def quiet(folder, **more):
-    return Telemetry(folder, tensorboard=False, stream=io.StringIO(), **more)
+    return Telemetry(folder, stream=io.StringIO(), **more)
 
 
 def test_rows_are_written_flushed_and_read_back(tmp_path):
@@ -112,7 +111,7 @@ def test_plain_lines_first_last_and_every_interval(tmp_path, monkeypatch):
 
 
 def test_plain_lines_go_to_standard_error(tmp_path, capsys):
-    with Telemetry(tmp_path, tensorboard=False) as telemetry, telemetry.progress("audit", 1) as bar:
+    with Telemetry(tmp_path) as telemetry, telemetry.progress("audit", 1) as bar:
         bar.update(1)
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("audit: 1/1")
@@ -128,7 +127,7 @@ def test_logs_are_appended_across_attempts(tmp_path):
 
 def test_terminal_gets_a_bar_and_the_log_plain_lines(tmp_path):
     terminal = Terminal()
-    with Telemetry(tmp_path, tensorboard=False, stream=terminal) as telemetry:
+    with Telemetry(tmp_path, stream=terminal) as telemetry:
         with telemetry.progress("pretrain", 3) as bar:
             assert bar.is_live
             for step in (1, 2, 3):
@@ -144,7 +143,7 @@ HOSTILE = "x\x1b[2J\r\nforged: ok\x9b31m\u202eevil\u2028\x00"
 
 def test_control_characters_are_inert_everywhere(tmp_path):
     stream = io.StringIO()
-    with Telemetry(tmp_path, tensorboard=False, stream=stream, attempt=HOSTILE) as telemetry:
+    with Telemetry(tmp_path, stream=stream, attempt=HOSTILE) as telemetry:
         telemetry.note(HOSTILE, HOSTILE)
         telemetry.log(HOSTILE, 1, {HOSTILE: HOSTILE, "loss": 1.0})
         with telemetry.progress(HOSTILE, 1) as bar:
@@ -161,39 +160,6 @@ def test_printable_cuts_and_keeps_plain_text():
     assert printable("Größe 3 µm") == "Größe 3 µm"
     assert printable("a" * 500, 10) == "aaaaaaa..." and len(printable("\x00" * 500, 10)) == 10
     assert printable("a" * 10, 10) == "a" * 10
-
-
-def events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return {tag: [event.step for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
-
-
-def test_tensorboard_hides_steps_done_again_and_skips_what_is_not_finite(tmp_path):
-    for attempt, start, steps in (("one", 0, (1, 2, 3)), ("two", 2, (3, 4))):
-        with Telemetry(tmp_path, attempt=attempt, stream=io.StringIO()) as telemetry:
-            telemetry.progress("unlearn", 4, start=start)
-            for step in steps:
-                telemetry.log("unlearn", step, {"loss": float(step), "phi": math.nan, "note": "text"})
-    assert events(tmp_path / "tensorboard" / "unlearn") == {"loss": [1, 2, 3, 4]}
-
-
-def test_tensorboard_can_be_switched_off(tmp_path):
-    with quiet(tmp_path) as telemetry:
-        telemetry.log("unlearn", 1, {"loss": 1.0})
-    assert not (tmp_path / "tensorboard").exists()
-
-
-def test_missing_tensorboard_is_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # import raises ImportError
-    stream = io.StringIO()
-    with Telemetry(tmp_path, stream=stream) as telemetry:
-        telemetry.log("unlearn", 1, {"loss": 1.0})
-        telemetry.log("unlearn", 2, {"loss": 1.0})
-    assert stream.getvalue().count("warning") == 1 and "TensorBoard is off" in stream.getvalue()
-    assert len(read_metrics(tmp_path)) == 2
 
 
 def test_duration_and_a_silent_bar():

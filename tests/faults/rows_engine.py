@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 CONFIG = "tests/cli/test_config_io.py"
+TRACKERS = "tests/engine/test_trackers.py"
 HYGIENE = "tests/faults/test_hygiene.py"
 RANKS = "tests/faults/test_ranks.py"
 START = "tests/faults/test_start.py"
@@ -261,9 +262,9 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         [f"{ENGINE}::test_no_secret_of_the_environment_is_in_any_file_or_line"],
     ),
     "X02": (
-        "a tracker is missing or fails: one warning, training goes on (no tracker uses a network)",
-        [f"{HYGIENE}::test_a_tracker_that_fails_later_is_one_warning",
-         "tests/engine/test_telemetry.py::test_missing_tensorboard_is_one_warning"],
+        "a tracker that is not installed: refused before anything is computed; one that fails: one warning, training goes on",
+        [f"{TRACKERS}::test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written",
+         f"{TRACKERS}::test_a_tracker_that_fails_is_one_warning_and_the_others_go_on"],
     ),
     "X03": (
         "a whole run under Python's audit hook: no program, no connection, no foreign pickle",

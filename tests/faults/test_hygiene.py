@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import socket
@@ -27,7 +26,6 @@ from distunlearn.encoders.backbone import create_backbone
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.engine import provenance
 from distunlearn.engine.ledger import Ledger, read_ledger
-from distunlearn.engine.metrics_log import Telemetry, read_metrics
 from distunlearn.engine.run_directory import claim
 from distunlearn.errors import ConfigError
 from distunlearn.methods import Context, Contrastive
@@ -170,27 +168,6 @@ def test_names_of_a_hub_are_not_looked_up(monkeypatch, capsys, tmp_path):
     for name in ("hf-hub:timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k", "resnet18.a1_in1k.safetensors"):
         assert main(plan(f"encoder.checkpoint={name}", out=tmp_path / "run")) == 2
         assert "encoder.checkpoint" in capsys.readouterr().err
-
-
-# -- trackers --------------------------------------------------------------------------------------------------------
-
-
-def test_a_tracker_that_fails_later_is_one_warning(tmp_path, monkeypatch):
-    from torch.utils.tensorboard import SummaryWriter
-
-    calls = []
-
-    def broken(*args: object, **kwargs: object) -> None:
-        calls.append(args)
-        raise OSError("no space for events")
-
-    monkeypatch.setattr(SummaryWriter, "add_scalar", broken)
-    stream = io.StringIO()
-    with Telemetry(tmp_path, stream=stream) as telemetry:
-        for step in (1, 2, 3):
-            telemetry.log("unlearn", step, {"loss": 1.0})
-    assert len(calls) == 1 and stream.getvalue().count("warning") == 1
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 # -- results that must not move --------------------------------------------------------------------------------------
