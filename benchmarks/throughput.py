@@ -148,7 +148,7 @@ def measure(cell: Cell, steps: int) -> dict[str, Any]:
     from distunlearn.engine.backends import Backend, open_backend
 
     backend = open_backend(cfg)
-    backend.barrier()
+    backend.world.barrier()
     cfg = prepared(cfg, data)
     meter.split.install(backend)
     Backend.channels_last = cell.channels_last
@@ -160,7 +160,7 @@ def measure(cell: Cell, steps: int) -> dict[str, Any]:
     return {
         "cell": asdict(cell), "images": images, "samples": [asdict(s) for s in samples], "parts": meter.parts,
         "matrix_rate": statistics.median(meter.rates), "resident_bytes": meter.resident,
-        "allocated_bytes": meter.allocated, "main": backend.is_main,
+        "allocated_bytes": meter.allocated, "main": backend.world.is_main,
         "flops": meter.counter.get_total_flops() if meter.counter else None,
     }  # fmt: skip
 

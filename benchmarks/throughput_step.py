@@ -139,7 +139,7 @@ def session(cfg: RunConfig, folder: Path, between: Callable[[int], None] | None 
     """A session as the verbs open it, in `folder`, whose telemetry is a `StepClock`. cfg: as `prepared` returns it."""
     with open_session(cfg, folder) as run:
         run.telemetry.close()
-        with StepClock(folder, run.backend.is_main, between) as clock:
+        with StepClock(folder, run.backend.world.is_main, between) as clock:
             run.telemetry = clock
             yield run
 

@@ -36,9 +36,10 @@ from distunlearn.engine.run_directory import saved_config, shards_folder
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.plan.plan import make_plan as plan
 from distunlearn.run import pipeline
-from distunlearn.run.pipeline import audit, prepare, pretrain, purge, report, run
+from distunlearn.run.pipeline import audit, prepare, pretrain, report, run
 from distunlearn.run.pipeline import unlearn as unlearn_config
 from distunlearn.run.prepare import shards_progress
+from distunlearn.run.purge import purge
 from distunlearn.run.status import run_status as status
 
 __all__ = [
@@ -181,12 +182,11 @@ def unlearn(
             _keep_weights(given.template, checkpoint)
         _make_shards(_resolve(recipe, asked), folder, data, roles, left_out)
 
-    open_backend(first).on_main(write_inputs)
+    open_backend(first).world.on_main(write_inputs)
     if checkpoint is not None:
         asked["encoder.checkpoint"] = str(checkpoint)
     cfg = _resolve(recipe, asked)
-    pipeline.begin(cfg, folder)
-    pretrain(cfg, folder)
+    pretrain(cfg, folder, pipeline.begin(cfg, folder))
     unlearn_config(cfg, folder)
     return Run(folder, given)
 

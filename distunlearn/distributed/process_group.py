@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import atexit
 import os
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from distunlearn.common.malloc import keep_freed_memory
+from distunlearn.config.schema import RunConfig
 from distunlearn.distributed.rendezvous import meet, number, watch_launcher
+from distunlearn.distributed.world import World
 from distunlearn.errors import ConfigError, RankLostError
 
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-
-__all__ = ["Place", "join", "lost_rank", "wait_for_all"]
+__all__ = ["join", "lost_rank", "wait_for_all"]
 
 # What gloo says where another process has gone; it has no error class of its own.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
@@ -33,16 +30,7 @@ GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 PATIENCE = timedelta(hours=2)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands: its rank in a world, and its device."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
-def join(cfg: RunConfig) -> Place:
+def join(cfg: RunConfig) -> World:
     """Set the threads, enter the process group if there is one to enter, and say where this process stands.
 
     Raises:
@@ -57,13 +45,13 @@ def join(cfg: RunConfig) -> Place:
     if device.type == "cpu":
         keep_freed_memory()
     if cfg.backend == "single" and not dist.is_initialized():
-        return Place(0, 1, device)
+        return World(0, 1, device)
     if not dist.is_initialized():
         _enter(world, device, cfg.join_s)
     found = dist.get_world_size()
     if found != world:
         raise RankLostError(f"the process group has {found} processes, but WORLD_SIZE is {world}; start the run anew.")
-    return Place(dist.get_rank(), found, device)
+    return World(dist.get_rank(), found, device)
 
 
 def _set_threads(threads: int, local_world: int) -> None:

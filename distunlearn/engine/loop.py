@@ -156,7 +156,7 @@ class _Runner:
         self._at("start", 0, slow=True)
         fault_injection.reach("start", None, phase.name)
         note = functools.partial(self.telemetry.note, phase.name)
-        checkpoint = agreed_checkpoint(self.folder, self.backend, self.ledger, note)
+        checkpoint = agreed_checkpoint(self.folder, self.backend.world, self.ledger, note)
         first = self.first = self._restore(checkpoint)
         self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps)
         clock = time.monotonic()
@@ -167,7 +167,7 @@ class _Runner:
         with self.telemetry.progress(phase.name, phase.steps, first) as progress:
             for step in range(first, phase.steps):
                 self._at("agreement", step)
-                stop = self.stop.agreed(self.backend, zlib.crc32(phase.name.encode()), step, self.watch.count)
+                stop = self.stop.agreed(self.backend.world, zlib.crc32(phase.name.encode()), step, self.watch.count)
                 if stop and step > first:  # every attempt gets on by a step
                     self._leave(step, clock)
                 metrics = self._step(step)
@@ -197,7 +197,7 @@ class _Runner:
         if step != self.saved and self.backend.is_prepared:
             self._save_watched(step)
             self.saver.wait()
-        reason = self.stop.honoured(self.backend)
+        reason = self.stop.honoured(self.backend.world)
         raise StoppedError(
             f"{self.phase.name} was stopped by {reason} after step {step} of {self.phase.steps}, and its state is "
             "saved; the same command goes on from there."
@@ -229,7 +229,7 @@ class _Runner:
         self._at("ledger", step)
         fault_injection.reach("ledger", step, phase.name)
         replaced = [i for part in parts for i in part.replaced]
-        consumed = backend.gather_ids({**_merged([part.consumed for part in parts]), REPLACED: replaced})
+        consumed = backend.world.gather_ids({**_merged([part.consumed for part in parts]), REPLACED: replaced})
         counted = self._replaced(consumed)
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
         return {"lr": rate, "grad_norm": float(norm), **counted, **self._over_ranks(_mean(figures))}
@@ -302,7 +302,7 @@ class _Runner:
         # Its running statistics are each rank's own where sync_batchnorm is off.
         copies |= {"momentum encoder": dict(ctx.momentum.model.named_parameters())} if ctx.momentum else {}
         copies |= {"queue": ctx.queue.state_dict()} if ctx.queue else {}
-        everyone = self.backend.gather_objects({name: _sums(state) for name, state in copies.items()})
+        everyone = self.backend.world.gather_objects({name: _sums(state) for name, state in copies.items()})
         for name in copies:
             others = [rank for rank, found in enumerate(everyone) if not _close(found[name], everyone[0][name])]
             if others:

@@ -81,12 +81,12 @@ def third_party_shares(
     Raises:
         DataError: an image cannot be read; no image of a role can be decoded; what is kept is not what was written.
     """
-    backend = session.backend
-    kept = backend.broadcast_object(backend.on_main(lambda: _kept(folder, digest)))
+    world = session.world
+    kept = world.broadcast_object(world.on_main(lambda: _kept(folder, digest)))
     if kept is None:
         ids = {role: _chosen(session, role) for role in ROLES}
         looks = {role: _look(session, model, chosen) for role, chosen in ids.items()}
-        kept = backend.broadcast_object(backend.on_main(lambda: _weigh(session, ids, looks, folder, digest)))
+        kept = world.broadcast_object(world.on_main(lambda: _weigh(session, ids, looks, folder, digest)))
         facts = kept[1]
         session.telemetry.note(
             "unlearn",
@@ -138,19 +138,19 @@ def look(cfg: RunConfig, network: ContrastiveModel, images: Tensor, ids: Sequenc
 
 def _look(session: Session, model: ContrastiveModel, ids: list[str]) -> Tensor:
     """Per image its direction [E], its view agreement and whether it was decoded: float32 [n, E + 2], on the CPU."""
-    backend = session.backend
+    world, device = session.world, session.backend.device
     pieces = [ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE)]
-    found, failed = [torch.zeros((0, model.embed_dim + 2), device=backend.device)], None
+    found, failed = [torch.zeros((0, model.embed_dim + 2), device=device)], None
     try:
-        found += [_look_at(session, model, piece) for piece in pieces[backend.rank :: backend.world]]
+        found += [_look_at(session, model, piece) for piece in pieces[world.rank :: world.size]]
     except DistunlearnError as error:
         failed = error
-    for error in backend.gather_objects(failed):  # or the others would wait for this rank's looks
+    for error in world.gather_objects(failed):  # or the others would wait for this rank's looks
         if error is not None:
             error.agreed = True
             raise error
     whole = all_gather_uneven(torch.cat(found)).cpu()
-    return _in_order(whole, [len(pieces[rank :: backend.world]) for rank in range(backend.world)])
+    return _in_order(whole, [len(pieces[rank :: world.size]) for rank in range(world.size)])
 
 
 def _in_order(rows: Tensor, pieces: list[int]) -> Tensor:

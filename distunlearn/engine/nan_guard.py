@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,10 @@ from distunlearn.common.files import write_json
 from distunlearn.common.text import printable
 from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.engine import fault_injection
+from distunlearn.engine.backends.base import Backend
 from distunlearn.errors import NumericsError
 from distunlearn.methods.base import StepOutput
 from distunlearn.objectives.forward import Context
-
-if TYPE_CHECKING:
-    from distunlearn.engine.backends import Backend
 
 __all__ = ["NumericsGuard", "Place"]
 
@@ -93,7 +91,7 @@ class NumericsGuard:
         """
         if fault_injection.reach("finite_check" if what == "loss" else "norm_check", place.step, self.phase):
             return
-        if not self.backend.all_finite(value):
+        if not self.backend.world.all_finite(value):
             self._stop(what, f"the {what} at step {place.step} is not finite", place, value, out, reason)
 
     def _require_bounds(self, out: StepOutput, place: Place) -> None:
@@ -103,7 +101,7 @@ class NumericsGuard:
                 sentence = f"the loss reached {level:.4g} at step {place.step}, beyond method.loss_bound"
                 self._stop("bound", f"{sentence} = {self.loss_bound:g}", place, out.loss, out, None)
         if self.embedding_bound is not None:
-            largest = max(float(norm) for norm in all_reduce_max(self._norm, self.backend))
+            largest = max(self.backend.world.gather_objects(float(self._norm)))
             if not largest <= self.embedding_bound:
                 sentence = f"the largest norm of an embedding reached {largest:.4g} at step {place.step}"
                 told = f"{sentence}, beyond method.embedding_bound = {self.embedding_bound:g}"
@@ -122,7 +120,7 @@ class NumericsGuard:
     ) -> None:
         path = self.folder / f"nan-step-{place.step:08d}.json"
         mine = {
-            "rank": self.backend.rank,
+            "rank": self.backend.world.rank,
             "value": _plain(float(value.detach().float().sum())),
             "finite": bool(torch.isfinite(value.detach()).all()),
             "parts": [_figures(part) for part in (*place.parts, *([out.metrics] if out else []))],
@@ -131,9 +129,9 @@ class NumericsGuard:
             "reason": reason,
             "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
-        ranks = self.backend.gather_objects(mine)
+        ranks = self.backend.world.gather_objects(mine)
         reasons = [found["reason"] for found in ranks if found["reason"]]
-        if self.backend.is_main:
+        if self.backend.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = list(place.ids)
             facts = {
@@ -143,9 +141,9 @@ class NumericsGuard:
                 "ids": {name: [i for found in ranks for i in found["ids"][name]] for name in names}, "ranks": ranks,
             }  # fmt: skip
             write_json(path, facts)
-        self.backend.barrier()
+        self.backend.world.barrier()
         culprits = [str(found["rank"]) for found in ranks if not found["finite"]]
-        where = f" on rank {', '.join(culprits[:8])}" if self.backend.world > 1 and culprits else ""
+        where = f" on rank {', '.join(culprits[:8])}" if self.backend.world.size > 1 and culprits else ""
         because = f" ({printable(reasons[0].rstrip('.'), 300)})" if reasons else ""
         error = NumericsError(
             f"{self.phase}: {sentence}{where}{because}; no weights were changed by this step, and {path} names its "
@@ -153,11 +151,6 @@ class NumericsGuard:
         )
         error.agreed = True
         raise error
-
-
-def all_reduce_max(value: Tensor, backend: Backend) -> list[float]:
-    """Every rank's number."""
-    return [float(found) for found in backend.gather_objects(float(value))]
 
 
 def _gradients(backend: Backend) -> dict[str, Any]:

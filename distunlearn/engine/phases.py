@@ -151,7 +151,7 @@ def _train(
     if is_done(folder, digest):
         return
     cfg, backend = session.cfg, session.backend
-    backend.on_main(lambda: require_same_code(session.ledger, cfg.accept_code_change))
+    backend.world.on_main(lambda: require_same_code(session.ledger, cfg.accept_code_change))
     trained = load_trained(start, session) if start else _start(session, name)
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
@@ -176,9 +176,9 @@ def _train(
             momentum=momentum,
             queue=queue,
             original=_original(session, start),
-            rank=backend.rank,
-            world=backend.world,
-            images=round(looked_at / backend.world),
+            rank=backend.world.rank,
+            world=backend.world.size,
+            images=round(looked_at / backend.world.size),
             plain_forward=backend.plain_forward(),
             note=functools.partial(session.telemetry.note, name),
         )
@@ -209,7 +209,7 @@ def _finish(
     backend = session.backend
     fault_injection.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
-    if backend.is_main:
+    if backend.world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         check_finite(state)
         tensors = {f"model.{k}": v for k, v in state.items()}
@@ -225,7 +225,7 @@ def _finish(
             folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts}
         )
     backend.release()
-    backend.barrier()
+    backend.world.barrier()
 
 
 def _start(session: Session, name: str) -> Trained:
@@ -273,8 +273,8 @@ def _feeders(
             FEEDER_ROLES[name],
             seed=cfg.seed,
             batch=size // accumulate,
-            rank=backend.rank,
-            world=backend.world,
+            rank=backend.world.rank,
+            world=backend.world.size,
             shares=shares.get(name),
         )
         for name, size in method.batch_sizes(cfg).items()
@@ -283,7 +283,7 @@ def _feeders(
 
 def check_coverage(session: Session) -> None:
     """CoverageError on the main process if an unlearning missed a forget image or used one as retained."""
-    if not session.backend.is_main:
+    if not session.world.is_main:
         return
     session.ledger.sync()
     entry = METHODS[session.cfg.method.name]

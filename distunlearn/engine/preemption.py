@@ -12,12 +12,10 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from distunlearn.distributed.world import World
 from distunlearn.errors import RankLostError
-
-if TYPE_CHECKING:
-    from distunlearn.engine.backends import Backend
 
 __all__ = ["SIGNALS", "STOP_FILE", "StopRequest"]
 
@@ -54,7 +52,7 @@ class StopRequest:
     def _give_back(self, number: signal.Signals) -> None:
         signal.signal(number, self._before.pop(number, signal.SIG_DFL) or signal.SIG_DFL)
 
-    def agreed(self, backend: Backend, *position: int) -> bool:
+    def agreed(self, world: World, *position: int) -> bool:
         """True if any rank was asked to stop; the same answer on all ranks. Collective.
 
         Args:
@@ -63,9 +61,9 @@ class StopRequest:
         Raises:
             RankLostError: they are not alike: the ranks would wait for one another in different places.
         """
-        if self.reason is None and backend.is_main and self._file.exists():
+        if self.reason is None and world.is_main and self._file.exists():
             self.reason = f"the file {STOP_FILE}"
-        everyone = backend.gather_numbers([int(self.reason is not None), *position])
+        everyone = world.gather_numbers([int(self.reason is not None), *position])
         if any(numbers[1:] != everyone[0][1:] for numbers in everyone):
             told = ", ".join(f"rank {rank}: {numbers[1:]}" for rank, numbers in enumerate(everyone[:8]))
             error = RankLostError(f"the ranks are not at the same place ({told}); start the run again.")
@@ -73,9 +71,9 @@ class StopRequest:
             raise error
         return any(numbers[0] for numbers in everyone)
 
-    def honoured(self, backend: Backend) -> str:
+    def honoured(self, world: World) -> str:
         """To be called when the state is saved: what asked, by the first rank that knows; the file is removed."""
-        reasons = backend.gather_ids({"reasons": [] if self.reason is None else [self.reason]})["reasons"]
-        if backend.is_main:
+        reasons = world.gather_ids({"reasons": [] if self.reason is None else [self.reason]})["reasons"]
+        if world.is_main:
             self._file.unlink(missing_ok=True)
         return reasons[0]

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,13 +19,11 @@ from distunlearn.common.plugins import loaded
 from distunlearn.common.text import printable
 from distunlearn.config.checks import PATH_KEYS
 from distunlearn.config.load import settings
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.distributed.world import World
 from distunlearn.engine.ledger import Ledger, read_ledger
 from distunlearn.errors import ConfigError, RankLostError
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-    from distunlearn.data.manifest.manifest import Manifest
-    from distunlearn.engine.backends import Backend
 
 __all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]
 
@@ -54,13 +52,13 @@ def _own_digest() -> str:
     return total.hexdigest()
 
 
-def require_one_run(backend: Backend, cfg: RunConfig, manifest: Manifest) -> None:
+def require_one_run(world: World, cfg: RunConfig, manifest: Manifest) -> None:
     """All ranks have the same settings, images and roles, code and torch. Collective.
 
     Raises:
         RankLostError: they have not; on every rank, with the differences.
     """
-    if backend.world == 1:
+    if world.size == 1:
         return
     facts = {key: value for key, value in settings(cfg).items() if key not in LOCAL}
     facts |= {
@@ -69,7 +67,7 @@ def require_one_run(backend: Backend, cfg: RunConfig, manifest: Manifest) -> Non
         "torch": torch.__version__,
         "default dtype": str(torch.get_default_dtype()),
     }
-    everyone = backend.gather_objects(facts)
+    everyone = world.gather_objects(facts)
     for rank, found in enumerate(everyone):
         keys = [key for key in {**everyone[0], **found} if everyone[0].get(key) != found.get(key)]
         if not keys:

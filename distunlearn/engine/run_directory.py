@@ -1,12 +1,15 @@
-"""The run directory: where its shards and manifest lie, which settings it belongs to, what may be taken over."""
+"""The run directory: where its shards and manifest lie, which settings it belongs to, and how an attempt opens it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
 from distunlearn.config.load import field_diff, load_config, save_config
 from distunlearn.config.schema import RunConfig
@@ -15,22 +18,23 @@ from distunlearn.data.manifest.manifest import Manifest, has_manifest
 from distunlearn.data.manifest.records import Remote
 from distunlearn.data.prepare.selection import check_list
 from distunlearn.data.storage.object_store_cache import verify_objects
+from distunlearn.distributed.world import World
+from distunlearn.engine.environment import environment
+from distunlearn.engine.provenance import require_one_run
+from distunlearn.engine.run_lock import Lease
 from distunlearn.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from distunlearn.data.manifest.manifest import Manifest
-    from distunlearn.data.manifest.records import Remote
 
 __all__ = [
     "FREE_KEYS",
+    "RunDirectory",
     "claim",
     "find_manifest",
+    "open_run_directory",
     "refuse_other_settings",
     "saved_config",
     "shards_folder",
     "shards_remote",
-    "take_over",
-    "verify",
+    "verified_manifest",
 ]
 
 
@@ -103,7 +107,72 @@ def claim(cfg: RunConfig, out: Path) -> None:
         save_config(cfg, out / "run.yaml")
 
 
-def verify(cfg: RunConfig, manifest: Manifest) -> None:
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run directory that this attempt may write into, and the manifest of its shards.
+
+    may_write, release (None but on the main rank): to be called before anything is written, raises RankLostError once
+        another attempt has claimed the directory; and gives it back.
+    """
+
+    path: Path
+    manifest: Manifest
+    may_write: Callable[[], None] | None
+    release: Callable[[], None] | None
+
+
+@contextmanager
+def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunDirectory]:
+    """Open `out` for one attempt at a run; given back at the end. Collective.
+
+    Whatever is refused is refused before anything is written. Then the main rank claims the directory, keeps settings
+    and environment in it, and copies finished encoders from the run that `reuse` names.
+
+    Raises:
+        ConfigError: it belongs to a run with other settings, or another process is at work in it.
+        DataError: its shards are missing, purged, or not as their manifest says.
+        RankLostError: the ranks do not run the same.
+    """
+    refuse_other_settings(cfg, out)
+    manifest = verified_manifest(cfg, out) or Manifest.load(shards_folder(cfg, out))  # which says that there is none
+    require_one_run(world, cfg, manifest)
+    lease = world.on_main(lambda: _begin(cfg, out))
+    try:
+        yield RunDirectory(out, manifest, lease and lease.check, lease and lease.release)
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _begin(cfg: RunConfig, out: Path) -> Lease:
+    """The main rank's part: the claim, and what is written with it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lease = Lease(out)
+    try:
+        claim(cfg, out)
+        if not (out / "env.json").exists():
+            write_json(out / "env.json", environment())
+        if cfg.reuse:
+            _take_over(Path(cfg.reuse).expanduser(), out)
+    except BaseException:
+        lease.release()
+        raise
+    return lease
+
+
+def verified_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
+    """The manifest of a run's shards, which are as it says and not purged; None if there is none yet.
+
+    Raises:
+        DataError: see `find_manifest`; the shards are purged, or not as it says; the forget list has changed since.
+    """
+    manifest = find_manifest(cfg, out)
+    if manifest is not None:
+        _verify(cfg, manifest)
+    return manifest
+
+
+def _verify(cfg: RunConfig, manifest: Manifest) -> None:
     """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process.
 
     Of shards in an object store both are compared on one process; every process compares the length of what it reads.
@@ -125,8 +194,6 @@ def verify(cfg: RunConfig, manifest: Manifest) -> None:
 
 
 _VERIFIED: set[tuple[str, ...]] = set()
-
-
 FREE_KEYS = (
     "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
     "data.store", "data.store_cache", "data.store_cache_mib", "data.prepare_workers", "data.root",
@@ -136,9 +203,8 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-def take_over(cfg: RunConfig, out: Path) -> None:
-    """Copy the finished original and retrained encoders of `reuse`; their digests are checked when they are used."""
-    source = Path(cfg.reuse).expanduser()
+def _take_over(source: Path, out: Path) -> None:
+    """Copy the finished original and retrained encoders of a run; their digests are checked when they are used."""
     for name in ("original", "retrained"):
         if (source / name / "done.json").exists() and not (out / name).exists():
             partial = out / f".{name}.partial"

@@ -14,28 +14,20 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from distunlearn.common.files import file_sha256, write_json
+from distunlearn.common.files import file_sha256
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch
+from distunlearn.distributed.world import World
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite
 from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend, open_backend
-from distunlearn.engine.environment import environment
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.preemption import StopRequest
-from distunlearn.engine.provenance import require_one_run
-from distunlearn.engine.run_directory import (
-    claim,
-    shards_folder,
-    shards_remote,
-    take_over,
-    verify,
-)
-from distunlearn.engine.run_lock import Lease
+from distunlearn.engine.run_directory import open_run_directory
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError
@@ -57,45 +49,33 @@ __all__ = [
 
 @contextmanager
 def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
-    """Join the other processes, check the shards, claim the run directory, open the records; closed in reverse."""
-    out = Path(out)
+    """Join the other processes, open the run directory, its shards and its records; closed in reverse. Collective.
+
+    Raises:
+        ConfigError, RankLostError: see `open_backend`.
+        ConfigError, DataError, RankLostError: see `open_run_directory`.
+    """
     backend = open_backend(cfg)
-    backend.on_main(lambda: require_trackers(cfg.tracking))
-    manifest = Manifest.load(shards_folder(cfg, out), shards_remote(cfg))
-    verify(cfg, manifest)
+    world = backend.world
+    world.on_main(lambda: require_trackers(cfg.tracking))
     with contextlib.ExitStack() as stack:
-        may_write = None
-        if backend.is_main:
-            claim(cfg, out)
-            lease = Lease(out)
-            stack.callback(lease.release)
-            may_write = lease.check
-            if not (out / "env.json").exists():
-                write_json(out / "env.json", environment())
-        backend.barrier()
-        last = lease.release if backend.is_main else None
-        limits = (cfg.watchdog_s, cfg.watchdog_save_s)
-        watch = stack.enter_context(Watch(out, backend.rank, backend.world, *limits, last))
-        require_one_run(backend, cfg, manifest)
+        opened = stack.enter_context(open_run_directory(cfg, Path(out), world))
+        out, manifest = opened.path, opened.manifest
+        watch = stack.enter_context(
+            Watch(out, world.rank, world.size, cfg.watchdog_s, cfg.watchdog_save_s, opened.release)
+        )
         fault_injection.reach("session")
-        if backend.is_main and cfg.reuse:
-            take_over(cfg, out)
-        backend.barrier()
         store = open_store(manifest, cfg, backend.device)
         stack.callback(store.close)
-        ledger = Ledger(out / "ledger.jsonl", is_main=backend.is_main, may_write=may_write)
+        ledger = Ledger(out / "ledger.jsonl", is_main=world.is_main, may_write=opened.may_write)
         stack.callback(ledger.close)
-        telemetry = stack.enter_context(Telemetry(out, backend.is_main, tracking=cfg.tracking))
+        telemetry = stack.enter_context(Telemetry(out, world.is_main, tracking=cfg.tracking))
         stop = stack.enter_context(StopRequest(out))
         yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
 
 
 STATE = "training_state.safetensors"
-
-
 DONE = "done.json"
-
-
 CALIBRATION_LIMIT = 2048  # images a method may calibrate on, per role
 
 
@@ -112,6 +92,11 @@ class Session:
     telemetry: Telemetry
     stop: StopRequest
     watch: Watch
+
+    @property
+    def world(self) -> World:
+        """The processes of the run."""
+        return self.backend.world
 
     @property
     def num_classes(self) -> int | None:

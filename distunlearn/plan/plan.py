@@ -17,7 +17,7 @@ from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.model import build_model
 from distunlearn.encoders.weights import load_backbone
 from distunlearn.engine.phases import pretrain_steps
-from distunlearn.engine.run_directory import find_manifest, verify
+from distunlearn.engine.run_directory import verified_manifest
 from distunlearn.errors import (
     ConfigError,
     DataError,
@@ -90,9 +90,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int], dict[str, Any]]:
     """Images per role, members per label and facts of the request, from existing shards or else from the source."""
     known = out or cfg.data.shards or cfg.reuse
-    manifest = find_manifest(cfg, out or Path()) if known else None
+    manifest = verified_manifest(cfg, out or Path()) if known else None
     if manifest is not None:
-        verify(cfg, manifest)
         found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
         found.pop(NO_LABEL, None)
         return Counter(manifest.count_roles()), found, request_facts(manifest.info)

@@ -55,10 +55,10 @@ def check_launch(cfg: RunConfig, out: Path) -> tuple[list[str], list[str]]:
     lines, problems = _processes(backend)
     folder = shards_folder(cfg, out)
     manifest = Manifest.load(folder, shards_remote(cfg)) if has_manifest(folder) else None
-    if not all(backend.gather_objects(manifest is not None)):
+    if not all(backend.world.gather_objects(manifest is not None)):
         lines.append(f"samples: not checked, for not every process finds shards in {printable(folder)}; run prepare")
     else:
-        require_one_run(backend, cfg, manifest)
+        require_one_run(backend.world, cfg, manifest)
         told, wrong = _samples(cfg, manifest, backend)
         lines, problems = lines + told, problems + wrong
     length, norm = _one_step(cfg, backend)
@@ -77,7 +77,7 @@ def _processes(backend: Backend) -> tuple[list[str], list[str]]:
         "host": socket.gethostname(), "pid": os.getpid(), "device": str(backend.device),
         "threads": torch.get_num_threads(), "announced": os.environ.get("WORLD_SIZE", "1"),
     }  # fmt: skip
-    ranks = backend.gather_objects(mine)
+    ranks = backend.world.gather_objects(mine)
     hosts = len({rank["host"] for rank in ranks})
     lines = [f"world: {len(ranks)} processes on {hosts} machines, backend {backend.cfg.backend}"]
     for n, r in enumerate(ranks):
@@ -105,8 +105,8 @@ def _feeders(cfg: RunConfig, manifest: Manifest, backend: Backend) -> Iterator[t
     for phase, sizes, accumulate in jobs:
         for name, size in sizes.items():
             yield f"{phase}/{name}", RoleFeeder(
-                store, manifest, FEEDER_ROLES[name], seed=cfg.seed, batch=size // accumulate, rank=backend.rank,
-                world=backend.world,
+                store, manifest, FEEDER_ROLES[name], seed=cfg.seed, batch=size // accumulate, rank=backend.world.rank,
+                world=backend.world.size,
             )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _samples(cfg: RunConfig, manifest: Manifest, backend: Backend) -> tuple[list
     for name, feeder in _feeders(cfg, manifest, backend):
         mine[name] = [feeder.batch_at(step).ids for step in range(STEPS)]
         whole[name] = [feeder.cycle.at(step)[1] for step in range(STEPS)]
-    everyone = backend.gather_objects(mine)
+    everyone = backend.world.gather_objects(mine)
     lines = []
     for name in mine:
         counts = [sum(len(ids) for ids in seen[name]) for seen in everyone]

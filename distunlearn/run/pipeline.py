@@ -11,51 +11,41 @@ from pathlib import Path
 from distunlearn.audit.run_audit import collect_evidence
 from distunlearn.audit.trainings.shadows import audit_shadows
 from distunlearn.audit.trainings.stress import audit_stress
-from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.selection import check_selection
-from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
 from distunlearn.distributed.process_group import wait_for_all
 from distunlearn.encoders.compile import require_compiler
 from distunlearn.engine import phases
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.phases import check_coverage
-from distunlearn.engine.run_directory import (
-    claim,
-    find_manifest,
-    refuse_other_settings,
-    saved_config,
-    shards_folder,
-    shards_remote,
-    verify,
-)
+from distunlearn.engine.run_directory import refuse_other_settings, saved_config, shards_folder, verified_manifest
 from distunlearn.engine.session import open_session
 from distunlearn.engine.trackers import require_trackers
-from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
+from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, StoppedError
 from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report import write_report
 from distunlearn.run.prepare import describe, make_shards
 
-__all__ = ["audit", "begin", "prepare", "pretrain", "purge", "report", "run", "unlearn"]
+__all__ = ["audit", "begin", "prepare", "pretrain", "report", "run", "unlearn"]
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
 
 def prepare(cfg: RunConfig, out: Path) -> str:
     """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`; returns a line that says what."""
-    manifest = find_manifest(cfg, out)
+    manifest = verified_manifest(cfg, out)
     if manifest is None:
         return describe(make_shards(cfg, shards_folder(cfg, out)))
-    verify(cfg, manifest)
     check_selection(cfg.data, cfg.seed, manifest)
     return describe(manifest)
 
 
-def pretrain(cfg: RunConfig, out: Path) -> None:
-    """Train the original encoder on retain and forget samples."""
+def pretrain(cfg: RunConfig, out: Path, planned: dict | None = None) -> None:
+    """Train the original encoder on retain and forget samples. planned: what `begin` found, to be kept."""
     with open_session(cfg, out) as session:
+        if planned is not None:
+            session.world.on_main(lambda: write_plan(planned, out))
         phases.pretrain(session)
 
 
@@ -87,53 +77,15 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
             check_coverage(session)
         if cfg.audit.tier:
             phases.retrain(session)
-        if session.stop.agreed(session.backend):
-            reason = session.stop.honoured(session.backend)
+        if session.stop.agreed(session.world):
+            reason = session.stop.honoured(session.world)
             raise StoppedError(f"stopped by {reason} before the audit; the same command goes on from there.")
         pooled = audit_shadows(session) if cfg.audit.tier == 2 else None
         stressed = audit_stress(session) if cfg.audit.stress else None
-        verdict = collect_evidence(session, pooled, stressed) if session.backend.is_main else None
-        session.backend.barrier()
-        verdict = session.backend.broadcast_object(verdict)
+        verdict = collect_evidence(session, pooled, stressed) if session.world.is_main else None
+        session.world.barrier()
+        verdict = session.world.broadcast_object(verdict)
     return VERDICT_CODES[verdict]
-
-
-def purge(run_dir: Path, apply: bool = False) -> dict:
-    """Take the images that the run forgot out of its shards; without `apply` only say what would happen.
-
-    After it the run's report can still be made, but none of its encoders can be trained or audited again.
-
-    Returns:
-        plain JSON: what is, or would be, removed; with `apply` it is also kept as `purge.json` in the run directory.
-
-    Raises:
-        DataError: the run has not forgotten yet, was not audited, or its shards are not as the manifest says.
-        ConfigError: its shards lie in an object store.
-    """
-    cfg, folder = saved_config(run_dir, world=1), Path(run_dir)
-    remote = shards_remote(cfg)
-    if remote is not None:
-        raise ConfigError(
-            f"the shards of {folder} lie in {remote.url}, and only local shards can be purged; purge a local copy of "
-            "them and put it in their place."
-        )
-    for name, verb in (("done.json", "unlearn"), ("audit/summary.json", "audit")):
-        if not (folder / name).exists():
-            raise DataError(
-                f"{folder} has no {name}, so its images are still needed; finish the run ({verb}) before purging them."
-            )
-    shards = shards_folder(cfg, folder)
-    facts: dict = {"applied": apply, "shards_folder": str(shards)}
-    done = purged_before(shards)
-    if done is None:
-        manifest = Manifest.load(shards)
-        ids = manifest.ids("forget")
-        facts["ids_sha256"] = ids_digest(ids)
-        done = purge_shards(shards, ids) if apply else plan_purge(manifest, ids)
-    facts |= done.facts()
-    if apply and ("ids_sha256" in facts or not (folder / "purge.json").exists()):
-        write_json(folder / "purge.json", facts)
-    return facts
 
 
 def report(run_dir: Path) -> Path:
@@ -141,26 +93,24 @@ def report(run_dir: Path) -> Path:
     return write_report(Path(run_dir))
 
 
-def begin(cfg: RunConfig, out: Path) -> None:
-    """Check everything, then shards, run.yaml and plan.json: what `run` does before it trains. Collective."""
+def begin(cfg: RunConfig, out: Path) -> dict:
+    """Check everything and make the shards; returns the plan, which `pretrain` keeps. Collective."""
     planned = make_plan(cfg, out)
     if cfg.compile:
         require_compiler()
 
-    def claim_run() -> None:
+    def make_ready() -> None:
         require_trackers(cfg.tracking)
         refuse_other_settings(cfg, out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
-        claim(cfg, out)
-        write_plan(planned, out)
 
-    open_backend(cfg).on_main(claim_run)  # what the main process refuses ends the others, too
+    open_backend(cfg).world.on_main(make_ready)  # what the main process refuses ends the others, too
+    return planned
 
 
 def run(cfg: RunConfig, out: Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
-    begin(cfg, out)
-    pretrain(cfg, out)
+    pretrain(cfg, out, begin(cfg, out))
     unlearn(cfg, out)
     code = audit(out, cfg)
     if is_main():

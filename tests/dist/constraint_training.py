@@ -315,7 +315,7 @@ def sharded(case: Case, kind: str, precision: str = "float32", steps: int = 4) -
     forward = backend.prepare(model, optimizer, 0.0)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue,
-        rank=backend.rank, world=backend.world, plain_forward=backend.plain_forward(),
+        rank=backend.world.rank, world=backend.world.size, plain_forward=backend.plain_forward(),
     )  # fmt: skip
     backend.set_learning_rate(case.rate)
 

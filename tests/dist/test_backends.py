@@ -119,13 +119,13 @@ def resume(kind: str, optimizer: str) -> dict:
 def between(kind: str) -> dict:
     """What the ranks tell one another."""
     backend = opened(kind)
-    bad = torch.tensor([0.0, float("nan") if backend.rank == backend.world - 1 else 1.0])
-    ids = backend.gather_ids({"retain": [f"r{backend.rank}", "x"], "forget": [f"f{backend.rank}"] * backend.rank})
-    backend.barrier()
+    bad = torch.tensor([0.0, float("nan") if backend.world.rank == backend.world.size - 1 else 1.0])
+    ids = backend.world.gather_ids({"retain": [f"r{backend.world.rank}", "x"], "forget": [f"f{backend.world.rank}"] * backend.world.rank})
+    backend.world.barrier()
     return {
-        "rank": backend.rank, "world": backend.world, "collectives": get_world(), "main": backend.is_main, "ids": ids,
-        "from main": backend.broadcast_object({"rank": backend.rank, "code": 7}),
-        "good": backend.all_finite(torch.ones(3)), "bad": backend.all_finite(bad),
+        "rank": backend.world.rank, "world": backend.world.size, "collectives": get_world(), "main": backend.world.is_main, "ids": ids,
+        "from main": backend.world.broadcast_object({"rank": backend.world.rank, "code": 7}),
+        "good": backend.world.all_finite(torch.ones(3)), "bad": backend.world.all_finite(bad),
     }
 
 
@@ -175,17 +175,17 @@ def main(folder: Path, kind: str) -> None:
     backend = opened(kind)
     found = {"between": between(kind)}
     found |= {f"{name} {count}": train(backend, name, count) for name, count in CASES}
-    if backend.world > 1:
+    if backend.world.size > 1:
         found["clip"] = train(backend, "conv", 8, clip=CLIP)
         for name in ("conv", "vit"):
             found[f"{name} in {PARTS} parts"] = train(backend, name, 7, clip=CLIP, parts=PARTS)
         found["after them"] = train(backend, "conv", 8, steps=1)
-        found["factor W"] = train(backend, "conv", 8, steps=1, wrong=backend.world)
+        found["factor W"] = train(backend, "conv", 8, steps=1, wrong=backend.world.size)
         found["own statistics"] = train(opened(kind, sync_batchnorm=False), "conv", 8, steps=1)
         found |= {optimizer: resume(kind, optimizer) for optimizer in ("sgd", "adamw")}
         found["bf16"] = half(kind)
         found["unproven"] = unproven(kind)
-    torch.save(found, folder / f"rank-{backend.rank}.pt")
+    torch.save(found, folder / f"rank-{backend.world.rank}.pt")
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,13 @@ def main() -> None:
         time.sleep(2)
         (out / "report.html").write_text("evidence")
 
-    pipeline.pretrain = lambda cfg, out: started.append(open_backend(cfg))
-    pipeline.unlearn = lambda cfg, out: started[0].barrier()
+    pipeline.pretrain = lambda cfg, out, planned: started.append(open_backend(cfg))
+    pipeline.unlearn = lambda cfg, out: started[0].world.barrier()
     pipeline.audit = lambda out, cfg: INCONCLUSIVE
     pipeline.report = slow_report
     out = folder / "run"
     code = pipeline.run(load_config("digits", None, ["backend=ddp", "threads=1"]), out)
-    rank = started[0].rank
+    rank = started[0].world.rank
     torch.save({"code": code, "reported": (out / "report.html").exists()}, folder / f"rank-{rank}.pt")
     wait_for_all()
 

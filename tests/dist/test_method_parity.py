@@ -133,7 +133,7 @@ def spread(name: str, objective: str, kind: str, weights: dict, *, adjusted: boo
     forward = backend.prepare(model, optimizer, 0.0)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue, original,
-        rank=backend.rank, world=backend.world, plain_forward=backend.plain_forward(),
+        rank=backend.world.rank, world=backend.world.size, plain_forward=backend.plain_forward(),
     )  # fmt: skip
     backend.set_learning_rate(RATE)
     method = METHODS[name].build(cfg)

@@ -47,10 +47,10 @@ def train_and_save(kind: str, folder: Path) -> dict:
         backend.set_learning_rate(RATES[step])
         backend.backward(loss_of(model, forward, step, 8))
         backend.step()
-    ledger = Ledger(folder / f"ledger-{backend.rank}.jsonl")
+    ledger = Ledger(folder / f"ledger-{backend.world.rank}.jsonl")
     settings = CheckpointConfig(sharded="always")
     with Saver(folder / kind, backend, settings, ledger, StopRequest(folder), print) as saver:
-        saver.save(STEPS, {"momentum.w": torch.full((5,), 7.0)}, {"digest": kind, "world": backend.world})
+        saver.save(STEPS, {"momentum.w": torch.full((5,), 7.0)}, {"digest": kind, "world": backend.world.size})
         saver.wait()
     ledger.close()
     found = held(backend)
@@ -62,7 +62,7 @@ def load(kind: str, folder: Path, writer: str) -> dict:
     """What a model with other weights has under `kind` after it read the checkpoint of `writer`."""
     backend, _, _ = prepared(kind, seed=5)
     ledger = Ledger(folder / "ledger-0.jsonl", is_main=False)
-    checkpoint = agreed_checkpoint(folder / writer, backend, ledger, print)
+    checkpoint = agreed_checkpoint(folder / writer, backend.world, ledger, print)
     state = {n.removeprefix("model."): t for n, t in checkpoint.state().items() if n.startswith("model.")}
     before = backend.full_state()
     backend.load_full_state(state)

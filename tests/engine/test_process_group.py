@@ -43,12 +43,12 @@ def refusal(cfg: RunConfig, kind: type[Exception] = ConfigError) -> str:
 
 def test_single_needs_no_process_group():
     backend = open_backend(CFG)
-    assert (backend.rank, backend.world, backend.is_main, backend.is_prepared) == (0, 1, True, False)
+    assert (backend.world.rank, backend.world.size, backend.world.is_main, backend.is_prepared) == (0, 1, True, False)
     assert not dist.is_initialized()
-    backend.barrier()
-    assert backend.broadcast_object("x") == "x"
-    assert backend.gather_ids({"retain": ["b", "a"]}) == {"retain": ["b", "a"]}
-    assert backend.all_finite(torch.ones(2)) and not backend.all_finite(torch.tensor([1.0, float("inf")]))
+    backend.world.barrier()
+    assert backend.world.broadcast_object("x") == "x"
+    assert backend.world.gather_ids({"retain": ["b", "a"]}) == {"retain": ["b", "a"]}
+    assert backend.world.all_finite(torch.ones(2)) and not backend.world.all_finite(torch.tensor([1.0, float("inf")]))
     backend.release()  # of nothing
 
 

@@ -33,7 +33,7 @@ from distunlearn.common import files as f
 from distunlearn.common import tensors as t
 from distunlearn.engine.checkpoint import format as c
 from distunlearn.engine.backends.base import Backend
-from distunlearn.distributed.process_group import Place
+from distunlearn.distributed.world import World
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.checkpoint.async_save import Saver
 from distunlearn.engine.preemption import StopRequest
@@ -57,13 +57,13 @@ def around(owner, name):
 for owner, name in ((c, "save_file"), (t, "save_file"), (t, "sync_path"), (f, "sync_path"), (c, "sync_path"),
                     (c, "file_sha256"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
     around(owner, name)
-class Rank(Backend):
+class Rank(World):
     def broadcast_object(self, value):
         return f"{os.getpid():x}"  # of the ranks, which are threads here, and of no other attempt
     def gather_objects(self, value):
         return [value]
 def saver(folder, step, rank, world):
-    backend = Rank(RunConfig(), Place(rank, world, torch.device("cpu")))
+    backend = Backend(RunConfig(), Rank(rank, world, torch.device("cpu")))
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.full((1000,), float(step)))
     backend.model, backend.optimizer = model, torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from distunlearn.config.schema import CheckpointConfig, RunConfig
-from distunlearn.distributed.process_group import Place
+from distunlearn.distributed.world import World
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.checkpoint import async_save as module
 from distunlearn.engine.checkpoint import format as files
@@ -26,10 +26,10 @@ from distunlearn.errors import DataError, NumericsError, RankLostError
 LIMIT = 20  # seconds for what takes none
 
 
-class Rank(Backend):
+class Rank(World):
     """A rank whose fellow is a list of what it says."""
 
-    said: list = []  # noqa: RUF012  (replaced on the instance)
+    said: tuple = ()
 
     def broadcast_object(self, value):
         return "common" if isinstance(value, str) else value
@@ -46,7 +46,7 @@ class Training:
 
     def __init__(self, folder, *, asynchronous=True, rank=0, world=1, sharded="auto"):
         self.folder, self.notes = folder / "checkpoints", []
-        self.backend = Rank(RunConfig(), Place(rank, world, torch.device("cpu")))
+        self.backend = Backend(RunConfig(), Rank(rank, world, torch.device("cpu")))
         model = torch.nn.Module()
         model.w = torch.nn.Parameter(torch.zeros(1000))
         self.backend.model, self.backend.optimizer = model, torch.optim.SGD(model.parameters(), 1.0, momentum=0.5)
@@ -300,7 +300,7 @@ def test_a_rank_that_cannot_write_stops_all_with_its_own_reason(training, monkey
             other.saver.wait()
     assert other.stop.reason and main.stop.reason is None
     main.save(1)
-    main.backend.said = [["DataError", "rank 1: No space left on device"]]
+    monkeypatch.setattr(Rank, "said", (["DataError", "rank 1: No space left on device"],))
     began = time.monotonic()
     with pytest.raises(DataError, match="rank 1: No space left"):
         main.saver.wait()
@@ -346,12 +346,12 @@ def test_a_ledger_that_lost_lines_is_noticed_and_one_that_grew_is_not(training):
     one.save(1)
     one.saver.wait()
     one.ledger.step("unlearn", 1, {"forget": ["c"]}, frozenset("abc"))
-    assert agreed_checkpoint(one.folder, one.backend, one.ledger, one.notes.append).step == 1 and not one.notes
+    assert agreed_checkpoint(one.folder, one.backend.world, one.ledger, one.notes.append).step == 1 and not one.notes
     text = one.ledger.path.read_text()
     for changed in (text[:20], text.replace('"a"', '"z"')):
         one.ledger.path.write_text(changed)
         with pytest.raises(DataError, match="no longer begins with what it held when .*step-00000001 was saved"):
-            agreed_checkpoint(one.folder, one.backend, one.ledger, one.notes.append)
+            agreed_checkpoint(one.folder, one.backend.world, one.ledger, one.notes.append)
 
 
 def test_every_rank_looks_at_its_share_and_one_that_is_damaged_is_passed_over_by_all(training):
@@ -366,10 +366,10 @@ def test_every_rank_looks_at_its_share_and_one_that_is_damaged_is_passed_over_by
     checkpoint = files.read_commit(path.parent)
     assert sorted(files.verified(checkpoint, rank, 2) for rank in range(2)) == [False, True]
     alone = Training(main.folder.parent)
-    assert agreed_checkpoint(main.folder, alone.backend, alone.ledger, alone.notes.append).step == 1
+    assert agreed_checkpoint(main.folder, alone.backend.world, alone.ledger, alone.notes.append).step == 1
     assert alone.notes == ["checkpoint step-00000002 does not match its COMMIT.json and is passed over"]
     main.folder.joinpath("step-00000001").chmod(0o777)
-    agreed_checkpoint(main.folder, alone.backend, alone.ledger, alone.notes.append)
+    agreed_checkpoint(main.folder, alone.backend.world, alone.ledger, alone.notes.append)
     assert "may be written by every user" in alone.notes[-1]
     alone.ledger.close()
 

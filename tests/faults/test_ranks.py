@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distunlearn.config.schema import RunConfig
-from distunlearn.distributed.process_group import Place
+from distunlearn.distributed.world import World
 from distunlearn.engine import loop
 from distunlearn.engine.backends.base import Backend
 
@@ -106,7 +106,7 @@ def test_checkpoints_are_marked_as_slow_by_the_loop():
     runner.watch = SimpleNamespace(at=lambda place, phase, step, slow: marks.append((place, step, slow)))
     runner.phase = SimpleNamespace(name="unlearn", method=SimpleNamespace(state_dict=dict))
     runner.ctx, runner.first = SimpleNamespace(momentum=None, queue=None), 0
-    runner.backend = Backend(RunConfig(), Place(0, 1, torch.device("cpu")))
+    runner.backend = Backend(RunConfig(), World(0, 1, torch.device("cpu")))
     runner._save = lambda step: marks.append("saved")
     runner._at("update", 1)
     runner._save_watched(2)

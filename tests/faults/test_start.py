@@ -12,7 +12,7 @@ from conftest import SMALL
 
 from distunlearn.config.schema import RunConfig
 from distunlearn.distributed import process_group, rendezvous
-from distunlearn.distributed.process_group import Place
+from distunlearn.distributed.world import World
 from distunlearn.engine import provenance
 from distunlearn.engine.backends.base import Backend
 from distunlearn.errors import ConfigError, RankLostError
@@ -82,12 +82,12 @@ def test_a_rank_that_is_taken_is_refused():
 # -- the same run ----------------------------------------------------------------------------------------------------
 
 
-class _Two(Backend):
-    """Rank 0 of two, whose other one reports what the test says."""
+class _Two(World):
+    """One of two ranks, whose other one reports what the test says."""
 
-    def __init__(self, **others: str) -> None:
-        super().__init__(RunConfig(), Place(0, 2, torch.device("cpu")))
-        self.others = others
+    def __init__(self, rank: int = 0, **others: str) -> None:
+        super().__init__(rank, 2, torch.device("cpu"))
+        object.__setattr__(self, "others", others)
 
     def gather_objects(self, value):
         return [value, {**value, **self.others}]
@@ -121,27 +121,22 @@ def test_ranks_may_differ_in_what_changes_nothing():
 
 def test_what_the_main_rank_refuses_is_refused_by_all():
     class Other(_Two):
-        rank = 1
         told = ConfigError("no")
-
-        def __init__(self):
-            super().__init__()
-            self.rank = 1
 
         def broadcast_object(self, value):
             assert value is None
             return self.told
 
-    other = Other()
+    other = Other(rank=1)
     with pytest.raises(ConfigError, match="no") as caught:
         other.on_main(lambda: 1)
     assert caught.value.agreed
-    other.told = "OSError"
+    Other.told = "OSError"
     with pytest.raises(RankLostError, match="OSError"):
         other.on_main(lambda: 1)
-    other.told = None
+    Other.told = None
     assert other.on_main(lambda: 1) is None
-    alone = Backend(RunConfig(), Place(0, 1, torch.device("cpu")))
+    alone = World(0, 1, torch.device("cpu"))
     assert alone.on_main(lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):
         alone.on_main(lambda: 1 // 0)
@@ -170,7 +165,7 @@ def test_doctor_finds_a_clipping_that_nobody_asked_for(monkeypatch):
     from distunlearn.run import launch_check
 
     cfg = tiny_config()
-    honest = launch_check._one_step(cfg, Backend(cfg, Place(0, 1, torch.device("cpu"))))
+    honest = launch_check._one_step(cfg, Backend(cfg, World(0, 1, torch.device("cpu"))))
     assert honest[0] == pytest.approx(honest[1], rel=1e-3) and honest[1] > 2
 
     class Clipping(Backend):
@@ -178,7 +173,7 @@ def test_doctor_finds_a_clipping_that_nobody_asked_for(monkeypatch):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             super().step()
 
-    length, norm = launch_check._one_step(cfg, Clipping(cfg, Place(0, 1, torch.device("cpu"))))
+    length, norm = launch_check._one_step(cfg, Clipping(cfg, World(0, 1, torch.device("cpu"))))
     assert length == pytest.approx(1.0, rel=1e-2) and norm == pytest.approx(honest[1], rel=1e-6)
 
 

@@ -82,12 +82,12 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             phases.pretrain(shadow)
             phases.unlearn(shadow)
             check_coverage(shadow)
-            if session.backend.is_main:
+            if session.world.is_main:
                 trained = phases.load_trained(shadow.out, shadow)
                 encoder = encoder_view(session, trained)  # the run's views and bank: shadows differ by weights only
                 measured.append(margins(encoder, session.store, session.manifest, ids, cfg.audit.views))
-        session.backend.barrier()
-    if not session.backend.is_main:
+        session.world.barrier()
+    if not session.world.is_main:
         return None
     found = np.stack(measured)
     session.ledger.may_write()

@@ -93,14 +93,14 @@ def audit_stress(session: Session) -> Figures | None:
     for name in stress_names(session.cfg.audit.stress):
         session.telemetry.note("audit", f"stress test {name}")
         found[name] = TESTS[name](session)
-    return found if session.backend.is_main else None
+    return found if session.world.is_main else None
 
 
 # -- the tests -------------------------------------------------------------------------------------------------------
 
 
 def _worst_case(session: Session) -> Figures:
-    scores = session.backend.broadcast_object(_memorisation(session) if session.backend.is_main else None)
+    scores = session.world.broadcast_object(_memorisation(session) if session.world.is_main else None)
     ids = sorted(scores, key=lambda i: (scores[i], i))
     least, _, most = thirds(ids)
     anyone = thirds([ids[row] for row in permutation(len(ids), session.cfg.seed, "stress random").tolist()])[0]
@@ -154,13 +154,13 @@ def _canaries(session: Session) -> Figures:
         phases.pretrain(nested)
         phases.unlearn(nested, nested.out / "original")
         check_coverage(nested)
-        if session.backend.is_main:
+        if session.world.is_main:
             signals = _look_at_three(session, nested, nested.out / "original", session.out / "retrained")
             useful = accuracies(signals, session.cfg)
             for group, count in zip(groups, COPIES, strict=True):
                 kept = {e: s.at(of_request(s, set(group))) for e, s in signals.items()}
                 result[str(count)] = request_figures(kept, useful, session.cfg)
-    session.backend.barrier()
+    session.world.barrier()
     return result
 
 
@@ -178,13 +178,13 @@ def _sequential(session: Session) -> Figures:
             phases.unlearn(nested, folders[-1] if folders else session.out / "original")
             check_coverage(nested)
             folders.append(nested.out)
-    if not session.backend.is_main:
-        session.backend.barrier()
+    if not session.world.is_main:
+        session.world.barrier()
         return {}
     ends = {"original": session.out / "original", "retrained": session.out / "retrained", "at_once": session.out}
     looked = {name: _look(session, folder) for name, folder in ends.items()}
     stages = [_look(session, folder) for folder in folders]
-    session.backend.barrier()
+    session.world.barrier()
     return _sequence_figures(parts, looked, stages, session)
 
 
@@ -237,11 +237,11 @@ def _request(
         phases.retrain(nested)
         phases.unlearn(nested, session.out / "original")
         check_coverage(nested)
-        if session.backend.is_main:
+        if session.world.is_main:
             signals = _look_at_three(session, nested, session.out / "original", nested.out / "retrained")
             kept = [{e: s.at(rows(s)) if rows else s for e, s in signals.items()} for rows in (attacked, useful)]
             result = request_figures(kept[0], accuracies(kept[1], session.cfg), session.cfg)
-    session.backend.barrier()
+    session.world.barrier()
     return result
 
 

@@ -45,11 +45,11 @@ def nested_session(
     """
     out = Path(session.out) / folder
     cfg = session.cfg if seed is None else dataclasses.replace(session.cfg, seed=seed)
-    if session.backend.is_main:
+    if session.world.is_main:
         out.mkdir(parents=True, exist_ok=True)
-    session.backend.barrier()
+    session.world.barrier()
     store = open_store(manifest, cfg, session.backend.device)
     stack.callback(store.close)
-    ledger = Ledger(out / "ledger.jsonl", is_main=session.backend.is_main, may_write=session.ledger.may_write)
+    ledger = Ledger(out / "ledger.jsonl", is_main=session.world.is_main, may_write=session.ledger.may_write)
     stack.callback(ledger.close)
     return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)

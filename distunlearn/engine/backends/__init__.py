@@ -7,15 +7,11 @@ the processes, step and clip alike, and save the same checkpoints, so that a run
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from distunlearn.config.schema import RunConfig
 from distunlearn.distributed.process_group import join
 from distunlearn.encoders.compile import require_compiler
 from distunlearn.engine.backends.base import Backend
 from distunlearn.errors import ConfigError
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
 
 __all__ = ["Backend", "open_backend"]
 
@@ -30,21 +26,21 @@ def open_backend(cfg: RunConfig) -> Backend:
             given several processes.
         RankLostError: the other processes did not come, or not all of them.
     """
-    place = join(cfg)
+    world = join(cfg)
     if cfg.compile:
         require_compiler()
     if cfg.backend == "single":
-        return Backend(cfg, place)
+        return Backend(cfg, world)
     if cfg.backend == "ddp":
         from distunlearn.engine.backends.ddp import DDP
 
-        return DDP(cfg, place)
+        return DDP(cfg, world)
     if cfg.backend == "fsdp2":
         from distunlearn.engine.backends.fsdp2 import FSDP2
 
-        return FSDP2(cfg, place)
+        return FSDP2(cfg, world)
     if cfg.backend in ("zero1", "zero2", "zero3"):
         from distunlearn.engine.backends.zero import Zero
 
-        return Zero(cfg, place, stage=int(cfg.backend[-1]))
+        return Zero(cfg, world, stage=int(cfg.backend[-1]))
     raise ConfigError(f"backend is {cfg.backend!r}; expected single, ddp, fsdp2, zero1, zero2 or zero3.")

@@ -1,8 +1,8 @@
 """The interface of all backends, and the backend `single`: one process, plain torch.
 
-Gradients are averaged over the processes by every backend; losses are scaled accordingly (see objectives.gather).
-The order of a step is fixed: forwards and one `backward`, within `micro_batch` where a step has several of them, then
-`grad_norm`, `step`. Methods marked *collective* must be
+Gradients are averaged over the processes by every backend; losses are scaled accordingly (see
+`distributed/collectives`). The order of a step is fixed: forwards and one `backward`, within `micro_batch` where a step
+has several of them, then `grad_norm`, `step`. Methods marked *collective* are
 called by all ranks in the same order.
 """
 
@@ -10,43 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
-from distunlearn.distributed.process_group import Place
+from distunlearn.config.schema import RunConfig
 from distunlearn.distributed.sync_batchnorm import convert
+from distunlearn.distributed.world import World
 from distunlearn.encoders.activation_checkpointing import checkpointed
 from distunlearn.encoders.blocks import blocks, replace_forward
 from distunlearn.encoders.compile import compiled
+from distunlearn.encoders.model import EncoderOutput, MomentumEncoder
 from distunlearn.engine.backends.optimizer_state import entries_of, nested, spread_state
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, whole
-from distunlearn.errors import DistunlearnError, RankLostError
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-    from distunlearn.encoders.model import EncoderOutput, MomentumEncoder
-
-    Forward = Callable[[Tensor], EncoderOutput]
 
 __all__ = ["Backend"]
 
-T = TypeVar("T")
+Forward = Callable[[Tensor], EncoderOutput]
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_ and of DeepSpeed alike
 
 
 class Backend:
-    """One encoder in training at a time: `prepare`, any number of steps, `release`."""
+    """One encoder in training at a time: `prepare`, any number of steps, `release`. `world`: the processes it is of."""
 
     channels_last = True  # on a GPU; not where weights are flattened or cut up
 
-    def __init__(self, cfg: RunConfig, place: Place) -> None:
-        self.cfg = cfg
-        self.rank, self.world, self.device = place.rank, place.world, place.device
+    def __init__(self, cfg: RunConfig, world: World) -> None:
+        self.cfg, self.world, self.device = cfg, world, world.device
         self._forget()
 
     def _forget(self) -> None:
@@ -57,82 +49,9 @@ class Backend:
         self._norm: float | None = None
 
     @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes files."""
-        return self.rank == 0
-
-    @property
     def is_prepared(self) -> bool:
         """True between `prepare` and `release`."""
         return self.model is not None
-
-    # -- between the processes -----------------------------------------------------------------------------------
-
-    def barrier(self) -> None:
-        """Wait for all ranks. Collective."""
-        if self.world > 1:
-            dist.barrier()
-
-    def broadcast_object(self, value: Any) -> Any:
-        """The main rank's `value`, on every rank. Collective."""
-        if self.world == 1:
-            return value
-        box = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def gather_ids(self, ids: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        """The ids of all ranks under each name, in rank order. Collective; the names are alike on all ranks."""
-        everyone = self.gather_objects(dict(ids))
-        return {name: [i for part in everyone for i in part[name]] for name in ids}
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value`, plain data, in rank order. Collective."""
-        if self.world == 1:
-            return [value]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, value)
-        return everyone
-
-    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Every rank's `numbers`, equally many on each, in rank order. Collective, and cheap enough for every step."""
-        mine = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
-        return all_gather_detached(mine[None]).tolist()
-
-    def on_main(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns on the main rank, None on the others, which wait for it. Collective.
-
-        Raises:
-            DistunlearnError: what the main rank raised, on every rank.
-            RankLostError: on the others, where the main rank failed otherwise.
-        """
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as found:
-                if self.world == 1:
-                    raise
-                error = found
-        told = error if isinstance(error, DistunlearnError) else None if error is None else str(type(error).__name__)
-        told = self.broadcast_object(told)
-        if error is not None:
-            if isinstance(error, DistunlearnError):
-                error.agreed = True
-            raise error
-        if isinstance(told, DistunlearnError):
-            told.agreed = True
-            raise told
-        if told is not None:
-            raise RankLostError(f"the main rank failed ({told}) while rank {self.rank} waited; see what it said.")
-        return result
-
-    def all_finite(self, value: Tensor) -> bool:
-        """True if every element of every rank's `value` is finite; the same answer on all ranks. Collective."""
-        fine = torch.isfinite(value.detach()).all()
-        if self.world == 1:
-            return bool(fine)
-        return bool(sum_over_ranks(fine.to(self.device, torch.int32)) == self.world)
 
     # -- preparing -----------------------------------------------------------------------------------------------
 
@@ -140,7 +59,7 @@ class Backend:
         """Give `module` batch norms over the global batch where the run asks for them, and on a GPU the layout of
         weights that convolutions are fastest in; changes it in place.
         """
-        module = convert(module, self.world) if self.cfg.sync_batchnorm else module
+        module = convert(module, self.world.size) if self.cfg.sync_batchnorm else module
         if self.device.type == "cuda" and self.channels_last:
             module.to(memory_format=torch.channels_last)
         return module
@@ -292,9 +211,9 @@ class Backend:
         if not sharded:
             yield Piece(name, self._whole(value), shape)
         elif alike and value.dim() > 0:
-            edges = [value.numel() * rank // self.world for rank in (self.rank, self.rank + 1)]
+            edges = [value.numel() * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1)]
             yield Piece(name, value.flatten()[edges[0] : edges[1]], shape, edges[0])
-        elif self.is_main:
+        elif self.world.is_main:
             yield Piece(name, value, shape)
 
     def full_state(self) -> dict[str, Tensor]:

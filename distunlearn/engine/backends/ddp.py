@@ -29,7 +29,7 @@ class DDP(Backend):
             DDP._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
         module = DDP._accelerator.prepare_model(self.model)
         torch.set_num_threads(threads)  # accelerate sets a number of its own on a CPU
-        if self.world > 1:
+        if self.world.size > 1:
             self._prove(module)
             # With statistics over the global batch the buffers agree anyway; a broadcast between the two forwards of
             # one step would change what the second one sees. (As an argument its name depends on torch's version.)
@@ -49,9 +49,9 @@ class DDP(Backend):
 
     def _prove(self, module: Any) -> None:
         averaged = module.process_group.size() if isinstance(module, DistributedDataParallel) else 1
-        if averaged != self.world:
+        if averaged != self.world.size:
             raise ConfigError(
-                f"backend=ddp averages over {averaged} processes of {self.world} (accelerate returned a "
+                f"backend=ddp averages over {averaged} processes of {self.world.size} (accelerate returned a "
                 f"{type(module).__name__}); start the run by torchrun, or unset the ACCELERATE_ variables."
             )
 

@@ -36,14 +36,14 @@ class FSDP2(Backend):
     channels_last = False
 
     def _wrap(self) -> Callable[[Tensor], Any]:
-        if self.world > 1:
+        if self.world.size > 1:
             with torch.no_grad():
                 for tensor in self.model.state_dict().values():
                     dist.broadcast(tensor, src=0)  # as DDP does: all ranks start from the main rank's weights
         # Our models return views (a flattened pool) and nothing writes into them.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        mesh = init_device_mesh(self.device.type, (self.world.size,))
         for unit in shard_units(self.model):
             fully_shard(unit, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
@@ -57,17 +57,18 @@ class FSDP2(Backend):
 
     def _prove(self) -> None:
         parameters = dict(self.model.named_parameters())
-        plain = [n for n, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != self.world]
+        world = self.world.size
+        plain = [n for n, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != world]
         if plain:
             raise ConfigError(
-                f"backend=fsdp2 left {len(plain)} of {len(parameters)} parameters unsharded in a world of {self.world} "
+                f"backend=fsdp2 left {len(plain)} of {len(parameters)} parameters unsharded in a world of {world} "
                 f"({plain[0]} is the first); set backend=ddp."
             )
         local = sum(p.to_local().numel() for p in parameters.values())
         total = sum(p.numel() for p in parameters.values())
-        if self.world > 1 and local >= total:
+        if world > 1 and local >= total:
             raise ConfigError(
-                f"backend=fsdp2 holds all {total} weights on rank {self.rank} of {self.world}, expected a part; set "
+                f"backend=fsdp2 holds all {total} weights on rank {self.world.rank} of {world}, expected a part; set "
                 "backend=ddp."
             )
 
@@ -139,7 +140,7 @@ class FSDP2(Backend):
     def _start(self, tensor: DTensor) -> int:
         """Where this rank's rows begin in the flattened whole; `fully_shard` cuts rows as torch.chunk does."""
         rows = tensor.shape[0]
-        first = min(rows, self.rank * -(-rows // self.world))
+        first = min(rows, self.world.rank * -(-rows // self.world.size))
         return first * (tensor.numel() // rows)
 
     def _place(self, value: Stored, parameter: nn.Parameter) -> Tensor:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distunlearn.distributed.collectives import sum_over_ranks
-from distunlearn.distributed.process_group import Place
+from distunlearn.distributed.world import World
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.optimizer_state import check_state, counter, is_per_weight
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, part, whole
@@ -87,10 +87,10 @@ class Zero(Backend):
 
     channels_last = False
 
-    def __init__(self, cfg: RunConfig, place: Place, stage: int) -> None:
-        super().__init__(cfg, place)
+    def __init__(self, cfg: RunConfig, world: World, stage: int) -> None:
+        super().__init__(cfg, world)
         self.stage = stage
-        self._deepspeed = _import_deepspeed(place.device)
+        self._deepspeed = _import_deepspeed(world.device)
 
     def _forget(self) -> None:
         super()._forget()
@@ -101,7 +101,7 @@ class Zero(Backend):
         self._named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         settings = zero_config(
             self.stage,
-            micro_batch=max(1, self.cfg.pretrain.batch // self.world),
+            micro_batch=max(1, self.cfg.pretrain.batch // self.world.size),
             clip=self.clip,
             overlap=self.device.type == "cuda",
         )
@@ -115,21 +115,21 @@ class Zero(Backend):
         engine = self._engine
         world = self._deepspeed.comm.get_world_size()
         found = engine.zero_optimization_stage()
-        if world != self.world or found != self.stage:
+        if world != self.world.size or found != self.stage:
             raise ConfigError(
-                f"DeepSpeed runs ZeRO stage {found} on {world} processes, expected stage {self.stage} on {self.world}; "
-                "start the run by torchrun."
+                f"DeepSpeed runs ZeRO stage {found} on {world} processes, expected stage {self.stage} on "
+                f"{self.world.size}; start the run by torchrun."
             )
         total = sum(self._size(p) for p in self._named.values())
         mine = sum(flat.numel() for flat in self._flats())
-        if self.world > 1 and mine >= total:
+        if self.world.size > 1 and mine >= total:
             raise ConfigError(
-                f"backend=zero{self.stage} optimises {mine} of {total} weights on rank {self.rank} of {self.world}, "
-                "expected a part; set backend=ddp."
+                f"backend=zero{self.stage} optimises {mine} of {total} weights on rank {self.world.rank} of "
+                f"{self.world.size}, expected a part; set backend=ddp."
             )
         if (
             self.stage == 3
-            and self.world > 1
+            and self.world.size > 1
             and any(p.ds_tensor.numel() >= p.ds_numel for p in self._named.values() if p.ds_numel > 1)
         ):
             raise ConfigError("backend=zero3 left a weight whole, expected a part on each rank; set backend=fsdp2.")
@@ -305,7 +305,7 @@ class Zero(Backend):
     def _mine(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Stage 3: the first element of this rank's part of a weight, and how many there are without the padding."""
         size = parameter.ds_tensor.numel()
-        start = min(self.rank * size, parameter.ds_numel)
+        start = min(self.world.rank * size, parameter.ds_numel)
         return start, min(size, parameter.ds_numel - start)
 
     def _part(self, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:

@@ -27,6 +27,7 @@ from distunlearn import errors
 from distunlearn.common.files import write_json
 from distunlearn.config.checks import SHARDED
 from distunlearn.config.schema import CheckpointConfig
+from distunlearn.distributed.world import World
 from distunlearn.encoders.weights import check_finite
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.tensor_shards import Piece
@@ -120,7 +121,7 @@ class Saver:
     def is_sharded(self) -> bool:
         """Whether each rank writes its own pieces; the same answer on all ranks."""
         backend, wanted = self._backend, self._settings.sharded
-        if backend.world == 1 or wanted == "never":
+        if backend.world.size == 1 or wanted == "never":
             return False
         return wanted == "always" or (backend.cfg.backend in SHARDED and backend.num_weights > LARGE)
 
@@ -136,11 +137,11 @@ class Saver:
         """
         self.wait()
         sharded = self.is_sharded()
-        token = self._backend.broadcast_object(f"{time.time_ns():x}") if sharded else "0"
+        token = self._backend.world.broadcast_object(f"{time.time_ns():x}") if sharded else "0"
         facts = {**facts, "optimizer": type(self._backend.optimizer).__name__, "sharded": sharded}
         pieces = self._snapshot(sharded, extras)
         job = self._job = _Job(step, token, sharded, pieces, facts, self._ledger.size())
-        if sharded or self._backend.is_main:
+        if sharded or self._backend.world.is_main:
             job.thread = threading.Thread(target=self._run, args=(job,), name=f"save-{step}", daemon=True)
             job.thread.start()
         else:
@@ -179,15 +180,15 @@ class Saver:
     def _troubles(self, job: _Job) -> list[list[str]]:
         """(class, sentence) of every rank's trouble, in rank order. Collective."""
         mine = [] if job.trouble is None else [type(job.trouble).__name__, str(job.trouble)]
-        return [found for found in self._backend.gather_objects(mine) if found]
+        return [found for found in self._backend.world.gather_objects(mine) if found]
 
     def _snapshot(self, sharded: bool, extras: Mapping[str, Tensor]) -> list[Piece]:
         backend, pieces = self._backend, []
         for prefix, source in (("model.", backend.weights(sharded)), (OPTIMIZER, backend.moments(sharded))):
             for piece in source:  # to the end on every rank: each may be a collective
-                if sharded or backend.is_main:
+                if sharded or backend.world.is_main:
                     pieces.append(self._buffers.copy(prefix + piece.name, piece))
-        if backend.is_main:
+        if backend.world.is_main:
             whole = (Piece(name, value.detach(), tuple(value.shape)) for name, value in extras.items())
             pieces += [self._buffers.copy(piece.name, piece) for piece in whole]
         return pieces
@@ -207,12 +208,12 @@ class Saver:
     def _write(self, job: _Job) -> None:
         backend, may_write = self._backend, self._ledger.may_write
         _require_finite(job.pieces)
-        if backend.is_main:
+        if backend.world.is_main:
             may_write()
         temporary = begin(self._folder, job.step, job.token)
-        files = write_pieces(temporary, job.pieces, backend.rank, backend.world, job.sharded)
-        if not backend.is_main:
-            write_json(temporary / _report(backend.rank), files)
+        files = write_pieces(temporary, job.pieces, backend.world.rank, backend.world.size, job.sharded)
+        if not backend.world.is_main:
+            write_json(temporary / _report(backend.world.rank), files)
             return
         if job.sharded:
             job.written.set()
@@ -226,7 +227,7 @@ class Saver:
         """The files of all other ranks, once each has said that they are written."""
         files: dict[str, Any] = {}
         deadline = time.monotonic() + PATIENCE
-        for rank in range(1, self._backend.world):
+        for rank in range(1, self._backend.world.size):
             path = temporary / _report(rank)
             while not path.exists():
                 if job.abandoned.wait(0.02) and not path.exists():
@@ -269,7 +270,7 @@ def _explained(error: BaseException, folder: Path, step: int) -> BaseException:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def agreed_checkpoint(folder: Path, backend: Backend, ledger: Ledger, note: Callable[[str], None]) -> Checkpoint | None:
+def agreed_checkpoint(folder: Path, world: World, ledger: Ledger, note: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of which every rank finds its share of the files sound; None: there is none. Collective.
 
     note: told of those that are passed over, and of a folder that others may write into.
@@ -278,20 +279,20 @@ def agreed_checkpoint(folder: Path, backend: Backend, ledger: Ledger, note: Call
         DataError: checkpoints exist but none verifies, one is of a newer format, or the ledger has lost lines.
     """
     try:
-        return _agreed(folder, backend, ledger, note)
+        return _agreed(folder, world, ledger, note)
     except DataError as error:
         error.agreed = True
         raise
 
 
-def _agreed(folder: Path, backend: Backend, ledger: Ledger, note: Callable[[str], None]) -> Checkpoint | None:
+def _agreed(folder: Path, world: World, ledger: Ledger, note: Callable[[str], None]) -> Checkpoint | None:
     rejected: list[str] = []
-    for name in backend.broadcast_object(candidates(folder) if backend.is_main else None):
+    for name in world.broadcast_object(candidates(folder) if world.is_main else None):
         checkpoint = read_commit(folder / name)
-        sound = checkpoint is not None and verified(checkpoint, backend.rank, backend.world)
-        if backend.all_finite(torch.tensor(0.0 if sound else float("nan"))):
+        sound = checkpoint is not None and verified(checkpoint, world.rank, world.size)
+        if world.all_finite(torch.tensor(0.0 if sound else float("nan"))):
             head = checkpoint.facts.get("ledger")
-            if backend.broadcast_object(backend.is_main and head is not None and not ledger.begins_with(head)):
+            if world.broadcast_object(world.is_main and head is not None and not ledger.begins_with(head)):
                 raise DataError(
                     f"{ledger.path} no longer begins with what it held when {checkpoint.folder} was saved; restore the "
                     "ledger, or delete the checkpoints to start this phase anew."

@@ -1,0 +1,101 @@
+"""The processes of a run, as one of them sees them: who it is, and how it talks with the others about plain data.
+
+Methods marked *collective* must be called by all ranks in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
+from distunlearn.errors import DistunlearnError, RankLostError
+
+__all__ = ["World"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """`rank` of `size` processes, which computes on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main rank's `value`, on every rank. Collective."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_ids(self, ids: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """The ids of all ranks under each name, in rank order. Collective; the names are alike on all ranks."""
+        everyone = self.gather_objects(dict(ids))
+        return {name: [i for part in everyone for i in part[name]] for name in ids}
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, plain data, in rank order. Collective."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's `numbers`, equally many on each, in rank order. Collective, and cheap enough for every step."""
+        mine = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
+        return all_gather_detached(mine[None]).tolist()
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns on the main rank, None on the others, which wait for it. Collective.
+
+        Raises:
+            DistunlearnError: what the main rank raised, on every rank.
+            RankLostError: on the others, where the main rank failed otherwise.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as found:
+                if self.size == 1:
+                    raise
+                error = found
+        told = error if isinstance(error, DistunlearnError) else None if error is None else str(type(error).__name__)
+        told = self.broadcast_object(told)
+        if error is not None:
+            if isinstance(error, DistunlearnError):
+                error.agreed = True
+            raise error
+        if isinstance(told, DistunlearnError):
+            told.agreed = True
+            raise told
+        if told is not None:
+            raise RankLostError(f"the main rank failed ({told}) while rank {self.rank} waited; see what it said.")
+        return result
+
+    def all_finite(self, value: Tensor) -> bool:
+        """True if every element of every rank's `value` is finite; the same answer on all ranks. Collective."""
+        fine = torch.isfinite(value.detach()).all()
+        if self.size == 1:
+            return bool(fine)
+        return bool(sum_over_ranks(fine.to(self.device, torch.int32)) == self.size)

@@ -1,0 +1,51 @@
+"""The verb `purge`: the images that a run forgot leave its shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distunlearn.common.files import write_json
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
+from distunlearn.engine.run_directory import saved_config, shards_folder, shards_remote
+from distunlearn.errors import ConfigError, DataError
+
+__all__ = ["purge"]
+
+
+def purge(run_dir: Path, apply: bool = False) -> dict:
+    """Take the images that the run forgot out of its shards; without `apply` only say what would happen.
+
+    After it the run's report can still be made, but none of its encoders can be trained or audited again.
+
+    Returns:
+        plain JSON: what is, or would be, removed; with `apply` it is also kept as `purge.json` in the run directory.
+
+    Raises:
+        DataError: the run has not forgotten yet, was not audited, or its shards are not as the manifest says.
+        ConfigError: its shards lie in an object store.
+    """
+    cfg, folder = saved_config(run_dir, world=1), Path(run_dir)
+    remote = shards_remote(cfg)
+    if remote is not None:
+        raise ConfigError(
+            f"the shards of {folder} lie in {remote.url}, and only local shards can be purged; purge a local copy of "
+            "them and put it in their place."
+        )
+    for name, verb in (("done.json", "unlearn"), ("audit/summary.json", "audit")):
+        if not (folder / name).exists():
+            raise DataError(
+                f"{folder} has no {name}, so its images are still needed; finish the run ({verb}) before purging them."
+            )
+    shards = shards_folder(cfg, folder)
+    facts: dict = {"applied": apply, "shards_folder": str(shards)}
+    done = purged_before(shards)
+    if done is None:
+        manifest = Manifest.load(shards)
+        ids = manifest.ids("forget")
+        facts["ids_sha256"] = ids_digest(ids)
+        done = purge_shards(shards, ids) if apply else plan_purge(manifest, ids)
+    facts |= done.facts()
+    if apply and ("ids_sha256" in facts or not (folder / "purge.json").exists()):
+        write_json(folder / "purge.json", facts)
+    return facts
