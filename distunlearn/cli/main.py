@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
@@ -26,7 +27,7 @@ from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main as _is_main
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
-from distunlearn.run.slurm import Job
+from distunlearn.run.slurm import Job, script, submit
 
 if TYPE_CHECKING:
     from distunlearn.config.schema import RunConfig
@@ -46,9 +47,7 @@ class Run:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
-
-        return pipeline.run(_resolve(self), self.out)
+        return _pipeline().run(_resolve(self), self.out)
 
 
 @dataclass(frozen=True)
@@ -67,19 +66,14 @@ class Prepare:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.config.checks import SOURCES
-        from distunlearn.config.load import load_config
-        from distunlearn.config.recipes import RECIPES
-        from distunlearn.run import pipeline
+        from distunlearn.config.load import SOURCES, load_source
 
         if not _is_main():
             return 0
         if self.source is None and self.config is None:
             raise ConfigError(f"no source; name one of {', '.join(SOURCES)}, or give --config")
-        recipe, overrides = self.source, list(self.overrides)
-        if self.source in SOURCES and self.source not in RECIPES:
-            recipe, overrides = None, [f"data.source={self.source}", *overrides]
-        print(pipeline.prepare(load_config(recipe, self.config, overrides), self.out))
+        cfg = load_source(self.source, self.config, list(self.overrides))
+        print(_pipeline().prepare(cfg, self.out))
         return 0
 
 
@@ -92,12 +86,11 @@ class Index:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.config.load import load_config
         from distunlearn.run.prepare import describe, index_folder
 
         if _is_main():
-            own = ["data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}"]
-            cfg = load_config(None, self.config, [*own, *self.overrides])
+            own = ("data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}")
+            cfg = _settings(None, self.config, (*own, *self.overrides))
             print(describe(index_folder(cfg, Path(str(cfg.data.root)))))
         return 0
 
@@ -112,9 +105,7 @@ class Pretrain:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
-
-        pipeline.pretrain(_resolve(self), self.out)
+        _pipeline().pretrain(_resolve(self), self.out)
         return 0
 
 
@@ -128,9 +119,7 @@ class Unlearn:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
-
-        pipeline.unlearn(_resolve(self), self.out)
+        _pipeline().unlearn(_resolve(self), self.out)
         return 0
 
 
@@ -141,9 +130,7 @@ class Audit:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
-
-        return pipeline.audit(self.run_dir)
+        return _pipeline().audit(self.run_dir)
 
 
 @dataclass(frozen=True)
@@ -153,10 +140,10 @@ class Report:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
+        from distunlearn.report import write_report
 
         if _is_main():
-            print(pipeline.report(self.run_dir))
+            print(write_report(self.run_dir))
         return 0
 
 
@@ -172,11 +159,8 @@ class Submit:
     dry_run: Annotated[bool, tyro.conf.arg(help="print the script", help_behavior_hint="")] = False
 
     def __call__(self) -> int:
-        from distunlearn.config.load import load_config
-        from distunlearn.run.slurm import script, submit
-
         if not self.job.check():  # else `script` says it all
-            load_config(self.recipe, self.config, list(self.overrides), world=self.job.nodes * self.job.tasks)
+            _settings(self.recipe, self.config, self.overrides, world=self.job.nodes * self.job.tasks)
         text = script(self.job, self.recipe, self.out, self.config, self.overrides)
         print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
         return 0
@@ -203,10 +187,10 @@ class Purge:
     apply: Annotated[bool, tyro.conf.arg(help="rewrite the shards", help_behavior_hint="")] = False
 
     def __call__(self) -> int:
-        from distunlearn.run import pipeline
+        from distunlearn.run.purge import purge
 
         if _is_main():
-            print(json.dumps(pipeline.purge(self.run_dir, apply=self.apply), indent=2))
+            print(json.dumps(purge(self.run_dir, apply=self.apply), indent=2))
         return 0
 
 
@@ -352,12 +336,22 @@ def _quiet_system_exit() -> Iterator[_Parsing]:
         parsing.code = stop.code if isinstance(stop.code, int) else 2
 
 
-def _resolve(verb: Any) -> RunConfig:
+def _pipeline() -> ModuleType:
+    from distunlearn.run import pipeline
+
+    return pipeline
+
+
+def _settings(recipe: str | None, config: Path | None, overrides: Sequence[str], world: int | None = None) -> RunConfig:
     from distunlearn.config.load import load_config
 
+    return load_config(recipe, config, list(overrides), world=world)
+
+
+def _resolve(verb: Any) -> RunConfig:
     if verb.recipe is None and verb.config is None:
         raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
-    return load_config(verb.recipe, verb.config, list(verb.overrides))
+    return _settings(verb.recipe, verb.config, verb.overrides)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tyro
 from distunlearn.cli.arguments import Config, Out, Overrides, Recipe
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
-from distunlearn.run.slurm import Job
+from distunlearn.run.slurm import Job, script, submit
 
 __all__ = ["Sweep"]
 
@@ -52,11 +52,10 @@ class Sweep:
 
     def __call__(self) -> int:
         from distunlearn.config.load import load_config
-        from distunlearn.sweep.sweep import Sweep as What
-        from distunlearn.sweep.sweep import prepare_sweep, run_sweep, run_task
+        from distunlearn.sweep import sweep
 
         if self.task:
-            run_task(self.out, self.overrides)
+            sweep.run_task(self.out, self.overrides)
             return 0
         if self.recipe is None and self.config is None:
             raise ConfigError(
@@ -69,21 +68,20 @@ class Sweep:
                 raise ConfigError(f"--{option} is {getattr(self, option)}, expected at least 1")
         world = self.job.nodes * self.job.tasks if self.submit or self.dry_run else self.processes
         cfg = load_config(self.recipe, self.config, list(self.overrides), world=world)
-        what = What(
+        what = sweep.Sweep(
             methods=tuple(name.strip() for name in self.methods.split(",") if name.strip()), trials=self.trials,
             search=self.search, seeds=_numbers(self.seeds), validation_seed=self.validation_seed,
             attacks=self.attacks, search_seed=self.search_seed,
         )  # fmt: skip
-        prepare_sweep(cfg, what, self.out)
+        sweep.prepare_sweep(cfg, what, self.out)
         if self.submit or self.dry_run:
             print(self._next_stage())
         else:
-            print(run_sweep(self.out, self.jobs, self.processes, report=self.report))
+            print(sweep.run_sweep(self.out, self.jobs, self.processes, report=self.report))
         return 0
 
     def _next_stage(self) -> str:
         """Submit the array of the first unfinished stage, or print its script; with none left, the results' path."""
-        from distunlearn.run.slurm import script, submit
         from distunlearn.sweep.sweep import open_stages, write_results
 
         for stage, tasks in open_stages(self.out, self.report):

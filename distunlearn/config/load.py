@@ -23,14 +23,15 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from distunlearn.common.text import printable
-from distunlearn.config.checks import PATH_KEYS, cross_checks, forget_is_file
+from distunlearn.config.checks import PATH_KEYS, SOURCES, cross_checks, forget_is_file
 from distunlearn.config.recipes import RECIPES
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.yaml import dump_yaml, parse_scalar, read_yaml
 from distunlearn.errors import ConfigError
 
 __all__ = [
-    "cross_checks", "digest", "dump_config", "field_diff", "known_keys", "load_config", "save_config", "settings",
+    "SOURCES", "cross_checks", "digest", "dump_config", "field_diff", "known_keys", "load_config", "load_source",
+    "save_config", "settings",
 ]  # fmt: skip
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -92,6 +93,13 @@ def load_config(
     draft.problems += [check for check in checks if not any(key in check for key in draft.refused)]
     _raise(draft.problems)
     return cfg
+
+
+def load_source(source: str | None, config_file: Path | None, overrides: list[str]) -> RunConfig:
+    """`load_config` where a source of images may stand in the place of a recipe; a recipe of that name goes first."""
+    if source in SOURCES and source not in RECIPES:
+        return load_config(None, config_file, [f"data.source={source}", *overrides])
+    return load_config(source, config_file, overrides)
 
 
 def dump_config(cfg: RunConfig) -> str:
