@@ -87,7 +87,7 @@ def train_as_rank_0(world: int) -> None:
     for backend in BACKENDS:
         torch.manual_seed(0)
         made = open_backend(load_config("digits", None, [f"backend={backend}", "threads=1"]))
-        assert (made.rank, made.world) == (0, world)
+        assert (made.world.rank, made.world.size) == (0, world)
         model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64))
         whole = sum(p.numel() for p in model.parameters())
         optimizer = make_optimizer("adamw", model.parameters(), lr=1e-3, weight_decay=0.1)

@@ -75,7 +75,7 @@ def test_srun_tasks_without_ranks_are_not_as_many_single_runs(monkeypatch):
     setenv(monkeypatch, SLURM_STEP_NUM_TASKS="2")
     assert "2 tasks" in refusal(CFG)
     setenv(monkeypatch, RANK="0")
-    assert open_backend(CFG).world == 1
+    assert open_backend(CFG).world.size == 1
 
 
 def test_ranks_that_do_not_come_are_reported(monkeypatch):
