@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from constraint_step import Bench
 
-from distunlearn.config.schema import CheckpointConfig, EncoderConfig
+from distunlearn.config.schema import CheckpointConfig, EncoderConfig, RuntimeConfig
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.checkpoint.async_save import Saver
 from distunlearn.engine.checkpoint.format import latest_checkpoint
@@ -56,7 +56,7 @@ class Subject:
 
     def __init__(self, encoder: EncoderConfig, folder: Path, retain: int = 16) -> None:
         bench = Bench(encoder, retain)
-        cfg = dataclasses.replace(bench.cfg, threads=1)
+        cfg = dataclasses.replace(bench.cfg, runtime=RuntimeConfig(threads=1))
         self.backend = open_backend(cfg)
         optimizer = make_optimizer("adamw", bench.model.parameters(), 1e-4, 1e-4)
         self.backend.prepare(bench.model, optimizer, clip=0.0)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distunlearn.config.schema import ConstraintConfig, EncoderConfig, ObjectiveConfig, RunConfig
-from distunlearn.constraints.evaluators import EVALUATORS
+from distunlearn.config.registry import EVALUATOR, settings_of
+from distunlearn.config.schema import EncoderConfig, RunConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, build_model
 from distunlearn.methods.base import Method
@@ -26,7 +26,7 @@ from distunlearn.objectives.forward import Context
 
 __all__ = ["ENCODERS", "PRODUCTION", "STEPS", "Bench"]
 
-STEPS = ("plain", *EVALUATORS)
+STEPS = ("plain", *EVALUATOR.table)
 
 ENCODERS = {
     "ViT-Ti/8 at 64 px": EncoderConfig(
@@ -51,7 +51,7 @@ class Bench:
 
     def __init__(self, encoder: EncoderConfig, retain: int, device: str = "cpu", precision: str = "fp32") -> None:
         assert retain % 4 == 0 and retain >= 8, "a U-statistic needs 2 forgotten and 2 third-party images"
-        self.cfg = RunConfig(encoder=encoder, objective=ObjectiveConfig(name="simclr"), precision=precision)
+        self.cfg = RunConfig(encoder=encoder, precision=precision)
         self.device = torch.device(device)
         self.model: ContrastiveModel = build_model(self.cfg, None)
         if self.device.type != "cpu":  # tensors without values cannot be moved
@@ -78,9 +78,9 @@ class Bench:
 
         constraint: settings of the constraint other than the defaults.
         """
-        cfg, method = self.cfg, Finetune()
+        cfg, method = self.cfg, Finetune(self.cfg)
         if name != "plain":
-            cfg = replace(cfg, constraint=ConstraintConfig(evaluator=name, **constraint))
+            cfg = replace(cfg, constraint=settings_of(EVALUATOR, name, **constraint))
             method = ThirdParty(cfg)
         ctx = Context(cfg, make_objective(cfg.objective), self.model, self._forward, self.device, step=1)
         batches = self.batches if name != "plain" else {"retain": self.batches["retain"]}

@@ -5,8 +5,8 @@
 As `forgetting_floor.py`, for parts of the forgotten images, which the retrained encoder met as little as all of them:
 `--requests` of `--images` images that the original encoder finds most like one that is drawn by chance, and as many
 drawn by chance. The third-party images of the audit stand in for those of the loss; they are weighed as
-`unlearn.third_party_draw=matched` weighs those, from the original encoder alone. Printed are means over runs, requests
-and attacks, in points of 100, of
+`unlearn.third_party_sampling=matched` weighs those, from the original encoder alone. Printed are means over runs,
+requests and attacks, in points of 100, of
 
     |AUC(request against holdout) - AUC(weighted third-party against holdout)|    by the retrained encoder's scores,
 

@@ -61,13 +61,15 @@ class Bench:
         base = None if cell.method == "none" else (self.runs / f"{cell.group}-none").resolve()
         return cell_config(cell, self.grid, self.roots, self.tuned, base, self.runs / "requests")
 
+    def kept(self, cell: Cell) -> dict[str, Any] | None:
+        """The cell's figures, if they are there, whatever the settings that they were made with."""
+        path = self.results / f"{cell.name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The cell's figures, if they are there and of these settings."""
-        path = self.results / f"{cell.name}.json"
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["digest"] == cell_digest(self.config(cell)) else None
+        found = self.kept(cell)
+        return found if found is not None and found["digest"] == cell_digest(self.config(cell)) else None
 
     def missing(self, chosen: Sequence[Sequence[Cell]]) -> list[Cell]:
         """Cells without a result, and the bases that such cells need although they have one."""
@@ -190,7 +192,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=1, help="groups at a time")
     parser.add_argument("--cap", type=float, help="hours of processor time; default: the grid's own")
-    parser.add_argument("--report", action="store_true", help="run nothing, write the document")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, write the document of all cells that are there"
+    )
     parser.add_argument("--estimate", action="store_true", help="run nothing, say what would be run at what cost")
     parser.add_argument("--slurm", action="store_true", help="print a SLURM array and run nothing")
     return parser.parse_args(argv)
@@ -230,7 +234,8 @@ def main(argv: Sequence[str]) -> None:
         if args.estimate:
             return
         run_groups(bench, chosen, args.jobs)
-    found = [result for group in chosen for cell in group if (result := bench.result(cell)) is not None]
+    read = bench.kept if args.report else bench.result
+    found = [result for group in chosen for cell in group if (result := read(cell)) is not None]
     if args.document:
         command = shlex.join(["python", "benchmarks/forgetting.py", *argv])
         write_document(args.document, args.grid, found, command, tuned)

@@ -20,10 +20,11 @@ from forgetting_requests import write_request
 
 from distunlearn.config.load import digest, load_config
 from distunlearn.config.recipes import SMALL_RESNET, SMALL_VIT
+from distunlearn.config.registry import METHOD
 from distunlearn.config.schema import EncoderConfig, RunConfig
 from distunlearn.data.prepare.forget_list import list_sha256
 from distunlearn.data.prepare.roles import is_list
-from distunlearn.methods import METHODS
+from distunlearn.methods import method_class
 from distunlearn.plan.images import phase_images
 from distunlearn.plan.plan import make_plan
 
@@ -87,12 +88,12 @@ class Grid:
 SMOKE = (
     "data.members=96", "data.forget=24", "data.holdout=48", "data.calibration=24", "data.third_party=24",
     "data.third_party_audit=24", "pretrain.epochs=2", "pretrain.batch=32", "unlearn.steps=6", "unlearn.retain_batch=32",
-    "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "method.view_pairs=1", "audit.views=4",
-    "audit.bootstrap=100", "audit.relearn_steps=2", "objective.queue_size=64",
+    "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "constraint.view_pairs=1", "audit.views=4",
+    "audit.bootstrap=100", "audit.relearn_steps=2",
 )  # fmt: skip
 SMALL = (
     "data.forget=0.2", "pretrain.epochs=300", "unlearn.retain_batch=128", "unlearn.forget_batch=32",
-    "unlearn.third_party_batch=32", "method.view_pairs=1",
+    "unlearn.third_party_batch=32", "constraint.view_pairs=1",
 )  # fmt: skip
 # Learning rates are those of pretraining, but for methods with a tuned one. Steps: third_party with `head` stays below
 # 25 % of the images of retraining on digits and 10 % on Fashion-MNIST, its calibration included.
@@ -121,7 +122,7 @@ GRIDS: dict[str, Grid] = {
         {"digits_fashion_strangers": ("data.third_party_source=fashion_mnist",)}, 2.0,
         methods=("none", "third_party"), plain=("digits_fashion_strangers",),
         variants={
-            "no-utility": ("method.utility_weight=0",),
+            "no-utility": ("method.task_weight=0",),
             "no-gradient": ("method.gradient_weight=0",),
             "no-output": ("method.output_weight=0",),
             "no-gradient-no-output": ("method.gradient_weight=0", "method.output_weight=0"),
@@ -137,8 +138,8 @@ GRIDS: dict[str, Grid] = {
         SMALL, SMALL_BY_NAME, 2.0,
         methods=("none", "third_party"),
         variants={
-            "memory-warmup": ("constraint.memory=16", "unlearn.warmup=0.3"),
-            "memory": ("constraint.memory=16",),
+            "memory-warmup": ("constraint.memory_steps=16", "unlearn.warmup=0.3"),
+            "memory": ("constraint.memory_steps=16",),
             "warmup": ("unlearn.warmup=0.3",),
         },
     ),
@@ -152,9 +153,9 @@ GRIDS: dict[str, Grid] = {
         {"vit": ("pretrain.lr=1e-3", "unlearn.lr=1e-3")}, 3.0,
         methods=("none", "third_party", "neg_grad", "alignment_calibration"),
         variants={
-            "tuned-memory": ("constraint.memory=16", "unlearn.warmup=0.3"),
+            "tuned-memory": ("constraint.memory_steps=16", "unlearn.warmup=0.3"),
             "memory-warmup": ("unlearn.lr=1e-3", "method.gradient_weight=1", "method.output_weight=4",
-                              "method.confidence_weight=0.05", "constraint.memory=16", "unlearn.warmup=0.3"),
+                              "method.confidence_weight=0.05", "constraint.memory_steps=16", "unlearn.warmup=0.3"),
         },
     ),
     # Requests as people make them: 100 of 2,000 images, not drawn at random but alike. Settings are those of `small`;
@@ -167,11 +168,13 @@ GRIDS: dict[str, Grid] = {
         {key: SMALL_BY_NAME[key] for key in ("resnet", "vit")}, 4.0,
         methods=("none", "third_party", "neg_grad", "alignment_calibration"),
         variants={
-            "matched": ("unlearn.third_party_draw=matched",),
-            "memory": ("constraint.memory=16", "unlearn.warmup=0.3"),
-            "matched-memory": ("unlearn.third_party_draw=matched", "constraint.memory=16", "unlearn.warmup=0.3"),
+            "matched": ("unlearn.third_party_sampling=matched",),
+            "memory": ("constraint.memory_steps=16", "unlearn.warmup=0.3"),
+            "matched-memory": (
+                "unlearn.third_party_sampling=matched", "constraint.memory_steps=16", "unlearn.warmup=0.3"
+            ),
             "anchor": ("method.anchor_weight=10",),
-            "matched-anchor": ("unlearn.third_party_draw=matched", "method.anchor_weight=10"),
+            "matched-anchor": ("unlearn.third_party_sampling=matched", "method.anchor_weight=10"),
         },
         alike=100,
     ),
@@ -205,7 +208,7 @@ GRIDS: dict[str, Grid] = {
 
 def methods_of(grid: Grid) -> list[str]:
     """The methods of a grid, the base first."""
-    chosen = grid.methods or tuple(METHODS)
+    chosen = grid.methods or tuple(METHOD.table)
     return [BASE, *(name for name in chosen if name != BASE and name not in LEFT_OUT)]
 
 
@@ -248,7 +251,8 @@ def cell_config(
     given = [f"encoder.{key}={json.dumps(plain[key])}" for key in keys]
     given += [*grid.settings, *(s for name in (cell.dataset, cell.objective, cell.encoder)
                                 for s in grid.by_name.get(name, ()))]  # fmt: skip
-    given += [f"seed={cell.seed}", f"objective.name={cell.objective}", f"method.name={cell.method}", "threads=1"]
+    given += [f"seed={cell.seed}", f"objective.name={cell.objective}", f"method.name={cell.method}"]
+    given.append("runtime.threads=1")
     own = tuned.get(f"{cell.dataset}-{cell.encoder}")
     chosen, rate = (tuned.get(cell.dataset, {}), grid.rates.get(cell.encoder, 1)) if own is None else (own, 1)
     for key, value in chosen.get(cell.method, {}).items():
@@ -257,7 +261,7 @@ def cell_config(
     given += grid.variants[cell.variant] if cell.variant else ()
     given += [f"audit.tier={0 if cell.validation else 1}", f"audit.keep_signals={str(cell.method == BASE).lower()}"]
     given += [f"data.root={roots[cell.dataset]}"] if cell.dataset in roots else []
-    given += [f"reuse={reuse}"] if reuse else []
+    given += [f"runtime.reuse={reuse}"] if reuse else []
     if grid.alike:
         request = write_request(lists, cell.dataset, roots.get(cell.dataset), cell.seed, grid.alike)
         given.append(f"data.forget={request.resolve()}")
@@ -266,10 +270,10 @@ def cell_config(
 
 def cell_digest(cfg: RunConfig) -> str:
     """Digest of what decides a cell's figures: without folders, so that results can move between machines."""
-    data = dataclasses.replace(cfg.data, root=None, shards=None, third_party_root=None)
+    data = cfg.data
     if is_list(data.forget):
         data = dataclasses.replace(data, forget=f"{list_sha256(str(data.forget))}.txt")
-    return digest(dataclasses.replace(cfg, reuse=None, data=data))
+    return digest(dataclasses.replace(cfg, data=data))
 
 
 def estimate(grid: Grid, cells: Sequence[tuple[Cell, RunConfig]]) -> dict[str, float]:
@@ -285,12 +289,13 @@ def estimate(grid: Grid, cells: Sequence[tuple[Cell, RunConfig]]) -> dict[str, f
     for cell, cfg in cells:
         if cell.setting not in per_image:
             per_image[cell.setting] = seconds_per_image(cfg)
-            plans[cell.setting] = make_plan(dataclasses.replace(cfg, reuse=None))
+            alone = dataclasses.replace(cfg.runtime, reuse=None)
+            plans[cell.setting] = make_plan(dataclasses.replace(cfg, runtime=alone))
         plan = plans[cell.setting]
         phases = plan["phases"]
         audited = sum(plan["roles"].get(r, 0) for r in ("retain", "forget", "third_party_audit", "holdout"))
-        entry = METHODS[cell.method]
-        images = phase_images(cfg, cell.method, cfg.unlearn.steps) if entry.steps == "unlearn" else 0
+        method = method_class(cfg)(cfg)
+        images = phase_images(cfg, method, cfg.unlearn.steps) if method.steps == "unlearn" else 0
         if cell.method == BASE:
             images = phases["pretrain"]["images"] + (0 if cell.validation else phases["retrain"]["images"])
         encoders = 1 if cell.method != BASE else 2 if cell.validation else 3

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distunlearn.audit.attacks import ATTACKS
+from distunlearn.audit.attacks import judged
 from distunlearn.audit.figures.gates import equivalence, no_loss
 from distunlearn.audit.figures.utility import UTILITIES
 from distunlearn.audit.statistics import Comparison, Part, auc, auc_bootstrap, draw_images, percentile_interval
@@ -55,7 +55,7 @@ def run(recipe: str, seed: int, runs: Path, settings: list[str], method: str | N
     folder = base if method is None else runs / f"{recipe}-seed{seed}-{method}"
     chosen = [f"seed={seed}", *settings]
     if method is not None:
-        chosen += [f"method.name={method}", f"reuse={base}"]
+        chosen += [f"method.name={method}", f"runtime.reuse={base}"]
     arguments = [part for value in chosen for part in ("--set", value)]
     command = [sys.executable, "-m", "distunlearn", "run", recipe, "--out", str(folder), *arguments]
     code = subprocess.run(command, check=False).returncode
@@ -93,7 +93,7 @@ def pooled(runs: list[Run]) -> list[dict]:
     ]
     drawn = [draw_images(*size, draws, r.seed) for size, r in zip(sizes, runs, strict=True)]
     rows = []
-    for attack in ATTACKS:
+    for attack in judged():
         margin = gates.view_agreement if attack == "view_agreement" else gates.attack
         values, sampled, levels = [], [], []
         for found, weights in zip(scores, drawn, strict=True):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from distunlearn.constraints.evaluators import EVALUATORS
+from distunlearn.config.registry import EVALUATOR, find
 from distunlearn.data.loading.stream import Batches
 from distunlearn.distributed import collectives
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
@@ -54,9 +54,9 @@ class Split:
         patch(forward, "make_view", "views")
         patch(ContrastiveModel, "forward", "forward")
         patch(MomentumEncoder, "__call__", "forward")
-        patch(training, "utility", "forward")
-        patch(third_party, "utility", "forward")
-        for kind in EVALUATORS.values():
+        patch(training, "task_loss", "forward")
+        patch(third_party, "task_loss", "forward")
+        for kind in (find(EVALUATOR, name) for name in EVALUATOR.table):
             if "constrain" in vars(kind):
                 patch(kind, "constrain", "constraint")
         patch(third_party.ThirdParty, "loss", "constraint")

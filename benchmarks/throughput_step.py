@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, fitting, settings_of
 from distunlearn.config.schema import (
-    ConstraintConfig,
     DataConfig,
     EncoderConfig,
-    MethodConfig,
-    ObjectiveConfig,
     PretrainConfig,
     RunConfig,
+    RuntimeConfig,
     UnlearnConfig,
     ViewsConfig,
 )
@@ -64,7 +63,7 @@ def configuration(
 ) -> RunConfig:
     """A run of noise. batch: images of a global batch; forget and third-party are a quarter of it each.
 
-    method: pretrain, or one of `method.name`. steps: of the phase that is timed. other: top-level settings.
+    method: pretrain, or one of `method.name`. steps: of the phase that is timed. other: of `runtime`.
     """
     quarter = max(2, batch // 4)
     return RunConfig(
@@ -73,8 +72,8 @@ def configuration(
             third_party=batch, third_party_audit=8, samples_per_shard=64, verify="size",
         ),
         encoder=encoder,
-        objective=ObjectiveConfig(
-            name=objective, hidden_dim=512, output_dim=128, queue_size=4096, momentum=0.99, temperature=0.2
+        objective=fitting(
+            OBJECTIVE, objective, hidden_dim=512, output_dim=128, queue_size=4096, momentum=0.99, temperature=0.2
         ),
         views=VIEWS,
         pretrain=PretrainConfig(
@@ -84,9 +83,9 @@ def configuration(
             steps=steps, retain_batch=batch, forget_batch=quarter, third_party_batch=quarter,
             checkpoint_every=10**6, lr=1e-5,
         ),
-        method=MethodConfig(name="third_party" if method == "pretrain" else method),
-        constraint=ConstraintConfig(evaluator=evaluator),
-        backend=backend, precision=precision, threads=1, **other,
+        method=settings_of(METHOD, "third_party" if method == "pretrain" else method),
+        constraint=settings_of(EVALUATOR, evaluator),
+        backend=backend, precision=precision, runtime=RuntimeConfig(threads=1, **other),
     )  # fmt: skip
 
 

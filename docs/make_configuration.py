@@ -1,4 +1,4 @@
-"""Print docs/configuration.md, made from the dataclasses of distunlearn/config/schema.py and their comments.
+"""Print docs/configuration.md, made from the settings classes (config/schema.py, and each part its own) and comments.
 
     python docs/make_configuration.py > docs/configuration.md
 
@@ -21,7 +21,9 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
+from distunlearn.config.registry import KINDS, find
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import marks
 
 HEAD = """\
 # Configuration
@@ -34,9 +36,17 @@ A run starts from a recipe (`distunlearn list recipes`), which sets its own valu
 `distunlearn plan RECIPE` checks the result without writing anything. The resolved settings of a run are kept in its
 `run.yaml`, which is itself a valid `--config` file. Unknown keys, wrong types and impossible values are refused
 with exit code 2 and the nearest valid name.
+
+`method`, `objective` and `constraint` have the settings that all methods, objectives and evaluators share, and those of
+the one that `name` or `evaluator` names; what another one has is refused. Where a recipe or a `--config` file names
+another one, what it sets for that one alone is left out. Names may be those of the tables below, `package.module:Name`
+of an installed package, `path/to/file.py:Name`, or an entry point.
+
+The column *affects* says what a key changes where that is not the result: a run may go on in its directory under
+another value of it.
 """
 
-# For fields whose line in config.py has no comment.
+# For fields whose line has no comment.
 MEANINGS = {
     "recipe": "name of the recipe that the run started from; chosen on the command line, not with `--set`",
     "seed": "see above",
@@ -52,8 +62,6 @@ MEANINGS = {
     "encoder.name": "timm name of a ResNet or ViT (`distunlearn list encoders`)",
     "encoder.in_chans": "channels of the input: 1 is grey, 3 is colour",
     "objective.name": "see the [method page](method.md)",
-    "objective.temperature": "of the contrastive softmax and of the bank loss",
-    "objective.output_dim": "width of the projection that losses compare",
     "views.brightness": "largest relative change of brightness",
     "views.contrast": "largest relative change of contrast",
     "pretrain.epochs": "passes over the members (retrained: over the retained images)",
@@ -64,11 +72,8 @@ MEANINGS = {
     "unlearn.warmup": "share of the steps",
     "unlearn.clip": "largest gradient norm; 0: no clipping",
     "method.name": "how to forget (`distunlearn list methods`)",
-    "method.confidence_weight": "of the term that lowers the confidence on third-party images",
-    "method.confidence": "form of that term",
     "constraint.distance": "two-sample distance; both are unbiased",
     "constraint.evaluator": "how per-sample gradients are reached: see the [method page](method.md)",
-    "constraint.sketch_in": "columns of the Kronecker sketch (input side)",
     "audit.bootstrap": "draws behind every interval",
 }
 for _group in ("pretrain", "unlearn"):
@@ -80,24 +85,38 @@ BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
 
 
+COLUMNS = "| key | type | default | affects | meaning |\n|---|---|---|---|---|"
+
+
 def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD]
     for prefix, cls in sections(RunConfig):
-        title = f"`{prefix}`" if prefix else "The run"
-        parts.append(f"## {title}\n\n{summary(cls)}\n\n| key | type | default | meaning |\n|---|---|---|---|")
-        comments = meanings(cls)
-        hints = typing.get_type_hints(cls, include_extras=True)
-        for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[field.name]):
-                continue
-            key = f"{prefix}.{field.name}" if prefix else field.name
-            meaning = comments.get(field.name) or MEANINGS.get(key, "")
-            meaning = re.sub(r"\bNone\b", "`null`", meaning).replace("<out>", "the run directory")
-            cells = (f"`{key}`", kind(hints[field.name]), default(field), meaning)
-            parts[-1] += "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        parts[-1] += "\n"
+        parts.append(f"## {f'`{prefix}`' if prefix else 'The run'}\n\n{summary(cls)}\n\n{COLUMNS}")
+        parts[-1] += "".join(rows(prefix, cls, set())) + "\n"
+        for kind in (kind for kind in KINDS if kind.section == prefix):
+            shared = {field.name for field in dataclasses.fields(cls)}
+            for name in kind.table:
+                part = find(kind, name)
+                own = "".join(rows(prefix, part.Config, shared))
+                title = f"### `{kind.setting}={name}`\n\n{part.summary[:1].upper()}{part.summary[1:]}."
+                parts.append(title + (f"\n\n{COLUMNS}{own}\n" if own else " No settings of its own.\n"))
     return "\n".join(parts)
+
+
+def rows(prefix: str, cls: type, without: set[str]) -> Iterator[str]:
+    """A row for each setting of a class, as it stands on the page."""
+    comments = {name: text for base in reversed(cls.__mro__[:-1]) for name, text in meanings(base).items()}
+    hints, plain = typing.get_type_hints(cls, include_extras=True), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(plain[field.name]) or field.name in without:
+            continue
+        key = f"{prefix}.{field.name}" if prefix else field.name
+        meaning = MEANINGS.get(key) or comments.get(field.name, "")
+        meaning = re.sub(r"\bNone\b", "`null`", meaning).replace("<out>", "the run directory")
+        affects = marks(hints[field.name]).get("affects", "")
+        cells = (f"`{key}`", kind_of(hints[field.name]), default(field, prefix), affects, meaning)
+        yield "\n| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
@@ -112,7 +131,9 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 def summary(cls: type) -> str:
     """The docstring on one line."""
     text = " ".join((inspect.getdoc(cls) or "").split())
-    return text.replace("roles: see docs/words in README", "roles: see the words in the [README](../README.md)")
+    return text.replace("roles: see docs/glossary.md", "roles: see the [glossary](glossary.md)").replace(
+        "(docs/method.md)", "(see the [method page](method.md))"
+    )
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -130,24 +151,27 @@ def meanings(cls: type) -> dict[str, str]:
     return found
 
 
-def kind(annotation: Any) -> str:
+def kind_of(annotation: Any) -> str:
     """A type in words, with its bounds."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         metas = [meta for info in args[1:] if isinstance(info, FieldInfo) for meta in info.metadata]
         bounds = [f"{sign} {getattr(meta, name):g}" for meta in metas for name, sign in BOUNDS if hasattr(meta, name)]
-        return " ".join([kind(args[0]), *([" and ".join(bounds)] if bounds else [])])
+        return " ".join([kind_of(args[0]), *([" and ".join(bounds)] if bounds else [])])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in args)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(kind, args))
+        return " or ".join(map(kind_of, args))
     if origin is tuple:
-        return f"list (each {kind(args[0])})"
+        return f"list of {kind_of(args[0])}"
     return "group of settings" if origin is dict else NAMES[annotation]
 
 
-def default(field: dataclasses.Field) -> str:
+def default(field: dataclasses.Field, prefix: str) -> str:
     """The default as YAML has it."""
+    for kind in KINDS:
+        if kind.setting == f"{prefix}.{field.name}":
+            return f"`{kind.default}`"
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     if value is None or isinstance(value, bool):
         return f"`{json.dumps(value)}`"

@@ -8,7 +8,6 @@ A test compares the committed page with what this prints.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import textwrap
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.config.checks import cross_checks
-from distunlearn.config.schema import ConstraintConfig, RunConfig
+from distunlearn.config.registry import EVALUATOR, settings_of
+from distunlearn.config.schema import RunConfig
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 HEAD = """\
@@ -111,8 +111,8 @@ def refusals() -> list[str]:
     found = []
     for evaluator, backend, precision in (("double_backward", "fsdp2", "fp32"), ("double_backward", "zero3", "fp32"),
                                           ("sliced", "ddp", "bf16")):  # fmt: skip
-        cfg = RunConfig(backend=backend, precision=precision, constraint=ConstraintConfig(evaluator=evaluator))
-        problems = cross_checks(dataclasses.replace(cfg, threads=1))
+        cfg = RunConfig(backend=backend, precision=precision, constraint=settings_of(EVALUATOR, evaluator))
+        problems = cross_checks(cfg)
         found += [textwrap.fill(f"* {problem}.", 118, subsequent_indent="  ") for problem in problems]
     return found
 

@@ -14,8 +14,7 @@
 
 from __future__ import annotations
 
-from distunlearn.audit.attacks import ATTACKS
 from distunlearn.audit.signals.collect import Signals, collect_signals
 from distunlearn.audit.summary import summarise, write_audit
 
-__all__ = ["ATTACKS", "Signals", "collect_signals", "summarise", "write_audit"]
+__all__ = ["Signals", "collect_signals", "summarise", "write_audit"]

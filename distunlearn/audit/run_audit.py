@@ -67,8 +67,8 @@ def _signals(session: Session, name: str, encoder: EncoderView, state_sha256: st
     cfg = session.cfg
     key = signals_key(cfg, session.manifest, state_sha256)
     found = None
-    if name in SHARED and cfg.reuse:
-        found = kept_signals(Path(cfg.reuse).expanduser() / "audit" / f"signals-{name}.npz", key)
+    if name in SHARED and cfg.runtime.reuse:
+        found = kept_signals(Path(cfg.runtime.reuse).expanduser() / "audit" / f"signals-{name}.npz", key)
     if found is None:
         found = collect_signals(encoder, session.store, session.manifest, cfg)
     if name in SHARED and cfg.audit.keep_signals:

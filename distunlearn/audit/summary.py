@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from distunlearn.audit.attacks import ATTACKS, PAIRED, Attacked, run_attacks
+from distunlearn.audit.attacks import Attacked, judged, run_attacks
 from distunlearn.audit.figures.gates import Gate, equivalence, no_loss, overall
 from distunlearn.audit.figures.retained import retained_figures
 from distunlearn.audit.figures.retrain_distance import average_gap, iam, tow
@@ -36,6 +36,7 @@ from distunlearn.audit.statistics import (
     tpr_at_fpr,
 )
 from distunlearn.common.files import write_json
+from distunlearn.config.registry import ATTACKS
 from distunlearn.config.schema import RunConfig
 
 __all__ = ["ENCODERS", "load_scores", "summarise", "write_audit"]
@@ -75,16 +76,16 @@ def summarise(
     draws = draw_images(len(first.of("forget")), len(first.of("holdout")), cfg.audit.bootstrap, cfg.seed)
     found = run_attacks(signals, cfg.seed)
     correct = {name: correct_predictions(s, cfg.audit.neighbours) for name, s in signals.items()}
-    judged = [*ATTACKS, *(name for name in found if name in also_judged(cfg))]
+    chosen = [*judged(), *(name for name in found if name in cfg.audit.gates.also)]
     figures = {name: _attack_figures(name, attacked, draws, cfg) for name, attacked in found.items()}
-    attacks = {name: figures[name] for name in judged}
+    attacks = {name: figures[name] for name in chosen}
     utility, utility_gates = _utility_figures(correct, first, draws, cfg)
     gates = {name: attack["gap"] for name, attack in attacks.items()} | utility_gates
     verdict = overall(gate["verdict"] for gate in gates.values())
     described = {name: describe(s) for name, s in signals.items()}
     summary = {
         "attacks": attacks,
-        "further_attacks": {name: _unjudged(attack) for name, attack in figures.items() if name not in judged},
+        "further_attacks": {name: _unjudged(attack) for name, attack in figures.items() if name not in chosen},
         "utility": utility,
         "two_sample": {name: _compare(described[name], first, "forget", "third_party_audit", cfg) for name in signals},
         "controls": {
@@ -109,11 +110,6 @@ def summarise(
     return _plain(summary), scores
 
 
-def also_judged(cfg: RunConfig) -> list[str]:
-    """The further attacks that `audit.gates.also` names."""
-    return [name.strip() for name in (cfg.audit.gates.also or "").split(",") if name.strip()]
-
-
 def _completeness(
     signals: Mapping[str, Signals],
     found: Mapping[str, Mapping[str, Attacked]],
@@ -124,7 +120,7 @@ def _completeness(
     if "retrained" not in signals:
         return dict.fromkeys(("tow", "iam", "average_gap"))
     compared = {name: {e: a.comparison for e, a in attacked.items()} for name, attacked in found.items()}
-    chosen = [name.strip() for name in cfg.audit.average.split(",") if name.strip() in compared]
+    chosen = [name for name in cfg.audit.average if name in compared]
     agreement = {name: auc(comparison) for name, comparison in compared["view_agreement"].items()}
     return {
         "tow": tow(signals, agreement),
@@ -150,7 +146,7 @@ def _attack_figures(attack: str, found: Mapping[str, Attacked], draws: Draws, cf
         name: _figures(found[name].comparison if name in found else None, sampled.get(name)) for name in ENCODERS
     }
     # Compared with the original itself an attack has nothing to find there; its power shows on the retrained encoder.
-    at = "retrained" if attack in PAIRED and PAIRED[attack][1] == "original" else "original"
+    at = "retrained" if ATTACKS[attack].reference == "original" else "original"
     low, high = result[at]["auc_low"], result[at]["auc_high"]
     powered = bool(low > 0.5 or high < 0.5)
     gates = cfg.audit.gates

@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distunlearn.config import registry
+from distunlearn.errors import ConfigError
+
 __all__ = ["KINDS", "catalog_text"]
 
 
@@ -17,27 +20,37 @@ def _first_line(thing: Any) -> str:
     return text.split("\n\n")[0].replace("\n", " ").strip()
 
 
+def _found(kind: registry.Kind, text: Callable[[Any], str]) -> dict[str, str]:
+    """A text for every part; one that cannot be imported says so and hides no other."""
+    entries = {}
+    for name in registry.names(kind):
+        try:
+            entries[name] = text(registry.find(kind, name))
+        except ConfigError as error:
+            entries[name] = str(error)
+    return entries
+
+
 def _methods() -> dict[str, str]:
-    from distunlearn.methods import METHODS
+    def text(method: Any) -> str:
+        needs = ", ".join(need.replace("_", " ") for need in method.needs)
+        return f"{method.summary} ({f'needs: {needs}; ' if needs else ''}guarantee: {method.guarantee})"
 
-    def text(entry: Any) -> str:
-        needs = ", ".join(need.replace("_", " ") for need in entry.needs)
-        return f"{entry.summary} ({f'needs: {needs}; ' if needs else ''}guarantee: {entry.guarantee})"
-
-    return {name: text(entry) for name, entry in METHODS.items()}
+    return _found(registry.METHOD, text)
 
 
 def _objectives() -> dict[str, str]:
-    from distunlearn.objectives import OBJECTIVES
+    return _found(registry.OBJECTIVE, lambda objective: objective.summary)
 
-    return {name: _first_line(inspect.getmodule(objective)) for name, objective in OBJECTIVES.items()}
+
+def _evaluators() -> dict[str, str]:
+    return _found(registry.EVALUATOR, lambda evaluator: evaluator.summary)
 
 
 def _attacks() -> dict[str, str]:
-    from distunlearn.audit.attacks import ATTACKS, FURTHER, PAIRED
+    from distunlearn.audit.attacks import attack
 
-    attacks = {**ATTACKS, **FURTHER, **{name: attack for name, (attack, _) in PAIRED.items()}}
-    return {name: _first_line(attack) for name, attack in attacks.items()}
+    return {name: _first_line(attack(name)) for name in registry.ATTACKS}
 
 
 def _recipes() -> dict[str, str]:
@@ -56,6 +69,7 @@ KINDS: dict[str, Callable[[], Mapping[str, str]]] = {
     "methods": _methods,
     "encoders": _encoders,
     "objectives": _objectives,
+    "evaluators": _evaluators,
     "attacks": _attacks,
     "recipes": _recipes,
 }

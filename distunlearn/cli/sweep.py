@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,8 +16,8 @@ from distunlearn.run.slurm import Job, script, submit
 
 __all__ = ["Sweep"]
 
-Methods = Annotated[str, tyro.conf.arg(metavar="A,B,...", help="methods to search, separated by commas")]
-Seeds = Annotated[str, tyro.conf.arg(metavar="N,N,...", help="seeds of the reports")]
+Methods = Annotated[str, tyro.conf.arg(metavar="[A,B,...]", help="list of the methods to search")]
+Seeds = Annotated[str, tyro.conf.arg(metavar="[N,N,...]", help="list of the seeds of the reports")]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Sweep:
     out: Out = tyro.MISSING
     config: Config = None
     overrides: Overrides = ()
-    methods: Methods = "third_party,alignment_calibration,neg_grad,grad_ascent,finetune"
+    methods: Methods = "[third_party, alignment_calibration, neg_grad, grad_ascent, finetune]"
     trials: Annotated[int, tyro.conf.arg(help="runs of each method; the first has the recipe's settings")] = 8
     search: Annotated[Literal["random", "grid"], tyro.conf.arg(help="how settings are drawn")] = "random"
-    seeds: Seeds = "0"
+    seeds: Seeds = "[0]"
     validation_seed: Annotated[int, tyro.conf.arg(help="seed of the runs that settings are chosen on")] = 10
     search_seed: Annotated[int, tyro.conf.arg(help="seed of the draws of settings")] = 0
     attacks: Annotated[int, tyro.conf.arg(help="how many of the strongest attacks enter the score")] = 4
@@ -69,9 +69,9 @@ class Sweep:
         world = self.job.nodes * self.job.tasks if self.submit or self.dry_run else self.processes
         cfg = load_config(self.recipe, self.config, list(self.overrides), world=world)
         what = sweep.Sweep(
-            methods=tuple(name.strip() for name in self.methods.split(",") if name.strip()), trials=self.trials,
-            search=self.search, seeds=_numbers(self.seeds), validation_seed=self.validation_seed,
-            attacks=self.attacks, search_seed=self.search_seed,
+            methods=_list("--methods", self.methods, str, "[scrub, finetune]"), trials=self.trials,
+            seeds=_list("--seeds", self.seeds, int, "[0, 1, 2]"), search=self.search, attacks=self.attacks,
+            validation_seed=self.validation_seed, search_seed=self.search_seed,
         )  # fmt: skip
         sweep.prepare_sweep(cfg, what, self.out)
         if self.submit or self.dry_run:
@@ -97,8 +97,11 @@ class Sweep:
         return str(write_results(self.out) if self.report else self.out / "chosen.json")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seeds is {printable(text, 60)!r}, expected whole numbers such as 0,1,2")
-    return tuple(int(part) for part in parts)
+def _list(option: str, text: str, kind: type, example: str) -> tuple[Any, ...]:
+    """A YAML list of texts or whole numbers, in brackets."""
+    from distunlearn.config.yaml import parse_scalar
+
+    found = parse_scalar(text, option)
+    if not isinstance(found, list) or not all(type(value) is kind for value in found):
+        raise ConfigError(f"{option} is {printable(text, 60)!r}, expected a list such as {example}")
+    return tuple(found)

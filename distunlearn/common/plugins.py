@@ -73,8 +73,12 @@ def resolve(
     elif isinstance(name, str) and ":" in name:
         found = _from_outside(name, shown)
     else:
-        points = {point.name: point for point in importlib.metadata.entry_points(group=group)}
-        if name not in points:
+        points = (
+            {}
+            if not isinstance(name, str)
+            else {point.name: point for point in importlib.metadata.entry_points(group=group)}
+        )
+        if not isinstance(name, str) or name not in points:
             raise ConfigError(f"{shown} is not known; {_hint(str(name), [*builtin, *points])}")
         found = _from_outside(points[name].value.partition("[")[0].replace(" ", ""), shown)
     if not counted:

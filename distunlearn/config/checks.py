@@ -1,12 +1,11 @@
-"""What the types of config.py cannot say: settings that exclude one another or do not work in this version.
+"""What the types of schema.py cannot say: settings that exclude one another or do not work in this version.
 
 Pure functions of the config, the number of processes and, for files that are named in it, the file system.
-No check imports torch, so a typing mistake costs a fraction of a second.
+The parts that the config names (method, objective, evaluator) add their own: see their `problems`.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import unicodedata
@@ -16,11 +15,11 @@ from typing import Any
 
 from distunlearn.common.plugins import names
 from distunlearn.common.store_url import url_problem
+from distunlearn.config.registry import ATTACKS, METHOD, OBJECTIVE, STRESS_TESTS, find, nearest
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import marked
 
-__all__ = ["HANDED_OVER", "PATH_KEYS", "SHARDED", "SOURCES", "SOURCE_GROUP", "cross_checks", "forget_is_file"]
-
-PATH_KEYS = ("reuse", "data.root", "data.shards", "data.store_cache", "data.third_party_root", "encoder.checkpoint")
+__all__ = ["HANDED_OVER", "SHARDED", "SOURCES", "SOURCE_GROUP", "cross_checks", "forget_is_file"]
 
 SOURCES = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset")
 SOURCE_GROUP = "distunlearn.sources"  # of entry points
@@ -30,18 +29,12 @@ ID_FILES = (".txt", ".csv", ".jsonl")
 CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
-STRESS_TESTS = ("worst_case", "whole_class", "canaries", "sequential")
-GATED_ATTACKS = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
-FURTHER_ATTACKS = (
-    "encodermi_set", "encodermi_threshold", "embedding_norm", "gradient_sketch", "part_crop", "rmia", "lira_alignment",
-    "alignment_gap",
-)  # fmt: skip
 RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
 
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _objective, _constraint, _audit)
+    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _parts, _audit)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     problems.extend(_shares(cfg, world))
@@ -60,7 +53,7 @@ def _seed(cfg: RunConfig) -> Iterator[str]:
 
 def _text(cfg: RunConfig) -> Iterator[str]:
     """Control characters in paths and names: they would forge log lines and file names."""
-    values: list[tuple[str, Any]] = [(key, _value(cfg, key)) for key in PATH_KEYS]
+    values: list[tuple[str, Any]] = [(key, _value(cfg, key)) for key in marked(cfg, "path")]
     values += [("data.forget", cfg.data.forget), ("encoder.name", cfg.encoder.name)]
     values += [(f"encoder.args.{key}", value) for key, value in cfg.encoder.args.items()]
     for key, value in values:
@@ -71,7 +64,7 @@ def _text(cfg: RunConfig) -> Iterator[str]:
 def _sources(cfg: RunConfig) -> Iterator[str]:
     data = cfg.data
     if not _is_source(data.source) and data.source != HANDED_OVER:
-        yield f"data.source is {data.source!r}, which is no source{_nearest_source(data.source)}"
+        yield f"data.source is {data.source!r}, which is no source; {nearest(data.source, SOURCES)}"
     elif data.source in SOURCES and data.source not in ROOTLESS and not data.root and not data.shards:
         yield f"data.source={data.source} needs data.root, the folder that holds it"
     other = data.third_party_source
@@ -80,18 +73,13 @@ def _sources(cfg: RunConfig) -> Iterator[str]:
             yield "data.third_party_root is set without data.third_party_source; set both or neither"
         return
     if not _is_source(other):
-        yield f"data.third_party_source is {other!r}, which is no source{_nearest_source(other)}"
+        yield f"data.third_party_source is {other!r}, which is no source; {nearest(other, SOURCES)}"
     elif other in SOURCES and other not in ROOTLESS and not data.third_party_root and not data.shards:
         yield f"data.third_party_source={other} needs data.third_party_root, the folder that holds it"
 
 
 def _is_source(name: str) -> bool:
     return name in SOURCES or ":" in name or name in names({}, SOURCE_GROUP)
-
-
-def _nearest_source(name: str) -> str:
-    close = difflib.get_close_matches(name, SOURCES, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(SOURCES)}"
 
 
 def _store(cfg: RunConfig) -> Iterator[str]:
@@ -110,7 +98,7 @@ def _forget(cfg: RunConfig) -> Iterator[str]:
     if isinstance(forget, int):
         if forget < 1:
             yield f"data.forget is {forget}: there is nothing to forget; set a count of at least 1"
-        elif members and forget >= members:
+        elif members is not None and forget >= members:
             yield f"data.forget={forget} leaves nothing of data.members={members} to retain; forget fewer"
     elif isinstance(forget, float):
         if not 0 < forget < 1:
@@ -125,9 +113,9 @@ def _forget(cfg: RunConfig) -> Iterator[str]:
 def _sizes(cfg: RunConfig) -> Iterator[str]:
     """A batch larger than its role would hold an image twice, and no image is its own negative."""
     data, retain = cfg.data, None
-    if data.members and isinstance(data.forget, int) and 0 < data.forget < data.members:
+    if data.members is not None and isinstance(data.forget, int) and 0 < data.forget < data.members:
         retain = data.members - data.forget
-    if data.members and cfg.pretrain.batch > data.members:
+    if data.members is not None and cfg.pretrain.batch > data.members:
         yield f"pretrain.batch={cfg.pretrain.batch} is larger than data.members={data.members}; lower the batch"
     if retain is not None and cfg.unlearn.retain_batch > retain:
         yield (
@@ -172,61 +160,32 @@ def _views(cfg: RunConfig) -> Iterator[str]:
             yield f"views.{name}={value} needs colour, but encoder.in_chans is 1; set it to 0 or use 3 channels"
 
 
-def _objective(cfg: RunConfig) -> Iterator[str]:
-    objective = cfg.objective
-    if objective.name == "supervised" and cfg.data.source == "imagefolder" and cfg.data.root:
-        root = Path(cfg.data.root)
-        if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
-            yield (
-                f"objective.name=supervised needs labels, but data.root {cfg.data.root!r} has no class folders; "
-                "sort the images into one folder a class"
-            )
-    largest = max(cfg.pretrain.batch, cfg.unlearn.retain_batch)
-    if objective.name == "moco" and objective.queue_size < largest:
-        yield f"objective.queue_size={objective.queue_size} is smaller than a batch of {largest}; enlarge the queue"
-
-
-def _constraint(cfg: RunConfig) -> Iterator[str]:
-    constraint = cfg.constraint
-    try:
-        re.compile(constraint.layers or "")
-    except re.error as error:
-        yield f"constraint.layers is {constraint.layers!r}, which is no regular expression ({error}); correct it"
-    if constraint.evaluator == "double_backward" and cfg.backend in SHARDED and cfg.method.name == "third_party":
-        yield (
-            f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
-            f"backend={cfg.backend}; set constraint.evaluator=sketch, or backend=ddp"
-        )
-    if constraint.evaluator == "sliced" and cfg.precision == "bf16" and cfg.method.name == "third_party":
-        yield (
-            "constraint.evaluator=sliced compares gradients as single numbers, whose order the rounding of "
-            "precision=bf16 changes; set constraint.evaluator=sketch, or precision=fp32"
-        )
+def _parts(cfg: RunConfig) -> Iterator[str]:
+    """What the named parts say themselves."""
+    for kind in (OBJECTIVE, METHOD):
+        yield from find(kind, getattr(getattr(cfg, kind.section), kind.key)).problems(cfg)
 
 
 def _audit(cfg: RunConfig) -> Iterator[str]:
     """Names of attacks are texts here: one that is no attack would be a gate that is silently left out."""
     audit = cfg.audit
-    for key, text, known in (
-        ("audit.gates.also", audit.gates.also or "", FURTHER_ATTACKS),
-        ("audit.average", audit.average, (*GATED_ATTACKS, *FURTHER_ATTACKS)),
+    further = tuple(name for name, attack in ATTACKS.items() if attack.gates != "always")
+    for key, chosen, known in (
+        ("audit.gates.also", audit.gates.also, further),
+        ("audit.average", audit.average, tuple(ATTACKS)),
     ):
-        for name in filter(None, map(str.strip, text.split(","))):
+        for name in chosen:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"expected names among {', '.join(known)}"
-                yield f"{key} names {name!r}, which is not an attack that it takes; {hint}"
+                yield f"{key} names {name!r}, which is not an attack that it takes; {nearest(name, known)}"
             elif name == "part_crop" and not audit.part_crops:
                 yield f"{key} names part_crop, which audit.part_crops=0 leaves out; set audit.part_crops, such as 128"
-            elif key == "audit.gates.also" and name == "alignment_gap":
-                yield "audit.gates.also names alignment_gap, which has no power on the original encoder by definition"
-    if not audit.average.strip(" ,"):
+            elif key == "audit.gates.also" and ATTACKS[name].gates == "never":
+                yield f"audit.gates.also names {name}, which has no power on the original encoder by definition"
+    if not audit.average:
         yield "audit.average is empty; name at least one attack"
-    for name in filter(None, map(str.strip, (audit.stress or "").split(","))):
+    for name in audit.stress:
         if name not in STRESS_TESTS:
-            close = difflib.get_close_matches(name, STRESS_TESTS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"expected names among {', '.join(STRESS_TESTS)}"
-            yield f"audit.stress names {name!r}, which is no stress test; {hint}"
+            yield f"audit.stress names {name!r}, which is no stress test; {nearest(name, STRESS_TESTS)}"
     if audit.tier == 0 and audit.stress:
         yield "audit.stress needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
     if audit.tier == 0 and audit.gates.also:

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import hashlib
 import json
 import os
 import re
-import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from distunlearn.common.text import printable
-from distunlearn.config.checks import PATH_KEYS, SOURCES, cross_checks, forget_is_file
+from distunlearn.config import registry
+from distunlearn.config.checks import SOURCES, cross_checks, forget_is_file
 from distunlearn.config.recipes import RECIPES
+from distunlearn.config.registry import KINDS, Kind
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import Path as Key
+from distunlearn.config.shape import (
+    canonical,
+    digest,
+    field_diff,
+    get,
+    known_keys,
+    marks,
+    parts,
+    plain,
+    settings,
+    shape,
+    validate,
+)
 from distunlearn.config.yaml import dump_yaml, parse_scalar, read_yaml
 from distunlearn.errors import ConfigError
 
@@ -35,27 +47,44 @@ __all__ = [
 ]  # fmt: skip
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
-BOUNDS = (("gt", "greater than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most"))
-NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
-Path_ = tuple[str, ...]  # a key, split at its dots
+
+class _Given(NamedTuple):
+    """A value as it was given: where, and in which layer (0: the file, 1: the command line)."""
+
+    path: Key
+    value: Any
+    origin: str
+    layer: int
 
 
 @dataclasses.dataclass
 class _Draft:
-    """A config under construction: plain data, where each given value came from, and what is wrong so far."""
+    """A config under construction: plain data, where each given value came from, and what is wrong so far.
+
+    parts: the class of the settings of each section that has one of its own.
+    """
 
     tree: dict[str, Any]
     base: str
-    origins: dict[Path_, str] = dataclasses.field(default_factory=dict)
+    parts: dict[str, type]
+    origins: dict[Key, str] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
     refused: set[str] = dataclasses.field(default_factory=set)
 
-    def origin(self, path: Path_) -> str:
+    @property
+    def fields(self) -> dict[Key, Any]:
+        return shape(tuple(self.parts.items())).fields
+
+    @property
+    def sections(self) -> dict[Key, type]:
+        return shape(tuple(self.parts.items())).sections
+
+    def origin(self, path: Key) -> str:
         """Where the value at `path` was given; the recipe if nowhere else."""
         return self.origins.get(path, self.base)
 
-    def refuse(self, path: Path_, origin: str, sentence: str) -> None:
+    def refuse(self, path: Key, origin: str, sentence: str) -> None:
         """Record a problem; the key is left out of the checks that follow."""
         self.problems.append(f"{origin}: {sentence}")
         self.refused.add(".".join(path))
@@ -84,11 +113,14 @@ def load_config(
             raise ConfigError(f"{config_file}: found {_show(loaded)}, expected settings such as 'seed: 1'")
         data = loaded or {}
     base = _base(recipe, config_file, data)
-    draft = _Draft(_tree(base), base=f"recipe {base.recipe}")
-    _merge(draft, data, str(config_file))
-    for text in overrides:
-        _override(draft, text)
-    cfg = _validated(draft, base)
+    draft = _Draft(plain(base), f"recipe {base.recipe}", parts(base))
+    given = [*_flat(data, str(config_file)), *filter(None, (_override(draft, text) for text in overrides))]
+    for kind in KINDS:
+        given = _choose(draft, base, kind, given)
+    fallback = json.loads(json.dumps(draft.tree))
+    for value in given:
+        _put(draft, value)
+    cfg = _validated(draft, fallback)
     checks = cross_checks(cfg, _world_announced() if world is None else world)
     draft.problems += [check for check in checks if not any(key in check for key in draft.refused)]
     _raise(draft.problems)
@@ -104,7 +136,7 @@ def load_source(source: str | None, config_file: Path | None, overrides: list[st
 
 def dump_config(cfg: RunConfig) -> str:
     """The resolved config as YAML text; `load_config` of it gives an equal config."""
-    return dump_yaml(_tree(_canonical(cfg)))
+    return dump_yaml(plain(canonical(cfg)))
 
 
 def save_config(cfg: RunConfig, path: Path) -> None:
@@ -118,39 +150,6 @@ def save_config(cfg: RunConfig, path: Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-# Settings that came later, at the value that changes nothing: left out, so that older results keep their digest.
-NEUTRAL = {
-    ("audit", "stress"): None, ("constraint", "memory"): 0, ("method", "anchor_weight"): 0.0,
-    ("unlearn", "third_party_draw"): "uniform",
-}  # fmt: skip
-
-
-def digest(cfg: RunConfig) -> str:
-    """sha256 (hex) of the config as canonical JSON: equal for configs that mean the same run."""
-    tree = _tree(_canonical(cfg))
-    for (part, key), value in NEUTRAL.items():
-        if tree[part][key] == value:
-            del tree[part][key]
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def field_diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both values, in the order of config.py; empty for equal configs."""
-    left, right = (dict(_leaves(_tree(_canonical(cfg)))) for cfg in (a, b))
-    return {".".join(path): (left[path], right[path]) for path in left if left[path] != right[path]}
-
-
-def settings(cfg: RunConfig) -> dict[str, Any]:
-    """Every key with its value, as plain data, in the order of config.py."""
-    return {".".join(path): value for path, value in _leaves(_tree(_canonical(cfg)))}
-
-
-def known_keys() -> list[str]:
-    """Every key that `--set` takes, with dots, in the order of config.py."""
-    return [".".join(path) for path in _fields()]
 
 
 # Resolving: recipe, file, overrides
@@ -171,79 +170,113 @@ def _base(recipe: str | None, config_file: Path | None, data: dict[str, Any]) ->
     return dataclasses.replace(RECIPES[name](), recipe=name)
 
 
-def _merge(draft: _Draft, data: dict[str, Any], origin: str, at: Path_ = ()) -> None:
-    """Lay the values of a config file over the draft; unknown keys and broken sections become problems."""
+def _flat(data: dict[str, Any], origin: str, at: Key = ()) -> Iterator[_Given]:
+    """The values of a config file, by key; a free group (encoder.args) is one value."""
+    groups = {path for path in shape(tuple(parts(RunConfig()).items())).sections}
     for key, value in data.items():
-        path = (*at, key)
-        if path in _sections():
-            if isinstance(value, dict):
-                _merge(draft, value, origin, path)
-            else:
-                draft.refuse(path, origin, f"{_name(path)}: found {_show(value)}, expected a group of settings")
-        elif path in _fields():
-            _put(draft, path, value, origin)
+        path = (*at, str(key))
+        if path in groups and isinstance(value, dict):
+            yield from _flat(value, origin, path)
         else:
-            draft.refuse(path, origin, _unknown(path))
+            yield _Given(path, value, origin, 0)
 
 
-def _override(draft: _Draft, text: str) -> None:
-    """Apply one `key=value`. A key below a free dict (encoder.args.depth) sets that entry only."""
+def _override(draft: _Draft, text: str) -> _Given | None:
+    """One `key=value` of the command line; None if it is none."""
     key, equals, value_text = text.partition("=")
     key = key.strip()
     origin = f"--set {printable(text, 80)}"
     if not equals or not KEY.fullmatch(key):
         draft.problems.append(f"{origin}: expected key=value, such as seed=1 or pretrain.lr=1e-3")
-        return
+        return None
     path = tuple(key.split("."))
     try:
         value = parse_scalar(value_text, origin)
     except ConfigError as error:
         draft.problems.append(str(error))
         draft.refused.add(key)
-        return
-    if path in _sections():
-        draft.refuse(path, origin, f"{key} is a group of settings; set one of them, such as {_first_key(path)}")
-    elif path == ("recipe",) and value != draft.tree["recipe"]:
+        return None
+    if path == ("recipe",) and value != draft.tree["recipe"]:
         draft.refuse(path, origin, "the recipe is chosen by its name on the command line, not with --set")
-    elif path in _fields():
-        _put(draft, path, value, origin)
-    elif _fields().get(path[:-1]) == dict[str, Any] and isinstance(_get(draft.tree, path[:-1]), dict):
-        _put(draft, path, value, origin)
-        draft.origins[path[:-1]] = origin
-    else:
-        draft.refuse(path, origin, _unknown(path))
+        return None
+    return _Given(path, value, origin, 1)
 
 
-def _put(draft: _Draft, path: Path_, value: Any, origin: str) -> None:
-    is_path = _name(path) in PATH_KEYS or (_name(path) == "data.forget" and forget_is_file(value))
+def _choose(draft: _Draft, base: RunConfig, kind: Kind, given: list[_Given]) -> list[_Given]:
+    """Give the section the settings of the part that is named last; returns the values that are left to be set.
+
+    Where a layer names another part than those below it, their values for this section that the other part does not
+    have are dropped: they belong to what they were written for. Values in the layer that names the part, or above it,
+    are kept, to be refused if the part does not have them.
+    """
+    at = (kind.section, kind.key)
+    named = [value for value in given if value.path == at]
+    name = recipes = getattr(getattr(base, kind.section), kind.key)
+    section = getattr(base, kind.section)
+    floor = 0
+    for choice in named:
+        if choice.layer > 0 and choice.value != name and any(v.layer == 0 for v in named):
+            floor = choice.layer  # a file that is about another part
+        name = choice.value
+    if name != recipes:
+        try:
+            chosen = registry.settings_class(kind, name)
+        except ConfigError as error:
+            draft.refuse(at, named[-1].origin, str(error))
+            return [value for value in given if value.path[:1] != at[:1]]
+        section = registry.switched(kind, section, name)
+        draft.parts[kind.section] = chosen
+        draft.tree[kind.section] = plain(section)
+    known = {field.name for field in dataclasses.fields(section)}
+    return [v for v in given if v.path[0] != kind.section or v.layer >= floor or v.path[-1] in known]
+
+
+def _put(draft: _Draft, given: _Given) -> None:
+    """Set one value; what is no setting becomes a problem. A key below a free group sets that entry only."""
+    path, value, origin, _ = given
+    name, free = _name(path), draft.fields.get(path[:-1]) == dict[str, Any]
+    if path in draft.sections:
+        kind = "a group of settings"
+        first = _name(next(p for p in draft.fields if p[: len(path)] == path))
+        draft.refuse(path, origin, f"{name}: found {_show(value)}, expected {kind}; set one of them, such as {first}")
+        return
+    if path not in draft.fields and not (free and isinstance(get(draft.tree, path[:-1]), dict)):
+        draft.refuse(path, origin, _unknown(draft, path))
+        return
+    mark = {} if free else marks(draft.fields[path])
+    is_path = "path" in mark or (name == "data.forget" and forget_is_file(value))
     if is_path and isinstance(value, str):
         value = os.path.expanduser(value)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        draft.refuse(path, origin, f"{_name(path)}: found {_show(value)}, which is not valid Unicode")
+        draft.refuse(path, origin, f"{name}: found {_show(value)}, which is not valid Unicode")
         return
-    _get(draft.tree, path[:-1])[path[-1]] = value
+    get(draft.tree, path[:-1])[path[-1]] = value
     draft.origins[path] = origin
-    draft.refused.discard(_name(path))
+    if free:
+        draft.origins[path[:-1]] = origin
+    draft.refused.discard(name)
 
 
-def _get(tree: Any, path: Path_) -> Any:
-    return functools.reduce(lambda node, key: node[key], path, tree)
-
-
-def _unknown(path: Path_) -> str:
-    """The sentence for an unknown key, with the nearest that exist: in its own section first, then anywhere."""
-    keys = [*_fields(), *_sections()]
+def _unknown(draft: _Draft, path: Key) -> str:
+    """The sentence for an unknown key: whose it is, and the nearest that exist, in its own section first."""
+    keys = [*draft.fields, *draft.sections]
     beside = {key[-1]: key for key in keys if key[:-1] == path[:-1]}
     close = [beside[name] for name in difflib.get_close_matches(path[-1], beside, n=1)]
     if not close:
         by_name = {_name(key): key for key in keys}
         close = [by_name[name] for name in difflib.get_close_matches(_name(path), by_name, n=1, cutoff=0.8)]
     if not close:
-        leaves = difflib.get_close_matches(path[-1], [key[-1] for key in _fields()], n=1, cutoff=0.75)
-        close = [key for key in _fields() if key[-1] in leaves][:3]
+        leaves = difflib.get_close_matches(path[-1], [key[-1] for key in draft.fields], n=1, cutoff=0.75)
+        close = [key for key in draft.fields if key[-1] in leaves][:3]
     hint = f"did you mean {' or '.join(map(_name, close))}?" if close else f"expected one of {', '.join(beside)}"
+    kind = next((kind for kind in KINDS if path[:-1] == (kind.section,)), None)
+    if kind is not None:
+        chosen = f"{kind.setting}={_show(get(draft.tree, (kind.section, kind.key))).strip(chr(34))}"
+        whose = registry.owners(kind, path[-1])
+        having = f" (it is a setting of {', '.join(whose)})" if whose else ""
+        return f"unknown key {_name(path)} with {chosen}{having}; {hint}"
     return f"unknown key {_name(path)}; {hint}" if close or beside else f"unknown key {_name(path)}"
 
 
@@ -264,37 +297,32 @@ def _raise(problems: list[str]) -> None:
 # Checking types and ranges
 
 
-@functools.cache
-def _adapter() -> TypeAdapter[RunConfig]:
-    return TypeAdapter(RunConfig)
-
-
-def _validate(tree: dict[str, Any]) -> RunConfig:
-    """JSON mode, since strict mode takes a dict for a dataclass from JSON only."""
-    return _adapter().validate_json(json.dumps(tree))
-
-
-def _validated(draft: _Draft, base: RunConfig) -> RunConfig:
+def _validated(draft: _Draft, fallback: dict[str, Any]) -> RunConfig:
     """The draft as a RunConfig. A wrong value becomes a problem and gives way to the recipe's, for later checks."""
-    given, fallback = dict(_leaves(draft.tree)), dict(_leaves(_tree(base)))
-    wrong = [path for path, value in given.items() if _misses_literal(_fields()[path], value)]
+    fields = draft.fields
+    wrong: dict[Key, list[str]] = {}
     try:
-        _validate(draft.tree)
+        validate(draft.tree)
     except ValidationError as error:
-        for detail in error.errors(include_url=False, include_context=False):
+        for detail in error.errors(include_url=False, include_context=False, include_input=False):
             loc = tuple(str(part) for part in detail["loc"])
             # a union adds the names of its members to the location, a dict its keys
-            path = next((loc[:end] for end in range(len(loc), 0, -1) if loc[:end] in _fields()), loc)
-            if path not in wrong:
-                wrong.append(path)
-    for path in wrong:
-        if path not in given:
-            raise AssertionError(f"no such setting: {path}")
-        expected = f"expected {_describe(_fields()[path])}{_nearest_choice(_fields()[path], given[path])}"
-        draft.refuse(path, draft.origin(path), f"{_name(path)}: found {_show(given[path])}, {expected}")
-        _get(draft.tree, path[:-1])[path[-1]] = fallback[path]
+            path = next((loc[:end] for end in range(len(loc), 0, -1) if loc[:end] in fields), loc)
+            if path not in fields:
+                raise AssertionError(f"no such setting: {path}") from error
+            wrong.setdefault(path, []).append(detail["msg"])
+    for path, annotation in fields.items():
+        if _misses_literal(annotation, get(draft.tree, path)):
+            wrong.setdefault(path, [f"Input should be {' or '.join(map(repr, typing.get_args(annotation)))}"])
+    for path, messages in wrong.items():
+        value = get(draft.tree, path)
+        expected = " or ".join(message[:1].lower() + message[1:] for message in dict.fromkeys(messages))
+        expected = expected.replace("input should be", "expected", 1).replace(" or input should be", " or")
+        hint = _nearest_choice(fields[path], value)
+        draft.refuse(path, draft.origin(path), f"{_name(path)}: found {_show(value)}, {expected}{hint}")
+        get(draft.tree, path[:-1])[path[-1]] = get(fallback, path)
     try:
-        return _validate(draft.tree)
+        return validate(draft.tree)
     except ValidationError:
         _raise(draft.problems)  # the recipe's own values are wrong too
         raise
@@ -306,73 +334,18 @@ def _misses_literal(annotation: Any, value: Any) -> bool:
     return bool(options) and not any(type(option) is type(value) and option == value for option in options)
 
 
-def _describe(annotation: Any) -> str:
-    """What a setting takes, in words."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        metas = [meta for info in args[1:] if isinstance(info, FieldInfo) for meta in info.metadata]
-        words = [f"{word} {getattr(meta, bound):g}" for meta in metas for bound, word in BOUNDS if hasattr(meta, bound)]
-        return " ".join([_describe(args[0]), *([" and ".join(words)] if words else [])])
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_describe, args))
-    if origin is tuple:
-        return f"a list (each {_describe(args[0])})"
-    if origin is dict:
-        return "a group of settings"
-    return NAMES[annotation]
-
-
 def _nearest_choice(annotation: Any, value: Any) -> str:
+    while typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if isinstance(value, str) and typing.get_origin(annotation) is tuple:
+        return f"; write it as a list, such as [{printable(value, 40)}]"
     if typing.get_origin(annotation) is not Literal or not isinstance(value, str):
         return ""
     close = difflib.get_close_matches(value, [str(option) for option in typing.get_args(annotation)], n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# The shape of RunConfig, and configs as plain data
-
-
-@functools.cache
-def _sections() -> dict[Path_, type]:
-    return {path: kind for path, kind in _walk(RunConfig) if dataclasses.is_dataclass(kind)}
-
-
-@functools.cache
-def _fields() -> dict[Path_, Any]:
-    return {path: kind for path, kind in _walk(RunConfig) if not dataclasses.is_dataclass(kind)}
-
-
-def _walk(cls: type, at: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        path = (*at, field.name)
-        yield path, hints[field.name]
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _walk(hints[field.name], path)
-
-
-def _leaves(tree: dict[str, Any]) -> Iterator[tuple[Path_, Any]]:
-    for path in _fields():
-        yield path, _get(tree, path)
-
-
-def _first_key(section: Path_) -> str:
-    return _name(next(path for path in _fields() if path[: len(section)] == section))
-
-
-def _tree(cfg: RunConfig) -> dict[str, Any]:
-    """Plain data of a config, as JSON would hold it (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
-
-
-def _canonical(cfg: RunConfig) -> RunConfig:
-    """`cfg` with every number in the type of its field, so that lr=1 and lr=1.0 are one config."""
-    return _validate(_tree(cfg))
-
-
-def _name(path: Path_) -> str:
+def _name(path: Key) -> str:
     return printable(".".join(path), 120)
 
 

@@ -10,16 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from distunlearn.config.schema import (
-    DataConfig,
-    EncoderConfig,
-    MethodConfig,
-    ObjectiveConfig,
-    PretrainConfig,
-    RunConfig,
-    UnlearnConfig,
-    ViewsConfig,
-)
+from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, settings_of, switched
+from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig, UnlearnConfig, ViewsConfig
 
 __all__ = ["RECIPES", "digits"]
 
@@ -47,18 +39,19 @@ def digits() -> RunConfig:
         recipe="digits",
         data=DataConfig(source="digits", calibration=97, third_party=300, third_party_audit=100),
         encoder=SMALL_RESNET,
-        objective=ObjectiveConfig(name="simclr", temperature=0.2, hidden_dim=256, output_dim=64),
+        objective=settings_of(OBJECTIVE, "simclr", temperature=0.2, hidden_dim=256, output_dim=64),
         views=ViewsConfig(crop_scale_min=0.4, brightness=0.4, contrast=0.4),
         pretrain=PretrainConfig(epochs=400, batch=128, lr=4e-3),
         unlearn=UnlearnConfig(steps=175, retain_batch=96, forget_batch=32, third_party_batch=48, lr=5e-4),
-        method=MethodConfig(gradient_weight=1.0, output_weight=4.0, confidence_weight=0.05, view_pairs=2),
+        method=settings_of(METHOD, "third_party", gradient_weight=1.0, output_weight=4.0, confidence_weight=0.05),
+        constraint=settings_of(EVALUATOR, "head", view_pairs=2),
     )
 
 
 def digits_moco() -> RunConfig:
     """MoCo v2 with a queue."""
     base = digits()
-    return replace(base, recipe="digits_moco", objective=replace(base.objective, name="moco", queue_size=512))
+    return replace(base, recipe="digits_moco", objective=switched(OBJECTIVE, base.objective, "moco"))
 
 
 def digits_mocov3() -> RunConfig:
@@ -68,7 +61,7 @@ def digits_mocov3() -> RunConfig:
         base,
         recipe="digits_mocov3",
         encoder=SMALL_VIT,
-        objective=replace(base.objective, name="mocov3"),
+        objective=switched(OBJECTIVE, base.objective, "mocov3"),
         pretrain=replace(base.pretrain, lr=1e-3),
     )
 
@@ -76,13 +69,13 @@ def digits_mocov3() -> RunConfig:
 def digits_byol() -> RunConfig:
     """BYOL: no negatives in training; the bank of the per-sample loss are target projections of retain."""
     base = digits()
-    return replace(base, recipe="digits_byol", objective=replace(base.objective, name="byol"))
+    return replace(base, recipe="digits_byol", objective=switched(OBJECTIVE, base.objective, "byol"))
 
 
 def digits_supervised() -> RunConfig:
     """Cross-entropy with labels."""
     base = digits()
-    return replace(base, recipe="digits_supervised", objective=replace(base.objective, name="supervised"))
+    return replace(base, recipe="digits_supervised", objective=switched(OBJECTIVE, base.objective, "supervised"))
 
 
 def digits_vit() -> RunConfig:

@@ -1,16 +1,30 @@
 """RunConfig: everything that decides a run, as frozen dataclasses with documented ranges.
 
-Loading is strict (see `config_io`): unknown keys, wrong types and impossible values are refused
-with the nearest valid name before any compute is spent. A recipe (`recipes.py`) is a function
-that returns one of these; `--config file.yaml` and `--set a.b=c` change single values.
+Loading is strict (see `load.py`): unknown keys, wrong types and impossible values are refused with the nearest valid
+name before any compute is spent. A recipe (`recipes.py`) is a function that returns one of these; `--config file.yaml`
+and `--set a.b=c` change single values.
+
+The sections `method`, `objective` and `constraint` have the settings class of the part that they name, which that part
+defines (`registry.py`); here are only the bases of those classes, with what all parts share.
+
+A field says of itself what it changes: `affects="nothing"`, `"speed"` or `"rounding"` are fields with which a run may
+go on under another value; without it, the field decides results. `local` fields may differ between the processes of
+a run, and `path` fields hold a path.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter
+from pydantic_core import PydanticCustomError
+
+from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, Kind, settings_class, settings_of
+from distunlearn.errors import ConfigError
 
 __all__ = [
     "AuditConfig",
@@ -21,8 +35,10 @@ __all__ = [
     "GatesConfig",
     "MethodConfig",
     "ObjectiveConfig",
+    "Pattern",
     "PretrainConfig",
     "RunConfig",
+    "RuntimeConfig",
     "UnlearnConfig",
     "ViewsConfig",
 ]
@@ -31,29 +47,73 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]  # 0 and 1 included
+PartShare = Annotated[float, Field(gt=0, le=1)]
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "clearml", "comet_ml", "aim", "swanlab"]
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+FREE: Any = Field(json_schema_extra={"affects": "nothing"})
+LOCAL: Any = Field(json_schema_extra={"affects": "nothing", "local": True})
+PLACE: Any = Field(json_schema_extra={"affects": "nothing", "local": True, "path": True})
+SPEED: Any = Field(json_schema_extra={"affects": "speed"})
+LOCAL_SPEED: Any = Field(json_schema_extra={"affects": "speed", "local": True})
+CHECKPOINT: Any = Field(json_schema_extra={"local": True, "path": True})  # its bytes count, not where they lie
+ROUNDING: Any = Field(json_schema_extra={"affects": "rounding"})
+
+Place = Annotated[str | None, PLACE]
+LocalMib = Annotated[PositiveInt, LOCAL_SPEED]
+SpeedInt = Annotated[NonNegativeInt, SPEED]
+AVERAGE = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network")
+
+
+def _compiles(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PydanticCustomError("pattern", "expected a regular expression ({error})", {"error": str(error)}) from None
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+def _of(kind: Kind) -> Any:
+    """Validator of a section whose settings class is that of the part it names."""
+
+    def validate(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise PydanticCustomError("section", "expected a group of settings")
+        try:
+            settings = settings_class(kind, value.get(kind.key, kind.default))
+        except ConfigError as error:
+            raise PydanticCustomError("part", "{error}", {"error": str(error)}) from error
+        return _adapter(settings).validate_json(json.dumps(value))
+
+    return PlainValidator(validate)
+
+
+@functools.cache
+def _adapter(settings: type) -> TypeAdapter[Any]:
+    return TypeAdapter(settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from and which role each plays (roles: see docs/words in README)."""
+    """Where the images come from and which role each plays (roles: see docs/glossary.md)."""
 
     __pydantic_config__ = STRICT
 
     source: str = "digits"  # a built-in source, or an own one: package.module:Name, path/to/file.py:Name
-    root: str | None = None  # folder of the source; None: the source's own default place
-    shards: str | None = None  # folder of shards and manifest; None: <out>/shards
-    store: str | None = None  # URL of the folder that holds the shards; the manifest stays in data.shards
-    store_cache: str | None = None  # local folder for copies of the store's shards; None: images are read by ranges
-    store_cache_mib: PositiveInt = 51_200  # of those copies, for all processes of a machine; the oldest use goes first
-    members: NonNegativeInt = 700  # images the original encoder is trained on (retain + forget); 0: all left over
+    root: Place = None  # folder of the source; None: the source's own default place
+    shards: Place = None  # folder of shards and manifest; None: <out>/shards
+    store: Annotated[str | None, LOCAL] = None  # URL of the folder of the shards; the manifest stays in data.shards
+    store_cache: Place = None  # local folder for copies of the store's shards; None: images are read by ranges
+    store_cache_mib: LocalMib = 51_200  # of those copies, of all processes of a machine; the longest unused go first
+    members: PositiveInt | None = 700  # images the original encoder is trained on; None: all that are left over
     forget: int | float | str = 200  # a count, a share in (0, 1), "class:N", or a file of ids (.txt .csv .jsonl)
     allow_missing: bool = False  # leave out listed ids that the source does not have (recorded), instead of refusing
-    forget_cap: Annotated[float, Field(gt=0, le=1)] = 0.5  # largest share of the members that may be forgotten
+    max_forget_share: PartShare = 0.5  # largest share of the members that may be forgotten
     copies: Literal["refuse", "forget", "keep"] = "refuse"  # retain images with the very bytes of a forget image
     near_distance: Annotated[int, Field(ge=0, le=16)] | None = 4  # bits of a perceptual hash; null: no search
     holdout: PositiveInt = 600
@@ -61,17 +121,17 @@ class DataConfig:
     third_party: PositiveInt = 200
     third_party_audit: PositiveInt = 147
     third_party_source: str | None = None  # None: the members' own source
-    third_party_root: str | None = None
+    third_party_root: Place = None
     samples_per_shard: PositiveInt = 256
-    prepare_workers: NonNegativeInt = 0  # processes that write shards; 0: one a core for large sets, else this one
+    prepare_workers: SpeedInt = 0  # processes that write shards; 0: one a core for large sets, else this one
     max_pixels: PositiveInt = 64_000_000  # width x height above which an image is refused before decoding
-    verify: Literal["digest", "size"] = "digest"  # of every shard before a run; digest: sha256 of all bytes
-    cache_mib: NonNegativeInt = 2048  # decoded images kept in memory up to this size, else streamed every epoch
-    workers: NonNegativeInt = 0  # processes, for each rank, that read and decode ahead; 0: the training process does
-    prefetch: PositiveInt = 2  # batches that each worker is ahead of the training (prefetch_factor of the DataLoader)
+    verify: Annotated[Literal["digest", "size"], LOCAL] = "digest"  # of each shard before a run; digest: of all bytes
+    cache_mib: Annotated[NonNegativeInt, LOCAL_SPEED] = 2048  # of decoded images in memory; more are read every epoch
+    workers: SpeedInt = 0  # processes, for each rank, that read and decode ahead; 0: the training process does
+    prefetch: Annotated[PositiveInt, SPEED] = 2  # batches that each worker is ahead (DataLoader's prefetch_factor)
     decode: Literal["exact", "fast"] = "exact"  # fast: JPEGs at a smaller scale, resize in integers; other pixels
-    read_retries: NonNegativeInt = 4  # of a failed read, after 0.25 s, 0.5 s, 1 s and so on; then the run ends
-    max_undecodable: Share = 0.001  # share of a role's images that may be replaced; forget images never are
+    read_retries: Annotated[NonNegativeInt, FREE] = 4  # of a failed read, after 0.25 s, 0.5 s and so on; then it ends
+    max_undecodable: Annotated[Share, FREE] = 0.001  # share of a role that may be replaced; forget images never are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +148,16 @@ class EncoderConfig:
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1], that the encoder wants subtracted; null: 0.5
     std: tuple[PositiveFloat, ...] | None = None  # by which it wants the difference divided; null: 0.5
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
-    checkpoint: str | None = None  # .safetensors or .pth (weights only): a foreign original encoder
+    checkpoint: Annotated[str | None, CHECKPOINT] = None  # .safetensors or .pth (weights only): the original encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The contrastive objective the encoder was, or is, trained with."""
+    """The objective the encoder was, or is, trained with: what all objectives share."""
 
     __pydantic_config__ = STRICT
 
-    name: Literal["simclr", "moco", "mocov3", "byol", "supervised"] = "simclr"
-    temperature: PositiveFloat = 0.2
-    hidden_dim: PositiveInt = 128  # width of projector and predictor
-    output_dim: PositiveInt = 64
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the momentum encoder, per step
-    queue_size: PositiveInt = 512  # moco only
-    similarity_mib: PositiveFloat = 1024.0  # for one copy of a process's similarities; above it tile by tile, exactly
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +192,7 @@ class PretrainConfig:
     weight_decay: NonNegativeFloat = 1e-4
     warmup: Share = 0.05  # share of the steps
     clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping, the same on every backend
-    checkpoint_every: PositiveInt = 200  # steps
+    checkpoint_every: Annotated[PositiveInt, FREE] = 200  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,68 +205,39 @@ class UnlearnConfig:
     retain_batch: PositiveInt = 128
     forget_batch: Annotated[int, Field(ge=2)] = 50
     third_party_batch: Annotated[int, Field(ge=2)] = 50
-    third_party_draw: Literal["uniform", "matched"] = "uniform"  # matched: those like the forgotten ones, more often
+    third_party_sampling: Literal["uniform", "matched"] = "uniform"  # matched: those like forgotten ones more often
     accumulate: PositiveInt = 1  # micro-batches a step, each with a part of all three batches
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 1e-4
     warmup: Share = 0.05
     clip: NonNegativeFloat = 0.0
-    checkpoint_every: PositiveInt = 50  # steps
+    checkpoint_every: Annotated[PositiveInt, FREE] = 50  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """How to forget; weights are those of the three-part loss (docs/method.md)."""
+    """How to forget: what all methods share. Weights are those of the method's loss (docs/method.md)."""
 
     __pydantic_config__ = STRICT
 
-    name: Literal[
-        "third_party", "alignment_calibration", "neg_grad", "grad_ascent", "scrub", "salun", "sure",
-        "held_out_distillation", "random_target", "l1_sparse", "finetune", "retrain", "none", "random_init",
-    ] = "third_party"  # fmt: skip
-    utility_weight: NonNegativeFloat = 1.0  # third_party only: of the loss on retained images
-    gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
-    output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
-    confidence_weight: NonNegativeFloat = 0.1
-    view_pairs: PositiveInt = 1  # third_party only: pairs of views over which each sample's gradient is averaged
-    confidence: Literal["hinge", "entropy"] = "hinge"
-    confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
-    anchor_weight: NonNegativeFloat = 0.0  # third_party only: third-party images stay as the original encoder has them
-    distill_weight: NonNegativeFloat = 0.0  # third_party only: stay near the original encoder's retain embeddings
-    target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
-    ascent_weight: NonNegativeFloat = 1.0  # grad_ascent, neg_grad: of the forget loss that is climbed
-    ascent_bound: PositiveFloat = 50.0  # grad_ascent, neg_grad: stop (exit 4) when that loss passes this
-    forget_weight: NonNegativeFloat = 1.0  # scrub, salun, sure, held_out_distillation, random_target: the forget term
-    retain_weight: NonNegativeFloat = 1.0  # scrub only: of the distance to the original encoder on retain images
-    max_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # scrub only: share of the steps that push forget images away
-    mask_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # salun only: share of the weights that may move
-    alignment_weight: NonNegativeFloat = 1.0  # alignment_calibration only: of the alignment of a forget image's views
-    calibration_weight: NonNegativeFloat = 1.0  # alignment_calibration only: of forget images with foreign partners
-    l1_weight: NonNegativeFloat = 0.1  # l1_sparse only: of the sum of the weights' absolute values
-    critic_width: PositiveInt = 64  # sure only: hidden units of the domain classifier
-    critic_lr: PositiveFloat = 1e-3  # sure only: its learning rate
-    loss_bound: PositiveFloat | None = None  # any method: stop (exit 4) when the size of the loss passes it; null: none
-    embedding_bound: PositiveFloat | None = None  # any method: stop (exit 4) when the norm of an embedding passes it
+    name: str
+    loss_bound: PositiveFloat | None = None  # stop (exit 4) when the size of the loss passes it; null: no bound
+    embedding_bound: PositiveFloat | None = None  # stop (exit 4) when the norm of an embedding passes it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintConfig:
-    """How the per-sample gradients are reached and compared."""
+    """How the per-sample gradients are reached and compared: what all evaluators share."""
 
     __pydantic_config__ = STRICT
 
-    evaluator: Literal["head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward"] = "head"
+    evaluator: str
     distance: Literal["energy", "mmd"] = "energy"
-    sketch_out: PositiveInt = 8  # rows of the Kronecker sketch (output side)
-    sketch_in: PositiveInt = 8
-    layers: str | None = None  # regular expression found in the names of the layers that are probed; null: all
-    rho: PositiveFloat | None = None  # step of finite differences; null: the evaluator's own for the precision
-    check_every: PositiveInt = 100  # steps between comparisons of finite differences at rho and rho / 2
-    center: Literal[0, 1] = 1  # input_gp only: gradient norm that the penalty pulls to
+    view_pairs: PositiveInt = 1  # pairs of views over which each sample's gradient is averaged
     spread_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running estimate of the third-party's spread
     phi_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running mean that switches the term
-    memory: NonNegativeInt = 0  # past steps whose samples the gradient of Phi is taken against too: less noise
+    memory_steps: NonNegativeInt = 0  # past steps whose samples the gradient of Phi is taken against too: less noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +250,7 @@ class GatesConfig:
     attack: PositiveFloat = 0.08  # the same for every other attack
     utility_points: PositiveFloat = 2.5  # allowed loss of accuracy, percentage points
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9  # of the two-sided bootstrap interval
-    also: str | None = None  # further attacks that are judged like the others, by name, separated by commas
+    also: tuple[str, ...] = ()  # names of further attacks that are judged like the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +265,10 @@ class AuditConfig:
     tier: Literal[0, 1, 2] = 1  # 0: no training, no retrained encoder unless it is there; 1: with it; 2: shadows too
     part_crops: NonNegativeInt = 0  # small crops of each image for the PartCrop attack; 0: without it (the paper: 128)
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it
-    keep_signals: bool = False  # of original and retrained encoder, for the audits of runs that reuse this one
+    keep_signals: Annotated[bool, FREE] = False  # of original and retrained encoder, for runs that reuse this one
     shadows: Annotated[int, Field(ge=6, le=64)] = 12  # pooled shadow encoders of tier 2
-    stress: str | None = None  # tier 3, by name, with commas: worst_case, whole_class, canaries, sequential; null: none
-    average: str = "view_agreement,encodermi_vector,bank_loss,gradient_norm_network"  # attacks of the average gap
+    stress: tuple[str, ...] = ()  # stress tests: worst_case, whole_class, canaries, sequential
+    average: tuple[str, ...] = AVERAGE  # attacks of the average gap
     gates: GatesConfig = field(default_factory=GatesConfig)
 
 
@@ -253,8 +278,24 @@ class CheckpointConfig:
 
     __pydantic_config__ = STRICT
 
-    asynchronous: bool = True  # training goes on while a copy in memory (a second state) is written, synced, committed
-    sharded: Literal["auto", "always", "never"] = "auto"  # each process writes its own part; auto: fsdp2, zero3, large
+    asynchronous: Annotated[bool, FREE] = True  # training goes on while a copy in memory is written and synced
+    sharded: Annotated[Literal["auto", "always", "never"], FREE] = "auto"  # by every process; auto: fsdp2, zero3, large
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the processes of a run work: nothing here changes what is computed, beyond rounding."""
+
+    __pydantic_config__ = STRICT
+
+    threads: Annotated[NonNegativeInt, LOCAL_SPEED] = 0  # CPU threads a process; 0: OMP_NUM_THREADS, else cores
+    compile: Annotated[bool, ROUNDING] = False  # blocks through torch.compile, except in passes that hook into them
+    activation_checkpointing: Annotated[bool, ROUNDING] = False  # blocks run forward again in the backward: less memory
+    reuse: Place = None  # a finished run whose shards, original and retrained encoder are taken
+    join_s: Annotated[PositiveFloat, LOCAL] = 600.0  # seconds to wait for the other processes at the start
+    watchdog_s: Annotated[NonNegativeFloat, LOCAL] = 600.0  # seconds of one part of a step that end a run; 0: no limit
+    watchdog_save_s: Annotated[NonNegativeFloat, LOCAL] = 3600.0  # of checkpoints, calibration and the first step
+    accept_code_change: Annotated[bool, FREE] = False  # go on under another version of this package; it is recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,25 +306,18 @@ class RunConfig:
 
     recipe: str = "digits"
     seed: NonNegativeInt = 0
-    reuse: str | None = None  # a finished run whose shards, original and retrained encoder are taken over
-    backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    backend: Annotated[Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"], ROUNDING] = "single"
     precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False  # blocks keep their inputs alone and run forward again in the backward
-    compile: bool = False  # blocks through torch.compile, except in passes that hook into them
     sync_batchnorm: bool = True  # batch statistics over the global batch, whatever the number of processes
-    watchdog_s: NonNegativeFloat = 600.0  # seconds in one part of a step that end a run which hangs (exit 5); 0: off
-    watchdog_save_s: NonNegativeFloat = 3600.0  # the same for checkpoints, calibration and the first step
-    join_s: PositiveFloat = 600.0  # seconds to wait for the other processes at the start
-    tracking: tuple[Tracker, ...] = ("tensorboard",)  # experiment trackers beside metrics.jsonl
-    accept_code_change: bool = False  # go on with a run that another version of this package began; it is recorded
-    threads: NonNegativeInt = 0  # CPU threads per process; 0: OMP_NUM_THREADS, else all cores, shared by the processes
+    tracking: Annotated[tuple[Tracker, ...], LOCAL] = ("tensorboard",)  # experiment trackers beside metrics.jsonl
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: Annotated[ObjectiveConfig, _of(OBJECTIVE)] = field(default_factory=lambda: settings_of(OBJECTIVE))
     views: ViewsConfig = field(default_factory=ViewsConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    constraint: ConstraintConfig = field(default_factory=ConstraintConfig)
+    method: Annotated[MethodConfig, _of(METHOD)] = field(default_factory=lambda: settings_of(METHOD))
+    constraint: Annotated[ConstraintConfig, _of(EVALUATOR)] = field(default_factory=lambda: settings_of(EVALUATOR))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)

@@ -37,7 +37,7 @@ def join(cfg: RunConfig) -> World:
         ConfigError, RankLostError: see `open_backend`.
     """
     world = number("WORLD_SIZE", 1)
-    _set_threads(cfg.threads, number("LOCAL_WORLD_SIZE", world))
+    _set_threads(cfg.runtime.threads, number("LOCAL_WORLD_SIZE", world))
     if cfg.backend == "single" and world > 1:
         raise ConfigError(f"backend=single cannot use {world} processes; set backend=ddp or start one process.")
     _refuse_unannounced_tasks()
@@ -47,7 +47,7 @@ def join(cfg: RunConfig) -> World:
     if cfg.backend == "single" and not dist.is_initialized():
         return World(0, 1, device)
     if not dist.is_initialized():
-        _enter(world, device, cfg.join_s)
+        _enter(world, device, cfg.runtime.join_s)
     found = dist.get_world_size()
     if found != world:
         raise RankLostError(f"the process group has {found} processes, but WORLD_SIZE is {world}; start the run anew.")

@@ -52,7 +52,9 @@ def require_compiler() -> None:
     else:
         missing = _without_cxx()
     if missing:
-        raise ConfigError(f"compile=true needs a compiler, but {missing}; install it, or set compile=false.")
+        raise ConfigError(
+            f"runtime.compile=true needs a compiler, but {missing}; install it, or set runtime.compile=false."
+        )
 
 
 def _without_cxx() -> str | None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distunlearn.config.registry import OBJECTIVE, find
 from distunlearn.config.schema import ObjectiveConfig, RunConfig
 from distunlearn.encoders.backbone import create_backbone, embed_dim, input_size
 from distunlearn.errors import EncoderError
 
 __all__ = ["ContrastiveModel", "EncoderOutput", "Head", "MomentumEncoder", "batchnorm_mode", "build_model"]
-
-WITH_PREDICTOR = ("mocov3", "byol")
 
 
 class EncoderOutput(NamedTuple):
@@ -209,7 +208,7 @@ def build_model(cfg: RunConfig, num_classes: int | None) -> ContrastiveModel:
 
     Args:
         cfg: the run.
-        num_classes: classes of the supervised objective (required there), else ignored.
+        num_classes: classes of an objective whose head is a classifier (required there), else ignored.
 
     Raises:
         EncoderError: an encoder that cannot be built.
@@ -220,7 +219,7 @@ def build_model(cfg: RunConfig, num_classes: int | None) -> ContrastiveModel:
     with _own_generator(cfg.seed, "projector"):
         projector = _projector(embed_dim(backbone, cfg.encoder), objective, num_classes)
     predictor = None
-    if objective.name in WITH_PREDICTOR:
+    if find(OBJECTIVE, objective.name).predictor:
         with _own_generator(cfg.seed, "predictor"):
             predictor = Head(objective.output_dim, objective.hidden_dim, objective.output_dim)
     shape, mean, std = input_size(cfg.encoder), cfg.encoder.mean, cfg.encoder.std
@@ -228,8 +227,8 @@ def build_model(cfg: RunConfig, num_classes: int | None) -> ContrastiveModel:
 
 
 def _projector(embed_dim: int, objective: ObjectiveConfig, num_classes: int | None) -> Head:
-    if objective.name == "supervised":
-        assert num_classes is not None and num_classes > 0, "a supervised encoder needs the number of classes"
+    if find(OBJECTIVE, objective.name).head == "classifier":
+        assert num_classes is not None and num_classes > 0, "a classifier needs the number of classes"
         return Head(embed_dim, None, num_classes)
     return Head(embed_dim, objective.hidden_dim, objective.output_dim)
 

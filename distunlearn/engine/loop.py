@@ -161,7 +161,7 @@ class _Runner:
         self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps)
         clock = time.monotonic()
         if checkpoint is None:
-            self.started = phase.method.start(ctx, phase.sample)
+            self.started = phase.method.calibrate(ctx, phase.sample)
             if self.started:
                 self.telemetry.log(phase.name, first, {f"start/{k}": v for k, v in self.started.items()})
         with self.telemetry.progress(phase.name, phase.steps, first) as progress:
@@ -219,9 +219,8 @@ class _Runner:
         self._at("update", step)
         if not fault_injection.reach("update", step, phase.name):
             backend.step()
-        adjust = getattr(phase.method, "adjust", None)
-        if adjust is not None:
-            backend.adjust(functools.partial(adjust, ctx))
+        if phase.method.adjusts:
+            backend.adjust(functools.partial(phase.method.adjust, ctx))
         if ctx.momentum is not None:
             self._at("momentum encoder", step)
             if not fault_injection.reach("momentum", step, phase.name):

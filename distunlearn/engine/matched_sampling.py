@@ -1,4 +1,4 @@
-"""`unlearn.third_party_draw=matched`: how often each third-party image comes, by what the original encoder sees in it.
+"""`unlearn.third_party_sampling=matched`: how often each third-party image comes, by what the encoder sees in it.
 
 The looks are shared out over the ranks in pieces of fixed size, so that they are the same on any number of ranks; the
 main rank weighs (`constraints/counterparts`), and what it found is kept in the run directory: a run that goes on draws
@@ -57,8 +57,8 @@ def feeder_shares(
     image comes in every epoch. Collective; arguments as there, and the phase that is about to begin with its method.
     """
     cfg = session.cfg
-    matched = phase == "unlearn" and cfg.unlearn.third_party_draw == "matched"
-    if not matched or "third_party" not in method.batch_sizes(cfg):
+    matched = phase == "unlearn" and cfg.unlearn.third_party_sampling == "matched"
+    if not matched or "third_party" not in method.batch_sizes():
         return {}, 0.0
     shares, facts = third_party_shares(session, model, folder, digest)
     return {"third_party": shares}, facts["looked_at"]

@@ -24,6 +24,7 @@ import torch
 from distunlearn.common.files import file_sha256, write_json
 from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import without_effect
 from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.prepare.roles import ROLES
@@ -37,8 +38,10 @@ from distunlearn.engine.matched_sampling import feeder_shares
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
 from distunlearn.engine.session import DONE, STATE, Session, Trained, is_done, load_trained, scratch
-from distunlearn.methods import METHODS, Context, Contrastive, Method, refuse_missing
+from distunlearn.methods import Method, method_class, refuse_missing
+from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives import make_objective
+from distunlearn.objectives.forward import Context
 
 if TYPE_CHECKING:
     from distunlearn.engine.session import Session
@@ -49,21 +52,15 @@ __all__ = ["Session", "Trained", "is_done", "load_trained", "pretrain", "retrain
 # -- digests ---------------------------------------------------------------------------------------------------------
 
 
-# Settings that came later, at the value that changes nothing: left out, so that older folders keep their digest.
-NEUTRAL = {
-    "accumulate": 1, "forget_weight": 1.0, "retain_weight": 1.0, "alignment_weight": 1.0, "calibration_weight": 1.0,
-    "l1_weight": 0.1, "max_share": 0.5, "mask_share": 0.5, "critic_width": 64, "critic_lr": 0.001, "loss_bound": None,
-    "embedding_bound": None, "utility_weight": 1.0, "third_party_draw": "uniform", "anchor_weight": 0.0,
-}  # fmt: skip
-
-
 def _digest(**parts: object) -> str:
-    plain = {k: _settings(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}
+    plain = {k: _deciding(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _settings(part: Any) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(part).items() if k not in NEUTRAL or NEUTRAL[k] != v}
+def _deciding(section: Any) -> dict[str, Any]:
+    """The settings of a section that decide results."""
+    free = without_effect(section)
+    return {key: value for key, value in dataclasses.asdict(section).items() if key not in free}
 
 
 def training_digest(session: Session, phase: str) -> str:
@@ -110,7 +107,7 @@ def pretrain(session: Session) -> Path:
     the objective are trained on it, for a checkpoint brings none and the loss needs them.
     """
     folder = session.out / "original"
-    method = Contrastive("pretrain", "members")
+    method = Pretrain(session.cfg)
     _train(session, "pretrain", folder, method, training_digest(session, "pretrain"), start=None)
     return folder
 
@@ -118,7 +115,7 @@ def pretrain(session: Session) -> Path:
 def retrain(session: Session) -> Path:
     """Train the reference: from scratch on the retain samples, everything else as in `pretrain`."""
     folder = session.out / "retrained"
-    method = METHODS["retrain"].build(session.cfg)
+    method = Retrain(session.cfg)
     _train(session, "retrain", folder, method, training_digest(session, "retrain"), start=None)
     return folder
 
@@ -128,14 +125,14 @@ def unlearn(session: Session, start: Path | None = None) -> Path:
 
     start: folder of the finished encoder to begin with; None: the original one in the session's folder.
     """
-    cfg, entry = session.cfg, METHODS[session.cfg.method.name]
+    cfg = session.cfg
+    method = method_class(cfg)(cfg)
     refuse_missing(cfg, {role: len(session.manifest.ids(role)) for role in ROLES})
     digest = unlearn_digest(session)
     if start is not None:
         digest = _digest(unlearn=digest, start=json.loads((start / DONE).read_text(encoding="utf-8"))["state_sha256"])
-    begun = (start or session.out / "original") if entry.start == "original" else None
-    method = entry.build(cfg) if entry.build else None
-    _train(session, "unlearn", session.out, method, digest, start=begun, steps=entry.steps)
+    begun = (start or session.out / "original") if method.begins == "original" else None
+    _train(session, "unlearn", session.out, method, digest, start=begun)
     return session.out
 
 
@@ -143,25 +140,24 @@ def _train(
     session: Session,
     name: str,
     folder: Path,
-    method: Method | None,
+    method: Method,
     digest: str,
     start: Path | None,
-    steps: str = "pretrain",
 ) -> None:
     if is_done(folder, digest):
         return
     cfg, backend = session.cfg, session.backend
-    backend.world.on_main(lambda: require_same_code(session.ledger, cfg.accept_code_change))
+    backend.world.on_main(lambda: require_same_code(session.ledger, cfg.runtime.accept_code_change))
     trained = load_trained(start, session) if start else _start(session, name)
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
     if name != "pretrain" and queue is not None:
         queue.purge(torch.from_numpy(id_hashes(session.manifest.ids("forget"))))
-    if method is None:
+    if method.steps == "none":
         facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
     else:
         shares, looked_at = feeder_shares(session, name, method, model, folder, digest)
-        optim = cfg.unlearn if steps == "unlearn" else cfg.pretrain
+        optim = cfg.unlearn if method.steps == "unlearn" else cfg.pretrain
         optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
         forward = backend.prepare(model, optimizer, clip=optim.clip)
         momentum = trained.momentum.to(backend.device) if trained.momentum else None
@@ -175,7 +171,7 @@ def _train(
             device=backend.device,
             momentum=momentum,
             queue=queue,
-            original=_original(session, start),
+            original=_original(session, start, method),
             rank=backend.world.rank,
             world=backend.world.size,
             images=round(looked_at / backend.world.size),
@@ -183,7 +179,8 @@ def _train(
             note=functools.partial(session.telemetry.note, name),
         )
         feeders = _feeders(session, method, optim.accumulate, shares)
-        total = optim.steps if steps == "unlearn" else pretrain_steps(cfg, next(iter(feeders.values())).cycle.num_ids)
+        images = next(iter(feeders.values())).cycle.num_ids
+        total = optim.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
         phase = Phase(
             name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
             sample=session.sample, forget_ids=frozenset(session.manifest.ids("forget")), digest=digest,
@@ -194,10 +191,9 @@ def _train(
     _finish(session, name, folder, digest, model, trained, facts)
 
 
-def _original(session: Session, start: Path | None) -> ContrastiveModel | None:
-    """A frozen second copy of the encoder that forgetting starts from, for methods that stay near it."""
-    method = session.cfg.method
-    if start is None or not ("teacher" in METHODS[method.name].needs or method.distill_weight or method.anchor_weight):
+def _original(session: Session, start: Path | None, method: Method) -> ContrastiveModel | None:
+    """A frozen second copy of the encoder that forgetting starts from, for methods that need it."""
+    if start is None or "teacher" not in method.needs_for(session.cfg):
         return None
     return load_trained(start, session).model.to(session.backend.device).eval().requires_grad_(False)
 
@@ -277,7 +273,7 @@ def _feeders(
             world=backend.world.size,
             shares=shares.get(name),
         )
-        for name, size in method.batch_sizes(cfg).items()
+        for name, size in method.batch_sizes().items()
     }
 
 
@@ -286,6 +282,5 @@ def check_coverage(session: Session) -> None:
     if not session.world.is_main:
         return
     session.ledger.sync()
-    entry = METHODS[session.cfg.method.name]
-    forgets = entry.build is not None and entry.build(session.cfg).forgets
+    forgets = method_class(session.cfg).forgets
     require_coverage(coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")), forgets)

@@ -1,7 +1,7 @@
 """What runs: the digest of the code, own and from outside, its record in the ledger, and that all ranks run the same.
 
-A run may go on under other code only if the settings say so (`accept_code_change`), and the ledger then has a line
-for each code that worked on it.
+A run may go on under other code only if the settings say so (`runtime.accept_code_change`), and the ledger then has a
+line for each code that worked on it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from distunlearn import __version__
 from distunlearn.common.plugins import loaded
 from distunlearn.common.text import printable
-from distunlearn.config.checks import PATH_KEYS
-from distunlearn.config.load import settings
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import marked, settings
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.distributed.world import World
 from distunlearn.engine.ledger import Ledger, read_ledger
@@ -27,11 +26,6 @@ from distunlearn.errors import ConfigError, RankLostError
 
 __all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]
 
-# May differ between machines without changing what is computed.
-LOCAL = (
-    *PATH_KEYS, "threads", "data.cache_mib", "data.store", "data.store_cache_mib", "data.verify", "watchdog_s",
-    "watchdog_save_s", "join_s", "tracking",
-)  # fmt: skip
 SHOWN = 5
 
 
@@ -60,7 +54,8 @@ def require_one_run(world: World, cfg: RunConfig, manifest: Manifest) -> None:
     """
     if world.size == 1:
         return
-    facts = {key: value for key, value in settings(cfg).items() if key not in LOCAL}
+    local = set(marked(cfg, "local"))
+    facts = {key: value for key, value in settings(cfg).items() if key not in local}
     facts |= {
         "shards and roles": manifest.fingerprint,
         "code": f"{__version__} {code_digest()[:12]}",
@@ -103,8 +98,8 @@ def require_same_code(ledger: Ledger, accept: bool) -> None:
     if before is not None and not accept:
         raise ConfigError(
             f"this run began under distunlearn {printable(before['version'], 40)} (code {before['digest'][:12]}), and "
-            f"this is {__version__} (code {now[:12]}); go on with that installation, or set accept_code_change=true, "
-            "which the ledger will record."
+            f"this is {__version__} (code {now[:12]}); go on with that installation, or set "
+            "runtime.accept_code_change=true, which the ledger will record."
         )
     ledger.code(__version__, now, [part._asdict() for part in loaded()])
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
-from distunlearn.config.load import field_diff, load_config, save_config
+from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import field_diff, marked
 from distunlearn.data.loading.verify import verify_shards
 from distunlearn.data.manifest.manifest import Manifest, has_manifest
 from distunlearn.data.manifest.records import Remote
@@ -25,7 +26,6 @@ from distunlearn.engine.run_lock import Lease
 from distunlearn.errors import ConfigError, DataError
 
 __all__ = [
-    "FREE_KEYS",
     "RunDirectory",
     "claim",
     "find_manifest",
@@ -42,8 +42,8 @@ def shards_folder(cfg: RunConfig, out: Path) -> Path:
     """Where the shards of a run lie."""
     if cfg.data.shards:
         return Path(cfg.data.shards).expanduser()
-    if cfg.reuse:
-        return shards_folder(saved_config(Path(cfg.reuse), world=1), Path(cfg.reuse))
+    if cfg.runtime.reuse:
+        return shards_folder(saved_config(Path(cfg.runtime.reuse), world=1), Path(cfg.runtime.reuse))
     return Path(out) / "shards"
 
 
@@ -52,7 +52,9 @@ def shards_remote(cfg: RunConfig) -> Remote | None:
     data = cfg.data
     if data.store:
         return Remote(data.store, data.read_retries, data.store_cache, data.store_cache_mib)
-    return shards_remote(saved_config(Path(cfg.reuse), world=1)) if cfg.reuse and not data.shards else None
+    return (
+        shards_remote(saved_config(Path(cfg.runtime.reuse), world=1)) if cfg.runtime.reuse and not data.shards else None
+    )
 
 
 def find_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
@@ -92,8 +94,8 @@ def refuse_other_settings(cfg: RunConfig, out: Path) -> None:
     path = out / "run.yaml"
     if not path.exists():
         return
-    differences = field_diff(saved_config(out, world=1), cfg)
-    differences = {k: v for k, v in differences.items() if k not in FREE_KEYS}
+    free = set(marked(cfg, "affects"))
+    differences = {k: v for k, v in field_diff(saved_config(out, world=1), cfg).items() if k not in free}
     if differences:
         shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in list(differences.items())[:5])
         raise ConfigError(f"{out} belongs to a run with other settings ({shown}); choose another --out.")
@@ -126,7 +128,7 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
     """Open `out` for one attempt at a run; given back at the end. Collective.
 
     Whatever is refused is refused before anything is written. Then the main rank claims the directory, keeps settings
-    and environment in it, and copies finished encoders from the run that `reuse` names.
+    and environment in it, and copies finished encoders from the run that `runtime.reuse` names.
 
     Raises:
         ConfigError: it belongs to a run with other settings, or another process is at work in it.
@@ -152,8 +154,8 @@ def _begin(cfg: RunConfig, out: Path) -> Lease:
         claim(cfg, out)
         if not (out / "env.json").exists():
             write_json(out / "env.json", environment())
-        if cfg.reuse:
-            _take_over(Path(cfg.reuse).expanduser(), out)
+        if cfg.runtime.reuse:
+            _take_over(Path(cfg.runtime.reuse).expanduser(), out)
     except BaseException:
         lease.release()
         raise
@@ -194,13 +196,6 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
 
 
 _VERIFIED: set[tuple[str, ...]] = set()
-FREE_KEYS = (
-    "backend", "threads", "activation_checkpointing", "compile", "data.cache_mib", "data.verify", "data.shards",
-    "data.store", "data.store_cache", "data.store_cache_mib", "data.prepare_workers", "data.root",
-    "data.third_party_root", "data.workers", "data.prefetch", "data.read_retries", "data.max_undecodable", "reuse",
-    "checkpoint.asynchronous", "checkpoint.sharded", "watchdog_s", "watchdog_save_s", "join_s", "accept_code_change",
-    "tracking",
-)  # fmt: skip
 
 
 def _take_over(source: Path, out: Path) -> None:

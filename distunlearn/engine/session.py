@@ -32,6 +32,7 @@ from distunlearn.engine.trackers import require_trackers
 from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError
 from distunlearn.objectives import make_objective
+from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
 
 __all__ = [
@@ -61,9 +62,8 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_run_directory(cfg, Path(out), world))
         out, manifest = opened.path, opened.manifest
-        watch = stack.enter_context(
-            Watch(out, world.rank, world.size, cfg.watchdog_s, cfg.watchdog_save_s, opened.release)
-        )
+        limits = (cfg.runtime.watchdog_s, cfg.runtime.watchdog_save_s)
+        watch = stack.enter_context(Watch(out, world.rank, world.size, *limits, opened.release))
         fault_injection.reach("session")
         store = open_store(manifest, cfg, backend.device)
         stack.callback(store.close)
@@ -100,12 +100,14 @@ class Session:
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of the supervised objective: those of the members."""
-        if self.cfg.objective.name != "supervised":
+        """Classes of the members, for an objective whose head is a classifier; None for others."""
+        if objective_class(self.cfg).head != "classifier":
             return None
         labels = self.manifest.labels(self.manifest.ids(("retain", "forget")))
         if len(labels) == 0 or labels.min() < 0:
-            raise DataError("objective.name is supervised, but not every member has a label; expected labels for all.")
+            raise DataError(
+                f"objective.name={self.cfg.objective.name} needs labels, but not every member has one; expected all."
+            )
         return int(labels.max()) + 1
 
     def sample(self, role: str) -> Batch:

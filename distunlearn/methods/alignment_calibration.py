@@ -20,12 +20,14 @@ processes; held-out images among the retain images, for roles are disjoint. Guar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean, gather_sizes, get_world
-from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.mixed_batch import mixed_branches, row_losses, with_other_partners
+from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank
 from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, embed, image_mean
@@ -33,24 +35,37 @@ from distunlearn.objectives.forward import Context, embed, image_mean
 __all__ = ["AlignmentCalibration"]
 
 
-class AlignmentCalibration(Stateless):
+@dataclass(frozen=True, kw_only=True)
+class AlignmentCalibrationConfig(MethodConfig):
+    """Weights a and b of the module's text."""
+
+    name: str = "alignment_calibration"
+    alignment_weight: NonNegativeFloat = 1.0  # of the alignment of a forget image's views
+    calibration_weight: NonNegativeFloat = 1.0  # of forget images with foreign partners
+
+
+class AlignmentCalibration(Method[AlignmentCalibrationConfig]):
     """See the module's text."""
 
     name = "alignment_calibration"
-    forgets = True
+    Config = AlignmentCalibrationConfig
+    summary = "pull different forget images together, push views of the same one apart"
+    report = (
+        "alignment calibration: different forgotten images are pulled together, and the views of each are pushed apart"
+    )
+    needs = ("retain", "forget", "views")
+    space = {
+        "unlearn.lr": Log(5e-5, 5e-3),
+        "method.alignment_weight": Log(0.1, 100.0),
+        "method.calibration_weight": Log(0.1, 10.0),
+    }
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
-
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return unlearn_batches(cfg, "retain", "forget")
-
-    def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
+    def images_per_step(self, objective: Objective, step: int) -> int:
         views = objective.branches * (2 if objective.needs_momentum else 1)
-        return views * (cfg.unlearn.retain_batch + 2 * cfg.unlearn.forget_batch)
+        return views * (self.cfg.unlearn.retain_batch + 2 * self.cfg.unlearn.forget_batch)
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
-        weights, retain, forget = self.cfg.method, batches["retain"], batches["forget"]
+        weights, retain, forget = self.settings, batches["retain"], batches["forget"]
         branches = mixed_branches(ctx, retain, forget)
         retained = branches.part(slice(0, len(retain)))
         rows = row_losses(ctx, with_other_partners(ctx, branches, len(retain)))
@@ -63,7 +78,7 @@ class AlignmentCalibration(Stateless):
         loss = calibrated + weights.alignment_weight * count_f / (count_r + count_f) * agreement
         enqueue(ctx, retained)
         metrics = {
-            "utility": float(all_reduce_mean(image_mean(kept.detach()))),
+            "task_loss": float(all_reduce_mean(image_mean(kept.detach()))),
             "calibration_loss": float(all_reduce_mean(image_mean(moved.detach()))),
             "forget_agreement": float(all_reduce_mean(agreement.detach())),
         }

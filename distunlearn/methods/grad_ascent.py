@@ -11,14 +11,16 @@ loss has no lower bound: `ascent_bound` stops a run that diverges. Guarantee: em
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat, PositiveFloat
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.base import Method, StepOutput
+from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import retain_bank
 from distunlearn.objectives.forward import Context, embed, image_mean
 
@@ -34,17 +36,23 @@ def require_bounded(ctx: Context, name: str, level: float, bound: float) -> None
         )
 
 
-class GradAscent(Stateless):
+@dataclass(frozen=True, kw_only=True)
+class GradAscentConfig(MethodConfig):
+    """The climb and where it ends."""
+
+    name: str = "grad_ascent"
+    ascent_weight: NonNegativeFloat = 1.0  # of the forget loss that is climbed
+    ascent_bound: PositiveFloat = 50.0  # stop (exit 4) when that loss passes this
+
+
+class GradAscent(Method[GradAscentConfig]):
     """Baseline; see the module's text."""
 
     name = "grad_ascent"
-    forgets = True
-
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
-
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return unlearn_batches(cfg, "retain", "forget")
+    Config = GradAscentConfig
+    summary = "climb the loss of the forget samples"
+    report = "gradient ascent on the forgotten images (a reference, not a full method)"
+    space = {"unlearn.lr": Log(1e-6, 1e-3)}
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]
@@ -56,6 +64,6 @@ class GradAscent(Stateless):
         losses = ctx.objective.per_sample_loss(branches, bank)
         known = image_mean(losses)
         level = float(all_reduce_mean(known.detach()))
-        require_bounded(ctx, self.name, level, self.cfg.method.ascent_bound)
-        loss = -self.cfg.method.ascent_weight * known
+        require_bounded(ctx, self.name, level, self.settings.ascent_bound)
+        loss = -self.settings.ascent_weight * known
         return StepOutput(loss, {"forget_loss": level}, {"forget": forget.ids})

@@ -12,30 +12,38 @@ bound: `ascent_bound` stops a run that diverges. Guarantee: empirical.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat, PositiveFloat
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean, gather_sizes, mean_scale
-from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.grad_ascent import require_bounded
 from distunlearn.methods.mixed_batch import mixed_branches, row_losses
+from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue
 from distunlearn.objectives.forward import Context, image_mean
 
 __all__ = ["NegGrad"]
 
 
-class NegGrad(Stateless):
+@dataclass(frozen=True, kw_only=True)
+class NegGradConfig(MethodConfig):
+    """The climb and where it ends."""
+
+    name: str = "neg_grad"
+    ascent_weight: NonNegativeFloat = 1.0  # of the forget loss that is climbed
+    ascent_bound: PositiveFloat = 50.0  # stop (exit 4) when that loss passes this
+
+
+class NegGrad(Method[NegGradConfig]):
     """See the module's text."""
 
     name = "neg_grad"
-    forgets = True
-
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
-
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return unlearn_batches(cfg, "retain", "forget")
+    Config = NegGradConfig
+    summary = "descend on the retain samples, climb on the forget samples"
+    report = "learning the retained images while unlearning the forgotten ones by the same loss turned round"
+    space = {"unlearn.lr": Log(5e-5, 5e-3), "method.ascent_weight": Log(0.01, 1.0)}
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]
@@ -43,9 +51,9 @@ class NegGrad(Stateless):
         rows = row_losses(ctx, branches)
         kept, climbed = rows[: len(retain)], rows[len(retain) :]
         scale = mean_scale(gather_sizes(len(rows), rows.device))
-        loss = (kept.sum() - self.cfg.method.ascent_weight * climbed.sum()) * scale
+        loss = (kept.sum() - self.settings.ascent_weight * climbed.sum()) * scale
         level = float(all_reduce_mean(image_mean(climbed.detach())))
-        require_bounded(ctx, self.name, level, self.cfg.method.ascent_bound)
+        require_bounded(ctx, self.name, level, self.settings.ascent_bound)
         enqueue(ctx, branches.part(slice(0, len(retain))))
-        metrics = {"utility": float(all_reduce_mean(image_mean(kept.detach()))), "forget_loss": level}
+        metrics = {"task_loss": float(all_reduce_mean(image_mean(kept.detach()))), "forget_loss": level}
         return StepOutput(loss, metrics, {"retain": retain.ids, "forget": forget.ids})

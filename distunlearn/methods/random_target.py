@@ -1,6 +1,6 @@
 """random_target: pull every forget image to where the original encoder puts some other image.
 
-    L = L_utility(retain) + forget_weight * mean_{i in forget, views} 1 - cos(h(x_i), t_i)
+    L = L_task(retain) + forget_weight * mean_{i in forget, views} 1 - cos(h(x_i), t_i)
 
 t_i is the original encoder's embedding of a retain image drawn once for every forget image (by seed and id). Our
 reading, for encoders, of relabelling at random (Graves, Nagisetty and Ganesh, "Amnesiac Machine Learning", AAAI 2021):
@@ -10,16 +10,19 @@ where a classifier is given another image's label, an encoder is given another i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat, RunConfig
 from distunlearn.data.schedule import Batch, permutation, random_words
 from distunlearn.distributed.collectives import all_reduce_mean
-from distunlearn.methods.base import StepOutput, unlearn_batches
+from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart, directions, original_directions
-from distunlearn.methods.training import enqueue, utility
+from distunlearn.methods.search_space import Log, Space
+from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, image_mean
 from distunlearn.objectives.memory_bank import normalise
@@ -35,24 +38,33 @@ def pick(batch: Batch, rows: list[int]) -> Batch:
     return Batch([batch.ids[row] for row in rows], batch.images[at], batch.epochs[rows], batch.labels[at])
 
 
-class RandomTarget:
+@dataclass(frozen=True, kw_only=True)
+class RandomTargetConfig(MethodConfig):
+    """One weight."""
+
+    name: str = "random_target"
+    forget_weight: NonNegativeFloat = 1.0  # of the forget term
+
+
+class RandomTarget(Method[RandomTargetConfig]):
     """See the module's text. State: the places [m, E], from which every image's is drawn."""
 
     name = "random_target"
-    forgets = True
+    Config = RandomTargetConfig
+    summary = "pull forget samples to the places of other images"
+    report = "moving the forgotten images to the places of other images, drawn at random"
+    needs = ("retain", "forget", "teacher")
+    space: ClassVar[Space] = {"unlearn.lr": Log(5e-5, 5e-3), "method.forget_weight": Log(0.1, 10.0)}
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.places = torch.zeros(0, 0)
 
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return unlearn_batches(cfg, "retain", "forget")
-
-    def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
+    def images_per_step(self, objective: Objective, step: int) -> int:
         momentum = 2 if objective.needs_momentum else 1
-        return objective.branches * (momentum * cfg.unlearn.retain_batch + cfg.unlearn.forget_batch)
+        return objective.branches * (momentum * self.cfg.unlearn.retain_batch + self.cfg.unlearn.forget_batch)
 
-    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+    def calibrate(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
         retain = sample("retain")
         chosen = permutation(len(retain), self.cfg.seed, "targets")[:TARGETS].tolist()
         self.places = normalise(original_directions(ctx, pick(retain, chosen)).mean(0))
@@ -60,12 +72,12 @@ class RandomTarget:
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]
-        task, retained = utility(ctx, retain)
+        task, retained = task_loss(ctx, retain)
         away = image_mean(apart(directions(ctx, forget), self.targets(forget.ids)))
         enqueue(ctx, retained)
-        metrics = {"utility": float(task.detach()), "target_distance": float(all_reduce_mean(away.detach()))}
+        metrics = {"task_loss": float(task.detach()), "target_distance": float(all_reduce_mean(away.detach()))}
         consumed = {"retain": retain.ids, "forget": forget.ids}
-        return StepOutput(task + self.cfg.method.forget_weight * away, metrics, consumed)
+        return StepOutput(task + self.settings.forget_weight * away, metrics, consumed)
 
     def targets(self, ids: list[str]) -> Tensor:
         """t_i of these images, [n, E]: always the same for an id."""

@@ -13,14 +13,16 @@ Guarantee: empirical.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import PartShare, RunConfig
 from distunlearn.data.schedule import Batch, permutation
 from distunlearn.distributed.collectives import all_reduce_mean
-from distunlearn.methods.random_target import RandomTarget, pick
+from distunlearn.methods.random_target import RandomTarget, RandomTargetConfig, pick
+from distunlearn.methods.search_space import Choice
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
@@ -36,21 +38,34 @@ def largest(gradients: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     return {name: part.view(g.shape) for (name, g), part in zip(gradients.items(), parts, strict=True)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SalUnConfig(RandomTargetConfig):
+    """Weight and mask."""
+
+    name: str = "salun"
+    mask_share: PartShare = 0.5  # share of the weights that may move
+
+
 class SalUn(RandomTarget):
     """See the module's text. State: the mask, bool, by weight, and the places of `random_target`."""
 
     name = "salun"
+    Config = SalUnConfig
+    summary = "random targets, learned by the weights that forget samples move"
+    report = "moving the forgotten images to random places, by the weights alone that matter to them"
+    needs = ("retain", "forget", "teacher", "original_gradients")
+    space = {**RandomTarget.space, "method.mask_share": Choice((0.1, 0.3, 0.5, 0.7))}
 
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
         self.mask: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
 
-    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
-        figures = super().start(ctx, sample)
+    def calibrate(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+        figures = super().calibrate(ctx, sample)
         gradients = self.forget_gradients(ctx, sample("forget"), sample("retain"))
         # All ranks have seen the same images, but may have rounded differently, and a mask must be one mask.
-        self.mask = largest({name: all_reduce_mean(g) for name, g in gradients.items()}, self.cfg.method.mask_share)
+        self.mask = largest({name: all_reduce_mean(g) for name, g in gradients.items()}, self.settings.mask_share)
         moving = sum(int(m.sum()) for m in self.mask.values())
         return figures | {"mask_share": moving / sum(m.numel() for m in self.mask.values())}
 

@@ -1,7 +1,7 @@
 """sure: a classifier learns to tell forget from third-party images by their embeddings, and the encoder to prevent it.
 
     D = 1/2 mean_{forget} -log s(c(h(x))) + 1/2 mean_{third party} -log(1 - s(c(h(x))))
-    classifier c minimises D; encoder minimises L_utility(retain) - forget_weight * D
+    classifier c minimises D; encoder minimises L_task(retain) - forget_weight * D
 
 by gradient reversal: one backward, in which the gradient of D changes its sign on the way into the encoder. h is the
 embedding as a unit vector, s the logistic function, c a perceptron with one hidden layer of `critic_width`, trained by
@@ -15,18 +15,20 @@ Networks", JMLR 2016, eq. 9 and section 4.2. Guarantee: empirical.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat, PositiveFloat, PositiveInt, RunConfig
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean
-from distunlearn.methods.base import Stateless, StepOutput, unlearn_batches
+from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import directions
-from distunlearn.methods.training import enqueue, utility
+from distunlearn.methods.search_space import Log
+from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, image_mean
 
@@ -116,35 +118,52 @@ class Critic:
         self._saved = {}
 
 
-class Sure(Stateless):
+@dataclass(frozen=True, kw_only=True)
+class SureConfig(MethodConfig):
+    """Weight and classifier."""
+
+    name: str = "sure"
+    forget_weight: NonNegativeFloat = 1.0  # of the reversed gradient of the classifier's loss
+    critic_width: PositiveInt = 64  # hidden units of the domain classifier
+    critic_lr: PositiveFloat = 1e-3  # its learning rate
+
+
+class Sure(Method[SureConfig]):
     """See the module's text. State: the classifier and its optimizer."""
 
     name = "sure"
-    forgets = True
+    Config = SureConfig
+    summary = "a classifier cannot tell forget from third-party embeddings"
+    report = (
+        "an opponent tries to tell the forgotten images from images never seen, and the encoder learns to prevent it"
+    )
+    needs = ("retain", "forget", "third_party")
+    space = {
+        "unlearn.lr": Log(5e-5, 5e-3),
+        "method.forget_weight": Log(0.1, 10.0),
+        "method.critic_lr": Log(1e-4, 1e-2),
+    }
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
-        self.critic = Critic(cfg.method.critic_width, cfg.method.critic_lr, cfg.seed)
+        super().__init__(cfg)
+        self.critic = Critic(self.settings.critic_width, self.settings.critic_lr, cfg.seed)
 
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return unlearn_batches(cfg, "retain", "forget", "third_party")
-
-    def images_per_step(self, cfg: RunConfig, objective: Objective, step: int) -> int:
-        sizes, momentum = cfg.unlearn, 2 if objective.needs_momentum else 1
+    def images_per_step(self, objective: Objective, step: int) -> int:
+        sizes, momentum = self.cfg.unlearn, 2 if objective.needs_momentum else 1
         return objective.branches * (momentum * sizes.retain_batch + sizes.forget_batch + sizes.third_party_batch)
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
-        task, retained = utility(ctx, retain)
+        task, retained = task_loss(ctx, retain)
         h = directions(ctx, concat_batches(forget, third))
-        scores = self.critic.scores(reverse(h, self.cfg.method.forget_weight))
+        scores = self.critic.scores(reverse(h, self.settings.forget_weight))
         known, strange = scores[:, : len(forget)], scores[:, len(forget) :]
         domain = image_mean(domain_losses(known, True)) / 2 + image_mean(domain_losses(strange, False)) / 2
         rows = h.transpose(0, 1)
         told = self.critic.learn(all_gather_uneven(rows[: len(forget)]), all_gather_uneven(rows[len(forget) :]))
         enqueue(ctx, retained)
         metrics = {
-            "utility": float(task.detach()),
+            "task_loss": float(task.detach()),
             "domain_loss": float(all_reduce_mean(domain.detach())),
             "domain_accuracy": told,
         }

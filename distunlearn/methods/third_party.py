@@ -1,6 +1,6 @@
 """third_party: make forgotten images look like images the model never met.
 
-    L = utility_weight    * L_utility(retain)
+    L = task_weight       * L_task(retain)
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
@@ -15,10 +15,10 @@ exported encoder is the backbone alone, which the head would otherwise shield fr
 distance `constraint.distance`, by default the energy distance as a U-statistic. Where a permutation test says that
 third-party and calibration samples differ under the original encoder, their distance is the target Phi*, and the
 term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
-else Phi* is 0 and the term stays on. With `constraint.memory` the gradient of Phi is taken against the samples of the
-last steps as well (`constraints/memory`). Phi compares and knows no level: what pushes forgotten images away pushes
-whatever looks like them, third-party images too, and a stranger that was pushed is no stranger's likeness any more. The
-anchor holds the third party where the original encoder, which never met it, had put it.
+else Phi* is 0 and the term stays on. With `constraint.memory_steps` the gradient of Phi is taken against the samples of
+the last steps as well (`constraints/cross_batch_memory`). Phi compares and knows no level: what pushes forgotten images
+away pushes whatever looks like them, third-party images too, and a stranger that was pushed is no stranger's likeness
+any more. The anchor holds the third party where the original encoder, which never met it, had put it.
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
 Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
@@ -30,19 +30,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from distunlearn.common.device import on_device
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat, RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
 from distunlearn.constraints.distances.energy import DISTANCES, permutation_test, surrogate, value_and_cotangent
-from distunlearn.constraints.evaluators import Constrained, make_evaluator
+from distunlearn.constraints.evaluators import Constrained, evaluator_class, make_evaluator
 from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import (
@@ -53,10 +55,11 @@ from distunlearn.distributed.collectives import (
     mean_scale,
 )
 from distunlearn.errors import NumericsError
-from distunlearn.methods.base import StepOutput, unlearn_batches
+from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart
-from distunlearn.methods.training import enqueue, retain_bank, utility
-from distunlearn.objectives.base import Branches
+from distunlearn.methods.search_space import Log
+from distunlearn.methods.training import enqueue, retain_bank, task_loss
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.forward import Context, embed, image_mean, view_pair
 from distunlearn.objectives.memory_bank import Bank, normalise
 
@@ -71,38 +74,89 @@ RUNNING = (
 SIGNIFICANCE = 0.01  # third-party and calibration count as different below this; else Phi* would be sampling noise
 
 
-class ThirdParty:
+@dataclass(frozen=True, kw_only=True)
+class ThirdPartyConfig(MethodConfig):
+    """Weights of the loss, and what its confidence term and targets are."""
+
+    name: str = "third_party"
+    task_weight: NonNegativeFloat = 1.0  # of the encoder's own loss on retained images
+    gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
+    output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
+    confidence_weight: NonNegativeFloat = 0.1  # of the term that lowers the confidence on third-party images
+    confidence_loss: Literal["hinge", "entropy"] = "hinge"  # form of that term
+    confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
+    anchor_weight: NonNegativeFloat = 0.0  # third-party images stay as the original encoder has them
+    distill_weight: NonNegativeFloat = 0.0  # stay near the original encoder's retain embeddings
+    phi_target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
+
+
+class ThirdParty(Method[ThirdPartyConfig]):
     """The method of this package; see the module's text for the loss."""
 
     name = "third_party"
-    forgets = True
+    Config = ThirdPartyConfig
+    summary = "gradients, outputs and confidence like those of third-party images"
+    report = (
+        "third-party fine-tuning: the encoder learns to treat the forgotten images as it treats images it never saw"
+    )
+    needs = ("retain", "forget", "third_party", "calibration")
+    space = {
+        "unlearn.lr": Log(5e-5, 5e-3),
+        "method.gradient_weight": Log(0.1, 10.0),
+        "method.output_weight": Log(0.5, 20.0),
+        "method.confidence_weight": Log(0.01, 0.5),
+    }
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.evaluator = make_evaluator(cfg, self._look, view_pair)
         self.distance = DISTANCES[cfg.constraint.distance]
         self.spread_gradient = RunningSpread(cfg.constraint.spread_momentum)
         self.spread_output = RunningSpread(cfg.constraint.spread_momentum)
         self.switch_gradient = PhiSwitch(0.0, cfg.constraint.phi_momentum)
         self.switch_output = PhiSwitch(0.0, cfg.constraint.phi_momentum)
-        self.memory_gradient = FeatureMemory(cfg.constraint.memory)
-        self.memory_output = FeatureMemory(cfg.constraint.memory)
+        self.memory_gradient = FeatureMemory(cfg.constraint.memory_steps)
+        self.memory_output = FeatureMemory(cfg.constraint.memory_steps)
         self.threshold = torch.zeros(())
         self.pseudo_ids = torch.zeros(0, dtype=torch.int64)
         self.pseudo_labels = torch.zeros(0, dtype=torch.int64)
 
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return unlearn_batches(cfg, "retain", "forget", "third_party")
+    @classmethod
+    def needs_for(cls, cfg: RunConfig) -> tuple[str, ...]:
+        held = cfg.method.anchor_weight or cfg.method.distill_weight
+        return (*cls.needs, "teacher") if held else cls.needs
+
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
+        yield from evaluator_class(cfg).problems(cfg)
+
+    def images_per_step(self, objective: Objective, step: int) -> int:
+        sizes, weights, pairs = self.batch_sizes(), self.settings, self.cfg.constraint.view_pairs
+        views = objective.branches * (2 if objective.needs_momentum else 1)
+        images = views * (sizes["retain"] + pairs * (sizes["forget"] + sizes["third_party"]))
+        images += objective.branches * sizes["retain"] if weights.distill_weight else 0
+        images += objective.branches * pairs * sizes["third_party"] if weights.anchor_weight else 0
+        extra = self.evaluator.extra_images(objective, sizes["forget"], sizes["third_party"])
+        return images + pairs * extra
+
+    def calibration_images(self, objective: Objective, counts: Mapping[str, int]) -> int:
+        views = objective.branches * (2 if objective.needs_momentum else 1)
+        compared = counts["calibration"] + counts["third_party"]
+        shown = views + objective.branches * (self.evaluator.copies - 1)
+        images = CALIBRATION_DRAWS * self.cfg.constraint.view_pairs * shown * compared
+        if objective.uses_bank and not objective.uses_queue:
+            images += CALIBRATION_DRAWS * views * self._bank_images
+        return images + (objective.branches * compared if objective.uses_labels else 0)
 
     # -- calibration ---------------------------------------------------------------------------------------------
 
-    def start(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
+    def calibrate(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
         """Hinge threshold and Phi* from the original encoder, before anything changes.
 
         Every rank computes the same from the same images. `sample(role)` gives the images of a role.
         """
         third, calibration, retain = sample("third_party"), sample("calibration"), sample("retain")
-        if self.cfg.objective.name == "supervised":
+        if ctx.objective.uses_labels:
             self._label_by_original(ctx, third, calibration)
         confidences, phis, p_values = [], {"gradient": [], "output": []}, {}
         for draw in range(CALIBRATION_DRAWS):
@@ -122,13 +176,13 @@ class ThirdParty:
                 if draw == 0:
                     p_values[name] = permutation_test(x, y, PERMUTATIONS, self.cfg.seed)
             confidences.append(c_c)
-        self.threshold = torch.cat(confidences).quantile(self.cfg.method.confidence_quantile)
+        self.threshold = torch.cat(confidences).quantile(self.settings.confidence_quantile)
         figures = {"confidence_threshold": float(self.threshold)}
         for name, switch in (("gradient", self.switch_gradient), ("output", self.switch_output)):
             if not phis[name]:  # a penalty compares no distributions and has no target
                 continue
             measured = float(torch.stack(phis[name]).mean())
-            differs = p_values[name] <= SIGNIFICANCE and self.cfg.method.target == "calibrated"
+            differs = p_values[name] <= SIGNIFICANCE and self.settings.phi_target == "calibrated"
             switch.set_target(measured if differs else 0.0)
             figures |= {f"phi_star_{name}": switch.target, f"calibration_p_{name}": p_values[name]}
         return figures
@@ -164,7 +218,7 @@ class ThirdParty:
         self.pseudo_ids, self.pseudo_labels = torch.cat(hashes), torch.cat(labels)
 
     def _with_pseudo_labels(self, branches: Branches) -> Branches:
-        if self.cfg.objective.name != "supervised" or not self.pseudo_ids.numel():
+        if not self.pseudo_ids.numel():
             return branches
         known = branches.ids[:, None] == self.pseudo_ids[None]
         pseudo = self.pseudo_labels[known.int().argmax(1)]
@@ -173,9 +227,9 @@ class ThirdParty:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
-        weights = self.cfg.method
+        weights = self.settings
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
-        task, retained = utility(ctx, retain)  # first: the batch statistics change the buffers the second forward saves
+        task, retained = task_loss(ctx, retain)  # first: batch statistics change the buffers the second forward saves
         bank = retain_bank(ctx, retained)
         on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
         match = functools.partial(self._match_gradients, ctx)
@@ -187,7 +241,7 @@ class ThirdParty:
         phi_o, output_term = self._match(ctx, o_f, o_t, self._scale_out, self.switch_output, self.memory_output)
         confidence_term, active = self._confidence(ctx, found.third, bank, c_t)
         total = (
-            weights.utility_weight * task
+            weights.task_weight * task
             + weights.gradient_weight * found.term
             + weights.output_weight * output_term
             + weights.confidence_weight * confidence_term
@@ -200,7 +254,7 @@ class ThirdParty:
             total = total + weights.anchor_weight * moved
         enqueue(ctx, retained)
         metrics = {
-            "utility": task.detach(),
+            "task_loss": task.detach(),
             "phi_gradient": found.phi,
             "phi_output": phi_o,
             "gradient_term_on": on["gradient"],
@@ -273,7 +327,7 @@ class ThirdParty:
     def _match_gradients(self, ctx: Context, forget: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
         """`_match` of gradient features as the evaluator gives them; the third party's set the scale."""
         self.spread_gradient.update(all_gather_uneven(third))
-        if ctx.draw % (self.cfg.constraint.memory + 1) == 0:  # `Context.projection` is new: older sketches say nothing
+        if ctx.draw % (self.cfg.constraint.memory_steps + 1) == 0:  # `Context.projection` is new
             self.memory_gradient.clear()
         return self._match(ctx, forget, third, self._scale, self.switch_gradient, self.memory_gradient)
 
@@ -321,7 +375,7 @@ class ThirdParty:
         """The term, and the share of third-party images whose confidence it lowers."""
         sizes = gather_sizes(c.shape[0], c.device)
         share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, uneven or not
-        if self.cfg.method.confidence == "entropy":
+        if self.settings.confidence_loss == "entropy":
             terms = [entropy_confidence(ctx.objective.logits(b, bank)) for b in third]
             return share * torch.stack(terms).mean(), 1.0
         term, active = hinge_confidence(c, on_device(self.threshold, c.device, c.dtype))
@@ -344,8 +398,7 @@ class ThirdParty:
         self.pseudo_ids, self.pseudo_labels = state["pseudo_ids"], state["pseudo_labels"]
         for name in RUNNING:
             part = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            if part or not name.startswith("memory"):  # checkpoints from before there was a memory go on without one
-                getattr(self, name).load_state_dict(part)
+            getattr(self, name).load_state_dict(part)
 
 
 def _embedding_agreement(b: Branches) -> Tensor:

@@ -1,6 +1,6 @@
 """Plain training with the encoder's own objective: `pretrain`, `retrain` and `finetune` are this step.
 
-    L = L_utility(batch)
+    L = L_task(batch)
 
 pretrain runs it on all members; `retrain` from scratch on the retain samples only (exact unlearning,
 the reference of every report); `finetune` from the original encoder on the retain samples
@@ -10,24 +10,27 @@ the reference of every report); `finetune` from the original encoder on the reta
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import MethodConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.methods.base import Stateless, StepOutput
+from distunlearn.methods.base import Method, StepOutput
+from distunlearn.methods.search_space import Log, Space
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["Contrastive", "Finetune", "Retrain", "enqueue", "retain_bank", "utility"]
+__all__ = ["Finetune", "Pretrain", "Retrain", "Training", "enqueue", "retain_bank", "task_loss"]
 
 
-def utility(ctx: Context, batch: Batch) -> tuple[Tensor, Branches]:
-    """L_utility of one batch with batch statistics, and the branches, whose keys become the bank."""
+def task_loss(ctx: Context, batch: Batch) -> tuple[Tensor, Branches]:
+    """L_task of one batch with batch statistics, and the branches, whose keys become the bank."""
     branches = embed(ctx, batch, batchnorm="train")
     queue = None if ctx.queue is None else ctx.queue.bank(ctx.objective.temperature)
-    return ctx.objective.utility(branches, queue), branches
+    return ctx.objective.task_loss(branches, queue), branches
 
 
 def retain_bank(ctx: Context, branches: Branches) -> Bank | None:
@@ -46,38 +49,70 @@ def enqueue(ctx: Context, branches: Branches) -> None:
         ctx.queue.push(gathered.keys, gathered.ids)
 
 
-class Contrastive(Stateless):
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(MethodConfig):
+    """No settings of its own."""
+
+    name: str = "finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig(MethodConfig):
+    """No settings of its own."""
+
+    name: str = "retrain"
+
+
+class Training(Method[MethodConfig]):
     """Training on one stream of images, without a word about forgetting."""
 
+    feeder: ClassVar[str] = "retain"
+    needs = ("retain",)
     forgets = False
-
-    def __init__(self, name: str, feeder: str) -> None:
-        """`feeder`: "members" (pretrain) or "retain"."""
-        self.name = name
-        self.feeder = feeder
-
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {self.feeder: cfg.pretrain.batch}
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         batch = batches[self.feeder]
-        value, branches = utility(ctx, batch)
+        value, branches = task_loss(ctx, batch)
         enqueue(ctx, branches)
-        return StepOutput(loss=value, metrics={"utility": value.detach()}, consumed={self.feeder: batch.ids})
+        return StepOutput(loss=value, metrics={"task_loss": value.detach()}, consumed={self.feeder: batch.ids})
 
 
-class Retrain(Contrastive):
+class Pretrain(Training):
+    """Training of the original encoder on all members; not a method of forgetting."""
+
+    name = "pretrain"
+    Config = MethodConfig
+    summary = report = "train on all members"
+    guarantee = "none"
+    begins = "scratch"
+    steps = "pretrain"
+    needs = ()
+    feeder = "members"
+
+    def batch_sizes(self) -> Mapping[str, int]:
+        return {"members": self.cfg.pretrain.batch}
+
+
+class Retrain(Training):
     """Training from scratch without the forget set, by the recipe of `pretrain`."""
 
-    def __init__(self) -> None:
-        super().__init__("retrain", "retain")
+    name = "retrain"
+    Config = RetrainConfig
+    summary = "train again from scratch without the forget samples"
+    report = "training from the beginning without the forgotten images"
+    guarantee = "exact"
+    begins = "scratch"
+    steps = "pretrain"
+
+    def batch_sizes(self) -> Mapping[str, int]:
+        return {"retain": self.cfg.pretrain.batch}
 
 
-class Finetune(Contrastive):
+class Finetune(Training):
     """A few steps on the retain samples, from the original encoder."""
 
-    def __init__(self) -> None:
-        super().__init__("finetune", "retain")
-
-    def batch_sizes(self, cfg: RunConfig) -> Mapping[str, int]:
-        return {"retain": cfg.unlearn.retain_batch}
+    name = "finetune"
+    Config = FinetuneConfig
+    summary = "a few more steps on the retain samples only"
+    report = "fine-tuning on the retained images only (a reference, not a full method)"
+    space: ClassVar[Space] = {"unlearn.lr": Log(5e-5, 5e-3)}

@@ -5,11 +5,17 @@ Shapes: V = online branches, n = images of this rank, D = output dim, Hd = hidde
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from distunlearn.config.registry import OBJECTIVE, find
+from distunlearn.config.schema import ObjectiveConfig, PositiveFloat, PositiveInt, RunConfig
 from distunlearn.objectives.memory_bank import (
     Bank,
     bank_delta,
@@ -19,9 +25,16 @@ from distunlearn.objectives.memory_bank import (
     normalise,
     pair_logits,
 )
-from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET
 
-__all__ = ["Branches", "MomentumObjective", "Objective"]
+__all__ = [
+    "Branches",
+    "Contrastive",
+    "ContrastiveConfig",
+    "MomentumConfig",
+    "MomentumObjective",
+    "Objective",
+    "objective_class",
+]
 
 
 class Branches(NamedTuple):
@@ -59,55 +72,123 @@ class Branches(NamedTuple):
         )
 
 
-class Objective(Protocol):
-    """One training objective and the per-sample quantities that forgetting compares.
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig(ObjectiveConfig):
+    """Settings of objectives that compare projections of images."""
+
+    temperature: PositiveFloat = 0.2  # of the contrastive softmax and of the bank loss
+    hidden_dim: PositiveInt = 128  # width of projector and predictor
+    output_dim: PositiveInt = 64  # width of the projection that losses compare
+    similarity_mib: PositiveFloat = 1024.0  # for one copy of a process's similarities; above it tile by tile, exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumConfig(ContrastiveConfig):
+    """Settings of objectives with a momentum encoder."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the momentum encoder, per step
+
+
+class Objective(ABC):
+    """One training objective and the per-sample quantities that forgetting compares, with all that is its own.
 
     The per-sample functions depend on one image, the bank and the weights, never on batch-mates, and
-    need no communication. `utility` may communicate: all ranks call it together.
+    need no communication. `task_loss` may communicate: all ranks call it together.
+
+    Attributes of the class:
+        name: as in `objective.name`.
+        Config: settings, a frozen dataclass derived from `ObjectiveConfig` whose `name` has the objective's name as
+            default; from `ContrastiveConfig` where the head is a projector.
+        summary: what it is, in a few words.
+        head: a projector of `hidden_dim` and `output_dim`, or a linear classifier over the classes of the members.
+        predictor: whether a predictor follows the projector.
+        needs_momentum: Branches.target comes from a momentum encoder.
+        compares_views: the loss of an image compares its views with one another.
+        uses_bank: the per-sample functions need a bank.
+        uses_queue: that bank is a KeyQueue of `queue_size` keys, else the retain keys of the step.
+        uses_labels: the loss needs labels.
+        views: random views drawn per image. branches: V, online branches.
     """
 
     name: ClassVar[str]
-    needs_momentum: ClassVar[bool]  # Branches.target comes from a momentum encoder
-    uses_bank: ClassVar[bool]  # the per-sample functions need a bank
-    uses_queue: ClassVar[bool]  # that bank is a KeyQueue, else the retain keys of the step
-    uses_labels: ClassVar[bool]
-    views: ClassVar[int]  # random views drawn per image
-    branches: ClassVar[int]  # V, online branches
-    temperature: float
-    budget: int  # bytes that one copy of the similarities may take; above it they are computed tile by tile
+    Config: ClassVar[type[ObjectiveConfig]]
+    summary: ClassVar[str]
+    head: ClassVar[Literal["projector", "classifier"]] = "projector"
+    predictor: ClassVar[bool] = False
+    needs_momentum: ClassVar[bool] = False
+    compares_views: ClassVar[bool] = True
+    uses_bank: ClassVar[bool] = True
+    uses_queue: ClassVar[bool] = False
+    uses_labels: ClassVar[bool] = False
+    views: ClassVar[int] = 2
+    branches: ClassVar[int] = 2
 
-    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+    def __init__(self, settings: ObjectiveConfig) -> None:
+        self.settings = settings
+
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
+        """Reasons why it cannot be used with these settings, one sentence each, naming the keys."""
+        return iter(())
+
+    @abstractmethod
+    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Training loss of this rank: the mean over ranks is the loss of the global batch, in value and gradient."""
 
+    @abstractmethod
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """What `utility` averages over the images of the global batch, image by image, [n].
+        """What `task_loss` averages over the images of the global batch, image by image, [n].
 
         Unlike `per_sample_loss` it may depend on batch-mates; all ranks call it together.
         """
 
+    @abstractmethod
     def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor] | None:
         """Normalised, detached keys [m, D] of these (retain) images and their ids [m]; None without a bank.
 
         Image by image, so that `Bank.gather` over any number of ranks gives one order.
         """
 
+    @abstractmethod
     def per_sample_loss(self, b: Branches, bank: Bank | None) -> Tensor:
         """l_i, [n]."""
 
+    @abstractmethod
     def per_sample_delta(self, b: Branches, bank: Bank | None) -> Tensor:
         """Exact d l_i / d output[v, i] in closed form, [V, n, D], itself differentiable in the outputs."""
 
+    @abstractmethod
     def confidence(self, b: Branches, bank: Bank | None) -> Tensor:
         """c_i in (0, 1], [n]: how surely the sample's partner (or class) is told from all others."""
 
+    @abstractmethod
     def logits(self, b: Branches, bank: Bank | None) -> Tensor:
         """[V, n, 1 + K] (-inf where masked) or [V, n, classes]: what the confidence is the softmax of.
 
         Always the whole matrix, whatever the budget.
         """
 
+    @abstractmethod
     def output_features(self, b: Branches, bank: Bank | None) -> Tensor:
         """Agreement between the views and closeness to the bank (or certainty), [n, 2], for output alignment."""
+
+
+class Contrastive(Objective):
+    """What objectives with `ContrastiveConfig` share. temperature: tau > 0. budget: bytes that one copy of the
+    similarities may take; above it they are computed tile by tile.
+    """
+
+    settings: ContrastiveConfig
+
+    def __init__(self, settings: ContrastiveConfig) -> None:
+        super().__init__(settings)
+        assert settings.temperature > 0, "the temperature is positive"
+        self.temperature, self.budget = settings.temperature, max(1, round(settings.similarity_mib * 2**20))
+
+
+def objective_class(cfg: RunConfig) -> type[Objective]:
+    """The objective that the settings name."""
+    return find(OBJECTIVE, cfg.objective.name)
 
 
 def paired_keys(vectors: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,16 +198,14 @@ def paired_keys(vectors: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     return keys, ids.repeat_interleave(vectors.shape[0])
 
 
-class MomentumObjective:
+class MomentumObjective(Contrastive):
     """Per-sample part shared by objectives whose partner is a stop-gradient momentum key (MoCo, MoCo v3, BYOL).
 
     l_i is the mean over the V branches of the bank formula with u_b = normalised target, constant; so
     d l_i / d z_v is the closed form of branch v divided by V.
     """
 
-    def __init__(self, temperature: float, budget: int = DEFAULT_BUDGET) -> None:
-        assert temperature > 0, "the temperature is positive"
-        self.temperature, self.budget = temperature, budget
+    needs_momentum = True
 
     def _pair(self, b: Branches) -> tuple[Tensor, Tensor]:
         """Online raw outputs and normalised, detached partners, both [V, n, D]."""

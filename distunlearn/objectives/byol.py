@@ -4,7 +4,7 @@ Source: Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervi
 NeurIPS 2020, eq. 2 and the symmetrised loss below it. Predictor output q, target projection z':
 
     L = || q/|q| - z'/|z'| ||^2 = 2 - 2 cos(q, z')
-    utility = mean over the images of L(q_a, z'_b) + L(q_b, z'_a)
+    loss = mean over the images of L(q_a, z'_b) + L(q_b, z'_a)
 
 Per-sample loss: BYOL compares with nothing, so a sample's own loss says little of how well it is told
 from others; the bank formula is used instead (target projections of retain as bank, temperature
@@ -13,27 +13,33 @@ from others; the bank formula is used instead (target projections of retain as b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from distunlearn.distributed.collectives import gather_sizes, mean_scale
-from distunlearn.objectives.base import Branches, MomentumObjective
+from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.memory_bank import Bank, normalise
 
 __all__ = ["BYOL"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BYOLConfig(MomentumConfig):
+    """Temperature of the bank loss, momentum encoder, projector and predictor."""
+
+    name: str = "byol"
 
 
 class BYOL(MomentumObjective):
     """Branch 0: prediction from view a of target b; branch 1: from b of a. temperature: of the bank formula only."""
 
     name = "byol"
-    needs_momentum = True
-    uses_bank = True
-    uses_queue = False
-    uses_labels = False
-    views = 2
-    branches = 2
+    Config = BYOLConfig
+    summary = "BYOL: predict the momentum projection of the other view, no negatives"
+    predictor = True
 
-    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Symmetrised 2 - 2 cos, in [0, 8]; the bank is not used; a collective call."""
         losses = self.row_losses(b)
         return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))

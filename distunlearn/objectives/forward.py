@@ -66,7 +66,7 @@ class Context:
     @property
     def projection(self) -> int:
         """Number of the random projections of gradients: `draw`, or one for all steps whose samples are pooled."""
-        return self.draw // (self.cfg.constraint.memory + 1)
+        return self.draw // (self.cfg.constraint.memory_steps + 1)
 
     @property
     def view_seed(self) -> int:
@@ -97,7 +97,7 @@ def random_views(
 def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     """Two random views of a batch on the encoder's device, float [n, C, S, S] each; `pair` gives others."""
     images = on_device(batch.images, ctx.device)
-    compiled = ctx.cfg.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
+    compiled = ctx.cfg.runtime.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
     views = (2 * pair, 2 * pair + 1)
     key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
     return random_views(images, ctx.cfg.views, views=views, compiled=compiled, **key)
@@ -162,7 +162,7 @@ def embed(
 
     Args:
         batch: n images of this rank.
-        batchnorm: "train" (batch statistics, utility loss) or "eval" (running statistics). Per-sample losses
+        batchnorm: "train" (batch statistics, task loss) or "eval" (running statistics). Per-sample losses
             use "eval": with batch statistics a sample's gradient would depend on its batch mates.
         network: another encoder than the one being trained (the original, for calibration).
         momentum: False leaves out the momentum branch even where the objective has one.

@@ -5,7 +5,7 @@ Learning", CVPR 2020, eq. 1 (loss) and algorithm 1; the v2 recipe (MLP head, str
 Chen, Fan, Girshick, He, "Improved Baselines with Momentum Contrastive Learning", 2020. With the
 query q = u_a (online) and the key k+ = u_b (momentum encoder, stop-gradient), both of length 1:
 
-    utility = mean of -log [ exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_queue exp(q.k / tau)) ]
+    loss = mean of -log [ exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_queue exp(q.k / tau)) ]
 
 Earlier keys of the query's own image are left out of the sum by id. At the paper's scale the queue
 holds none (it is far shorter than an epoch), so this is eq. 1 there; on a small data set it keeps an
@@ -16,27 +16,43 @@ Per-sample loss: the bank formula with the queue as bank and u_b constant; one o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from distunlearn.config.schema import PositiveInt, RunConfig
 from distunlearn.distributed.collectives import gather_sizes, mean_scale
-from distunlearn.objectives.base import Branches, MomentumObjective
+from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.memory_bank import Bank, normalise, query_infonce
 
 __all__ = ["MoCo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig(MomentumConfig):
+    """Temperature, momentum encoder and queue."""
+
+    name: str = "moco"
+    queue_size: PositiveInt = 512  # past keys that a query is compared with
 
 
 class MoCo(MomentumObjective):
     """Branch 0: query = online view a, target = momentum view b. temperature: tau > 0."""
 
     name = "moco"
-    needs_momentum = True
-    uses_bank = True
+    Config = MoCoConfig
+    summary = "MoCo v2: one query against its momentum key and a queue of past keys"
     uses_queue = True
-    uses_labels = False
-    views = 2
     branches = 1
 
-    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
+        size, largest = cfg.objective.queue_size, max(cfg.pretrain.batch, cfg.unlearn.retain_batch)
+        if size < largest:
+            yield f"objective.queue_size={size} is smaller than a batch of {largest}; enlarge the queue"
+
+    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Cross-entropy of the key among key and queue. bank: `KeyQueue.bank(temperature)`; a collective call."""
         losses = self.row_losses(b, bank)
         return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))

@@ -4,7 +4,7 @@ Source: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Tr
 2021, eq. 1 and algorithm 1. Queries q1, q2 and momentum keys k1, k2 of the two views, length 1:
 
     ctr(q, k) = 2 tau * mean_i -log [ exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ]
-    utility   = ctr(q1, k2) + ctr(q2, k1)                   j: all images of the global batch
+    loss      = ctr(q1, k2) + ctr(q2, k1)                   j: all images of the global batch
 
 The factor 2 tau is the paper's: algorithm 1 scales the loss so that its gradient does not grow as tau
 falls. The per-sample loss does not carry it (bank formula, mean of the two branches, keys constant).
@@ -12,11 +12,13 @@ falls. The per-sample loss does not carry it (bank formula, mean of the two bran
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from distunlearn.distributed.collectives import gather_sizes, get_rank, mean_scale
-from distunlearn.objectives.base import Branches, MomentumObjective
+from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.infonce import infonce
 from distunlearn.objectives.memory_bank import Bank, normalise
 from distunlearn.objectives.tiled_softmax import Columns
@@ -24,18 +26,22 @@ from distunlearn.objectives.tiled_softmax import Columns
 __all__ = ["MoCoV3"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoCoV3Config(MomentumConfig):
+    """Temperature, momentum encoder, projector and predictor."""
+
+    name: str = "mocov3"
+
+
 class MoCoV3(MomentumObjective):
-    """Branch 0: query a with key b; branch 1: query b with key a. temperature: tau > 0. budget: see `infonce`."""
+    """Branch 0: query a with key b; branch 1: query b with key a. temperature: tau > 0."""
 
     name = "mocov3"
-    needs_momentum = True
-    uses_bank = True
-    uses_queue = False
-    uses_labels = False
-    views = 2
-    branches = 2
+    Config = MoCoV3Config
+    summary = "MoCo v3: queries through a predictor against the momentum keys of the batch"
+    predictor = True
 
-    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Symmetrised contrastive loss over the global keys; the bank is not used; a collective call."""
         losses, sizes = self._branch_losses(b)
         return 2 * self.temperature * losses.sum() * mean_scale(sizes)

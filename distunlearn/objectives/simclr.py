@@ -4,7 +4,7 @@ Source: Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Le
 Representations", ICML 2020, eq. 1 and algorithm 1. With u = z / |z|, N images, 2N embeddings:
 
     l(i, j) = -log [ exp(u_i.u_j / tau) / sum_{k != i} exp(u_i.u_k / tau) ]
-    utility = 1 / 2N * sum over the N images of l(a, b) + l(b, a)
+    loss = 1 / 2N * sum over the N images of l(a, b) + l(b, a)
 
 Per-sample loss: the bank formula (`bank.py`) with both views online, so that both branches carry a
 gradient: d l_i / d z_a = bank_delta(z_a, u_b) and d l_i / d z_b = bank_delta(z_b, u_a).
@@ -12,11 +12,13 @@ gradient: d l_i / d z_a = bank_delta(z_a, u_b) and d l_i / d z_b = bank_delta(z_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from distunlearn.distributed.collectives import gather_sizes, get_rank, mean_scale
-from distunlearn.objectives.base import Branches, paired_keys
+from distunlearn.objectives.base import Branches, Contrastive, ContrastiveConfig, paired_keys
 from distunlearn.objectives.infonce import Form, infonce
 from distunlearn.objectives.memory_bank import (
     Bank,
@@ -57,26 +59,25 @@ def _pair_losses(
     return losses, sizes
 
 
-class SimCLR:
-    """Two online views, each other's partner. temperature: tau > 0. budget: bytes, see `infonce`."""
+@dataclass(frozen=True, kw_only=True)
+class SimCLRConfig(ContrastiveConfig):
+    """Temperature and projector."""
+
+    name: str = "simclr"
+
+
+class SimCLR(Contrastive):
+    """Two online views, each other's partner."""
 
     name = "simclr"
-    needs_momentum = False
-    uses_bank = True
-    uses_queue = False
-    uses_labels = False
-    views = 2
-    branches = 2
-
-    def __init__(self, temperature: float, budget: int = DEFAULT_BUDGET) -> None:
-        assert temperature > 0, "the temperature is positive"
-        self.temperature, self.budget = temperature, budget
+    Config = SimCLRConfig
+    summary = "SimCLR: two views against all other images of the batch"
 
     def _views(self, b: Branches) -> Tensor:
         assert b.output.shape[0] == 2, "simclr has 2 online branches"
         return normalise(b.output)
 
-    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """NT-Xent; the bank is not used."""
         assert b.output.shape[0] == 2, "simclr has 2 online branches"
         return nt_xent(b.output, self.temperature, self.budget)

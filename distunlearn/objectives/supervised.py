@@ -5,21 +5,25 @@ the loss and 4.109 for its gradient). With logits z_v of view v, p_v = softmax(z
 
     l_i = mean_v -log p_v[y],      d l_i / d z_v = (p_v - onehot(y)) / V,      c_i = mean_v max p_v
 
-The utility is the mean of l_i. There is no bank. Third-party images have no label of the members'
+The task loss is the mean of l_i. There is no bank. Third-party images have no label of the members'
 classes: the caller gives them the original encoder's own prediction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distunlearn.config.schema import ObjectiveConfig, RunConfig
 from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.errors import DataError
-from distunlearn.objectives.base import Branches
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
-from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET
 
 __all__ = ["Supervised"]
 
@@ -46,21 +50,35 @@ def _labels(b: Branches) -> Tensor:
     return b.labels
 
 
-class Supervised:
-    """Two views, each classified. temperature, budget: kept for a uniform constructor, not used."""
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(ObjectiveConfig):
+    """No settings of its own."""
+
+    name: str = "supervised"
+
+
+class Supervised(Objective):
+    """Two views, each classified."""
 
     name = "supervised"
-    needs_momentum = False
+    Config = SupervisedConfig
+    summary = "cross-entropy with labels"
+    head = "classifier"
+    compares_views = False
     uses_bank = False
-    uses_queue = False
     uses_labels = True
-    views = 2
-    branches = 2
 
-    def __init__(self, temperature: float = 1.0, budget: int = DEFAULT_BUDGET) -> None:
-        self.temperature, self.budget = temperature, budget
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
+        if cfg.data.source == "imagefolder" and cfg.data.root:
+            root = Path(cfg.data.root)
+            if root.is_dir() and not any(entry.is_dir() for entry in root.iterdir()):
+                yield (
+                    f"objective.name=supervised needs labels, but data.root {cfg.data.root!r} has no class folders; "
+                    "sort the images into one folder a class"
+                )
 
-    def utility(self, b: Branches, bank: Bank | None = None) -> Tensor:
+    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """Mean cross-entropy; a collective call. Raises DataError for missing or impossible labels."""
         return self.per_sample_loss(b).sum() * mean_scale(gather_sizes(b.num_samples, b.output.device))
 

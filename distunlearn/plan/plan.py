@@ -23,8 +23,10 @@ from distunlearn.errors import (
     DataError,
     DistunlearnError,
 )
-from distunlearn.methods import METHODS, refuse_missing
+from distunlearn.methods import method_class, refuse_missing
+from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives import make_objective
+from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
 from distunlearn.plan.images import calibration_images, phase_images
 
@@ -89,7 +91,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 
 def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int], dict[str, Any]]:
     """Images per role, members per label and facts of the request, from existing shards or else from the source."""
-    known = out or cfg.data.shards or cfg.reuse
+    known = out or cfg.data.shards or cfg.runtime.reuse
     manifest = verified_manifest(cfg, out or Path()) if known else None
     if manifest is not None:
         found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
@@ -105,7 +107,7 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
 
 
 def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
-    model = build_model(cfg, classes if cfg.objective.name == "supervised" else None)
+    model = build_model(cfg, classes if objective_class(cfg).head == "classifier" else None)
     if cfg.encoder.checkpoint is not None:
         load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
     if cfg.audit.part_crops and not hasattr(model.backbone, "forward_intermediates"):
@@ -118,23 +120,21 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "backbone_parameters": backbone,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "classes": classes if cfg.objective.name == "supervised" else None,
+        "classes": classes if objective_class(cfg).head == "classifier" else None,
     }
 
 
 def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:
     members = counts["retain"] + counts["forget"]
-    entry = METHODS[cfg.method.name]
-    unlearn_steps = {"unlearn": cfg.unlearn.steps, "pretrain": pretrain_steps(cfg, counts["retain"]), "none": 0}[
-        entry.steps
-    ]
+    method = method_class(cfg)(cfg)
+    retraining = pretrain_steps(cfg, counts["retain"])
     phases = {
-        "pretrain": (pretrain_steps(cfg, members), None),
-        "unlearn": (unlearn_steps, cfg.method.name),
-        "retrain": (pretrain_steps(cfg, counts["retain"]), "retrain"),
+        "pretrain": (pretrain_steps(cfg, members), Pretrain(cfg)),
+        "unlearn": ({"unlearn": cfg.unlearn.steps, "pretrain": retraining, "none": 0}[method.steps], method),
+        "retrain": (retraining, Retrain(cfg)),
     }
     images = {name: phase_images(cfg, method, steps) for name, (steps, method) in phases.items()}
-    before = {"unlearn": calibration_images(cfg, counts)}
+    before = {"unlearn": calibration_images(cfg, method, counts)}
     return {
         name: {
             "steps": steps,
@@ -153,8 +153,7 @@ def _coverage(cfg: RunConfig, counts: Counter[str]) -> dict[str, float]:
 
 
 def _check_schedule(cfg: RunConfig, counts: Counter[str]) -> None:
-    entry = METHODS[cfg.method.name]
-    forgets = entry.build is not None and entry.build(cfg).forgets
+    forgets = method_class(cfg).forgets
     steps = _forget_steps(cfg)
     rows = steps * cfg.unlearn.forget_batch
     if forgets and rows < counts["forget"]:
@@ -179,9 +178,7 @@ def _check_stress(cfg: RunConfig, counts: Counter[str]) -> None:
 
 def _forget_steps(cfg: RunConfig) -> int:
     """Steps of the unlearning that consume forget images."""
-    entry = METHODS[cfg.method.name]
-    built = entry.build(cfg) if entry.build else None
-    return built.forget_steps(cfg) if hasattr(built, "forget_steps") else cfg.unlearn.steps
+    return method_class(cfg)(cfg).forget_steps()
 
 
 def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> dict[str, float]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from distunlearn.config.registry import METHOD, find
+from distunlearn.errors import ConfigError
 from distunlearn.report.data import RunFiles, number, tree
 from distunlearn.report.formatting import percent, seconds, text, whole
-from distunlearn.report.texts import METHODS, NOT_EVALUATED, ROLES, SOURCES, UNTOUCHED
+from distunlearn.report.texts import NOT_EVALUATED, ROLES, SOURCES
 
 __all__ = ["cost", "coverage", "provenance", "request"]
 
@@ -32,13 +34,13 @@ def request(run: RunFiles) -> dict[str, Any]:
         "source": SOURCES.get(source, source),
         "chosen": _chosen(data.get("forget"), run.config.get("seed")),
         "third_party": SOURCES.get(third, third) if isinstance(third, str) else "the same source as the members",
-        "method": METHODS.get(method, method),
+        "method": _method(method)[0],
         "encoder": HIDDEN_PATH if "/" in (encoder := _name(tree(run.config, "encoder"), "name")) else encoder,
         "objective": _name(tree(run.config, "objective"), "name"),
         "when": run.finished or "not recorded",
         "length": _length(run),
         "copies": None if not copies else whole(copies),
-        "reused": run.config.get("reuse") is not None,
+        "reused": tree(run.config, "runtime").get("reuse") is not None,
         "roles": [
             {"title": title, "meaning": meaning, "count": whole(counts.get(name))}
             for name, (title, meaning) in ROLES.items()
@@ -49,6 +51,15 @@ def request(run: RunFiles) -> dict[str, Any]:
 def _name(settings: dict[str, Any], key: str) -> str:
     value = settings.get(key)
     return value if isinstance(value, str) and value else NOT_EVALUATED
+
+
+def _method(name: str) -> tuple[str, bool]:
+    """What the method does, in plain words, and whether it looks at the forget images; its name if it is not here."""
+    try:
+        method = find(METHOD, name)
+    except ConfigError:
+        return name, True
+    return method.report, method.forgets
 
 
 def _role_counts(run: RunFiles) -> dict[str, float]:
@@ -89,7 +100,7 @@ def coverage(run: RunFiles) -> dict[str, Any]:
     names = ("requested", "consumed_min", "consumed_max", "used_as_retain")
     values = {name: number(found, name) for name in names}
     least, retained = values["consumed_min"], values["used_as_retain"]
-    if least == 0 and retained == 0 and tree(run.config, "method").get("name") in UNTOUCHED:
+    if least == 0 and retained == 0 and not _method(_name(tree(run.config, "method"), "name"))[1]:
         state = "not_evaluated"
         sentence = (
             "The method of this run never looks at the images to forget, so there is no processing to count. "

@@ -7,13 +7,11 @@ __all__ = [
     "ENCODERS",
     "FURTHER",
     "LIMITS",
-    "METHODS",
     "NOT_EVALUATED",
     "ROLES",
     "SOURCES",
     "STRESS",
     "UTILITY",
-    "UNTOUCHED",
     "VERDICTS",
     "attack_words",
 ]
@@ -159,29 +157,6 @@ SOURCES = {
     "imagefolder": "a folder of image files",
     "webdataset": "existing WebDataset shards",
 }
-
-METHODS = {
-    "third_party": "third-party fine-tuning: the encoder learns to treat the forgotten images as it treats "
-    "images it never saw",
-    "alignment_calibration": "alignment calibration: different forgotten images are pulled together, and the views of "
-    "each are pushed apart",
-    "neg_grad": "learning the retained images while unlearning the forgotten ones by the same loss turned round",
-    "scrub": "disagreeing with the original encoder on the forgotten images and agreeing with it on the retained ones",
-    "salun": "moving the forgotten images to random places, by the weights alone that matter to them",
-    "sure": "an opponent tries to tell the forgotten images from images never seen, and the encoder learns to prevent "
-    "it",
-    "held_out_distillation": "treating each forgotten image as the original encoder treats a similar one it never saw",
-    "random_target": "moving the forgotten images to the places of other images, drawn at random",
-    "l1_sparse": "fine-tuning on the retained images only while small weights vanish (a reference, not a full method)",
-    "finetune": "fine-tuning on the retained images only (a reference, not a full method)",
-    "grad_ascent": "gradient ascent on the forgotten images (a reference, not a full method)",
-    "retrain": "training from the beginning without the forgotten images",
-    "none": "none: the encoder was left as it was (a control that must not pass)",
-    "random_init": "random weights in place of the encoder (a control that must not pass)",
-}
-
-# methods that never look at the images to forget, so that there is no use of them to count
-UNTOUCHED = frozenset({"finetune", "l1_sparse", "retrain", "none", "random_init"})
 
 LIMITS = (
     (

@@ -26,7 +26,9 @@ from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.phases import FEEDER_ROLES
 from distunlearn.engine.provenance import require_one_run
 from distunlearn.engine.run_directory import shards_folder, shards_remote
-from distunlearn.methods import METHODS, Contrastive
+from distunlearn.methods import method_class
+from distunlearn.methods.training import Pretrain
+from distunlearn.objectives.base import objective_class
 
 if TYPE_CHECKING:
     from distunlearn.config.schema import RunConfig
@@ -95,13 +97,13 @@ def _processes(backend: Backend) -> tuple[list[str], list[str]]:
 def _feeders(cfg: RunConfig, manifest: Manifest, backend: Backend) -> Iterator[tuple[str, RoleFeeder]]:
     """Those of pretraining and of the method, by name."""
     store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, 0, cfg.data.max_pixels)
-    entry = METHODS[cfg.method.name]
+    method = method_class(cfg)(cfg)
     jobs: list[tuple[str, Mapping[str, int], int]] = [
-        ("pretrain", Contrastive("pretrain", "members").batch_sizes(cfg), cfg.pretrain.accumulate)
+        ("pretrain", Pretrain(cfg).batch_sizes(), cfg.pretrain.accumulate)
     ]
-    if entry.build is not None:
-        accumulate = cfg.unlearn.accumulate if entry.steps == "unlearn" else cfg.pretrain.accumulate
-        jobs.append(("unlearn", entry.build(cfg).batch_sizes(cfg), accumulate))
+    if method.steps != "none":
+        accumulate = cfg.unlearn.accumulate if method.steps == "unlearn" else cfg.pretrain.accumulate
+        jobs.append(("unlearn", method.batch_sizes(), accumulate))
     for phase, sizes, accumulate in jobs:
         for name, size in sizes.items():
             yield f"{phase}/{name}", RoleFeeder(
@@ -156,7 +158,7 @@ def sample_problems(everyone: list[Seen], whole: Seen) -> list[str]:
 
 def _one_step(cfg: RunConfig, backend: Backend) -> tuple[float, float]:
     """Length of the change of the weights by one step of plain descent over the learning rate, and gradient norm."""
-    classes = 2 if cfg.objective.name == "supervised" else None
+    classes = 2 if objective_class(cfg).head == "classifier" else None
     model = build_model(cfg, classes).to(backend.device)
     optimizer = make_optimizer("sgd", model.parameters(), RATE, 0.0)
     forward = backend.prepare(model, optimizer, clip=0.0)

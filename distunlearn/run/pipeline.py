@@ -96,7 +96,7 @@ def report(run_dir: Path) -> Path:
 def begin(cfg: RunConfig, out: Path) -> dict:
     """Check everything and make the shards; returns the plan, which `pretrain` keeps. Collective."""
     planned = make_plan(cfg, out)
-    if cfg.compile:
+    if cfg.runtime.compile:
         require_compiler()
 
     def make_ready() -> None:

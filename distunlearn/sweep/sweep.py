@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.config.load import digest, load_config, save_config
+from distunlearn.config.registry import METHOD, find, names
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.prepare.roles import assign_roles
 from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.sources import open_sources
 from distunlearn.errors import ConfigError, DataError, DistunlearnError, NumericsError, RankLostError, StoppedError
-from distunlearn.methods import METHODS
 from distunlearn.methods.search_space import grid, random
 from distunlearn.run import pipeline
 from distunlearn.sweep.results import average_gap, choose, facts, gaps, page, strongest
@@ -109,9 +109,13 @@ def prepare_sweep(cfg: RunConfig, sweep: Sweep, out: Path) -> None:
 
 def _check(cfg: RunConfig, sweep: Sweep) -> None:
     problems = []
-    unknown = [name for name in sweep.methods if name not in METHODS]
-    if unknown or not sweep.methods:
-        problems.append(f"--methods names {', '.join(unknown) or 'nothing'}, expected some of {', '.join(METHODS)}")
+    if not sweep.methods:
+        problems.append(f"--methods names nothing, expected some of {', '.join(names(METHOD))}")
+    for name in sweep.methods:
+        try:
+            find(METHOD, name)
+        except ConfigError as error:
+            problems.append(f"--methods: {error}")
     if len(set(sweep.methods)) < len(sweep.methods):
         problems.append("--methods names a method twice; the budget is the same for all")
     for option, value in (("--trials", sweep.trials), ("--attacks", sweep.attacks)):
@@ -121,7 +125,7 @@ def _check(cfg: RunConfig, sweep: Sweep) -> None:
         problems.append("--seeds is empty or names a seed twice")
     if sweep.validation_seed in sweep.seeds:
         problems.append(f"--validation-seed is {sweep.validation_seed}, which is also reported; set another")
-    for key, value in (("data.shards", cfg.data.shards), ("reuse", cfg.reuse)):
+    for key, value in (("data.shards", cfg.data.shards), ("runtime.reuse", cfg.runtime.reuse)):
         if value is not None:
             problems.append(f"{key} is set, but a sweep makes shards and encoders of its own for each seed; unset it")
     if problems:
@@ -184,14 +188,14 @@ def _bases(out: Path, what: Mapping[str, Any]) -> Planned:
 
 
 def _reuse(out: Path, base: int) -> str:
-    return f"reuse={json.dumps(str((out / 'bases' / str(base)).resolve()))}"
+    return f"runtime.reuse={json.dumps(str((out / 'bases' / str(base)).resolve()))}"
 
 
 def _trials(out: Path, what: Mapping[str, Any]) -> Planned:
     fixed = [*_seeds(out, what)[0], _reuse(out, 0)]
     base = load_config(None, out / "settings.yaml", [], world=1)
     for method in what["methods"]:
-        space, more = METHODS[method].space, what["trials"] - 1
+        space, more = find(METHOD, method).space, what["trials"] - 1
         drawn: list[dict[str, Any]] = []
         if space and more:
             points = grid(space, more + 1, what["search_seed"], method) if what["search"] == "grid" else []
@@ -219,8 +223,7 @@ def _digest(cfg: RunConfig) -> str:
     forget = cfg.data.forget
     if isinstance(forget, str) and Path(forget).is_file():
         forget = hashlib.sha256(Path(forget).read_bytes()).hexdigest()
-    where = dataclasses.replace(cfg.data, root=None, third_party_root=None, forget=forget)
-    return digest(dataclasses.replace(cfg, reuse=None, threads=0, backend="single", data=where))
+    return digest(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, forget=forget)))
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def run_sweep(out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str]
     """All stages that are not finished, `jobs` runs at a time on this machine; returns results.md, or chosen.json.
 
     processes: of one run, started by torchrun; more than 1 needs a distributed backend. extra: settings that change no
-        result, such as threads=1. report: run the chosen settings on the report seeds; without it only the
+        result, such as runtime.threads=1. report: run the chosen settings on the report seeds; without it only the
         validation's base and the trials are run.
 
     Raises:
@@ -238,7 +241,7 @@ def run_sweep(out: Path, jobs: int = 1, processes: int = 1, extra: Sequence[str]
     """
     for stage, tasks in open_stages(out, report):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        shared = [f"threads={max(1, cores // (jobs * processes))}", *extra] if jobs > 1 else list(extra)
+        shared = [f"runtime.threads={max(1, cores // (jobs * processes))}", *extra] if jobs > 1 else list(extra)
         folders = [out / stage / str(task.index) for task in tasks]
         with ThreadPoolExecutor(jobs) as pool:
             codes = list(pool.map(_start, folders, repeat(processes), repeat(shared)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from parts import objective_settings
 
 from distunlearn.audit.signals import gradient_norms
 from distunlearn.audit.signals.gradient_norms import network_gradient_norms
-from distunlearn.config.schema import EncoderConfig, ObjectiveConfig, RunConfig
+from distunlearn.config.schema import EncoderConfig, RunConfig
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.objectives import Bank, Branches, make_objective
 from distunlearn.objectives.memory_bank import normalise
@@ -31,13 +30,13 @@ OBJECTIVES = ("simclr", "moco", "mocov3", "byol", "supervised")
 
 def setting(encoder: EncoderConfig, name: str, n: int = 5):
     """A float64 model with running statistics that are not the initial ones, a batch, its branches and a bank."""
-    cfg = RunConfig(encoder=encoder, objective=ObjectiveConfig(name=name, hidden_dim=10, output_dim=6))
+    cfg = RunConfig(encoder=encoder, objective=objective_settings(name=name, hidden_dim=10, output_dim=6))
     model = build_model(cfg, 4).double()
     generator = torch.Generator().manual_seed(3)
     views = torch.randn(2, n, 1, 16, 16, generator=generator, dtype=torch.float64)
     model(torch.randn(32, 1, 16, 16, generator=generator, dtype=torch.float64))
     model.eval()
-    objective = make_objective(replace(cfg.objective, temperature=0.3))
+    objective = make_objective(objective_settings(name, hidden_dim=10, output_dim=6, temperature=0.3))
     momentum = MomentumEncoder(model)
     momentum.model.double()
     target = torch.stack([momentum(view).projection for view in views.flip(0)]) if objective.needs_momentum else None

@@ -9,7 +9,7 @@ from synthetic import make_signals
 
 from distunlearn.audit.signals.cache import keep_signals, kept_signals, signals_key
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.config.schema import AuditConfig, RunConfig
+from distunlearn.config.schema import AuditConfig, RunConfig, RuntimeConfig
 from distunlearn.data.manifest.manifest import Manifest
 
 
@@ -29,7 +29,7 @@ def test_what_is_kept_comes_back_and_only_for_its_key(tmp_path):
 def test_key_depends_on_all_that_decides_the_signals():
     cfg, manifest = RunConfig(), Manifest(".", [], {})
     key = signals_key(cfg, manifest, "w")
-    assert key == signals_key(replace(cfg, reuse="somewhere", threads=3), manifest, "w")
+    assert key == signals_key(replace(cfg, runtime=RuntimeConfig(reuse="somewhere", threads=3)), manifest, "w")
     audits = (AuditConfig(views=4), AuditConfig(part_crops=2))
     others = [replace(cfg, seed=1), *(replace(cfg, audit=audit) for audit in audits)]
     others.append(replace(cfg, views=replace(cfg.views, flip=0.5)))

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parts import ATTACKS
 from sklearn.metrics import roc_auc_score
 from synthetic import make_signals
 
-from distunlearn.audit import ATTACKS, summarise, write_audit
+from distunlearn.audit import summarise, write_audit
 from distunlearn.audit.summary import ENCODERS, load_scores
 from distunlearn.config.schema import AuditConfig, GatesConfig, RunConfig
 

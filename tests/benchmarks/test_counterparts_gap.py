@@ -72,4 +72,4 @@ def counterparts_settings() -> list[str]:
     """Seconds a run."""
     from forgetting_grid import SMOKE
 
-    return [*SMOKE, "audit.tier=1", "threads=1"]
+    return [*SMOKE, "audit.tier=1", "runtime.threads=1"]

@@ -20,10 +20,10 @@ import forgetting_grid  # noqa: E402
 import forgetting_requests  # noqa: E402
 from forgetting_grid import GRIDS, Cell, cell_config, cell_digest, groups, methods_of  # noqa: E402
 from forgetting_report import average_gap, paired, rank_attacks, rows_of, t_interval, write_document  # noqa: E402
+from parts import METHODS  # noqa: E402
 
 from distunlearn.data.sources.decode import decode_square  # noqa: E402
 from distunlearn.data.sources.sources import open_source  # noqa: E402
-from distunlearn.methods import METHODS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -112,7 +112,7 @@ def test_variants_are_cells_of_their_own_and_change_what_they_say(tmp_path):
     assert len({cell.name for cell in cells}) == len(cells) == 2 + 3 * (2 + len(grid.variants)) + 3 * 2
     varied = {cell.variant: cell_config(cell, grid, {}, {}) for cell in cells if cell.dataset == "digits"}
     assert set(varied) == {"", *grid.variants}
-    assert varied["no-utility"].method.utility_weight == 0 and varied[""].method.utility_weight == 1
+    assert varied["no-utility"].method.task_weight == 0 and varied[""].method.task_weight == 1
     assert varied["sketch"].constraint.evaluator == "sketch"
     assert len({json.dumps(forgetting_grid.dataclasses.asdict(cfg)) for cfg in varied.values()}) == len(varied)
     found = [result("none", 0, 0.2, validation=True), result("third_party", 0, 0.02), result("third_party", 0, 0.1)]

@@ -27,7 +27,7 @@ def alone(tmp_path: Path) -> Path:
 
 def test_two_processes_may_reuse_what_one_made(alone, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    cfg = load_config("digits", None, [*EVEN, f"reuse={alone}"])
+    cfg = load_config("digits", None, [*EVEN, f"runtime.reuse={alone}"])
     assert shards_folder(cfg, alone.parent / "run") == alone / "shards"
     with pytest.raises(ConfigError, match="backend=single cannot use 2 processes"):
         saved_config(alone)  # control: to run it now is another matter
@@ -37,7 +37,7 @@ def test_a_folder_may_be_continued_with_other_processes_and_features(tmp_path, m
     out = tmp_path / "run"
     claim(load_config("digits", None, []), out)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    even = ["backend=ddp", "activation_checkpointing=true"]
+    even = ["backend=ddp", "runtime.activation_checkpointing=true"]
     shared = load_config("digits", None, even)
     claim(shared, out)
     assert saved_config(out, world=1).backend == "single"  # the first attempt's
@@ -46,9 +46,8 @@ def test_a_folder_may_be_continued_with_other_processes_and_features(tmp_path, m
 
 
 def test_digests_leave_out_what_changes_nothing_and_no_more():
-    """Folders written before a setting existed stay valid."""
-    assert phases._settings(EncoderConfig()) == asdict(EncoderConfig())  # None is a value
+    assert phases._deciding(EncoderConfig()) == asdict(EncoderConfig())  # None is a value
     plain = asdict(PretrainConfig())
-    assert plain.pop("accumulate") == 1
-    assert phases._settings(PretrainConfig()) == plain
-    assert phases._settings(PretrainConfig(accumulate=2)) == plain | {"accumulate": 2}
+    assert plain.pop("checkpoint_every") == 200
+    assert phases._deciding(PretrainConfig(checkpoint_every=3)) == plain
+    assert phases._deciding(PretrainConfig(accumulate=2)) == plain | {"accumulate": 2}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from parts import METHODS
 
 from distunlearn.cli.main import main
 from distunlearn.config.load import load_config
@@ -16,7 +17,6 @@ from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.roles import assign_roles
 from distunlearn.data.sources.sources import open_sources
 from distunlearn.errors import ConfigError, DataError, StoppedError
-from distunlearn.methods import METHODS
 from distunlearn.methods.search_space import Choice, Log, grid, random
 from distunlearn.sweep import sweep as sweeping
 from distunlearn.sweep.results import average_gap, choose, gaps, strongest
@@ -67,7 +67,7 @@ def test_a_grid_is_the_product_of_levels_or_a_part_of_it():
 @pytest.mark.parametrize("method", METHODS)
 def test_spaces_name_settings_that_exist_and_are_allowed(method):
     entry = METHODS[method]
-    assert bool(entry.space) == (entry.build is not None and entry.steps == "unlearn")
+    assert bool(entry.space) == (entry.steps == "unlearn")
     for point in [*random(entry.space, 3, 0, method), *grid(entry.space, 500, 0, method)]:
         config(f"method.name={method}", *(f"{key}={value}" for key, value in point.items()))
 
@@ -112,7 +112,7 @@ def test_no_reported_image_is_forgotten_in_the_validation(tmp_path, forget):
 
 
 def test_a_second_forget_set_needs_images(tmp_path):
-    large = ["data.members=1000", "data.forget=950", "data.forget_cap=1", "unlearn.retain_batch=32"]
+    large = ["data.members=1000", "data.forget=950", "data.max_forget_share=1", "unlearn.retain_batch=32"]
     cfg = config(*large, "unlearn.steps=200")
     with pytest.raises(DataError, match="fewer than the 950"):
         prepare_sweep(cfg, Sweep(("finetune",)), tmp_path)
@@ -120,7 +120,8 @@ def test_a_second_forget_set_needs_images(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    ({"methods": ("finetun",)}, "--methods names finetun"), ({"methods": ()}, "nothing"),
+    ({"methods": ("finetun",)}, "--methods: method.name=finetun is not known; did you mean finetune"),
+    ({"methods": ()}, "nothing"),
     ({"methods": ("none", "none")}, "twice"), ({"trials": 0}, "--trials is 0"), ({"seeds": ()}, "--seeds is empty"),
     ({"seeds": (1, 1)}, "twice"), ({"seeds": (10,)}, "--validation-seed is 10"), ({"attacks": 0}, "--attacks is 0"),
 ])  # fmt: skip
@@ -132,7 +133,7 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path, wrong, said):
 
 def test_another_sweep_does_not_go_into_the_folder(tmp_path):
     prepare_sweep(config(), Sweep(("finetune",)), tmp_path)
-    prepare_sweep(config("threads=2"), Sweep(("finetune",)), tmp_path)  # spreads the work, changes no result
+    prepare_sweep(config("runtime.threads=2"), Sweep(("finetune",)), tmp_path)  # spreads the work, changes no result
     longer = config("unlearn.steps=7")
     for cfg, sweep, differs in ((longer, Sweep(("finetune",)), "config"), (config(), Sweep(("none",)), "methods")):
         with pytest.raises(ConfigError, match=f"another sweep .*{differs}"):
@@ -221,7 +222,7 @@ def test_without_a_report_the_choice_is_written_and_nothing_else_is_run(tmp_path
         return 0, ""
 
     monkeypatch.setattr(sweeping, "_start", fake)
-    args = ["sweep", "digits", "--out", str(tmp_path), "--methods", "finetune", "--trials", "3", "--seeds", "0,1"]
+    args = ["sweep", "digits", "--out", str(tmp_path), "--methods", "[finetune]", "--trials", "3", "--seeds", "[0,1]"]
     assert main([*args, *settings(), "--no-report"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "chosen.json")
     assert sorted(ran) == [("bases", 0), ("trials", 0), ("trials", 1), ("trials", 2)]
@@ -247,7 +248,7 @@ def test_a_task_that_fails_ends_the_sweep_with_its_code(tmp_path, monkeypatch):
 
 
 def test_the_next_stage_is_an_array_of_the_tasks_that_are_left(tmp_path, capsys):
-    args = ["sweep", "digits", "--out", str(tmp_path), "--methods", "finetune", "--trials", "3", "--dry-run"]
+    args = ["sweep", "digits", "--out", str(tmp_path), "--methods", "[finetune]", "--trials", "3", "--dry-run"]
     args += settings()
     assert main([*args, "--jobs", "2", "--partition", "small"]) == 0
     text = capsys.readouterr().out

@@ -7,17 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from parts import constraint_settings, objective_settings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distunlearn.config.schema import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig
+from distunlearn.config.schema import EncoderConfig, RunConfig
 from distunlearn.constraints.distances.energy import energy_distance, surrogate, value_and_cotangent
 from distunlearn.constraints.evaluators import Evaluator, make_evaluator
 from distunlearn.constraints.evaluators.sketch import draw_probes
 from distunlearn.constraints.evaluators.sliced import direction
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
-from distunlearn.methods.training import Contrastive
+from distunlearn.methods.training import Finetune
 from distunlearn.objectives import KeyQueue, make_objective
 from distunlearn.objectives.forward import Context, embed, view_pair
 from distunlearn.objectives.memory_bank import Bank
@@ -47,9 +48,10 @@ SIZES = {"retain": 10, "forget": 4, "third_party": 5}
 def config(encoder: str, evaluator: str, objective: str = "simclr", pairs: int = 1, **constraint) -> RunConfig:
     return RunConfig(
         encoder=ENCODERS[encoder],
-        objective=ObjectiveConfig(name=objective, hidden_dim=10, output_dim=6, queue_size=32),
-        method=MethodConfig(view_pairs=pairs),
-        constraint=ConstraintConfig(evaluator=evaluator, **({"sketch_out": 3, "sketch_in": 2} | constraint)),
+        objective=objective_settings(name=objective, hidden_dim=10, output_dim=6, queue_size=32),
+        constraint=constraint_settings(
+            evaluator=evaluator, view_pairs=pairs, **({"sketch_out": 3, "sketch_in": 2} | constraint)
+        ),
     )
 
 
@@ -72,7 +74,7 @@ def context(cfg: RunConfig, dtype: torch.dtype = torch.float64, autocast: bool =
     queue = KeyQueue(32, 6) if objective.uses_queue else None
     ctx = Context(cfg, objective, model, model, torch.device("cpu"), momentum, queue)
     for _ in range(3):
-        Contrastive("warm", "retain").loss(ctx, {"retain": batch("retain")})
+        Finetune(cfg).loss(ctx, {"retain": batch("retain")})
     model.to(dtype)
     if momentum is not None:
         momentum.model.to(dtype)
@@ -151,7 +153,7 @@ def per_sample_gradients(ctx: Context, images: Batch, names: list[str], create_g
             one = images.part(slice(i, i + 1))
             losses = [
                 ctx.objective.per_sample_loss(look(ctx, one, pair=pair), keys).sum()
-                for pair in range(ctx.cfg.method.view_pairs)
+                for pair in range(ctx.cfg.constraint.view_pairs)
             ]
             grads = torch.autograd.grad(sum(losses) / len(losses), weights, create_graph=create_graph)
             found.append(dict(zip(names, grads, strict=True)))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distunlearn.config.checks import cross_checks
 from distunlearn.constraints import evaluators
-from distunlearn.constraints.evaluators import base, extra_images
+from distunlearn.constraints.evaluators import base
 from distunlearn.errors import ConfigError
 
 PROBING = ("sketch", "sliced", "ghost_norm")
@@ -213,9 +213,10 @@ def test_every_image_through_an_encoder_is_counted(name, objective):
     ctx = context(cfg)
     ctx.step, keys = 1, small.bank(ctx)  # no step check
     ctx.images = 0
-    small.evaluator(cfg).constrain(ctx, small.batch("forget"), small.batch("third_party"), keys, small.match)
+    it = small.evaluator(cfg)
+    it.constrain(ctx, small.batch("forget"), small.batch("third_party"), keys, small.match)
     branches, momentum, images = ctx.objective.branches, ctx.momentum is not None, 4 + 5
-    expected = branches * images * (2 if momentum else 1) + extra_images(cfg, branches, momentum, 4, 5)
+    expected = branches * images * (2 if momentum else 1) + it.extra_images(ctx.objective, 4, 5)
     assert ctx.images == 2 * expected
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from distunlearn.config.load import digest, load_config
-from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
 from distunlearn.constraints.distances.energy import energy_distance, value_and_cotangent
-from distunlearn.methods.third_party import ThirdParty
 
 
 def samples(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -92,26 +85,3 @@ def test_where_distributions_agree_less_pushes_and_elsewhere_as_much_as_before()
     alone, pooled = noise(0, 0.0), noise(11, 0.0)
     assert pooled < 0.5 * alone  # sqrt(12) = 3.5 times less, but for samples that meet themselves in both
     assert noise(11, 3.0) == pytest.approx(noise(0, 3.0), rel=0.05)
-
-
-def test_a_config_without_memory_keeps_the_digest_it_had_before_there_was_one():
-    plain, held = (load_config("digits", None, [f"constraint.memory={n}"]) for n in (0, 4))
-    tree = dataclasses.asdict(plain)
-    del tree["constraint"]["memory"], tree["audit"]["stress"]
-    del tree["method"]["anchor_weight"], tree["unlearn"]["third_party_draw"]  # and later ones that change nothing
-    before = hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    assert digest(plain) == before != digest(held)
-    for changed in ("method.anchor_weight=1", "unlearn.third_party_draw=matched"):
-        assert digest(load_config("digits", None, [changed])) != before
-
-
-def test_a_checkpoint_from_before_there_was_a_memory_goes_on():
-    method = ThirdParty(RunConfig())
-    method.switch_output.update(0.25)
-    older = {key: value for key, value in method.state_dict().items() if not key.startswith("memory")}
-    again = ThirdParty(RunConfig())
-    again.spread_gradient.update(torch.randn(4, 2))
-    again.load_state_dict(older)
-    assert again.switch_output.mean == 0.25
-    with pytest.raises(KeyError):  # negative control: what every checkpoint holds is not left out
-        again.load_state_dict({key: value for key, value in older.items() if not key.startswith("switch_output")})

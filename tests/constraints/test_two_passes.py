@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from distunlearn.config.schema import RuntimeConfig
 from distunlearn.constraints.evaluators import two_passes
 from distunlearn.constraints.evaluators.two_passes import shown_once
 from distunlearn.constraints.gradients.ghost_norms import Recorder
@@ -27,7 +28,7 @@ CASES += [("resnet", "sketch", "moco", 2), ("vit", "ghost_norm", "byol", 1), ("v
 
 def configured(encoder: str, name: str, objective: str = "simclr", pairs: int = 1):
     cfg = small.config(encoder, name, objective, pairs)
-    method = replace(cfg.method, confidence="hinge", confidence_weight=3.0, output_weight=2.0)
+    method = replace(cfg.method, confidence_loss="hinge", confidence_weight=3.0, output_weight=2.0)
     return replace(cfg, method=method)
 
 
@@ -35,7 +36,7 @@ def loss(ctx) -> torch.Tensor:
     """The whole loss of a step, all of whose terms pull."""
     method = ThirdParty(ctx.cfg)
     method.evaluator.views = small.views
-    method.start(ctx, lambda role: small.batch({"calibration": "retain"}.get(role, role)))
+    method.calibrate(ctx, lambda role: small.batch({"calibration": "retain"}.get(role, role)))
     method.threshold = method.threshold - 10
     return method.loss(ctx, BATCHES).loss
 
@@ -96,7 +97,7 @@ def test_where_third_party_images_are_shown_once():
     assert shown_once(cfg, 4, 5)
     assert all(shown_once(replace(cfg, backend=backend), 4, 5) for backend in ("ddp", "zero1", "zero2"))
     assert not any(shown_once(replace(cfg, backend=backend), 4, 5) for backend in ("fsdp2", "zero3"))
-    assert not shown_once(replace(cfg, compile=True), 4, 5)
+    assert not shown_once(replace(cfg, runtime=RuntimeConfig(compile=True)), 4, 5)
     assert not shown_once(cfg, 0, 5) and not shown_once(cfg, 4, 0)
 
 

@@ -26,7 +26,9 @@ from distunlearn.errors import ConfigError, DataError
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from hostile_tars import img2dataset, jpeg, sample, write_tar  # noqa: E402
 
-ALL = DataConfig(source="webdataset", members=0, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4)
+ALL = DataConfig(
+    source="webdataset", members=None, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4
+)
 SETTINGS = ["data.members=40", "data.forget=6", "data.holdout=6", "data.calibration=4", "data.third_party=4",
             "data.third_party_audit=4", "unlearn.retain_batch=16", "unlearn.forget_batch=4", "unlearn.steps=4",
             "unlearn.third_party_batch=4", "pretrain.batch=16"]  # fmt: skip

@@ -47,7 +47,7 @@ def test_members_do_not_depend_on_what_is_forgotten():
 
 
 def test_members_zero_takes_all_that_is_left():
-    assert counts(assign_roles(SAMPLES, config(members=0), 0))["retain"] == 100 - 40 - 10
+    assert counts(assign_roles(SAMPLES, config(members=None), 0))["retain"] == 100 - 40 - 10
 
 
 def test_share_of_members():

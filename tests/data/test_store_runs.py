@@ -30,7 +30,9 @@ from hostile_tars import img2dataset  # noqa: E402
 
 # -- an index ------------------------------------------------------------------------------------------------------
 
-ALL = DataConfig(source="webdataset", members=0, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4)
+ALL = DataConfig(
+    source="webdataset", members=None, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4
+)
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
@@ -113,7 +115,7 @@ def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
         refuse_other_settings(load_config("digits", None, [*tiny.TINY, "seed=1"]), out)
     assert main(["purge", str(out), "--apply"]) == 2
     assert f"lie in {objects.as_uri()}, and only local shards can be purged" in capsys.readouterr().err
-    reusing = load_config("digits", None, [*tiny.TINY, f"reuse={out}"])  # its shards, so its store too
+    reusing = load_config("digits", None, [*tiny.TINY, f"runtime.reuse={out}"])  # its shards, so its store too
     assert shards_remote(reusing).url == objects.as_uri() and find_manifest(reusing, tmp_path).remote is not None
     victim = sorted(objects.iterdir())[2]
     content = victim.read_bytes()

@@ -13,21 +13,22 @@ from unittest import mock
 
 import numpy as np
 import torch
+from parts import constraint_settings, method_settings, objective_settings
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from toys import share, snapshot, update_error
 
-from distunlearn.config.schema import ConstraintConfig, EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.config.schema import EncoderConfig, RunConfig, RuntimeConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
+from distunlearn.distributed.collectives import get_world
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
 from distunlearn.engine.backends import Backend, open_backend, zero
 from distunlearn.engine.optimizer import make_optimizer
-from distunlearn.methods import Context, third_party
-from distunlearn.objectives import forward
-from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.distributed.collectives import get_world
+from distunlearn.methods import third_party
+from distunlearn.objectives import KeyQueue, forward, make_objective
+from distunlearn.objectives.forward import Context
 from distunlearn.objectives.simclr import nt_xent
 
 EVALUATORS = ("head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward")
@@ -75,18 +76,18 @@ class Case:
 
     def config(self, backend: str = "single") -> RunConfig:
         return RunConfig(
-            backend=backend, threads=1, encoder=ENCODERS[self.encoder], precision="bf16" if self.bf16 else "fp32",
-            activation_checkpointing=self.checkpointing, compile=self.compile,
-            objective=ObjectiveConfig(
+            backend=backend, encoder=ENCODERS[self.encoder], precision="bf16" if self.bf16 else "fp32",
+            runtime=RuntimeConfig(threads=1, activation_checkpointing=self.checkpointing, compile=self.compile),
+            objective=objective_settings(
                 name=self.objective, hidden_dim=10, output_dim=6, temperature=0.5, queue_size=40
             ),
             unlearn=UnlearnConfig(retain_batch=16, forget_batch=9, third_party_batch=10),
             # A penalty on input gradients has a large curvature: at 0.01 four steps enlarged rounding a thousandfold.
-            method=MethodConfig(
+            method=method_settings(
                 gradient_weight=0.006 if self.evaluator == "input_gp" else 1.0, output_weight=0.1, confidence_weight=0.1
             ),
-            constraint=ConstraintConfig(
-                evaluator=self.evaluator, sketch_out=3, sketch_in=2, check_every=2, memory=self.memory
+            constraint=constraint_settings(
+                evaluator=self.evaluator, sketch_out=3, sketch_in=2, check_every=2, memory_steps=self.memory
             ),
         )  # fmt: skip
 
@@ -207,7 +208,7 @@ def train(case: Case, ctx: Context, precision: str, steps: int, backend: Backend
     ):
         method = third_party.ThirdParty(ctx.cfg)
         states, metrics = [state()], {}
-        started = method.start(ctx, batch)
+        started = method.calibrate(ctx, batch)
         state()  # weights can be gathered after forwards without a backward
         ctx.accumulate = case.accumulate
         kernels: set[str] = set()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from processes import environment
 from test_launchers import PLAIN, SETTINGS, TORCHRUN, accelerated, deviation, execute, logged
-
 from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine.checkpoint import format

@@ -18,11 +18,11 @@ import torch
 from processes import launch, logs
 from toys import RATES, build, images, loss_of, optimizer_of, reference, snapshot, update_error
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import RunConfig, RuntimeConfig
+from distunlearn.distributed.collectives import get_world
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends import open_backend
 from distunlearn.errors import ConfigError
-from distunlearn.distributed.collectives import get_world
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ CASES = [("conv", 8), ("conv", 7), ("vit", 8), ("vit", 7), ("frozen", 8)]  # 7: 
 CLIP = 0.5
 PARTS = 3  # micro-batches
 CLOSE = 3e-5  # float32, relative to the update
-PLAIN = RunConfig(threads=1)
+PLAIN = RunConfig(runtime=RuntimeConfig(threads=1))
 
 
 def opened(kind: str, **changes):

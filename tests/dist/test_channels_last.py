@@ -8,18 +8,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distunlearn.config.schema import EncoderConfig, RunConfig
+from distunlearn.common.tensors import write_tensors
+from distunlearn.config.schema import EncoderConfig, RunConfig, RuntimeConfig
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.backends.base import Backend
-from distunlearn.common.tensors import write_tensors
 from distunlearn.engine.optimizer import make_optimizer
 
 CFG = RunConfig(
     encoder=EncoderConfig(
         name="resnet18", image_size=32, in_chans=3, args={"channels": [8, 16, 16, 16], "layers": [1, 1, 1, 1]}
     ),
-    threads=1,
+    runtime=RuntimeConfig(threads=1),
 )
 
 

@@ -20,9 +20,10 @@ from processes import launch
 from toys import update_error
 
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
-from distunlearn.methods import Context, third_party
-from distunlearn.objectives import Bank
 from distunlearn.distributed.collectives import get_rank, get_world
+from distunlearn.methods import third_party
+from distunlearn.objectives import Bank
+from distunlearn.objectives.forward import Context
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,10 @@ import pytest
 import tiny
 from processes import environment, free_port
 
-from distunlearn.data.sources.decode import decode_image
-from distunlearn.data.manifest.manifest import Manifest, Shard
 from distunlearn.common.files import file_sha256
 from distunlearn.data.loading.verify import read_sample
+from distunlearn.data.manifest.manifest import Manifest, Shard
+from distunlearn.data.sources.decode import decode_image
 from distunlearn.errors import UndecodableError
 
 pytestmark = pytest.mark.slow

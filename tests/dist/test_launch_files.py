@@ -86,7 +86,7 @@ def train_as_rank_0(world: int) -> None:
     torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     for backend in BACKENDS:
         torch.manual_seed(0)
-        made = open_backend(load_config("digits", None, [f"backend={backend}", "threads=1"]))
+        made = open_backend(load_config("digits", None, [f"backend={backend}", "runtime.threads=1"]))
         assert (made.world.rank, made.world.size) == (0, world)
         model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64))
         whole = sum(p.numel() for p in model.parameters())
@@ -123,7 +123,7 @@ def test_two_launchers_meet_by_the_file_for_several_machines(tmp_path):
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "ddp_nodes.yaml"),
             "--machine_rank", str(machine), "--main_process_port", port, "--num_processes", "2",
-            "-m", "distunlearn", "doctor", "digits", "--set", "backend=ddp", "--set", "threads=1",
+            "-m", "distunlearn", "doctor", "digits", "--set", "backend=ddp", "--set", "runtime.threads=1",
         ]  # fmt: skip
         env = environment(CUDA_VISIBLE_DEVICES="")
         started.append(

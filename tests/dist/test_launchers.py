@@ -35,11 +35,11 @@ SETTINGS = [
     "data.members=96", "data.forget=24", "data.holdout=48", "data.calibration=24", "data.third_party=24",
     "data.third_party_audit=24", "pretrain.epochs=8", "pretrain.batch=32", "pretrain.lr=1e-4", "unlearn.steps=20",
     "unlearn.retain_batch=32", "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "unlearn.lr=1e-5",
-    "objective.queue_size=64", "threads=1",
+    "runtime.threads=1",
 ]  # fmt: skip
 OF_RECIPE = {
     # At 1e-5 MoCo's terms, alike within 1e-6 in the first steps, have drifted by 1.4e-5 after 20 steps of AdamW.
-    "digits_moco": ["unlearn.lr=1e-6"],
+    "digits_moco": ["unlearn.lr=1e-6", "objective.queue_size=64"],
     # The recipe weighs its output term by 4, and what float32 rounding makes of that term with it (5.2e-6 seen).
     "digits_byol": [
         "pretrain.optimizer=sgd", "pretrain.lr=1e-3", "unlearn.optimizer=sgd", "unlearn.lr=1e-6",
@@ -99,7 +99,7 @@ def check(out: Path, expected: Path, phase: str) -> None:
     print(f"{phase}: losses {losses:.1e}, gradient norms {norms:.1e}")
     assert losses <= CLOSE and norms <= 10 * CLOSE
     if phase == "unlearn":  # a wrong factor in one part of the loss may hide behind the others
-        for part in ("utility", "phi_gradient", "phi_output", "confidence_term"):
+        for part in ("task_loss", "phi_gradient", "phi_output", "confidence_term"):
             assert deviation(logged(out, phase, part), logged(expected, phase, part)) <= CLOSE, part
 
 
@@ -122,7 +122,7 @@ def together(launcher: list[str], recipe: str, out: Path, backend: str, alone: P
     """The same by 2 processes, in a folder a verb; forgetting starts from the very encoder that one process trained."""
     settings = [f"backend={backend}", f"data.shards={alone / 'shards'}", *(f"{k}={v}" for k, v in more.items())]
     for verb in verbs:
-        start = [f"reuse={alone}"] if verb == "unlearn" else []
+        start = [f"runtime.reuse={alone}"] if verb == "unlearn" else []
         execute(launcher, verb, recipe, out / verb, *settings, *start)
 
 
@@ -164,7 +164,8 @@ def test_sharded_unlearning_through_probes_loses_what_one_process_loses(alone, t
     start = alone("digits")
     more = {"constraint.evaluator": evaluator, "unlearn.lr": "1e-6"}
     chosen = [f"{key}={value}" for key, value in more.items()]
-    execute(PLAIN, "unlearn", "digits", tmp_path / "one", f"data.shards={start / 'shards'}", f"reuse={start}", *chosen)
+    base = [f"data.shards={start / 'shards'}", f"runtime.reuse={start}"]
+    execute(PLAIN, "unlearn", "digits", tmp_path / "one", *base, *chosen)
     together(TORCHRUN, "digits", tmp_path, backend, start, "unlearn", **more)
     worlds = [line["world"] for line in read_ledger(tmp_path / "unlearn" / "ledger.jsonl") if line["event"] == "start"]
     assert worlds == [2]
@@ -176,9 +177,10 @@ def test_sharded_unlearning_through_probes_loses_what_one_process_loses(alone, t
 
 def test_matched_third_party_images_are_drawn_alike(alone, tmp_path):
     """Both ranks look at a part of the images, and draw what one process draws that has looked at all of them."""
-    start, key = alone("digits"), {"unlearn.third_party_draw": "matched", "method.anchor_weight": "1"}
+    start, key = alone("digits"), {"unlearn.third_party_sampling": "matched", "method.anchor_weight": "1"}
     chosen = [f"{k}={v}" for k, v in key.items()]
-    execute(PLAIN, "unlearn", "digits", tmp_path / "one", f"data.shards={start / 'shards'}", f"reuse={start}", *chosen)
+    base = [f"data.shards={start / 'shards'}", f"runtime.reuse={start}"]
+    execute(PLAIN, "unlearn", "digits", tmp_path / "one", *base, *chosen)
     together(TORCHRUN, "digits", tmp_path, "ddp", start, "unlearn", **key)
     check(tmp_path / "unlearn", tmp_path / "one", "unlearn")
     shares = [load_file(tmp_path / name / "counterparts.safetensors")["shares"] for name in ("unlearn", "one")]

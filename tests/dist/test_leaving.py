@@ -10,11 +10,11 @@ import pytest
 import torch
 from processes import launch
 
-from distunlearn.run import pipeline
 from distunlearn.config.load import load_config
-from distunlearn.engine.backends import open_backend
 from distunlearn.distributed import process_group
 from distunlearn.distributed.process_group import wait_for_all
+from distunlearn.engine.backends import open_backend
+from distunlearn.run import pipeline
 
 INCONCLUSIVE = 7
 
@@ -34,7 +34,7 @@ def main() -> None:
     pipeline.audit = lambda out, cfg: INCONCLUSIVE
     pipeline.report = slow_report
     out = folder / "run"
-    code = pipeline.run(load_config("digits", None, ["backend=ddp", "threads=1"]), out)
+    code = pipeline.run(load_config("digits", None, ["backend=ddp", "runtime.threads=1"]), out)
     rank = started[0].world.rank
     torch.save({"code": code, "reported": (out / "report.html").exists()}, folder / f"rank-{rank}.pt")
     wait_for_all()

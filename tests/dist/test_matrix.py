@@ -36,8 +36,8 @@ from constraint_training import (
 )
 from processes import launch
 
-from distunlearn.encoders import compile
 from distunlearn.distributed.collectives import get_rank, get_world
+from distunlearn.encoders import compile
 
 pytestmark = pytest.mark.slow
 

@@ -18,18 +18,20 @@ from unittest import mock
 import pytest
 import torch
 from constraint_training import SIZES, Case, batch, fresh, trained
+from parts import METHODS
 from processes import launch
 from toys import share, snapshot, update_error
 
-from distunlearn.config.schema import MethodConfig, RunConfig
+from distunlearn.config.registry import METHOD, fitting
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.augmentations import id_hashes
+from distunlearn.distributed.collectives import get_rank, get_world
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends import Backend, open_backend, zero
 from distunlearn.engine.optimizer import make_optimizer
-from distunlearn.methods import METHODS, Context, mixed_batch, random_target, sure
-from distunlearn.objectives import forward
-from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.distributed.collectives import get_rank, get_world
+from distunlearn.methods import mixed_batch, random_target, sure
+from distunlearn.objectives import KeyQueue, forward, make_objective
+from distunlearn.objectives.forward import Context
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +55,7 @@ SETTINGS = {
 
 def config(method: str, objective: str, backend: str) -> RunConfig:
     cfg = Case("head", "resnet", objective).config(backend)
-    return replace(cfg, method=MethodConfig(name=method, **SETTINGS))
+    return replace(cfg, method=fitting(METHOD, method, **SETTINGS))
 
 
 def warm(objective: str, folder: Path | None = None) -> dict[str, torch.Tensor]:
@@ -88,10 +90,10 @@ def contents(objective: str, weights: dict, dtype: torch.dtype, cfg: RunConfig):
 def train(method, ctx: Context, dtype: torch.dtype, backward: Callable, update: Callable, state: Callable) -> dict:
     right = forward.make_view
     with mock.patch.object(forward, "make_view", lambda *args, **how: right(*args, **how).to(dtype)):
-        started, states = method.start(ctx, batch), [state()]
+        started, states = method.calibrate(ctx, batch), [state()]
         ctx.rate = RATE
         for ctx.step in range(STEPS):
-            roles = [role if role != "members" else "retain" for role in method.batch_sizes(ctx.cfg)]
+            roles = [role if role != "members" else "retain" for role in method.batch_sizes()]
             out = method.loss(ctx, {role: batch(role, ctx.step, share(SIZES[role])) for role in roles})
             backward(out.loss)
             update()
@@ -107,12 +109,12 @@ def plain(name: str, objective: str, dtype: torch.dtype) -> dict:
     model, original, momentum, queue = contents(objective, warm(objective), dtype, cfg)
     optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=1e-2)
     ctx = Context(cfg, make_objective(cfg.objective), model, model, torch.device("cpu"), momentum, queue, original)
-    method = METHODS[name].build(cfg)
+    method = METHODS[name](cfg)
 
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
-        if hasattr(method, "adjust"):
+        if method.adjusts:
             with torch.no_grad():
                 for part, weight in model.named_parameters():
                     weight.copy_(method.adjust(ctx, part, weight, lambda whole: whole))
@@ -136,11 +138,11 @@ def spread(name: str, objective: str, kind: str, weights: dict, *, adjusted: boo
         rank=backend.world.rank, world=backend.world.size, plain_forward=backend.plain_forward(),
     )  # fmt: skip
     backend.set_learning_rate(RATE)
-    method = METHODS[name].build(cfg)
+    method = METHODS[name](cfg)
 
     def update() -> None:
         backend.step()
-        if hasattr(method, "adjust") and adjusted:
+        if method.adjusts and adjusted:
             backend.adjust(functools.partial(method.adjust, ctx))
         if momentum is not None:
             backend.update_momentum(momentum, model, 0.9)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 CLOSE = 0.011
 STRESS = [
     *SETTINGS, "pretrain.epochs=2", "unlearn.steps=8", "unlearn.lr=1e-4", "audit.views=4", "audit.bootstrap=100",
-    "audit.relearn_steps=0", "audit.stress=worst_case,canaries,sequential",
+    "audit.relearn_steps=0", "audit.stress=[worst_case,canaries,sequential]",
 ]  # fmt: skip
 
 

@@ -15,7 +15,14 @@ from processes import launch
 from torch import Tensor, nn
 
 from distunlearn.distributed import sync_batchnorm
-from distunlearn.distributed.collectives import all_gather_detached, all_reduce_mean, gather_sizes, get_rank, get_world, mean_scale
+from distunlearn.distributed.collectives import (
+    all_gather_detached,
+    all_reduce_mean,
+    gather_sizes,
+    get_rank,
+    get_world,
+    mean_scale,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distunlearn.distributed.collectives import gather_sizes, get_rank, get_world, mean_scale
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode
 from distunlearn.engine.optimizer import make_optimizer
-from distunlearn.distributed.collectives import gather_sizes, get_rank, get_world, mean_scale
 from distunlearn.objectives.simclr import nt_xent
 
 SIDE, OUT = 8, 6

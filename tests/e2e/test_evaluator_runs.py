@@ -28,7 +28,7 @@ def prepared(tmp_path_factory):
 @pytest.mark.parametrize("evaluator", ["sketch", "sliced", "ghost_norm", "input_gp", "double_backward"])
 def test_a_run_with_each_evaluator(prepared, tmp_path, evaluator):
     out = tmp_path / "run"
-    done = tiny.run(out, f"constraint.evaluator={evaluator}", "constraint.check_every=3", f"reuse={prepared}")
+    done = tiny.run(out, f"constraint.evaluator={evaluator}", "constraint.check_every=3", f"runtime.reuse={prepared}")
     assert done.returncode in (0, 6, 7), done.stderr[-3000:]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row["values"] for row in rows if row["phase"] == "unlearn" and "loss" in row["values"]]
@@ -57,7 +57,9 @@ def test_micro_batches_are_parts_of_the_same_batches(prepared, tmp_path):
     """Random directions are new in each part; ids, counts, and the running mean of the losses are those of the step."""
     whole, out, control = (tmp_path / name for name in ("whole", "parts", "control"))
     for folder, extra in ((whole, []), (out, ["unlearn.accumulate=4"]), (control, ["unlearn.forget_batch=12"])):
-        done = tiny.run(folder, f"reuse={prepared}", "constraint.evaluator=sketch", "constraint.check_every=3", *extra)
+        done = tiny.run(
+            folder, f"runtime.reuse={prepared}", "constraint.evaluator=sketch", "constraint.check_every=3", *extra
+        )
         assert done.returncode in (0, 6, 7), done.stderr[-3000:]
     assert ledger(out) == ledger(whole) != ledger(control)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -74,8 +76,12 @@ def weights(out) -> dict:
 
 
 def test_activation_checkpointing_changes_no_bit(prepared, tmp_path):
-    for name, extra in (("plain", []), ("checkpointing", ["activation_checkpointing=true"]), ("control", ["seed=1"])):
-        reuse = [] if name == "control" else [f"reuse={prepared}"]
+    for name, extra in (
+        ("plain", []),
+        ("checkpointing", ["runtime.activation_checkpointing=true"]),
+        ("control", ["seed=1"]),
+    ):
+        reuse = [] if name == "control" else [f"runtime.reuse={prepared}"]
         done = tiny.run(tmp_path / name, *reuse, "constraint.evaluator=ghost_norm", *extra)
         assert done.returncode in (0, 6, 7), done.stderr[-3000:]
     expected, found, control = (weights(tmp_path / name) for name in ("plain", "checkpointing", "control"))
@@ -85,11 +91,13 @@ def test_activation_checkpointing_changes_no_bit(prepared, tmp_path):
 
 def test_a_compiled_run_or_the_reason_why_not(prepared, tmp_path):
     """Where there is a compiler the loss of the first step is that of the plain run, to rounding."""
-    settings = [f"reuse={prepared}", "constraint.evaluator=sketch", "unlearn.steps=3"]
-    refused = tiny.run(tmp_path / "refused", *settings, "compile=true", CXX="no-such-compiler")
-    assert refused.returncode == 2 and "set compile=false" in refused.stderr and "Traceback" not in refused.stderr
+    settings = [f"runtime.reuse={prepared}", "constraint.evaluator=sketch", "unlearn.steps=3"]
+    refused = tiny.run(tmp_path / "refused", *settings, "runtime.compile=true", CXX="no-such-compiler")
+    assert (
+        refused.returncode == 2 and "set runtime.compile=false" in refused.stderr and "Traceback" not in refused.stderr
+    )
     assert not (tmp_path / "refused").exists()
-    compiled = tiny.run(tmp_path / "compiled", *settings, "compile=true")
+    compiled = tiny.run(tmp_path / "compiled", *settings, "runtime.compile=true")
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         assert compiled.returncode == 2
         return

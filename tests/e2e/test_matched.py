@@ -1,4 +1,4 @@
-"""`unlearn.third_party_draw=matched` from the command line: what is drawn, counted, planned, kept and refused."""
+"""`unlearn.third_party_sampling=matched` from the command line: what is drawn, counted, planned, kept and refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from distunlearn.engine.matched_sampling import _in_order
 
 ENDED = (0, 6, 7)
-MATCHED = "unlearn.third_party_draw=matched"
+MATCHED = "unlearn.third_party_sampling=matched"
 
 
 def rows(out, phase="unlearn"):
@@ -49,7 +49,9 @@ def test_the_draw_changes_the_encoder_of_methods_that_take_third_party_images_al
             out = tmp_path / f"{method}-{draw}"
             done = tiny.command(
                 "unlearn", "digits", "--out", str(out),
-                *tiny.settings(f"reuse={base}", f"method.name={method}", f"unlearn.third_party_draw={draw}"),
+                *tiny.settings(
+                    f"runtime.reuse={base}", f"method.name={method}", f"unlearn.third_party_sampling={draw}"
+                ),
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-3000:]
             weights[method, draw] = load_file(out / "training_state.safetensors")
@@ -63,7 +65,7 @@ def test_the_draw_changes_the_encoder_of_methods_that_take_third_party_images_al
 def test_shares_that_are_not_those_that_were_written_end_a_run(base, tmp_path):
     """A run that goes on reads what it drew by; another file in its place is noticed."""
     out = tmp_path / "run"
-    arguments = ("unlearn", "digits", "--out", str(out), *tiny.settings(f"reuse={base}", MATCHED))
+    arguments = ("unlearn", "digits", "--out", str(out), *tiny.settings(f"runtime.reuse={base}", MATCHED))
     assert tiny.command(*arguments).returncode == 0
     (out / "done.json").unlink()
     shares = load_file(out / "counterparts.safetensors")["shares"]

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from parts import TRAINED
 from safetensors.torch import load_file
 
 from distunlearn.config.load import load_config
 from distunlearn.engine import loop
 from distunlearn.engine.ledger import coverage, read_ledger
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.methods import METHODS, random_target, sure
+from distunlearn.methods import random_target, sure
 from distunlearn.plan.plan import make_plan
 from distunlearn.run import pipeline
 
 RECIPES = {"simclr": "digits", "moco": "digits_moco", "byol": "digits_byol"}
-METHODS_HERE = [name for name, entry in METHODS.items() if entry.build and name not in ("third_party", "retrain")]
+METHODS_HERE = [name for name in TRAINED if name not in ("third_party", "retrain")]
 CALIBRATED = ("random_target", "salun")  # a pass over images before the first step
 
 
@@ -41,7 +42,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def unlearn(objective: str, bases: dict[str, Path], out: Path, method: str, *extra: str):
-    cfg = config(objective, f"reuse={bases[objective]}", f"method.name={method}", *extra)
+    cfg = config(objective, f"runtime.reuse={bases[objective]}", f"method.name={method}", *extra)
     pipeline.unlearn(cfg, out)
     return cfg
 

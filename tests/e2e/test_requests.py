@@ -94,7 +94,7 @@ def test_third_party_from_another_source(tmp_path):
 @pytest.mark.parametrize("method", ["finetune", "grad_ascent", "retrain", "none", "random_init"])
 def test_references_run_on_the_encoders_of_another_run(first, tmp_path, method):
     out = tmp_path / "run"
-    done = tiny.run(out, f"method.name={method}", f"reuse={first}")
+    done = tiny.run(out, f"method.name={method}", f"runtime.reuse={first}")
     assert done.returncode in ENDED, done.stderr[-3000:]
     expected, found = (load_file(folder / "original/training_state.safetensors") for folder in (first, out))
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -48,7 +48,7 @@ def kill_at(out, recipe, phase, step, extra):
 
 
 # The process is killed while the memory is partly filled; what is drawn of the third party was found before that.
-POOLED = ["constraint.memory=6", "unlearn.third_party_draw=matched"]
+POOLED = ["constraint.memory_steps=6", "unlearn.third_party_sampling=matched", "objective.queue_size=64"]
 IN_PARTS = ["pretrain.accumulate=2", "unlearn.accumulate=4"]
 
 

@@ -54,7 +54,7 @@ def test_tier_0_trains_nothing_and_concludes_nothing(tmp_path):
 
 def test_tier_2_pools_shadows_that_never_see_what_they_must_not(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    cfg = config("audit.tier=2", "audit.shadows=6", "audit.gates.also=rmia")
+    cfg = config("audit.tier=2", "audit.shadows=6", "audit.gates.also=[rmia]")
     pipeline.prepare(cfg, out)
     pipeline.pretrain(cfg, out)
     pipeline.unlearn(cfg, out)
@@ -114,7 +114,7 @@ def requested(folder) -> set[str]:
 
 def test_stress_tests_forget_what_they_say_and_nothing_else(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    cfg = config("audit.stress=worst_case,whole_class,canaries,sequential", "unlearn.steps=8")
+    cfg = config("audit.stress=[worst_case,whole_class,canaries,sequential]", "unlearn.steps=8")
     assert pipeline.run(cfg, out) in (0, 6, 7)
     found = summary_of(out)
     for name, planned in make_plan(cfg)["audit"].items():
@@ -167,7 +167,7 @@ def test_stress_tests_forget_what_they_say_and_nothing_else(tmp_path, monkeypatc
 def test_a_later_request_starts_from_the_encoder_that_the_last_one_left(tmp_path):
     """With a learning rate of (nearly) 0 the last encoder is the original; with another start it could not be."""
     out = tmp_path / "run"
-    cfg = config("audit.stress=sequential", "unlearn.steps=8", "unlearn.lr=1e-12", "unlearn.weight_decay=0")
+    cfg = config("audit.stress=[sequential]", "unlearn.steps=8", "unlearn.lr=1e-12", "unlearn.weight_decay=0")
     assert pipeline.run(cfg, out) in (0, 6, 7)
     folders = (out / "original", out / "stress/sequential-3")
     first, last = (load_file(folder / "training_state.safetensors") for folder in folders)
@@ -175,7 +175,7 @@ def test_a_later_request_starts_from_the_encoder_that_the_last_one_left(tmp_path
         if "running" not in name and "num_batches" not in name and value.is_floating_point():
             assert torch.allclose(value, last[name], atol=1e-6), name
     rerun = tmp_path / "other"
-    cfg = config("audit.stress=sequential", "unlearn.steps=8")
+    cfg = config("audit.stress=[sequential]", "unlearn.steps=8")
     assert pipeline.run(cfg, rerun) in (0, 6, 7)
     states = [load_file(rerun / f"stress/sequential-{n}/training_state.safetensors") for n in (1, 2, 3)]
     start = load_file(rerun / "original/training_state.safetensors")
@@ -186,7 +186,7 @@ def test_a_later_request_starts_from_the_encoder_that_the_last_one_left(tmp_path
 
 def test_too_few_classes_have_no_whole_class_test(tmp_path):
     out = tmp_path / "run"
-    cfg = config("audit.stress=whole_class")
+    cfg = config("audit.stress=[whole_class]")
     pipeline.prepare(cfg, out)
     pipeline.pretrain(cfg, out)
     pipeline.unlearn(cfg, out)

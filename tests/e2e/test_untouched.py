@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import tiny
+from parts import METHODS, TRAINED
 
 from distunlearn.config.load import load_config
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.methods import METHODS
 from distunlearn.run import pipeline
 
 SMALLEST = [
@@ -51,19 +51,19 @@ def shown(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.build is not None])
+@pytest.mark.parametrize("method", TRAINED)
 def test_no_method_sees_what_audits_keep_for_themselves(method, base, shown, tmp_path):
-    cfg = config(f"method.name={method}", f"reuse={base}")
+    cfg = config(f"method.name={method}", f"runtime.reuse={base}")
     pipeline.unlearn(cfg, tmp_path / "run")
     manifest = Manifest.load(base / "shards")
     kept = set(manifest.ids(("holdout", "third_party_audit")))
     assert shown and not shown & kept
-    assert not shown & set(manifest.ids("forget")) or METHODS[method].build(cfg).forgets
+    assert not shown & set(manifest.ids("forget")) or METHODS[method].forgets
 
 
 def test_the_recorder_would_notice(base, shown, tmp_path):
     """Negative control: an audit does look at them."""
-    cfg = config("method.name=none", f"reuse={base}")
+    cfg = config("method.name=none", f"runtime.reuse={base}")
     pipeline.unlearn(cfg, tmp_path / "run")
     pipeline.audit(tmp_path / "run", cfg)
     manifest = Manifest.load(base / "shards")

@@ -15,7 +15,7 @@ TINY = [
     "data.third_party=24",
     "data.third_party_audit=24",
     "data.samples_per_shard=32",
-    "method.view_pairs=1",
+    "constraint.view_pairs=1",
     "pretrain.epochs=2",
     "pretrain.batch=32",
     "pretrain.checkpoint_every=2",
@@ -26,8 +26,7 @@ TINY = [
     "unlearn.checkpoint_every=2",
     "audit.views=4",
     "audit.bootstrap=100",
-    "objective.queue_size=64",
-    "threads=1",
+    "runtime.threads=1",
 ]
 
 

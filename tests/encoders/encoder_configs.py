@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from parts import objective_settings
 
-from distunlearn.config.schema import EncoderConfig, ObjectiveConfig, RunConfig
+from distunlearn.config.schema import EncoderConfig, RunConfig
 
 NARROW = {"stem_width": 4, "channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -32,7 +33,7 @@ HIDDEN, OUT, CLASSES = 10, 6, 5
 
 
 def run_config(encoder: EncoderConfig = RESNET18, objective: str = "simclr", **changes: Any) -> RunConfig:
-    heads = ObjectiveConfig(name=objective, hidden_dim=HIDDEN, output_dim=OUT)
+    heads = objective_settings(name=objective, hidden_dim=HIDDEN, output_dim=OUT)
     return replace(RunConfig(encoder=encoder, objective=heads), **changes)
 
 

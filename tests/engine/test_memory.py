@@ -11,7 +11,7 @@ from distunlearn.config.load import load_config
 from distunlearn.engine.backends import open_backend
 torch.set_num_threads(1)
 if sys.argv[1] == "run":
-    open_backend(load_config("digits", None, ["threads=1"], world=1))
+    open_backend(load_config("digits", None, ["runtime.threads=1"], world=1))
 
 def step():
     x = torch.ones(24 << 20)  # 96 MiB

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import RunConfig, RuntimeConfig
 from distunlearn.distributed import process_group
 from distunlearn.engine.backends import open_backend
 from distunlearn.errors import ConfigError, RankLostError
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
 VARIABLES = (*TORCHRUN, "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-CFG = RunConfig(threads=1)
+CFG = RunConfig(runtime=RuntimeConfig(threads=1))
 DDP = dataclasses.replace(CFG, backend="ddp")
 
 
@@ -80,7 +80,7 @@ def test_srun_tasks_without_ranks_are_not_as_many_single_runs(monkeypatch):
 
 def test_ranks_that_do_not_come_are_reported(monkeypatch):
     setenv(monkeypatch, **TORCHRUN)
-    message = refusal(dataclasses.replace(DDP, join_s=1.0), RankLostError)
+    message = refusal(dataclasses.replace(DDP, runtime=RuntimeConfig(threads=1, join_s=1.0)), RankLostError)
     assert "rank 0 of 2 did not find the others at 127.0.0.1:29501 within 1 s" in message and "WORLD_SIZE" in message
     assert not dist.is_initialized()
 
@@ -97,5 +97,5 @@ def test_a_world_of_another_size_than_announced_is_refused(monkeypatch):
 def test_threads_are_as_told_or_the_cores_shared_by_the_processes(monkeypatch, threads, local, expected):
     monkeypatch.setattr(process_group.os, "sched_getaffinity", lambda pid: range(4), raising=False)
     setenv(monkeypatch, LOCAL_WORLD_SIZE=local)
-    open_backend(dataclasses.replace(CFG, threads=threads))
+    open_backend(dataclasses.replace(CFG, runtime=RuntimeConfig(threads=threads)))
     assert torch.get_num_threads() == expected

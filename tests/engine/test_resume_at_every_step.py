@@ -25,16 +25,16 @@ SETTINGS = [
     "data.members=48", "data.forget=12", "data.holdout=24", "data.calibration=12", "data.third_party=12",
     "data.third_party_audit=12", "pretrain.epochs=2", "pretrain.batch=32", "pretrain.checkpoint_every=1",
     "unlearn.steps=3", "unlearn.retain_batch=16", "unlearn.forget_batch=4", "unlearn.third_party_batch=4",
-    "unlearn.checkpoint_every=1", "objective.queue_size=32", "objective.hidden_dim=16", "objective.output_dim=8",
-    "encoder.args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}", "encoder.embed_dim=8", "threads=1",
-    "method.view_pairs=1",
+    "unlearn.checkpoint_every=1", "objective.hidden_dim=16", "objective.output_dim=8",
+    "encoder.args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}", "encoder.embed_dim=8", "runtime.threads=1",
+    "constraint.view_pairs=1",
 ]  # fmt: skip
 # Trainings with a state of their own: spread and running means, queue and momentum encoder, target network, SGD.
 CASES = {
     "third_party": ("unlearn", "digits", []),
     "finetune": ("unlearn", "digits", ["method.name=finetune", "unlearn.optimizer=sgd"]),
     "grad_ascent": ("unlearn", "digits", ["method.name=grad_ascent"]),
-    "moco": ("pretrain", "digits_moco", ["pretrain.accumulate=2"]),
+    "moco": ("pretrain", "digits_moco", ["pretrain.accumulate=2", "objective.queue_size=32"]),
     "retrain": ("unlearn", "digits", ["method.name=retrain"]),
     "byol": ("pretrain", "digits_byol", []),
 }

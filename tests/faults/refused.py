@@ -12,7 +12,7 @@ from distunlearn.config.schema import DataConfig
 
 TINY = ["data.members=40", "data.forget=10", "data.holdout=6", "data.calibration=4", "data.third_party=4",
         "data.third_party_audit=4", "data.samples_per_shard=20", "unlearn.retain_batch=16", "unlearn.forget_batch=8",
-        "unlearn.third_party_batch=4", "unlearn.steps=4", "pretrain.batch=16", "threads=1"]  # fmt: skip
+        "unlearn.third_party_batch=4", "unlearn.steps=4", "pretrain.batch=16", "runtime.threads=1"]  # fmt: skip
 SMALL = DataConfig(
     members=40, forget=10, holdout=6, calibration=4, third_party=4, third_party_audit=4, samples_per_shard=20
 )
@@ -56,5 +56,5 @@ def folder_of(root: Path, data: bytes, name: str = "bad.jpg") -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg(number))
     (root / "class0" / name).write_bytes(data)
-    settings = (*TINY, "data.members=0", f"data.root={root}")
+    settings = (*TINY, "data.members=null", f"data.root={root}")
     return ["prepare", "imagefolder", "--out", str(root.parent / "run"), *sets(*settings)]

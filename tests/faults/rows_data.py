@@ -200,7 +200,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         ],
     ),
     "F04": (
-        "nearly everybody: refused above data.forget_cap; whole classes noted in the plan",
+        "nearly everybody: refused above data.max_forget_share; whole classes noted in the plan",
         [
             f"{_LISTS}test_f04_a_list_of_nearly_everybody",
             f"{_LISTS}test_f04_a_list_that_covers_a_class_is_noted",

@@ -222,7 +222,6 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     "N03": (
         "ascent diverges: stopped by the declared bound, exit 4, no finished encoder",
         [f"{ENGINE}::test_a_run_that_diverges_is_stopped_by_its_declared_bound",
-         f"{ENGINE}::test_bounds_are_neutral_where_they_are_not_used",
          "tests/methods/test_methods.py::test_grad_ascent_climbs_and_is_bounded"],
     ),
     "N04": (

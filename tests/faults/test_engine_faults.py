@@ -86,7 +86,7 @@ def test_a_fault_that_never_fires_changes_no_bit(trained, tmp_path, forget, zygo
 def test_a_run_that_diverges_is_stopped_by_its_declared_bound(trained, tmp_path, forget, bound):
     out = tmp_path / "run"
     ascent = ("method.name=grad_ascent", "method.ascent_bound=1e9", "unlearn.lr=5e-3", "unlearn.steps=25")
-    group = forget(out, f"reuse={trained}", *ascent, bound, world=1)
+    group = forget(out, f"runtime.reuse={trained}", *ascent, bound, world=1)
     assert group.wait() == [4], group.said()
     key = bound.partition("=")[0]
     assert f"beyond {key} = " in group.said() and "Traceback" not in group.said()
@@ -95,18 +95,9 @@ def test_a_run_that_diverges_is_stopped_by_its_declared_bound(trained, tmp_path,
     assert not (out / "done.json").exists()
     free = tmp_path / "free"  # without a bound: the loss climbs far beyond it
     if key == "method.loss_bound":
-        assert forget(free, f"reuse={trained}", *ascent, world=1).wait() == [0]
+        assert forget(free, f"runtime.reuse={trained}", *ascent, world=1).wait() == [0]
         losses = [row["values"]["loss"] for row in read_metrics(free) if row["phase"] == "unlearn" and row["step"]]
         assert min(losses) < -5.5
-
-
-def test_bounds_are_neutral_where_they_are_not_used():
-    from distunlearn.config.schema import MethodConfig
-    from distunlearn.engine import phases
-
-    plain = phases._settings(MethodConfig())
-    assert "loss_bound" not in plain and "embedding_bound" not in plain
-    assert phases._settings(MethodConfig(loss_bound=3.0)) == plain | {"loss_bound": 3.0}
 
 
 # -- copies that have to be alike ------------------------------------------------------------------------------------
@@ -164,7 +155,7 @@ def test_ranks_whose_launcher_is_killed_stop_in_a_state_that_resumes(trained, tm
     with open(text, "w") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-             "distunlearn", "unlearn", "digits", "--out", str(out), "--set", f"reuse={trained}",
+             "distunlearn", "unlearn", "digits", "--out", str(out), "--set", f"runtime.reuse={trained}",
              *tiny.settings(*SMALL, "backend=ddp", "unlearn.steps=20000", "unlearn.checkpoint_every=10000")],
             stdout=log, stderr=log, env=tiny.environment(GLOO_SOCKET_IFNAME="lo"), start_new_session=True,
         )  # fmt: skip

@@ -32,9 +32,9 @@ from distunlearn.errors import DataError
 
 TINY = ["data.members=40", "data.holdout=6", "data.calibration=4", "data.third_party=4", "data.third_party_audit=4",
         "data.samples_per_shard=20", "unlearn.retain_batch=8", "unlearn.forget_batch=4", "unlearn.third_party_batch=4",
-        "unlearn.steps=20", "pretrain.batch=16", "threads=1"]  # fmt: skip
+        "unlearn.steps=20", "pretrain.batch=16", "runtime.threads=1"]  # fmt: skip
 FOLDER = DataConfig(
-    source="imagefolder", members=0, forget=8, holdout=6, calibration=4, third_party=4, third_party_audit=4,
+    source="imagefolder", members=None, forget=8, holdout=6, calibration=4, third_party=4, third_party_audit=4,
     samples_per_shard=20,
 )  # fmt: skip
 
@@ -124,18 +124,20 @@ def test_f03_one_image_listed_in_many_ways_is_one_image(tmp_path, capsys):
 def test_f04_a_list_of_nearly_everybody(tmp_path, capsys):
     setting = listed(tmp_path, digits(*range(21)))
     message = refusal(capsys, arguments("run", tmp_path / "run", setting), tmp_path)
-    assert "21 of 40 members" in message and "data.forget_cap" in message
-    found = plan(capsys, arguments("plan", tmp_path / "run", setting, "data.forget_cap=0.6"))
+    assert "21 of 40 members" in message and "data.max_forget_share" in message
+    found = plan(capsys, arguments("plan", tmp_path / "run", setting, "data.max_forget_share=0.6"))
     assert found["roles"]["forget"] == 21 and found["request"]["forget_share"] == 0.525
     message = refusal(
-        capsys, arguments("run", tmp_path / "run", listed(tmp_path, digits(*range(40))), "data.forget_cap=1"), tmp_path
+        capsys,
+        arguments("run", tmp_path / "run", listed(tmp_path, digits(*range(40))), "data.max_forget_share=1"),
+        tmp_path,
     )
     assert "at least 2 must be retained" in message
 
 
 def test_f04_a_list_that_covers_a_class_is_noted(tmp_path, capsys):
     pictures(tmp_path / "images")
-    cfg = [f"data.root={tmp_path / 'images'}", "data.members=0", "data.forget_cap=0.9"]
+    cfg = [f"data.root={tmp_path / 'images'}", "data.members=null", "data.max_forget_share=0.9"]
     ones = [f"class1/{number:03d}.jpg" for number in range(1, 60, 2)]
     out = tmp_path / "run"
     words = arguments("plan", out, *cfg, listed(tmp_path, ones), source="digits")
@@ -165,7 +167,7 @@ def twins(tmp_path) -> tuple[Path, str]:
 
 
 def of_folder(verb: str, out: Path, root: Path, *extra: str) -> list[str]:
-    return [*arguments(verb, out, f"data.root={root}", "data.members=0", *extra), "--set", "data.source=imagefolder"]
+    return [*arguments(verb, out, f"data.root={root}", "data.members=null", *extra), "--set", "data.source=imagefolder"]
 
 
 def role_of(out: Path, sample_id: str) -> str:

@@ -28,8 +28,9 @@ from distunlearn.engine import provenance
 from distunlearn.engine.ledger import Ledger, read_ledger
 from distunlearn.engine.run_directory import claim
 from distunlearn.errors import ConfigError
-from distunlearn.methods import Context, Contrastive
+from distunlearn.methods.training import Pretrain, Training
 from distunlearn.objectives import make_objective
+from distunlearn.objectives.forward import Context
 from distunlearn.objectives.queue import KeyQueue
 
 
@@ -78,7 +79,7 @@ def test_other_code_goes_on_only_where_it_is_accepted_and_is_written_down(tmp_pa
     here = provenance.code_digest()
     assert [line["digest"] for line in read_ledger(ledger.path)] == [here] and len(here) == 64
     monkeypatch.setattr(provenance, "code_digest", lambda: "f" * 64)
-    with pytest.raises(ConfigError, match=rf"began under .* \(code {here[:12]}\).*accept_code_change=true"):
+    with pytest.raises(ConfigError, match=rf"began under .* \(code {here[:12]}\).*runtime.accept_code_change=true"):
         provenance.require_same_code(ledger, accept=False)
     assert len(read_ledger(ledger.path)) == 1
     provenance.require_same_code(ledger, accept=True)
@@ -147,7 +148,7 @@ def test_hostile_names_are_folders_like_any_other_or_refused(tmp_path, monkeypat
 def test_a_loop_of_links_is_refused(tmp_path, capsys):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    code = main(plan("data.source=imagefolder", f"data.root={loop}", "data.members=0", out=tmp_path / "run"))
+    code = main(plan("data.source=imagefolder", f"data.root={loop}", "data.members=null", out=tmp_path / "run"))
     assert code in (2, 3) and "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -198,7 +199,7 @@ def first_loss(recipe: str) -> float:
     images = torch.randint(0, 256, (16, cfg.encoder.in_chans, side, side), generator=generator, dtype=torch.uint8)
     ids = [f"image-{number}" for number in range(16)]
     batch = Batch(ids, images, np.zeros(16, dtype=np.int64), torch.arange(16) % 10)
-    return float(Contrastive("pretrain", "members").loss(ctx, {"members": batch}).loss.detach())
+    return float(Pretrain(cfg).loss(ctx, {"members": batch}).loss.detach())
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -241,7 +242,7 @@ def test_neither_hash_seed_nor_threads_change_the_order():
 
 def test_memory_that_is_not_there_ends_in_one_sentence_and_resumes(tmp_path, monkeypatch, capsys):
     """torch is asked for more than any machine has, in mid-training; a GPU's error is of a class of its own."""
-    real, fired = Contrastive.loss, []
+    real, fired = Training.loss, []
 
     def greedy(self, ctx, batches):
         if ctx.step == 3 and not fired:
@@ -251,10 +252,10 @@ def test_memory_that_is_not_there_ends_in_one_sentence_and_resumes(tmp_path, mon
 
     out = tmp_path / "run"
     assert main(plan(out=out, verb="prepare")) == 0
-    monkeypatch.setattr(Contrastive, "loss", greedy)
+    monkeypatch.setattr(Training, "loss", greedy)
     assert main(plan(out=out, verb="pretrain")) == 2 and fired
     told = capsys.readouterr().err
-    assert "ran out of memory" in told and "activation_checkpointing=true" in told and "Traceback" not in told
+    assert "ran out of memory" in told and "runtime.activation_checkpointing=true" in told and "Traceback" not in told
     assert main(plan(out=out, verb="pretrain")) == 0
     assert ended(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")) == 2
     assert "this process ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in capsys.readouterr().err

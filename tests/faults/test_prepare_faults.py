@@ -58,7 +58,7 @@ def test_s20_what_changed_since_the_kill_is_written_anew(tmp_path):
     root, folder = tmp_path / "images", tmp_path / "shards"
     folder_of(root, jpeg(500), "more.jpg")
     cfg = DataConfig(
-        source="imagefolder", root=str(root), members=0, forget=10, holdout=6, calibration=4, third_party=4,
+        source="imagefolder", root=str(root), members=None, forget=10, holdout=6, calibration=4, third_party=4,
         third_party_audit=4, samples_per_shard=8,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def clean(trained, forget, tmp_path_factory) -> Path:
 
 
 def test_a_rank_that_hangs_is_named_and_the_job_ends(copied, forget):
-    group = forget(copied, "watchdog_s=8", DISTUNLEARN_FAULT="sleep@point=backward,rank=1,step=2")
+    group = forget(copied, "runtime.watchdog_s=8", DISTUNLEARN_FAULT="sleep@point=backward,rank=1,step=2")
     assert group.wait() == [5, 5], group.said()
     assert FIRED.format("sleep", "backward", 1) in group.said(1)
     for rank in (0, 1):
@@ -54,7 +54,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(copied, forget):
 
 
 def test_a_collective_left_out_is_told_from_a_slow_rank(copied, forget):
-    group = forget(copied, "watchdog_s=16", DISTUNLEARN_FAULT="skip@point=norm_check,rank=1,step=2")
+    group = forget(copied, "runtime.watchdog_s=16", DISTUNLEARN_FAULT="skip@point=norm_check,rank=1,step=2")
     assert group.wait() == [5, 5], group.said() + group.said(1)
     assert FIRED.format("skip", "norm_check", 1) in group.said(1)
     told = [group.said(rank) for rank in (0, 1)]
@@ -136,7 +136,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_before_the_update(copi
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
     if point == "loss":
         assert [rank["finite"] for rank in found["ranks"]] == [True, False] and "on rank 1" in group.said(0)
-        assert found["ranks"][0]["parts"][0]["utility"] > 0
+        assert found["ranks"][0]["parts"][0]["task_loss"] > 0
     else:
         assert all(rank["gradients"]["not_finite"] > 0 for rank in found["ranks"])
     assert {role: len(ids) for role, ids in found["ids"].items()} == {"retain": 32, "forget": 8, "third_party": 8}

@@ -25,7 +25,7 @@ from distunlearn.encoders.model import build_model
 SIZES = [
     "data.members=40", "data.holdout=30", "data.calibration=10", "data.third_party=10", "data.third_party_audit=10",
     "data.samples_per_shard=16", "pretrain.epochs=1", "pretrain.batch=16", "unlearn.steps=2", "unlearn.retain_batch=16",
-    "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "objective.queue_size=64", "threads=1",
+    "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "runtime.threads=1",
 ]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def image_folder(root: Path, count: int = 101) -> None:
 def test_an_image_of_60000_x_60000_pixels(tmp_path, capsys):
     root = tmp_path / "images"
     image_folder(root)
-    settings = ["data.source=imagefolder", f"data.root={root}", "data.members=0"]
+    settings = ["data.source=imagefolder", f"data.root={root}", "data.members=null"]
     assert main(arguments(tmp_path / "good", *settings, verb="prepare")) == 0  # negative control
     capsys.readouterr()
     (root / "class0/000.png").write_bytes(png_that_claims(60_000, 60_000))

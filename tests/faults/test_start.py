@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 
 import pytest
@@ -10,7 +9,8 @@ import tiny
 import torch
 from conftest import SMALL
 
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import RunConfig, RuntimeConfig
+from distunlearn.config.shape import marked
 from distunlearn.distributed import process_group, rendezvous
 from distunlearn.distributed.world import World
 from distunlearn.engine import provenance
@@ -38,7 +38,7 @@ def variables(monkeypatch):
 def test_a_variable_that_cannot_be_right_is_named_at_once(variables, name, value):
     variables(**{name: value})
     with pytest.raises(ConfigError, match=f"{name} is '?{value}"):
-        process_group.join(RunConfig(backend="ddp", threads=torch.get_num_threads()))
+        process_group.join(RunConfig(backend="ddp", runtime=RuntimeConfig(threads=torch.get_num_threads())))
 
 
 def test_a_port_in_use_is_named(variables):
@@ -48,7 +48,9 @@ def test_a_port_in_use_is_named(variables):
         port = other.getsockname()[1]
         variables(MASTER_PORT=str(port))
         with pytest.raises(ConfigError, match=f"MASTER_PORT is {port}, which another program uses"):
-            process_group.join(RunConfig(backend="ddp", threads=torch.get_num_threads(), join_s=5.0))
+            process_group.join(
+                RunConfig(backend="ddp", runtime=RuntimeConfig(threads=torch.get_num_threads(), join_s=5.0))
+            )
 
 
 @pytest.mark.parametrize(
@@ -59,8 +61,8 @@ def test_a_port_in_use_is_named(variables):
     ],
 )
 def test_variables_that_contradict_one_another(zygote, copied, name, values, said):
-    settings = tiny.settings(*SMALL, "backend=ddp", "join_s=4", "unlearn.retain_batch=30", "unlearn.forget_batch=6",
-                             "unlearn.third_party_batch=6", "pretrain.batch=36")  # fmt: skip
+    settings = tiny.settings(*SMALL, "backend=ddp", "runtime.join_s=4", "unlearn.retain_batch=30",
+                             "unlearn.forget_batch=6", "unlearn.third_party_batch=6", "pretrain.batch=36")  # fmt: skip
     group = zygote.start(2, ["unlearn", "digits", "--out", str(copied), *settings], **{name: values})
     group.wait()
     told = [group.said(rank) for rank in (0, 1)]
@@ -112,11 +114,11 @@ def test_a_rank_that_runs_something_else_is_refused(key, value):
 
 def test_ranks_may_differ_in_what_changes_nothing():
     provenance.require_one_run(_Two(), RunConfig(), _Manifest())
-    here = dataclasses.replace(RunConfig(), threads=3, watchdog_s=1.0)
-    there = dataclasses.replace(RunConfig(), threads=8)
+    here = RunConfig(runtime=RuntimeConfig(threads=3, watchdog_s=1.0))
+    there = RunConfig(runtime=RuntimeConfig(threads=8))
     keys = [provenance.settings(cfg).items() for cfg in (here, there)]
     differing = {key for key, _ in keys[0] ^ keys[1]}
-    assert differing == {"threads", "watchdog_s"} and differing <= set(provenance.LOCAL)
+    assert differing == {"runtime.threads", "runtime.watchdog_s"} <= set(marked(here, "local"))
 
 
 def test_what_the_main_rank_refuses_is_refused_by_all():

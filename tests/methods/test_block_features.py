@@ -15,15 +15,13 @@ from unittest import mock
 import pytest
 import torch
 from method_batches import batch, in_float64
+from parts import constraint_settings, method_settings, objective_settings
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import CheckpointError
 
 from distunlearn.config.schema import (
-    ConstraintConfig,
     EncoderConfig,
-    MethodConfig,
-    ObjectiveConfig,
     RunConfig,
     UnlearnConfig,
 )
@@ -33,9 +31,9 @@ from distunlearn.encoders import compile as compiling
 from distunlearn.encoders.blocks import blocks, replace_forward
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.errors import ConfigError
-from distunlearn.methods import Context
 from distunlearn.methods.third_party import ThirdParty
 from distunlearn.objectives import make_objective
+from distunlearn.objectives.forward import Context
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -58,10 +56,10 @@ EQUAL = 1e-11  # of the norm of all gradients; recomputed products are the same 
 def config(encoder: str, evaluator: str, objective: str) -> RunConfig:
     return RunConfig(
         encoder=ENCODERS[encoder],
-        objective=ObjectiveConfig(name=objective, hidden_dim=10, output_dim=6, temperature=0.5, queue_size=32),
+        objective=objective_settings(name=objective, hidden_dim=10, output_dim=6, temperature=0.5, queue_size=32),
         unlearn=UnlearnConfig(retain_batch=12, forget_batch=6, third_party_batch=8),
-        method=MethodConfig(view_pairs=1, distill_weight=0.0),
-        constraint=ConstraintConfig(evaluator=evaluator, sketch_out=3, sketch_in=2, check_every=1),
+        method=method_settings(distill_weight=0.0),
+        constraint=constraint_settings(evaluator=evaluator, sketch_out=3, sketch_in=2, check_every=1),
     )
 
 
@@ -100,7 +98,7 @@ def trained(encoder: str, evaluator: str, *features: str, objective: str = "byol
     ctx = Context(cfg, make_objective(cfg.objective), model, model, torch.device("cpu"), momentum)
     method, found = ThirdParty(cfg), {}
     with in_float64():
-        method.start(ctx, batch)
+        method.calibrate(ctx, batch)
         for ctx.step in range(2):
             model.zero_grad()
             out = method.loss(ctx, {role: batch(role) for role in ("retain", "forget", "third_party")})

@@ -15,13 +15,12 @@ import test_method_losses
 import test_third_party
 import torch
 from method_batches import SIZES, batch, in_float64
+from parts import METHODS, TRAINED
 from test_method_losses import ALL_OBJECTIVES, BATCHES, config, context, gradients
 
 from distunlearn.data.augmentations import id_hashes
-from distunlearn.methods import METHODS, missing
-from distunlearn.plan.images import images_per_step
+from distunlearn.methods import missing
 
-TRAINED = [name for name, entry in METHODS.items() if entry.build]
 COUNTS = {**SIZES, "holdout": 5}
 
 
@@ -35,13 +34,13 @@ every_method = pytest.mark.parametrize("name", TRAINED)
 
 
 def begun(name: str, objective: str):
-    """The method after its start, its context, and the batches that it asks for."""
+    """The method after its calibration, its context, and the batches that it asks for."""
     cfg = config(name, objective)
-    ctx, method = context(cfg), METHODS[name].build(cfg)
+    ctx, method = context(cfg), METHODS[name](cfg)
     with in_float64():
-        method.start(ctx, batch)
+        method.calibrate(ctx, batch)
     ctx.images = 0
-    roles = {role: "retain" if role == "members" else role for role in method.batch_sizes(cfg)}
+    roles = {role: "retain" if role == "members" else role for role in method.batch_sizes()}
     return method, ctx, {role: BATCHES[shown] for role, shown in roles.items()}
 
 
@@ -57,7 +56,7 @@ def test_only_the_images_that_it_asks_for_enter_and_are_counted(name, objective)
     method, ctx, batches = begun(name, objective)
     with in_float64():
         out = method.loss(ctx, batches)  # a role that it did not ask for would be missing here
-    planned = images_per_step(ctx.cfg, name)
+    planned = method.images_per_step(ctx.objective, 0)
     if (name, objective) == ("grad_ascent", "supervised"):  # planned with the images of a bank that there is not
         assert ctx.images < planned
     else:
@@ -110,7 +109,7 @@ def test_state_goes_through_a_file_and_gives_the_same_next_losses(name, objectiv
         saved = method.state_dict()
         assert all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in saved.values())
         read = safetensors.torch.load(safetensors.torch.save({k: v.contiguous() for k, v in saved.items()}))
-        other = METHODS[name].build(ctx.cfg)
+        other = METHODS[name](ctx.cfg)
         other.load_state_dict(read)
         again = other.state_dict()
         assert again.keys() == saved.keys() and all(torch.equal(again[key], saved[key]) for key in saved)
@@ -144,7 +143,7 @@ def test_what_it_needs_is_asked_for_before_anything_is_trained(name):
         lacking = missing(config(name), COUNTS | {role: 0})
         assert bool(lacking) == (role in entry.needs), role
     assert not missing(config(name), COUNTS)
-    assert ("forget" in entry.needs) == entry.build(config(name)).forgets
+    assert ("forget" in entry.needs) == entry.forgets
 
 
 @every_method

@@ -11,26 +11,20 @@ import numpy as np
 import pytest
 import torch
 from method_batches import batch, in_float64
+from parts import METHODS, method_settings, objective_settings
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 
-from distunlearn.config.schema import (
-    EncoderConfig,
-    MethodConfig,
-    ObjectiveConfig,
-    PretrainConfig,
-    RunConfig,
-    UnlearnConfig,
-)
+from distunlearn.config.schema import EncoderConfig, PretrainConfig, RunConfig, UnlearnConfig
 from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import ConfigError, NumericsError
-from distunlearn.methods import METHODS, Context, Method, missing, refuse_missing
+from distunlearn.methods import Method, missing, refuse_missing
 from distunlearn.methods.held_out_distillation import followed
 from distunlearn.methods.salun import largest
 from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.plan.images import images_per_step
+from distunlearn.objectives.forward import Context
 
 OBJECTIVES = ("simclr", "moco", "byol")
 ALL_OBJECTIVES = (*OBJECTIVES, "mocov3", "supervised")
@@ -47,10 +41,10 @@ def config(name: str, objective: str = "simclr", **method) -> RunConfig:
     )  # fmt: skip
     return RunConfig(
         encoder=encoder,
-        objective=ObjectiveConfig(name=objective, hidden_dim=10, output_dim=6, temperature=TAU, queue_size=32),
+        objective=objective_settings(name=objective, hidden_dim=10, output_dim=6, temperature=TAU, queue_size=32),
         pretrain=PretrainConfig(batch=12),
         unlearn=UnlearnConfig(retain_batch=12, forget_batch=6, third_party_batch=8),
-        method=MethodConfig(name=name, **method),
+        method=method_settings(name=name, **method),
     )
 
 
@@ -171,9 +165,9 @@ def started(name: str, objective: str, **settings) -> tuple[Method, Context, Con
     """The method, its context, and a copy of it for the computation by hand."""
     cfg = config(name, objective, **settings)
     ctx = context(cfg)
-    method = METHODS[name].build(cfg)
+    method = METHODS[name](cfg)
     with in_float64():
-        method.start(ctx, batch)
+        method.calibrate(ctx, batch)
     ctx.images = 0
     return method, ctx, copy.deepcopy(ctx)
 
@@ -245,7 +239,7 @@ def test_scrub(objective):
     }
     later, later_by_hand = copy.deepcopy((ctx, hand))
     agree(method, ctx, hand, task + 1.5 * away["retain"] - 0.6 * away["forget"])
-    later.step = method.forget_steps(method.cfg)  # min steps alone, which do not touch the images to forget
+    later.step = method.forget_steps()  # min steps alone, which do not touch the images to forget
     assert later.step == 3
     with in_float64():
         out = method.loss(later, BATCHES)
@@ -263,7 +257,7 @@ def test_random_target_and_the_loss_of_salun(name, objective):
     nearest = (targets @ places.mT).max(1).values
     assert torch.allclose(nearest, torch.ones_like(nearest)) and len({tuple(t.tolist()) for t in targets}) > 1
     assert torch.equal(method.targets(BATCHES["forget"].ids[::-1]), targets.flip(0))  # the id's, not the row's
-    other = METHODS[name].build(replace(method.cfg, seed=1))
+    other = METHODS[name](replace(method.cfg, seed=1))
     other.places = method.places
     assert not torch.equal(other.targets(BATCHES["forget"].ids), targets)
     task = utility(hand)
@@ -377,7 +371,7 @@ def test_masked_weights_stay_whatever_the_optimizer_does():
 
 def test_l1_sparse_shrinks_by_the_rate_and_stops_at_zero():
     cfg = config("l1_sparse", l1_weight=2.0)
-    method, ctx = METHODS["l1_sparse"].build(cfg), context(cfg)
+    method, ctx = METHODS["l1_sparse"](cfg), context(cfg)
     ctx.rate = 0.05
     weight = torch.tensor([0.3, -0.3, 0.1, -0.04, 0.0], dtype=torch.float64)
     grid = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
@@ -418,10 +412,10 @@ def test_grad_ascent(objective):
 
 def test_scrub_counts_fewer_images_once_it_has_ceased_to_push_away():
     method, ctx, _ = started("scrub", "simclr")
-    ctx.step = method.forget_steps(method.cfg)
+    ctx.step = method.forget_steps()
     with in_float64():
         method.loss(ctx, BATCHES)
-    assert ctx.images == images_per_step(method.cfg, "scrub", ctx.step) < images_per_step(method.cfg, "scrub", 0)
+    assert ctx.images == method.images_per_step(ctx.objective, ctx.step) < method.images_per_step(ctx.objective, 0)
 
 
 # What each method drives, and which way.
@@ -459,7 +453,7 @@ def few_steps(method: Method, ctx: Context, key: str) -> list[float]:
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        if hasattr(method, "adjust"):
+        if method.adjusts:
             with torch.no_grad():
                 for part, weight in ctx.model.named_parameters():
                     weight.copy_(method.adjust(ctx, part, weight, lambda whole: whole))
@@ -470,8 +464,8 @@ def few_steps(method: Method, ctx: Context, key: str) -> list[float]:
 def test_l1_sparse_ends_with_smaller_weights_and_zeros(objective):
     sizes, zeros = {}, {}
     for name in ("finetune", "l1_sparse"):
-        method, ctx, _ = started(name, objective, l1_weight=1.0)
-        few_steps(method, ctx, "utility")
+        method, ctx, _ = started(name, objective, **({"l1_weight": 1.0} if name == "l1_sparse" else {}))
+        few_steps(method, ctx, "task_loss")
         flat = torch.cat([p.detach().flatten() for p in ctx.model.parameters()])
         sizes[name], zeros[name] = float(flat.abs().sum()), int((flat == 0).sum())
     assert sizes["l1_sparse"] < 0.98 * sizes["finetune"] and zeros["l1_sparse"] > zeros["finetune"]
@@ -483,7 +477,7 @@ def test_state_round_trip_gives_the_same_next_loss(name):
     with in_float64():
         method.loss(copy.deepcopy(ctx), BATCHES)
         saved = {key: value.clone() for key, value in method.state_dict().items()}
-        other, fresh = (METHODS[name].build(method.cfg) for _ in range(2))
+        other, fresh = (METHODS[name](method.cfg) for _ in range(2))
         other.load_state_dict(saved)
         again = other.state_dict()
         assert again.keys() == saved.keys() and all(torch.equal(again[key], saved[key]) for key in saved)

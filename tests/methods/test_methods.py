@@ -8,33 +8,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from parts import METHODS, constraint_settings, method_settings, objective_settings
 
-from distunlearn.config.schema import EncoderConfig, MethodConfig, ObjectiveConfig, RunConfig, UnlearnConfig
+from distunlearn.config.schema import EncoderConfig, RunConfig, UnlearnConfig
 from distunlearn.constraints.distances.energy import DISTANCES, energy_distance
 from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import NumericsError
-from distunlearn.methods import METHODS, Context, third_party
+from distunlearn.methods import third_party
 from distunlearn.methods.third_party import ThirdParty
-from distunlearn.methods.training import Contrastive
+from distunlearn.methods.training import Finetune
 from distunlearn.objectives import KeyQueue, make_objective
-from distunlearn.objectives.forward import view_pair
+from distunlearn.objectives.forward import Context, view_pair
 
 OBJECTIVES = ("simclr", "moco", "mocov3", "byol", "supervised")
 SIZES = {"retain": 12, "forget": 6, "third_party": 8, "calibration": 10}
 
 
-def config(objective: str = "simclr", **method) -> RunConfig:
+def config(objective: str = "simclr", view_pairs: int = 1, **method) -> RunConfig:
     encoder = EncoderConfig(
         name="resnet18", image_size=16, in_chans=1, stem="deep",
         args={"stem_width": 4, "channels": [4, 8, 8, 8], "layers": [1, 1, 1, 1]},
     )  # fmt: skip
     return RunConfig(
         encoder=encoder,
-        objective=ObjectiveConfig(name=objective, hidden_dim=16, output_dim=8, queue_size=32),
+        objective=objective_settings(name=objective, hidden_dim=16, output_dim=8, queue_size=32),
         unlearn=UnlearnConfig(retain_batch=12, forget_batch=6, third_party_batch=8),
-        method=MethodConfig(**method),
+        method=method_settings(**method),
+        constraint=constraint_settings(view_pairs=view_pairs),
     )
 
 
@@ -57,19 +59,19 @@ def context(cfg: RunConfig) -> Context:
     ctx = Context(cfg, objective, model, model, torch.device("cpu"), momentum, queue)
     ctx.original = copy.deepcopy(model).eval()
     for _ in range(3):  # running statistics and a queue with something in them
-        Contrastive("warm", "retain").loss(ctx, {"retain": batch("retain")})
+        Finetune(cfg).loss(ctx, {"retain": batch("retain")})
     ctx.images = 0
     return ctx
 
 
 def started(cfg: RunConfig) -> tuple[ThirdParty, Context]:
     method, ctx = ThirdParty(cfg), context(cfg)
-    method.start(ctx, batch)
+    method.calibrate(ctx, batch)
     return method, ctx
 
 
 def kept(ctx: Context):
-    """Puts the running statistics back, which every utility loss moves on."""
+    """Puts the running statistics back, which every task loss moves on."""
     state = {name: value.clone() for name, value in ctx.model.named_buffers()}
 
     def restore() -> None:
@@ -121,7 +123,7 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
         )
 
     restore = kept(ctx)
-    utility = Contrastive("again", "retain").loss(ctx, {"retain": BATCHES["retain"]}).loss
+    utility = Finetune(cfg).loss(ctx, {"retain": BATCHES["retain"]}).loss
     task = gradient(utility)
     restore()
     method.evaluator._describe = remember
@@ -203,7 +205,7 @@ def test_a_step_along_the_gradient_lowers_the_distance():
 
 @pytest.mark.parametrize("confidence", ["hinge", "entropy"])
 def test_confidence_is_lowered_on_third_party_only(confidence):
-    cfg = config(confidence=confidence, confidence_weight=1.0, gradient_weight=0.0, output_weight=0.0)
+    cfg = config(confidence_loss=confidence, confidence_weight=1.0, gradient_weight=0.0, output_weight=0.0)
     method, ctx = started(cfg)
     restore = kept(ctx)
     out = method.loss(ctx, BATCHES)
@@ -295,29 +297,29 @@ def test_state_round_trip_gives_the_same_next_loss():
 
 def test_calibration_finds_a_target_only_where_third_party_differ():
     method, ctx = ThirdParty(config()), context(config())
-    alike = method.start(ctx, batch)
+    alike = method.calibrate(ctx, batch)
     assert alike["phi_star_gradient"] == 0.0 and alike["calibration_p_gradient"] > 0.01
 
     def foreign(role: str) -> Batch:
         found = batch(role, 60)
         return replace(found, images=found.images // 8) if role == "third_party" else found
 
-    differs = ThirdParty(config()).start(ctx, foreign)
+    differs = ThirdParty(config()).calibrate(ctx, foreign)
     assert differs["phi_star_output"] > 0 and differs["calibration_p_output"] <= 0.01
-    zero = ThirdParty(config(target="zero")).start(ctx, foreign)
+    zero = ThirdParty(config(phi_target="zero")).calibrate(ctx, foreign)
     assert zero["phi_star_output"] == 0.0
 
 
 def test_grad_ascent_climbs_and_is_bounded():
-    cfg = config()
+    cfg = replace(config(), method=method_settings("grad_ascent"))
     ctx = context(cfg)
-    method = METHODS["grad_ascent"].build(cfg)
+    method = METHODS["grad_ascent"](cfg)
     out = method.loss(ctx, BATCHES)
     assert out.loss.item() == pytest.approx(-out.metrics["forget_loss"])
     assert out.consumed == {"forget": BATCHES["forget"].ids}
-    bounded = replace(cfg, method=replace(cfg.method, ascent_bound=1e-6))
+    bounded = replace(cfg, method=method_settings("grad_ascent", ascent_bound=1e-6))
     with pytest.raises(NumericsError, match="ascent_bound"):
-        METHODS["grad_ascent"].build(bounded).loss(ctx, BATCHES)
+        METHODS["grad_ascent"](bounded).loss(ctx, BATCHES)
 
 
 def test_a_purged_queue_leaves_no_key_of_a_forgotten_image():
@@ -331,7 +333,7 @@ def test_a_purged_queue_leaves_no_key_of_a_forgotten_image():
 @pytest.mark.parametrize("name", ["finetune", "retrain"])
 def test_references_train_on_retain_alone(name):
     cfg = config()
-    method = METHODS[name].build(cfg)
-    assert set(method.batch_sizes(cfg)) == {"retain"} and not method.forgets
+    method = METHODS[name](cfg)
+    assert set(method.batch_sizes()) == {"retain"} and not method.forgets
     out = method.loss(context(cfg), {"retain": BATCHES["retain"]})
     assert out.consumed == {"retain": BATCHES["retain"].ids}

@@ -20,11 +20,12 @@ from distunlearn.constraints.gradients.last_layer import sketch_matrices
 from distunlearn.data.augmentations import make_view
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import batchnorm_mode
-from distunlearn.methods import METHODS, Context
+from distunlearn.methods.third_party import ThirdParty
+from distunlearn.objectives.forward import Context
 
 WEIGHTS = {
-    "utility_weight": 0.9, "gradient_weight": 1.3, "output_weight": 0.7, "confidence_weight": 0.4,
-    "anchor_weight": 0.5, "distill_weight": 0.6, "view_pairs": 2, "confidence_quantile": 0.2,
+    "task_weight": 0.9, "gradient_weight": 1.3, "output_weight": 0.7, "confidence_weight": 0.4,
+    "anchor_weight": 0.5, "distill_weight": 0.6, "confidence_quantile": 0.2,
 }  # fmt: skip
 MEMORY, SPREAD, PHI, DRAWS = 2, 0.6, 0.7, 4
 FIRST_EPOCH = 1 << 32  # of the views that the calibration sees
@@ -135,7 +136,10 @@ class Running:
 
 def settings(**changes):
     cfg = config("third_party", "simclr", **WEIGHTS | changes)
-    shape = replace(cfg.constraint, memory=MEMORY, spread_momentum=SPREAD, phi_momentum=PHI, sketch_out=3, sketch_in=4)
+    shape = replace(
+        cfg.constraint, view_pairs=2, memory_steps=MEMORY, spread_momentum=SPREAD, phi_momentum=PHI,
+        sketch_out=3, sketch_in=4,
+    )  # fmt: skip
     return replace(cfg, constraint=shape)
 
 
@@ -147,9 +151,9 @@ def samples(role: str) -> Batch:
 
 def test_calibration_by_hand():
     cfg = settings()
-    ctx, method = context(cfg), METHODS["third_party"].build(cfg)
+    ctx, method = context(cfg), ThirdParty(cfg)
     with in_float64():
-        found = method.start(ctx, samples)
+        found = method.calibrate(ctx, samples)
     retain, spreads = samples("retain"), (Spread(), Spread())
     confidences, phis, p_values = [], ([], []), []
     for draw in range(DRAWS):
@@ -188,8 +192,8 @@ TARGETS = {"gradient": 0.0, "output": 50.0}  # on in every step; on in the first
 @pytest.mark.parametrize("confidence", ["hinge", "entropy"])
 def test_steps_by_hand(confidence):
     """Four steps with a memory of two: the projection, and with it the memory of gradients, begins anew in the last."""
-    cfg = settings(confidence=confidence)
-    ctx, method = context(cfg), METHODS["third_party"].build(cfg)
+    cfg = settings(confidence_loss=confidence)
+    ctx, method = context(cfg), ThirdParty(cfg)
     threshold = 0.04  # in the midst of them
     method.load_state_dict(
         method.state_dict()
@@ -281,7 +285,7 @@ def test_a_step_after_a_start_uses_its_targets():
     """The loss compares with what `start` measured: control that the test above sets the state that `start` sets."""
     method, ctx, _ = started("third_party", "simclr", **WEIGHTS)
     with in_float64():
-        figures = method.start(ctx, samples)
+        figures = method.calibrate(ctx, samples)
     state = method.state_dict()
     assert float(state["threshold"]) == pytest.approx(figures["confidence_threshold"])
     for name in ("gradient", "output"):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from parts import OBJECTIVES, objective_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distunlearn.config.schema import ObjectiveConfig
-from distunlearn.objectives import OBJECTIVES, Bank, Branches, make_objective
+from distunlearn.objectives import Bank, Branches, make_objective
 from distunlearn.objectives.infonce import choose_form, infonce
 from distunlearn.objectives.memory_bank import normalise
 from distunlearn.objectives.simclr import nt_xent
@@ -193,10 +193,10 @@ def test_the_budget_chooses_the_form():
 
 
 def test_the_setting_reaches_the_objective():
-    assert make_objective(ObjectiveConfig()).budget == DEFAULT_BUDGET
-    for name in OBJECTIVES:
-        assert make_objective(ObjectiveConfig(name=name, similarity_mib=0.5)).budget == 1 << 19
-    assert make_objective(ObjectiveConfig(similarity_mib=1e-9)).budget == 1
+    assert make_objective(objective_settings()).budget == DEFAULT_BUDGET
+    for name in (name for name, kind in OBJECTIVES.items() if kind.uses_bank):
+        assert make_objective(objective_settings(name=name, similarity_mib=0.5)).budget == 1 << 19
+    assert make_objective(objective_settings(similarity_mib=1e-9)).budget == 1
 
 
 # -- the objectives ----------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_the_plain_form_is_the_formula_step_by_step(name, count, dtype, close):
     output = draw(2, count, 64, dtype=dtype).requires_grad_()
     target = draw(2, count, 64, seed=1, dtype=dtype)
     b = Branches(output, output.detach(), target=target, ids=torch.arange(count))
-    now = OBJECTIVES[name](0.2).utility(b)
+    now = make_objective(objective_settings(name, temperature=0.2)).task_loss(b)
     then = old_nt_xent(output, 0.2) if name == "simclr" else old_mocov3(output, normalise(target), 0.2)
     assert abs(float((now / then).detach()) - 1) <= close
     found, expected = (torch.autograd.grad(loss, output)[0] for loss in (now, then))
@@ -255,11 +255,12 @@ def branches_and_bank(name: str) -> tuple[Branches, Bank]:
 
 @pytest.mark.parametrize("budget", [1, 300])
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].uses_bank])
-@pytest.mark.parametrize("what", ["utility", "per_sample_loss", "per_sample_delta", "confidence", "output_features"])
+@pytest.mark.parametrize("what", ["task_loss", "per_sample_loss", "per_sample_delta", "confidence", "output_features"])
 def test_objectives_within_a_small_budget(name, what, budget):
     """Values and gradients, of the closed-form gradient too; by dispatch, no matrix of similarities is made."""
     b, bank = branches_and_bank(name)
-    wide, small = OBJECTIVES[name](TAU), OBJECTIVES[name](TAU, budget)
+    wide, small = (make_objective(objective_settings(name, temperature=TAU)) for _ in range(2))
+    small.budget = budget
     expected = getattr(wide, what)(b, bank)
     weight = draw(*expected.shape, seed=9)
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), b.output)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from objective_worlds import launch
+from parts import objective_settings
 from torch.nn.functional import cross_entropy, normalize
 
 from distunlearn.distributed.collectives import (
@@ -29,7 +30,7 @@ from distunlearn.distributed.collectives import (
     get_world,
     mean_scale,
 )
-from distunlearn.objectives import OBJECTIVES, Branches
+from distunlearn.objectives import Branches, make_objective
 from distunlearn.objectives.infonce import infonce
 from distunlearn.objectives.simclr import nt_xent
 from distunlearn.objectives.tiled_softmax import Columns
@@ -103,7 +104,9 @@ def form_results(loss: str, count: int, form: str) -> dict[str, torch.Tensor]:
     # By the byte budget alone: 1 is less than the gathered keys take, 2,000 more than they and less than the rest.
     budget = {"plain": 1 << 30, "tiled": 2 * count * D * 8, "ring": 1}[form]
     b = Branches(output, output.detach(), target=draw(2, count, D, seed=count + 1)[:, share(count)])
-    return averaged(OBJECTIVES["mocov3"](TAU, budget).utility(b), weight, tau)
+    objective = make_objective(objective_settings("mocov3"))
+    objective.temperature, objective.budget = TAU, budget
+    return averaged(objective.task_loss(b), weight, tau)
 
 
 def ring_results(count: int) -> dict[str, torch.Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from parts import OBJECTIVES, objective_settings
 
-from distunlearn.config.schema import ObjectiveConfig
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.objectives import OBJECTIVES, Bank, Branches, make_objective
+from distunlearn.objectives import Bank, Branches, make_objective
 from distunlearn.objectives.base import Objective
 
 N, D, HD, K, TAU = 6, 5, 4, 9, 0.25
@@ -18,7 +19,7 @@ NAMES = list(OBJECTIVES)
 
 
 def objective_of(name: str) -> Objective:
-    return make_objective(ObjectiveConfig(name=name, temperature=TAU))
+    return make_objective(objective_settings(name=name, temperature=TAU))
 
 
 def number(x: torch.Tensor) -> float:
@@ -132,7 +133,7 @@ def oracle_utility(name: str, b: Branches, bank: Bank) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_utility_equals_the_brute_force_oracle(name):
     objective, b, bank = objective_of(name), make_branches(name), make_bank()
-    loss, expected = objective.utility(b, bank), oracle_utility(name, b, bank)
+    loss, expected = objective.task_loss(b, bank), oracle_utility(name, b, bank)
     assert loss.shape == ()
     torch.testing.assert_close(loss, expected, **TIGHT)
     (grad,) = torch.autograd.grad(loss, b.output)
@@ -250,7 +251,7 @@ def test_a_part_of_the_branches_is_that_part_of_the_results(name, which):
 def test_no_gradient_reaches_the_momentum_target(name):
     objective, b, bank = objective_of(name), make_branches(name), make_bank()
     b = b._replace(target=b.target.requires_grad_())
-    losses = objective.utility(b, bank) + objective.per_sample_loss(b, bank).sum()
+    losses = objective.task_loss(b, bank) + objective.per_sample_loss(b, bank).sum()
     losses = losses + objective.per_sample_delta(b, bank).sum() + objective.output_features(b, bank).sum()
     assert torch.autograd.grad(losses, b.target, allow_unused=True) == (None,)
 
@@ -286,7 +287,7 @@ def test_zero_outputs_and_an_empty_bank_stay_finite(name, dtype):
     output = torch.zeros_like(b.output, dtype=dtype).requires_grad_()
     b = b._replace(output=output, target=None if b.target is None else b.target.to(dtype))
     values = [
-        objective.utility(b, bank),
+        objective.task_loss(b, bank),
         objective.per_sample_loss(b, bank),
         objective.per_sample_delta(b, bank),
         objective.confidence(b, bank),
@@ -325,7 +326,7 @@ def test_supervised_has_no_bank():
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, -1, 0, 0, 0]), torch.full((N,), D)])
 def test_supervised_refuses_missing_and_impossible_labels(labels):
     b = make_branches("supervised")._replace(labels=labels)
-    for function in ("utility", "per_sample_loss", "per_sample_delta"):
+    for function in ("task_loss", "per_sample_loss", "per_sample_delta"):
         with pytest.raises(DataError, match=r"expected; use labelled data"):
             getattr(objective_of("supervised"), function)(b, None)
 
@@ -338,19 +339,19 @@ def test_moco_without_own_keys_in_the_queue_is_the_papers_loss_and_masks_them_ot
     k = b.target[0] / b.target[0].norm(dim=1, keepdim=True)
     logits = torch.cat([(u * k).sum(1, keepdim=True), u @ bank.keys.T], 1) / TAU
     paper = torch.nn.functional.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
-    torch.testing.assert_close(objective.utility(foreign, unmasked), paper, **TIGHT)
-    assert number(objective.utility(b, unmasked)) < number(paper) - 1e-4
+    torch.testing.assert_close(objective.task_loss(foreign, unmasked), paper, **TIGHT)
+    assert number(objective.task_loss(b, unmasked)) < number(paper) - 1e-4
 
 
 def test_every_objective_declares_what_it_needs():
     for name, kind in OBJECTIVES.items():
-        objective = kind(TAU)
-        assert objective.name == name and objective.temperature == TAU
+        objective = objective_of(name)
+        assert objective.name == name == kind.name and (not kind.uses_bank or objective.temperature == TAU)
         assert objective.views == 2 and objective.branches in (1, 2)
         assert objective.uses_bank or not objective.uses_queue
     assert [n for n in NAMES if OBJECTIVES[n].uses_queue] == ["moco"]
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'mocov3'"):
-        make_objective(ObjectiveConfig(name="moco_v3"))
+    with pytest.raises(ConfigError, match="did you mean mocov3"):
+        make_objective(replace(objective_settings(), name="moco_v3"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from objective_worlds import launch
+from parts import OBJECTIVES, objective_settings
 
 from distunlearn.distributed.collectives import (
     all_gather_detached,
@@ -26,7 +27,7 @@ from distunlearn.distributed.collectives import (
     get_world,
     mean_scale,
 )
-from distunlearn.objectives import OBJECTIVES, Bank, Branches
+from distunlearn.objectives import Bank, Branches, make_objective
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.objectives.simclr import nt_xent
 
@@ -75,7 +76,12 @@ def averaged(loss: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor
 
 def utility_results(name: str, count: int) -> dict[str, torch.Tensor]:
     weight = draw(D, D_IN, seed=3).requires_grad_()
-    return averaged(OBJECTIVES[name](TAU).utility(branches_of(name, count, weight), queue_bank()), weight)
+    return averaged(
+        make_objective(objective_settings(name, temperature=TAU)).task_loss(
+            branches_of(name, count, weight), queue_bank()
+        ),
+        weight,
+    )
 
 
 def wrong_results(scheme: str, count: int) -> dict[str, torch.Tensor]:

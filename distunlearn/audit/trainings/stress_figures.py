@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distunlearn.audit.attacks import ATTACKS
+from distunlearn.audit.attacks import attack, judged
 from distunlearn.audit.figures.retrain_distance import average_gap
 from distunlearn.audit.figures.utility import UTILITIES, correct_predictions
 from distunlearn.audit.signals.collect import Signals
@@ -42,8 +42,8 @@ def request_figures(
     draws = draw_images(images["forget"], images["holdout"], cfg.audit.bootstrap, cfg.seed)
     compared: dict[str, dict[str, Comparison]] = {}
     attacks = {}
-    for name, attack in ATTACKS.items():
-        compared[name] = {encoder: attack(s, cfg.seed).comparison for encoder, s in signals.items()}
+    for name in judged():
+        compared[name] = {encoder: attack(name)(s, cfg.seed).comparison for encoder, s in signals.items()}
         sampled = {encoder: auc_bootstrap(comparison, draws) for encoder, comparison in compared[name].items()}
         aucs = {encoder: auc(comparison) for encoder, comparison in compared[name].items()}
         low, high = percentile_interval(sampled["unlearned"] - sampled["retrained"], CONFIDENCE)
@@ -52,7 +52,7 @@ def request_figures(
             **aucs, "gap": aucs["unlearned"] - aucs["retrained"], "low": low, "high": high,
             "power": bool(power[0] > 0.5 or power[1] < 0.5),
         }  # fmt: skip
-    chosen = [name.strip() for name in cfg.audit.average.split(",") if name.strip() in compared]
+    chosen = [name for name in cfg.audit.average if name in compared]
     gap = average_gap(compared, utility, chosen)["value"]
     return {"images": images, "attacks": attacks, "utility": utility, "average_gap": gap}
 
@@ -74,4 +74,4 @@ def of_request(signals: Signals, chosen: Collection[str]) -> np.ndarray:
 
 def agreement(signals: Signals, chosen: Collection[str]) -> float:
     """AUC of view agreement of some forget images against the holdout."""
-    return auc(ATTACKS["view_agreement"](signals.at(of_request(signals, chosen)), 0).comparison)
+    return auc(attack("view_agreement")(signals.at(of_request(signals, chosen)), 0).comparison)

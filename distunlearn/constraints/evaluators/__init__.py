@@ -1,4 +1,4 @@
-"""Ways to reach per-sample gradients, one readable file each, behind one small interface (`base.Evaluator`).
+"""Ways to reach per-sample gradients, one readable file each: settings, texts and term (`base.Evaluator`).
 
 | name | what is compared | how it is differentiated |
 |---|---|---|
@@ -12,51 +12,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from distunlearn.config.schema import RunConfig
+from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Look, Match, Views, evaluator_class
+from distunlearn.errors import ConfigError
 
-from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Look, Match, Views
-from distunlearn.constraints.evaluators.ghost_norm import GhostNorm
-from distunlearn.constraints.evaluators.head import Head
-from distunlearn.constraints.evaluators.input_gp import InputGP
-from distunlearn.constraints.evaluators.sketch import DoubleBackward, Sketch
-from distunlearn.constraints.evaluators.sliced import Sliced
-from distunlearn.constraints.evaluators.two_passes import shown_once
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-
-__all__ = ["EVALUATORS", "Constrained", "Evaluator", "Match", "extra_images", "make_evaluator"]
-
-EVALUATORS: dict[str, Callable[..., Evaluator]] = {
-    "head": Head,
-    "sketch": Sketch,
-    "sliced": Sliced,
-    "ghost_norm": GhostNorm,
-    "input_gp": InputGP,
-    "double_backward": DoubleBackward,
-}
+__all__ = ["Constrained", "Evaluator", "Match", "evaluator_class", "make_evaluator"]
 
 
 def make_evaluator(cfg: RunConfig, look: Look, views: Views) -> Evaluator:
     """The evaluator that `cfg` names.
 
     look, views: see `base.Look` and `base.Views`.
+
+    Raises:
+        ConfigError: it cannot be used with these settings.
     """
-    build = EVALUATORS[cfg.constraint.evaluator]
-    return build(cfg, look) if build in (Head, Sliced) else build(cfg, look, views)
-
-
-def extra_images(cfg: RunConfig, branches: int, momentum: bool, forget: int, third: int) -> int:
-    """Images through an encoder per step and pair of views, beside one forward of forgotten and third-party images.
-
-    Without the step check of every `constraint.check_every` steps. branches: V of the objective.
-    """
-    evaluator = cfg.constraint.evaluator
-    if evaluator in ("sketch", "ghost_norm"):
-        return branches * (2 * forget + (0 if shown_once(cfg, forget, third) else third))
-    if evaluator == "sliced":
-        return branches * (forget + 2 * third)
-    if evaluator == "input_gp":
-        return branches * (3 * forget) + (branches * forget if momentum else 0)
-    return 0
+    evaluator = evaluator_class(cfg)
+    for problem in evaluator.problems(cfg):
+        raise ConfigError(f"{problem}.")
+    return evaluator(cfg, look, views)

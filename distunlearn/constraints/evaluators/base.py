@@ -11,32 +11,39 @@ Shapes: n = samples, k = features, V = branches, N = forget and third-party samp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from distunlearn.config.registry import EVALUATOR, find
+from distunlearn.config.schema import ConstraintConfig, Pattern, PositiveFloat, PositiveInt, RunConfig
 from distunlearn.constraints.gradients.shared_activations import shared_pattern
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.base import Branches
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
 __all__ = [
     "Constrained",
+    "Differences",
+    "DifferencesConfig",
     "Evaluator",
+    "LayersConfig",
     "Look",
     "Match",
+    "SketchedConfig",
     "StepCheck",
     "Views",
-    "default_rho",
+    "evaluator_class",
     "grad_wanted",
     "joined",
     "mean_loss",
@@ -79,20 +86,86 @@ class Constrained(NamedTuple):
     places: list[Tensor]
 
 
-class Evaluator(Protocol):
-    """One way to reach per-sample gradients; stateless but for warnings already given."""
+@dataclass(frozen=True, kw_only=True)
+class SketchedConfig(ConstraintConfig):
+    """Settings of evaluators that sketch gradients."""
 
+    sketch_out: PositiveInt = 8  # rows of the Kronecker sketch (output side)
+    sketch_in: PositiveInt = 8  # columns of the Kronecker sketch (input side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig(ConstraintConfig):
+    """Settings of evaluators that look at many layers."""
+
+    layers: Pattern | None = None  # regular expression found in the names of the layers that are probed; null: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferencesConfig(ConstraintConfig):
+    """Settings of evaluators that take finite differences."""
+
+    rho: PositiveFloat | None = None  # step of finite differences; null: the evaluator's own for the precision
+    check_every: PositiveInt = 100  # steps between comparisons of finite differences at rho and rho / 2
+
+
+Settings = TypeVar("Settings", bound=ConstraintConfig)
+
+
+class Evaluator(ABC, Generic[Settings]):
+    """One way to reach per-sample gradients; stateless but for warnings already given.
+
+    Attributes of the class:
+        name: as in `constraint.evaluator`.
+        Config: settings, a frozen dataclass derived from `ConstraintConfig` whose `evaluator` has the evaluator's name
+            as default.
+        summary: what is compared, and how it is differentiated.
+        copies: how often `features` shows every image.
+        steps: of finite differences, by precision, where it takes any.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[ConstraintConfig]]
+    summary: ClassVar[str]
+    copies: ClassVar[int] = 1
+    steps: ClassVar[Mapping[str, float]] = {}
+
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
+        self.cfg, self.look, self.views = cfg, look, views
+
+    @property
+    def settings(self) -> Settings:
+        """The evaluator's own section of the settings."""
+        return self.cfg.constraint  # type: ignore[return-value]
+
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
+        """Reasons why it cannot be used with these settings, one sentence each, naming the keys."""
+        return iter(())
+
+    @abstractmethod
     def features(
         self, ctx: Context, batch: Batch, bank: Bank | None, draw: int
     ) -> tuple[Tensor | None, list[Branches]]:
         """Description of every sample's gradient, [n, k] (None: this evaluator compares no distributions), and the
         branches it was made from; both may lack a graph. `draw` numbers the random projections.
         """
-        ...
 
+    @abstractmethod
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """The constraint of one step. Collective: all ranks call it together."""
-        ...
+
+    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
+        """Images through an encoder per step and pair of views, beside one forward of forgotten and third-party images.
+
+        Without the step check of every `constraint.check_every` steps.
+        """
+        return 0
+
+
+def evaluator_class(cfg: RunConfig) -> type[Evaluator]:
+    """The evaluator that the settings name."""
+    return find(EVALUATOR, cfg.constraint.evaluator)
 
 
 def mean_loss(ctx: Context, pairs: list[Branches], bank: Bank | None) -> Tensor:
@@ -102,7 +175,7 @@ def mean_loss(ctx: Context, pairs: list[Branches], bank: Bank | None) -> Tensor:
 
 def views_by_pair(ctx: Context, batch: Batch, views: Views) -> list[list[Tensor]]:
     """Both views of every image, by pair of views."""
-    return [views(ctx, batch, pair) for pair in range(ctx.cfg.method.view_pairs)]
+    return [views(ctx, batch, pair) for pair in range(ctx.cfg.constraint.view_pairs)]
 
 
 def reuse_targets(shown: Branches, first: Branches, copies: Tensor) -> Branches:
@@ -156,8 +229,8 @@ def shared(ctx: Context, count: int, total: int) -> AbstractContextManager[None]
 class StepCheck:
     """Compares finite differences at the step rho and at rho / 2, and says once when they disagree."""
 
-    def __init__(self, cfg: RunConfig, rho: float) -> None:
-        self.every, self.rho = cfg.constraint.check_every, rho
+    def __init__(self, every: int, rho: float) -> None:
+        self.every, self.rho = every, rho
         self._warned = False
 
     def due(self, step: int) -> bool:
@@ -180,9 +253,13 @@ class StepCheck:
         return {"step_size_change": change}
 
 
-def default_rho(cfg: RunConfig, table: dict[str, float]) -> float:
-    """`constraint.rho`, or the evaluator's own step for the run's precision."""
-    return table[cfg.precision] if cfg.constraint.rho is None else cfg.constraint.rho
+class Differences(Evaluator[DifferencesConfig]):
+    """An evaluator that takes finite differences: rho is `constraint.rho`, or its own step for the run's precision."""
+
+    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
+        super().__init__(cfg, look, views)
+        self.rho = self.steps[cfg.precision] if self.settings.rho is None else self.settings.rho
+        self.check = StepCheck(self.settings.check_every, self.rho)
 
 
 def grad_wanted(fn: Any) -> Any:

@@ -8,6 +8,7 @@ sum_i w_i [l_i(+) - l_i(-)] / 2 rho has the gradient of Phi up to O(rho^2).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,10 @@ from torch import Tensor
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
     Constrained,
-    Look,
+    Differences,
+    DifferencesConfig,
+    LayersConfig,
     Match,
-    StepCheck,
-    Views,
-    default_rho,
     grad_wanted,
     joined,
     mean_loss,
@@ -28,30 +28,37 @@ from distunlearn.constraints.evaluators.base import (
     views_by_pair,
     without_graph,
 )
-from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
+from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass, two_pass_images
 from distunlearn.constraints.gradients.ghost_norms import GhostGradients, Recorder
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
 from distunlearn.constraints.gradients.probes import probed_layers
 from distunlearn.data.schedule import Batch
-from distunlearn.objectives.base import Branches
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
 __all__ = ["GhostNorm"]
 
-RHO = {"fp32": 5e-4, "bf16": 6e-3}  # length of a step in the space of all weights
+
+@dataclass(frozen=True, kw_only=True)
+class GhostNormConfig(LayersConfig, DifferencesConfig):
+    """Layers and finite differences."""
+
+    evaluator: str = "ghost_norm"
 
 
-class GhostNorm:
+class GhostNorm(Differences):
     """Features ln max(n_i, floor), [n, 1]."""
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        self.cfg, self.look, self.views = cfg, look, views
-        self.rho = default_rho(cfg, RHO)
-        self.check = StepCheck(cfg, self.rho)
+    name = "ghost_norm"
+    Config = GhostNormConfig
+    summary = "log norm of the gradient of many layers' weights, by signed steps along each own gradient"
+    steps = {"fp32": 5e-4, "bf16": 6e-3}  # length of a step in the space of all weights
+
+    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
+        return two_pass_images(self.cfg, objective.branches, forget, third)
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.features`; without graph, and a part of the batch at a time."""

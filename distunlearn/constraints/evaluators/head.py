@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from distunlearn.constraints.evaluators.base import Constrained, Look, Match
+from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Match, SketchedConfig
 from distunlearn.constraints.gradients.last_layer import gradient_features, head_gradients, sketch_matrices
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
 __all__ = ["Head"]
 
 
-class Head:
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(SketchedConfig):
+    """The sketch."""
+
+    evaluator: str = "head"
+
+
+class Head(Evaluator[HeadConfig]):
     """Features (log norm, sketch), [n, 1 + k_out * k_in]: exact, first-order, no pass beside the forward itself."""
 
-    def __init__(self, cfg: RunConfig, look: Look) -> None:
-        self.cfg, self.look = cfg, look
+    name = "head"
+    Config = HeadConfig
+    summary = "log norm and sketch of the last linear layer's gradient, in closed form"
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.features`; the graph is that of the forward, if one is kept."""
@@ -41,11 +49,11 @@ class Head:
         return Constrained(phi, term, forget_part, third_part, {}, places)
 
     def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
-        return [self.look(ctx, batch, pair=pair) for pair in range(self.cfg.method.view_pairs)]
+        return [self.look(ctx, batch, pair=pair) for pair in range(self.settings.view_pairs)]
 
     def _describe(self, ctx: Context, pairs: list[Branches], bank: Bank | None, draw: int) -> Tensor:
         """The gradient of the loss averaged over pairs is one gradient over the branches of all pairs."""
-        shape = self.cfg.constraint
+        shape = self.settings
         deltas = [ctx.objective.per_sample_delta(b, bank) / len(pairs) for b in pairs]
         gradients = head_gradients(torch.cat([b.hidden for b in pairs]), torch.cat(deltas))
         out_matrix, in_matrix = sketch_matrices(

@@ -13,7 +13,8 @@ The gradient's length is differentiated along its own direction v_i, held (envel
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +22,9 @@ from torch import Tensor
 from distunlearn.common.device import on_device
 from distunlearn.constraints.evaluators.base import (
     Constrained,
-    Look,
+    Differences,
+    DifferencesConfig,
     Match,
-    StepCheck,
-    Views,
-    default_rho,
     grad_wanted,
     reuse_targets,
     shared,
@@ -34,31 +33,39 @@ from distunlearn.constraints.evaluators.base import (
 )
 from distunlearn.data.schedule import Batch, concat_batches, random_words
 from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean, gather_sizes, mean_scale
-from distunlearn.objectives.base import Branches
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
 __all__ = ["InputGP"]
 
-RHO = {"fp32": 1e-2, "bf16": 1e-1}  # length of a step in the space of all pixels of an image's views, in [-1, 1]
+
+@dataclass(frozen=True, kw_only=True)
+class InputGPConfig(DifferencesConfig):
+    """The penalty and finite differences."""
+
+    evaluator: str = "input_gp"
+    center: Literal[0, 1] = 1  # gradient norm that the penalty pulls to
 
 
-class InputGP:
+class InputGP(Differences):
     """No features are compared: the term is the penalty itself, and third-party images take part in interpolates."""
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        self.cfg, self.look, self.views = cfg, look, views
-        self.rho = default_rho(cfg, RHO)
-        self.check = StepCheck(cfg, self.rho)
+    name = "input_gp"
+    Config = InputGPConfig
+    summary = "nothing: a penalty on input gradients at interpolates, by signed steps along each input gradient"
+    steps = {"fp32": 1e-2, "bf16": 1e-1}  # length of a step in the space of all pixels of an image's views, in [-1, 1]
+
+    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
+        return objective.branches * (4 if objective.needs_momentum else 3) * forget
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[None, list[Branches]]:
         """See `Evaluator.features`: None, and branches by pair of views."""
-        return None, [self.look(ctx, batch, pair=pair) for pair in range(self.cfg.method.view_pairs)]
+        return None, [self.look(ctx, batch, pair=pair) for pair in range(self.settings.view_pairs)]
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`; `match` is not used."""
@@ -71,7 +78,7 @@ class InputGP:
         for pair in range(len(pairs)):
             views = self._interpolates(ctx, viewed[pair], count, pair, sum(sizes[: ctx.rank]))
             slopes, along, first = self._slopes(ctx, forget, bank, pair, views)
-            excess = slopes - self.cfg.constraint.center
+            excess = slopes - self.settings.center
             pulls = (
                 2 * excess * self._differences(ctx, forget, bank, pair, views, along, first, self.rho, places=places)
             )

@@ -13,7 +13,9 @@ measured by, and impossible where weights are sharded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,14 +23,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distunlearn.config.checks import SHARDED
+from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
     Constrained,
-    Look,
+    Differences,
+    DifferencesConfig,
+    Evaluator,
+    LayersConfig,
     Match,
-    StepCheck,
-    Views,
-    default_rho,
+    SketchedConfig,
     grad_wanted,
     joined,
     mean_loss,
@@ -36,21 +40,17 @@ from distunlearn.constraints.evaluators.base import (
     views_by_pair,
     without_graph,
 )
-from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass
+from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass, two_pass_images
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
 from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.errors import ConfigError
-from distunlearn.objectives.base import Branches
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
 __all__ = ["DoubleBackward", "Sketch", "describe", "draw_probes"]
-
-RHO = {"fp32": 5e-4, "bf16": 7e-3}
 
 
 def draw_probes(cfg: RunConfig, ctx: Context, draw: int) -> ProbeSet:
@@ -72,11 +72,27 @@ def describe(sketches: Tensor) -> Tensor:
     return torch.cat([log_norm, flat], dim=1)
 
 
-class _Probing:
-    """The first pass: sketches of all samples of a batch."""
+@dataclass(frozen=True, kw_only=True)
+class ProbesConfig(SketchedConfig, LayersConfig):
+    """Which layers are probed, and their sketches."""
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        self.cfg, self.look, self.views = cfg, look, views
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig(ProbesConfig, DifferencesConfig):
+    """Probes and finite differences."""
+
+    evaluator: str = "sketch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleBackwardConfig(ProbesConfig):
+    """Probes."""
+
+    evaluator: str = "double_backward"
+
+
+class _Probing(Evaluator[ProbesConfig]):
+    """The first pass: sketches of all samples of a batch."""
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.features`; without graph, and a part of the batch at a time."""
@@ -117,13 +133,16 @@ class _Probing:
         return torch.stack(sketches, dim=1), pairs
 
 
-class Sketch(_Probing):
+class Sketch(_Probing, Differences):
     """Features (log |S|, S) over the chosen layers, differentiated by signed copies of the forgotten images."""
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        super().__init__(cfg, look, views)
-        self.rho = default_rho(cfg, RHO)
-        self.check = StepCheck(cfg, self.rho)
+    name = "sketch"
+    Config = SketchConfig
+    summary = "log norm and sketches of many layers' gradients, by signed probes on forgotten images"
+    steps = {"fp32": 5e-4, "bf16": 7e-3}
+
+    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
+        return two_pass_images(self.cfg, objective.branches, forget, third)
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
         """See `Evaluator.constrain`."""
@@ -162,18 +181,18 @@ class Sketch(_Probing):
 
 
 class DoubleBackward(_Probing):
-    """The features of `sketch`, differentiated by a second backward pass: the reference, for whole weights only.
+    """The features of `sketch`, differentiated by a second backward pass: the reference, for whole weights only."""
 
-    Raises:
-        ConfigError: the backend shards weights.
-    """
+    name = "double_backward"
+    Config = DoubleBackwardConfig
+    summary = "as sketch, by a second backward pass: the reference, for whole weights only"
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        super().__init__(cfg, look, views)
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
         if cfg.backend in SHARDED:
-            raise ConfigError(
+            yield (
                 f"constraint.evaluator=double_backward cannot differentiate twice through the sharded weights of "
-                f"backend={cfg.backend}; set constraint.evaluator=sketch."
+                f"backend={cfg.backend}; set constraint.evaluator=sketch, or backend=ddp"
             )
 
     def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:

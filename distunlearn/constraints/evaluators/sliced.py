@@ -9,39 +9,37 @@ Wold, 1936); over the steps, A, B and U take many. Third-party images, which Phi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
     Constrained,
-    Look,
+    Differences,
+    DifferencesConfig,
     Match,
-    StepCheck,
-    default_rho,
     joined,
     mean_loss,
     reuse_targets,
     shared,
     signed_copies,
 )
-from distunlearn.constraints.evaluators.sketch import draw_probes
+from distunlearn.constraints.evaluators.sketch import ProbesConfig, draw_probes
 from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.errors import ConfigError
-from distunlearn.objectives.base import Branches
+from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
 __all__ = ["Sliced", "direction"]
-
-RHO = {"fp32": 3e-3}
 
 _DIRECTION_STREAM = 0x736C69636564
 
@@ -54,22 +52,32 @@ def direction(probes: ProbeSet, seed: int, draw: int) -> list[Tensor]:
     return list(whole[:, None])
 
 
-class Sliced:
-    """Features s_i, [n, 1].
+@dataclass(frozen=True, kw_only=True)
+class SlicedConfig(ProbesConfig, DifferencesConfig):
+    """Probes and finite differences."""
 
-    Raises:
-        ConfigError: precision=bf16. Phi of numbers goes by their order, and rounding changes it.
-    """
+    evaluator: str = "sliced"
 
-    def __init__(self, cfg: RunConfig, look: Look) -> None:
-        if cfg.precision not in RHO:
-            raise ConfigError(
-                f"constraint.evaluator=sliced cannot tell gradients apart in precision={cfg.precision}; set "
-                "precision=fp32, or constraint.evaluator=sketch."
+
+class Sliced(Differences):
+    """Features s_i, [n, 1]; not with precision=bf16: Phi of numbers goes by their order, which rounding changes."""
+
+    name = "sliced"
+    Config = SlicedConfig
+    summary = "gradients as numbers in one random direction per step, by signed probes on all images"
+    copies = 2
+    steps = {"fp32": 3e-3}
+
+    @classmethod
+    def problems(cls, cfg: RunConfig) -> Iterator[str]:
+        if cfg.precision not in cls.steps:
+            yield (
+                "constraint.evaluator=sliced compares gradients as single numbers, whose order the rounding of "
+                f"precision={cfg.precision} changes; set constraint.evaluator=sketch, or precision=fp32"
             )
-        self.cfg, self.look = cfg, look
-        self.rho = default_rho(cfg, RHO)
-        self.check = StepCheck(cfg, self.rho)
+
+    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
+        return objective.branches * (forget + 2 * third)
 
     def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.features`; without graph, and a part of the batch at a time."""
@@ -124,7 +132,7 @@ class Sliced:
         with probes.armed(moved, rows, signs * branches), shared(ctx, count, len(copies)):
             shown = [
                 self.look(ctx, batch, pair=pair, copies=copies, momentum=targets is None)
-                for pair in range(self.cfg.method.view_pairs)
+                for pair in range(self.settings.view_pairs)
             ]
         if targets is None:
             return shown

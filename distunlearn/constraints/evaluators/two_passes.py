@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from distunlearn.config.checks import SHARDED
+from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.evaluators.base import (
     Look,
     Views,
@@ -34,10 +35,9 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.memory_bank import Bank
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
     from distunlearn.objectives.forward import Context
 
-__all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once"]
+__all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once", "two_pass_images"]
 
 
 class Measured(NamedTuple):
@@ -76,7 +76,12 @@ def shown_once(cfg: RunConfig, forget: int, third: int) -> bool:
     Not where the graph of a pass is good for one backward: where sharded weights are gathered for it and let go
     afterwards, and in compiled blocks, which may use up what they keep.
     """
-    return min(forget, third) > 0 and cfg.backend not in SHARDED and not cfg.compile
+    return min(forget, third) > 0 and cfg.backend not in SHARDED and not cfg.runtime.compile
+
+
+def two_pass_images(cfg: RunConfig, branches: int, forget: int, third: int) -> int:
+    """Images per step and pair of views beside one forward of both, see `Evaluator.extra_images`."""
+    return branches * (2 * forget + (0 if shown_once(cfg, forget, third) else third))
 
 
 def first_pass(ctx: Context, forget: Batch, third: Batch, views: Views, measure: Measure) -> FirstPass:

@@ -49,14 +49,14 @@ def draw_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samp
 
     Args:
         samples: (id, label or None) of the members' source.
-        cfg: sizes and what to forget. cfg.members == 0: everything the other roles leave.
+        cfg: sizes and what to forget. cfg.members None: everything the other roles leave.
         seed: decides every draw. The draw of the members does not depend on how forget is chosen by
             count, share or class; ids of a list are made members first.
         third_party: (id, label) of the third-party source; required if cfg.third_party_source is set.
 
     Raises:
-        DataError: nothing to forget, nothing left to retain, more to forget than `cfg.forget_cap` allows, unknown ids
-            (unless `cfg.allow_missing`), an id to be both forgotten and retained, too few images.
+        DataError: nothing to forget, nothing left to retain, more to forget than `cfg.max_forget_share` allows, unknown
+            ids (unless `cfg.allow_missing`), an id to be both forgotten and retained, too few images.
         ConfigError: a count or share that cannot be.
     """
     assert (third_party is not None) == (cfg.third_party_source is not None), "third-party samples and config differ"
@@ -96,17 +96,17 @@ def forget_facts(
     """Share of the members and whole classes that are to be forgotten.
 
     Raises:
-        DataError: too little is left to retain, or the share is larger than `cfg.forget_cap`.
+        DataError: too little is left to retain, or the share is larger than `cfg.max_forget_share`.
     """
     if len(members) - len(forget) < _MIN_RETAIN:
         raise DataError(
             f"data.forget selects {len(forget)} of {len(members)} members; at least {_MIN_RETAIN} must be retained, "
             "so forget fewer or raise data.members."
         )
-    if len(forget) > cfg.forget_cap * len(members):
+    if len(forget) > cfg.max_forget_share * len(members):
         raise DataError(
-            f"data.forget selects {len(forget)} of {len(members)} members, more than the share data.forget_cap="
-            f"{cfg.forget_cap:g} allows; forget fewer, or raise data.forget_cap if that is meant."
+            f"data.forget selects {len(forget)} of {len(members)} members, more than the share "
+            f"data.max_forget_share={cfg.max_forget_share:g} allows; forget fewer, or raise it if that is meant."
         )
     share = round(len(forget) / len(members), 6)
     return {"forget_share": share, "whole_classes": _whole_classes(members, labels, forget)}

@@ -27,7 +27,7 @@ def open_backend(cfg: RunConfig) -> Backend:
         RankLostError: the other processes did not come, or not all of them.
     """
     world = join(cfg)
-    if cfg.compile:
+    if cfg.runtime.compile:
         require_compiler()
     if cfg.backend == "single":
         return Backend(cfg, world)

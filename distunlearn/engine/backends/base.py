@@ -86,9 +86,9 @@ class Backend:
     def _change_blocks(self) -> None:
         """Compile blocks, and let them recompute their activations, where the run asks for it."""
         for part in blocks(self.model):
-            if self.cfg.compile:
+            if self.cfg.runtime.compile:
                 self._undo.append(replace_forward(part, functools.partial(compiled, part)))
-            if self.cfg.activation_checkpointing:
+            if self.cfg.runtime.activation_checkpointing:
                 self._undo.append(replace_forward(part, functools.partial(checkpointed, part)))
 
     def _wrap(self) -> Callable[[Tensor], Any]:
@@ -119,7 +119,7 @@ class Backend:
         """Let go of the prepared encoder, so that another can be prepared; without one it does nothing."""
         for undo in reversed(self._undo):
             undo()
-        if self._undo and self.cfg.compile:
+        if self._undo and self.cfg.runtime.compile:
             torch._dynamo.reset()  # the code is of this encoder; the next one would count as a change of it
         self._forget()
 
