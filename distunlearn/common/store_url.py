@@ -11,10 +11,8 @@ __all__ = ["DRIVERS", "scheme_of", "url_problem"]
 DRIVERS: dict[str, str | None] = {
     "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp", "file": None,
 }  # fmt: skip
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_CONTAINER = re.compile(r"(?:[A-Za-z0-9$-]+@)?[A-Za-z0-9][A-Za-z0-9._-]*")  # abfs://CONTAINER@ACCOUNT.dfs...
-_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*)|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-_PLACES = {"s3": _BUCKET, "gs": _BUCKET, "az": _CONTAINER, "abfs": _CONTAINER, "http": _HOST, "https": _HOST}
+# A bucket, a host with a port, or a container (CONTAINER@ACCOUNT.dfs...), as a URL names them.
+_PLACE = re.compile(r"(?:[\w$-]+@)?(?:[A-Za-z0-9$][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 
 
 def scheme_of(url: str) -> str:
@@ -44,14 +42,8 @@ def url_problem(url: str) -> str | None:
         return "has a part '.' or '..'; give the folder without it"
     if scheme == "file":
         return None if not place and path else "is no absolute path; expected file:/// and the folder"
-    if not _PLACES[scheme].fullmatch(place) or not _has_port(url):
-        return f"names no {'host' if scheme.startswith('http') else 'bucket'} that is one; correct it"
-    return None
-
-
-def _has_port(url: str) -> bool:
-    """Whether the port, if there is one, is a number that a port can have."""
     try:
-        return urlsplit(url).port != 0
-    except ValueError:
-        return False
+        named = _PLACE.fullmatch(place) and urlsplit(url).port != 0
+    except ValueError:  # a port above 65535
+        named = False
+    return None if named else f"names no {'host' if scheme.startswith('http') else 'bucket'} that is one; correct it"

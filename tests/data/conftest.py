@@ -10,7 +10,7 @@ from object_server import bare, serving
 from pictures import pictures
 
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.storage import object_store
+from distunlearn.data.storage import retry
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def server(objects):
 def waits(monkeypatch) -> list[float]:
     """The pauses before requests are repeated, none of which is made."""
     found: list[float] = []
-    monkeypatch.setattr(object_store.time, "sleep", found.append)
+    monkeypatch.setattr(retry.time, "sleep", found.append)
     return found
 
 

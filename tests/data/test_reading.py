@@ -14,6 +14,7 @@ from distunlearn.data.loading import shard_reader
 from distunlearn.data.loading.shard_reader import GAP, LONGEST, Reader, runs
 from distunlearn.data.loading.verify import read_sample
 from distunlearn.data.manifest.manifest import Manifest, Sample
+from distunlearn.data.storage import retry
 from distunlearn.errors import DataError
 
 REAL_PREAD = os.pread
@@ -32,7 +33,7 @@ class Disk:
         self.calls: list[tuple[int, int]] = []
         self.waits: list[float] = []
         monkeypatch.setattr(shard_reader.os, "pread", self)
-        monkeypatch.setattr(shard_reader.time, "sleep", self.waits.append)
+        monkeypatch.setattr(retry.time, "sleep", self.waits.append)
 
     def __call__(self, handle: int, length: int, offset: int) -> bytes:
         self.calls.append((offset, length))

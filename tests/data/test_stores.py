@@ -285,10 +285,15 @@ def test_an_object_that_is_replaced(remote, server, objects, waits):
     content = (objects / shard).read_bytes()
     reader = Reader(remote)
     reader.read([first])
-    for cut in (last.offset + 3, last.offset - 600):  # within the image that is asked for, and before it (HTTP 416)
-        (objects / shard).write_bytes(content[:cut])
-        with pytest.raises(DataError, match=f"ends at byte {cut}, within image '{last.id}' or after"):
+    short = f"5 times from .*[(]3 of {last.length} bytes came[)]; put the shard there"
+    for cut, told in (
+        (3, short),
+        (-600, "from .*HTTP status 416[)]; put the shard there"),
+    ):  # within the image, before it
+        (objects / shard).write_bytes(content[: last.offset + cut])
+        with pytest.raises(DataError, match=f"{shard} with image '{last.id}' could not be read {told}"):
             reader.read([last])
+    assert waits == [0.25, 0.5, 1.0, 2.0]  # an answer that is cut off looks like a shard that ends there
     for other in (content[:-512], content + bytes(512)):
         (objects / shard).write_bytes(other)
         with pytest.raises(DataError, match=f"{shard} .* has {len(other)} bytes; expected {len(content)}"):
@@ -306,4 +311,4 @@ def test_an_object_that_is_replaced(remote, server, objects, waits):
             reads.read([first])
     (objects / shard).write_bytes(content)
     verify_objects(remote, deep=True)
-    assert waits == [] and reader.read([first]) == [content[first.offset :][: first.length]]
+    assert len(waits) == 4 and reader.read([first]) == [content[first.offset :][: first.length]]

@@ -7,7 +7,6 @@ cannot shorten what is read, and a hundredth of the images costs about a hundred
 from __future__ import annotations
 
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from distunlearn.data.loading.verify import check_digest, check_shard_size
 from distunlearn.data.manifest.manifest import Manifest, Sample
 from distunlearn.data.storage.object_store import FIX, ObjectStore, Span
 from distunlearn.data.storage.object_store_cache import ShardCache, check_sizes
-from distunlearn.data.storage.retry import FIRST_WAIT, TRANSIENT, Counts
+from distunlearn.data.storage.retry import Counts, patiently, reason
 from distunlearn.errors import DataError
 
 __all__ = ["Counts", "Reader", "runs"]
@@ -136,22 +135,20 @@ class Reader:
             found[row] = data
 
     def _patiently(self, run: Run, first: Sample) -> bytes:
-        wait = FIRST_WAIT
-        for attempt in range(self.retries + 1):
+        def ask(_: list[Run]) -> list[bytes | OSError]:
             try:
-                return self._read(run, first)
+                return [self._read(run, first)]
             except OSError as error:
                 self._forget(run.shard)
-                if error.errno not in TRANSIENT or attempt == self.retries:
-                    times = f" {attempt + 1} times" if attempt else ""
-                    raise DataError(
-                        f"The shard {run.shard} with image {first.id!r} could not be read{times} "
-                        f"({error.strerror or error}); check the disk or the network that holds {self.manifest.place}."
-                    ) from error
-                self.counts.repeated += 1
-                time.sleep(wait)
-                wait *= 2
-        raise AssertionError("the last attempt returns or raises")
+                return [error]
+
+        def refuse(_: Run, error: Exception, times: str) -> DataError:
+            return DataError(
+                f"The shard {run.shard} with image {first.id!r} could not be read{times} "
+                f"({reason(error)}); check the disk or the network that holds {self.manifest.place}."
+            )
+
+        return patiently([run], ask, self.retries, self.counts, refuse)[0]
 
     def _read(self, run: Run, first: Sample) -> bytes:
         handle = self._handle(run.shard)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,10 +80,8 @@ class ShardCache:
 
     def __init__(self, store: ObjectStore, manifest: Manifest, remote: Remote) -> None:
         assert remote.cache is not None, "there is no cache"
-        self._store = store
-        self._manifest = manifest
-        self._folder = Path(remote.cache)
-        self._budget = remote.cache_mib << 20
+        self._store, self._manifest = store, manifest
+        self._folder, self._budget = Path(remote.cache), remote.cache_mib << 20
         largest = max((shard.bytes for shard in manifest.shard_files.values()), default=0)
         if largest > self._budget:
             raise ConfigError(
@@ -101,11 +98,11 @@ class ShardCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             handle = self._use(shard)
-            if handle is not None:
-                return handle
-            with self._locked(f".lock-{self._manifest.shard_files[shard].sha256[:2]}"):
-                handle = self._use(shard)  # another process may have fetched it while this one waited
-                return self._fetch(shard, counts) if handle is None else handle
+            if handle is None:
+                with self._locked(self._manifest.shard_files[shard].sha256[:2]):
+                    handle = self._use(shard)  # another process may have fetched it while this one waited
+                    handle = self._fetch(shard, counts) if handle is None else handle
+            return handle
         except OSError as error:
             raise DataError(
                 f"The cache {printable(self._folder)} cannot take the shard {shard} ({error.strerror or error}); check "
@@ -125,59 +122,52 @@ class ShardCache:
         return self._folder / f"{self._manifest.shard_files[shard].sha256}.tar"
 
     def _use(self, shard: str) -> int | None:
-        """Open the copy and note that it was used; one of another length is removed."""
-        path = self._path(shard)
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        if os.fstat(handle).st_size == self._manifest.shard_files[shard].bytes:
-            os.utime(handle)
-            return handle
-        os.close(handle)
-        path.unlink(missing_ok=True)
+        """Open the copy and note that it was used; None if there is none of the right length."""
+        with suppress(FileNotFoundError):
+            handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            if os.fstat(handle).st_size == self._manifest.shard_files[shard].bytes:
+                os.utime(handle)
+                return handle
+            os.close(handle)
         return None
 
     def _fetch(self, shard: str, counts: Counts) -> int:
+        """Fetch a copy under the lock of its name; while incomplete it counts with its full size."""
         check_sizes(self._store, self._manifest, [shard], counts)
-        handle, partial = self._begin(self._manifest.shard_files[shard].bytes)
+        path, size = self._path(shard), self._manifest.shard_files[shard].bytes
+        partial = path.with_name(f".{path.stem}{_PARTIAL}")
+        with self._locked("room"):
+            self._make_room(size)
+            handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            os.truncate(handle, size)
         try:
             _digested(self._store, self._manifest, shard, counts, handle)
-            os.replace(partial, self._path(shard))
+            os.replace(partial, path)
         except BaseException:
             os.close(handle)
             partial.unlink(missing_ok=True)
             raise
         return handle
 
-    def _begin(self, size: int) -> tuple[int, Path]:
-        """An open temporary file that counts with its full size from now on, and room for it."""
-        with self._locked(".lock"):
-            self._make_room(size)
-            handle, name = tempfile.mkstemp(_PARTIAL, ".", self._folder)
-            os.truncate(handle, size)
-            return handle, Path(name)
-
     def _make_room(self, size: int) -> None:
         """Remove the copies used longest ago, and what killed processes left, until `size` bytes fit.
 
         What other processes are fetching stays, even if it leaves no room.
         """
-        now, found = time.time(), []
+        found = []
         for path in self._folder.iterdir():
-            if path.suffix in (".tar", _PARTIAL):
-                with suppress(FileNotFoundError):
-                    found.append((path.stat().st_mtime, path.stat().st_size, path))
+            with suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
         used = sum(length for _, length, _ in found)
         for changed, length, path in sorted(found):
-            stale = path.suffix == _PARTIAL and now - changed > STALE
+            stale = path.suffix == _PARTIAL and time.time() - changed > STALE
             if stale or (path.suffix == ".tar" and used + size > self._budget):
                 path.unlink(missing_ok=True)
                 used -= length
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        handle = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(self._folder / f".lock-{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

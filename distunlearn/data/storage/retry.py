@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import itertools
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from distunlearn.common.text import printable
 
-__all__ = ["FIRST_WAIT", "TRANSIENT", "Counts", "is_transient", "reason", "status_of"]
+__all__ = ["Counts", "is_transient", "patiently", "reason", "status_of"]
 
+Wanted = TypeVar("Wanted")
 FIRST_WAIT = 0.25  # seconds before a failed read is repeated; doubled each time
-# What may pass: a disk or a network file system that fails for a moment.
-TRANSIENT = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EREMOTEIO, errno.ENOLINK,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNABORTED,
-}  # fmt: skip
 _BUSY = {408, 425, 429}  # HTTP: request timeout, too early, too many requests
-# Classes of aiohttp, botocore, azure.core, requests and google.auth, by name: the drivers may not be installed.
-_PASSING = {
-    "ClientConnectionError", "ClientPayloadError", "EndpointConnectionError", "ConnectTimeoutError", "HTTPClientError",
-    "IncompleteReadError", "ProxyConnectionError", "ServiceRequestError", "ServiceResponseError", "Timeout",
-    "ChunkedEncodingError", "TransportError",
-}  # fmt: skip
-_FINAL = {"ClientSSLError", "SSLError", "SSLCertVerificationError"}  # a certificate does not get better
+# What does not get better: what is missing or forbidden, and mistakes of a program (certificates are ValueErrors).
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+          ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError)  # fmt: skip
+_FINAL_NAMES = re.compile("Credential|SSL|Certificate|DataError")  # of drivers that may not be installed
 
 
 @dataclass
@@ -43,18 +37,48 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
+def patiently(
+    wanted: Sequence[Wanted],
+    ask: Callable[[list[Wanted]], list[Any]],
+    retries: int,
+    counts: Counts,
+    refuse: Callable[[Wanted, Exception, str], Exception],
+) -> list[Any]:
+    """The answer to each of `wanted`; only what fails for a moment is asked for again.
+
+    Args:
+        ask: gives, for each that it is asked for, the answer or the exception in its place.
+        retries: how often a failed request is repeated, after 0.25 s, 0.5 s, 1 s and so on.
+        refuse: what to raise for one of `wanted` that failed for good, from its exception and " 3 times" (or "").
+    """
+    found: list[Any] = [None] * len(wanted)
+    left = list(range(len(wanted)))
+    for attempt in itertools.count():
+        failed = []
+        for place, answer in zip(left, ask([wanted[place] for place in left]), strict=True):
+            if not isinstance(answer, Exception):
+                found[place] = answer
+            elif attempt < retries and is_transient(answer):
+                failed.append(place)
+            else:
+                raise refuse(wanted[place], answer, f" {attempt + 1} times" if attempt else "") from answer
+        if not failed:
+            break
+        counts.repeated += len(failed)
+        left = failed
+        time.sleep(FIRST_WAIT * 2**attempt)
+    return found
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether a failed request may succeed if it is repeated; what a driver gives as its cause counts, too."""
     chain = list(_causes(error))
-    names = {cls.__name__ for link in chain for cls in type(link).__mro__}
-    if names & _FINAL:
+    if any(_FINAL_NAMES.search(cls.__name__) for link in chain for cls in type(link).__mro__):
         return False
     if any(isinstance(link, (TimeoutError, asyncio.TimeoutError, ConnectionError)) for link in chain):
         return True
     status = status_of(error)
-    if status is not None:
-        return status in _BUSY or status >= 500
-    return bool(names & _PASSING) or any(isinstance(link, OSError) and link.errno in TRANSIENT for link in chain)
+    return not isinstance(error, _FINAL) if status is None else status in _BUSY or status >= 500
 
 
 def status_of(error: BaseException) -> int | None:
