@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from distunlearn.errors import DataError
 
-__all__ = ["file_sha256", "sync_path", "write_atomic", "write_json"]
+__all__ = ["file_sha256", "replacing", "sync_path", "write_atomic", "write_json"]
 
 
 def file_sha256(path: str | Path) -> str:
@@ -34,20 +36,31 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file as a whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new, empty file beside `path` to write into; it is synced and takes the place of `path` when the block ends.
+
+    If the block raises, `path` is as before and the new file is gone. The file's name is this process's own.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        sync_path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replace a file as a whole, durably; text is written as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic, synced, strict JSON (NaN and infinity are refused by `json`)."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    sync_path(temporary)
-    os.replace(temporary, path)
-    sync_path(path.parent)
+    """`write_atomic` of strict JSON (NaN and infinity are refused by `json`)."""
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
 from distunlearn.config import registry
 from distunlearn.config.checks import SOURCES, cross_checks, forget_is_file
@@ -141,15 +142,7 @@ def dump_config(cfg: RunConfig) -> str:
 
 def save_config(cfg: RunConfig, path: Path) -> None:
     """Write `dump_config` to `path`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as handle:
-            handle.write(dump_config(cfg))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, dump_config(cfg))
 
 
 # Resolving: recipe, file, overrides

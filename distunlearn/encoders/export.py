@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distunlearn.common.files import sync_path
+from distunlearn.common.files import replacing, write_atomic
 from distunlearn.config.schema import EncoderConfig
 from distunlearn.encoders.backbone import create_args, embed_dim, input_size
 from distunlearn.encoders.own_module import is_own
@@ -43,9 +41,9 @@ def export_backbone(backbone: nn.Module, encoder: EncoderConfig, folder: Path) -
     check_finite(tensors)
     config = json.dumps(_config(backbone, encoder), indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda path: path.write_text(config, encoding="utf-8"))
-    sync_path(folder)
+    with replacing(folder / WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_atomic(folder / CONFIG, config)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -92,14 +90,3 @@ def _config(backbone: nn.Module, encoder: EncoderConfig) -> dict[str, Any]:
             "custom_load": False,
         },
     }
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, force it to disk, then take its place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        sync_path(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

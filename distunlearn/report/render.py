@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distunlearn import __version__
+from distunlearn.common.files import write_atomic
 from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, load_run, number
@@ -34,10 +35,7 @@ def write_report(run_dir: str | Path) -> Path:
     stated as "not evaluated". Raises DataError when the folder holds no run or a file of it is damaged.
     """
     target = Path(run_dir) / REPORT
-    content = render(load_run(run_dir)).encode("utf-8")
-    partial = target.with_name(f".{REPORT}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, target)
+    write_atomic(target, render(load_run(run_dir)))
     return target
 
 

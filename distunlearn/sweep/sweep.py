@@ -29,6 +29,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from distunlearn.common.files import write_atomic
 from distunlearn.config.load import digest, load_config, save_config
 from distunlearn.config.registry import METHOD, find, names
 from distunlearn.config.schema import RunConfig
@@ -395,6 +396,4 @@ def _read(path: Path) -> Any:
 def _write(path: Path, value: Any) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

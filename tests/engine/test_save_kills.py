@@ -54,7 +54,7 @@ def around(owner, name):
         event()
         return result
     setattr(owner, name, wrapped)
-for owner, name in ((c, "save_file"), (t, "save_file"), (t, "sync_path"), (f, "sync_path"), (c, "sync_path"),
+for owner, name in ((c, "save_file"), (t, "save_file"), (f, "sync_path"), (c, "sync_path"),
                     (c, "file_sha256"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
     around(owner, name)
 class Rank(World):

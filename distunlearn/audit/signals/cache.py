@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from distunlearn import __version__
 from distunlearn.audit.signals.collect import Signals
+from distunlearn.common.files import replacing
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 
@@ -46,10 +46,8 @@ def keep_signals(path: Path, signals: Signals, key: str) -> None:
     columns = {f.name: getattr(signals, f.name) for f in dataclasses.fields(Signals)}
     columns["ids"] = np.array(signals.ids)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as handle:
+    with replacing(path) as partial, partial.open("wb") as handle:
         np.savez_compressed(handle, key=np.array(key), **columns)
-    os.replace(partial, path)
 
 
 def kept_signals(path: Path, key: str) -> Signals | None:
