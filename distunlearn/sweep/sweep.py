@@ -104,7 +104,7 @@ def prepare_sweep(cfg: RunConfig, sweep: Sweep, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_config(cfg, out / "settings.yaml")
     if ids:
-        (out / "validation_ids.txt").write_text("\n".join(ids) + "\n", encoding="utf-8")
+        write_atomic(out / "validation_ids.txt", "\n".join(ids) + "\n")
     _write(path, plain)
 
 
@@ -385,7 +385,7 @@ def write_results(out: Path) -> Path:
         "validation_images": bases[0]["figures"]["coverage"]["requested"], "methods": methods,
     }  # fmt: skip
     _write(out / "results.json", results)
-    (out / "results.md").write_text(page(results), encoding="utf-8")
+    write_atomic(out / "results.md", page(results))
     return out / "results.md"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distunlearn.common.text import printable
+from distunlearn.errors import DataError
 
 __all__ = ["Counts", "is_transient", "patiently", "reason", "status_of"]
 
@@ -18,9 +19,9 @@ Wanted = TypeVar("Wanted")
 FIRST_WAIT = 0.25  # seconds before a failed read is repeated; doubled each time
 _BUSY = {408, 425, 429}  # HTTP: request timeout, too early, too many requests
 # What does not get better: what is missing or forbidden, and mistakes of a program (certificates are ValueErrors).
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
+_FINAL = (DataError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError,
           ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError)  # fmt: skip
-_FINAL_NAMES = re.compile("Credential|SSL|Certificate|DataError")  # of drivers that may not be installed
+_FINAL_NAMES = re.compile("Credential|SSL|Certificate")  # of drivers that may not be installed
 
 
 @dataclass
@@ -56,7 +57,7 @@ def patiently(
     for attempt in itertools.count():
         failed = []
         for place, answer in zip(left, ask([wanted[place] for place in left]), strict=True):
-            if not isinstance(answer, Exception):
+            if not isinstance(answer, BaseException):
                 found[place] = answer
             elif attempt < retries and is_transient(answer):
                 failed.append(place)
