@@ -10,7 +10,7 @@ from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
 from distunlearn.report.formatting import interval, p_value, percent, signed, text
-from distunlearn.report.texts import ATTACKS, ENCODERS, FURTHER, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
+from distunlearn.report.texts import ATTACKS, ENCODERS, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 
 __all__ = [
     "attack_names", "attack_table", "controls", "distances", "further_table", "gates", "headline", "two_sample",
@@ -24,7 +24,10 @@ DECLARED = ("pass", "fail", "inconclusive")
 
 def attack_names(run: RunFiles) -> list[str]:
     """The audited attacks: the known ones in their own order, then others by name."""
-    found = tree(run.audit, "attacks")
+    return _ordered(tree(run.audit, "attacks"))
+
+
+def _ordered(found: dict[str, Any]) -> list[str]:
     return [name for name in ATTACKS if name in found] + sorted(set(found) - set(ATTACKS))[:MAX_ROWS]
 
 
@@ -159,9 +162,8 @@ def attack_table(run: RunFiles) -> list[dict[str, Any]]:
 def further_table(run: RunFiles) -> list[dict[str, Any]]:
     """Attacks without a gate: AUC of the three encoders and the gap to the retrained one."""
     found = tree(run.audit, "further_attacks")
-    names = [name for name in FURTHER if name in found] + sorted(set(found) - set(FURTHER))[:MAX_ROWS]
     rows = []
-    for name in names:
+    for name in _ordered(found):
         gap = tree(found, name, "gap")
         title, question, _ = attack_words(name)
         aucs = {encoder: text(number(found, name, encoder, "auc")) for encoder in ENCODER_NAMES}

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = [
     "ATTACKS",
     "ENCODERS",
-    "FURTHER",
     "LIMITS",
     "NOT_EVALUATED",
     "ROLES",
@@ -75,23 +74,6 @@ ATTACKS = {
         "The same question, asked of the last layer only.",
         "size of the change the image asks for",
     ),
-}
-
-# stress test, or part of one -> (title, what was asked)
-STRESS = {
-    ("worst_case", "most"): ("Memorised most", "the third of the forgotten images that the original encoder knew best"),
-    ("worst_case", "random"): ("A random third", "for comparison with the other two thirds"),
-    ("worst_case", "least"): ("Memorised least", "the third that the original encoder knew least"),
-    ("whole_class",): ("A whole class", "every image of the largest class, against unseen images of that class"),
-    ("canaries", "1"): ("In the data once", "images to forget, each in the training data once"),
-    ("canaries", "2"): ("In the data twice", "each in the training data twice, and both copies forgotten"),
-    ("canaries", "4"): ("In the data four times", "each in the training data four times, and all copies forgotten"),
-    ("sequential", "all"): ("Three requests in turn", "each starting from the encoder that the last one left"),
-    ("sequential", "at_once"): ("The same in one request", "this run's own encoder, for comparison"),
-}
-
-# Attacks that are reported beside those above and judged only where the settings say so.
-FURTHER = {
     "encodermi_set": (
         "EncoderMI, set form",
         "The same small program, told only how alike the views are, not in which order.",
@@ -132,6 +114,19 @@ FURTHER = {
         "Who holds the encoder before and after: which images' views agree less than before?",
         "agreement lost since the original encoder",
     ),
+}
+
+# stress test, or part of one -> (title, what was asked)
+STRESS = {
+    ("worst_case", "most"): ("Memorised most", "the third of the forgotten images that the original encoder knew best"),
+    ("worst_case", "random"): ("A random third", "for comparison with the other two thirds"),
+    ("worst_case", "least"): ("Memorised least", "the third that the original encoder knew least"),
+    ("whole_class",): ("A whole class", "every image of the largest class, against unseen images of that class"),
+    ("canaries", "1"): ("In the data once", "images to forget, each in the training data once"),
+    ("canaries", "2"): ("In the data twice", "each in the training data twice, and both copies forgotten"),
+    ("canaries", "4"): ("In the data four times", "each in the training data four times, and all copies forgotten"),
+    ("sequential", "all"): ("Three requests in turn", "each starting from the encoder that the last one left"),
+    ("sequential", "at_once"): ("The same in one request", "this run's own encoder, for comparison"),
 }
 
 UTILITY = {
@@ -199,8 +194,7 @@ LIMITS = (
 
 def attack_words(name: str) -> tuple[str, str, str]:
     """Title, question and axis label of an attack; an unknown one keeps its own name and has no explanation."""
-    known = ATTACKS | FURTHER
-    if name in known:
-        return known[name]
+    if name in ATTACKS:
+        return ATTACKS[name]
     title = name.replace("_", " ").strip()
     return title[:1].upper() + title[1:], "", "score"

@@ -170,7 +170,9 @@ def reference(ctx: Context, features: Callable[[dict[str, Tensor]], Tensor], nam
 
 def features_of(name: str, ctx: Context) -> tuple[Callable[[dict[str, Tensor]], Tensor], list[str]]:
     """What evaluator `name` compares, written anew as a function of one sample's weight gradients; their layers."""
-    probes = draw_probes(ctx.cfg, ctx, 0)
+    layers = getattr(ctx.cfg.constraint, "layers", None)
+    shape = constraint_settings("sketch", sketch_out=3, sketch_in=2, layers=layers)
+    probes = draw_probes(replace(ctx.cfg, constraint=shape), ctx, 0)
     names = list(probes.layers)
 
     def sketch(gradients: dict[str, Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ def test_negative_control_a_step_too_long_for_ordinary_width():
 
 def test_bf16_is_refused_where_gradients_are_single_numbers():
     cfg = replace(config("vit", "sliced"), precision="bf16")
-    with pytest.raises(ConfigError, match="precision=bf16; set precision=fp32, or constraint.evaluator=sketch"):
+    with pytest.raises(ConfigError, match="precision=bf16 changes; set constraint.evaluator=sketch, or precision=fp32"):
         small.evaluator(cfg)
     assert ["precision=bf16" in problem for problem in cross_checks(cfg)] == [True]
     for allowed in (replace(cfg, precision="fp32"), at(cfg, evaluator="sketch")):

@@ -9,7 +9,7 @@ import torch
 from parts import OBJECTIVES, objective_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distunlearn.objectives import Bank, Branches, make_objective
+from distunlearn.objectives import Bank, Branches, Objective, make_objective
 from distunlearn.objectives.infonce import choose_form, infonce
 from distunlearn.objectives.memory_bank import normalise
 from distunlearn.objectives.simclr import nt_xent
@@ -237,6 +237,11 @@ def test_the_plain_form_is_the_formula_step_by_step(name, count, dtype, close):
     assert float((found - expected).norm() / expected.norm()) <= close
 
 
+def within(name: str, temperature: float, budget: int = DEFAULT_BUDGET) -> Objective:
+    """The objective with so many bytes for its similarities."""
+    return make_objective(objective_settings(name, temperature=temperature, similarity_mib=budget / 2**20))
+
+
 def branches_and_bank(name: str) -> tuple[Branches, Bank]:
     objective = OBJECTIVES[name]
     shape = (objective.branches, N, D)
@@ -259,8 +264,7 @@ def branches_and_bank(name: str) -> tuple[Branches, Bank]:
 def test_objectives_within_a_small_budget(name, what, budget):
     """Values and gradients, of the closed-form gradient too; by dispatch, no matrix of similarities is made."""
     b, bank = branches_and_bank(name)
-    wide, small = (make_objective(objective_settings(name, temperature=TAU)) for _ in range(2))
-    small.budget = budget
+    wide, small = within(name, TAU), within(name, TAU, budget)
     expected = getattr(wide, what)(b, bank)
     weight = draw(*expected.shape, seed=9)
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), b.output)
@@ -282,7 +286,7 @@ def test_a_masked_bank_in_tiles_gives_zero_loss_and_finite_gradients(kind):
     else:
         bank = Bank(keys, torch.zeros(K, dtype=torch.int64), TAU)
         b = b._replace(ids=torch.zeros(N, dtype=torch.int64) if kind == "own" else torch.arange(N))
-    wide, small = OBJECTIVES["simclr"](TAU), OBJECTIVES["simclr"](TAU, 1)
+    wide, small = within("simclr", TAU), within("simclr", TAU, 1)
     for what in ("per_sample_loss", "per_sample_delta", "confidence", "output_features"):
         expected, found = (getattr(objective, what)(b, bank) for objective in (wide, small))
         torch.testing.assert_close(found, expected, **TIGHT)
@@ -297,7 +301,7 @@ def test_a_tiny_loss_keeps_its_digits_in_tiles():
     u[0, 0] = 1
     exact = math.log1p(math.exp(-2 / 0.14))
     b = Branches(u.expand(2, 1, D), u.expand(2, 1, D), ids=torch.tensor([0]))
-    loss = OBJECTIVES["simclr"](0.14, 1).per_sample_loss(b, Bank(-u, torch.tensor([7]), 0.14))
+    loss = within("simclr", 0.14, 1).per_sample_loss(b, Bank(-u, torch.tensor([7]), 0.14))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=1e-5)
 
 
