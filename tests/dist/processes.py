@@ -1,31 +1,28 @@
-"""Starting N processes of one script as torchrun would, with a hard time limit, and reading what each left behind."""
+"""Starting N processes of one script as torchrun would, with a hard time limit, and reading what each left behind.
+
+They are forks of a process that has imported everything (tests/e2e/zygote.py); what is about starting starts for real.
+"""
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import zygote
+from zygote import free_port, launched
 
 import distunlearn
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+__all__ = ["environment", "free_port", "launch"]
 
 
 def environment(**extra: str) -> dict[str, str]:
     """One thread, the loopback, this very package, none of a surrounding launcher's variables."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("ACCELERATE_", "SLURM_"))}
-    root = str(Path(distunlearn.__file__).parents[1])
+    root = os.pathsep.join((str(Path(distunlearn.__file__).parents[1]), str(Path(zygote.__file__).parent)))
     fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     return {**kept, **fixed, **extra}
 
@@ -36,30 +33,18 @@ def launch(script: str, world: int, folder: Path, *args: str, timeout: float = 2
     A world of 1 gets no variables: it is what a user starts without a launcher.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, started = str(free_port()), []
+    port = free_port()
+    jobs = [
+        ([str(folder), *args], environment(**(launched(rank, world, port) if world > 1 else {})))
+        for rank in range(world)
+    ]
+    group = zygote.shared().scripts(script, jobs, timeout)
+    codes = group.wait()
     for rank in range(world):
-        variables = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }
-        with open(folder / f"rank-{rank}.log", "w") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, script, str(folder), *args],
-                    env=environment(**(variables if world > 1 else {})), stdout=log, stderr=subprocess.STDOUT,
-                )
-            )
-    limit = time.monotonic() + timeout
-    try:
-        # One failure ends all: the others would wait for it in a collective.
-        while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
-            assert time.monotonic() < limit, f"{world} processes took more than {timeout} s\n{logs(folder, world)}"
-            time.sleep(0.05)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert [p.returncode for p in started] == [0] * world, logs(folder, world)
+        (folder / f"rank-{rank}.log").write_text(group.said(rank))
+    said = logs(folder, world)
+    assert max(group.seconds) <= timeout, f"{world} processes took more than {timeout} s\n{said}"
+    assert codes == [0] * world, said
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
 
 

@@ -17,12 +17,9 @@ EXTRA["ghost_norm"] = EXTRA["sketch"]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(finished_run):
     """Shards, original and retrained encoder, which all evaluators share."""
-    out = tmp_path_factory.mktemp("base") / "run"
-    done = tiny.run(out)
-    assert done.returncode in (0, 6, 7), done.stderr[-3000:]
-    return out
+    return finished_run()[0]
 
 
 @pytest.mark.parametrize("evaluator", ["sketch", "sliced", "ghost_norm", "input_gp", "double_backward"])

@@ -19,11 +19,9 @@ RECIPES = ["digits", "digits_moco", "digits_mocov3", "digits_byol", "digits_supe
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def finished(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp(request.param) / "run"
-    done = tiny.run(out, recipe=request.param)
-    assert done.returncode in (0, 6, 7), done.stderr[-3000:]
-    return request.param, out, done
+def finished(request, finished_run):
+    """Recipe, folder, exit code."""
+    return request.param, *finished_run(request.param)
 
 
 def test_the_run_directory_is_complete(finished):
@@ -54,7 +52,7 @@ def test_the_run_directory_is_complete(finished):
 
 
 def test_summary_has_the_names_that_others_read(finished):
-    _, out, done = finished
+    _, out, code = finished
     summary = json.loads((out / "audit/summary.json").read_text())
     assert {"view_agreement", "encodermi_vector", "bank_loss"} <= set(summary["attacks"])
     for attack in summary["attacks"].values():
@@ -62,7 +60,7 @@ def test_summary_has_the_names_that_others_read(finished):
             assert set(attack[encoder]) >= SUMMARY_KEYS
         assert set(attack["gap"]) >= {"auc", "low", "high", "verdict"}
     assert set(summary["utility"]) == {"knn", "linear_probe"}
-    assert summary["gates"]["verdict"] == {0: "pass", 6: "fail", 7: "inconclusive"}[done.returncode]
+    assert summary["gates"]["verdict"] == {0: "pass", 6: "fail", 7: "inconclusive"}[code]
 
 
 def test_coverage_is_what_the_ledger_says_and_forget_never_trains_as_retain(finished):
@@ -102,20 +100,21 @@ def test_metrics_show_a_live_constraint(finished):
     assert any(values["phi_gradient"] != 0 for values in steps)
 
 
-def test_export_loads_with_timm_alone(finished):
+@pytest.mark.parametrize("recipe", ["digits", "digits_vit"])  # a ResNet and a ViT: the others export the same
+def test_export_loads_with_timm_alone(finished_run, tmp_path, recipe):
     """A fresh process that knows only timm gets the very weights that the run kept."""
-    _, out, _ = finished
+    out, _ = finished_run(recipe)
     code = (
         "import sys, timm, torch; m = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval();"
         "torch.save(m.state_dict(), sys.argv[2]); print(tuple(m(torch.zeros(2, 1, 32, 32)).shape));"
         "assert 'distunlearn' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out / "export"), str(out / "loaded.pt")], capture_output=True, text=True,
+        [sys.executable, "-c", code, str(out / "export"), str(tmp_path / "loaded.pt")], capture_output=True, text=True,
         timeout=120, env=tiny.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("(2, 128)", "(2, 96)")
     kept = load_file(out / "training_state.safetensors")
-    loaded = torch.load(out / "loaded.pt", weights_only=True)
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
     assert loaded and all(torch.equal(value, kept[f"model.backbone.{name}"]) for name, value in loaded.items())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+import zygote
 
 TINY = [
     "data.members=96",
@@ -41,11 +42,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*args: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python -m distunlearn ARGS`, output captured."""
-    return subprocess.run(
-        [sys.executable, "-m", "distunlearn", *args], capture_output=True, text=True, timeout=timeout,
-        env=environment(**variables),
-    )  # fmt: skip
+    """`python -m distunlearn ARGS`, output captured; by a fork of a process that has imported everything."""
+    return zygote.shared().command(args, environment(**variables), timeout)
 
 
 def run(out: Path, *extra: str, recipe: str = "digits", **variables: str) -> subprocess.CompletedProcess[str]:
