@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -46,38 +47,36 @@ class ImageDataset(Dataset[Tensor]):
             DataError: see `Reader.read`.
             UndecodableError: its bytes are those of the manifest, and no image.
         """
-        (found,) = self.decode([sample_id])
-        if isinstance(found, UndecodableError):
-            raise found
-        return found
+        return self.__getitems__([sample_id])[0]
 
     def __getitems__(self, ids: Sequence[str]) -> list[Tensor]:
         """A batch, neighbours in a shard by one read; errors as for one image."""
-        found = self.decode(ids)
-        for item in found:
-            if isinstance(item, UndecodableError):
-                raise item
-        return [item for item in found if isinstance(item, Tensor)]
+        images = torch.empty((len(ids), *self.shape), dtype=torch.uint8)
+        failures = self.fill(ids, images)
+        if failures:
+            raise failures[0][1]
+        return list(images)
 
-    def decode(self, ids: Sequence[str]) -> list[Tensor | UndecodableError]:
-        """The images of a batch in its order, and in the place of one that cannot be decoded the error that says why.
+    def fill(self, ids: Sequence[str], images: Tensor) -> list[tuple[int, UndecodableError]]:
+        """Decode image i of a batch into images[i]; returns the rows that cannot be decoded, which are set to zero.
 
         Raises:
             DataError: see `Reader.read`.
         """
         samples = self.manifest.lookup(ids)
         channels, size, _ = self.shape
-        found: list[Tensor | UndecodableError] = []
+        failures: list[tuple[int, UndecodableError]] = []
         if samples:
             self.note(samples[0].id)
-        for sample, data in zip(samples, self.reader.read(samples), strict=True):
+        for row, (sample, data) in enumerate(zip(samples, self.reader.read(samples), strict=True)):
             self.note(sample.id)
             try:
-                found.append(decode_square(data, sample.id, self.max_pixels, channels, size, self.mode))
+                images[row] = decode_square(data, sample.id, self.max_pixels, channels, size, self.mode)
             except UndecodableError as error:
-                found.append(error)
+                images[row] = 0
+                failures.append((row, error))
             self.reader.counts.images += 1
-        return found
+        return failures
 
 
 def _ignore(sample_id: str) -> None:

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from distunlearn.common.text import printable
 from distunlearn.data.loading.dataset import ImageDataset
@@ -304,25 +305,30 @@ class _Task(Dataset[Any]):
         self.last = ""  # id that was noted last
 
     def __getitems__(self, ids: Sequence[str]) -> Decoded:
-        if get_worker_info() is None:
+        worker = get_worker_info()
+        if worker is None:
             return self._decode(ids)
         try:
             return self._decode(ids)
         except DataError as error:
             text = str(error)
         except BaseException as error:
-            text = _told(error, get_worker_info().id, self.last)
+            text = _told(error, worker.id, self.last)
         return Decoded(torch.empty(0), [], self.dataset.reader.counts, text)
 
     def _decode(self, ids: Sequence[str]) -> Decoded:
         counts = self.dataset.reader.counts = Counts()
-        found = self.dataset.decode(ids)
-        failures = [(row, str(item)) for row, item in enumerate(found) if not isinstance(item, Tensor)]
-        if not found:
-            return Decoded(torch.empty((0, *self.dataset.shape), dtype=torch.uint8), [], counts)
-        blank = torch.zeros(self.dataset.shape, dtype=torch.uint8)
-        # In a worker this stacks them in shared memory, from which the other side takes them as they are.
-        return Decoded(default_collate([i if isinstance(i, Tensor) else blank for i in found]), failures, counts)
+        empty = _shared if get_worker_info() else torch.empty
+        found = empty((len(ids), *self.dataset.shape), dtype=torch.uint8)
+        failures = self.dataset.fill(ids, found)
+        return Decoded(found, [(row, str(error)) for row, error in failures], counts)
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in shared memory, from which the training process takes it as it is; as torch's `default_collate`."""
+    count = math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(max(1, count * dtype.itemsize))
+    return torch.empty(0, dtype=dtype).set_(storage)[:count].view(shape)
 
 
 def _same(batch: Decoded) -> Decoded:
@@ -375,7 +381,9 @@ def _begin(places: mmap.mmap, number: int) -> None:
     start = number * _PLACE
     places[start : start + _PID] = os.getpid().to_bytes(_PID, "little")
     places[start + _PID] = 0
-    task = get_worker_info().dataset
+    worker = get_worker_info()
+    assert worker is not None and isinstance(worker.dataset, _Task)
+    task = worker.dataset
 
     def note(sample_id: str) -> None:
         task.last = sample_id
