@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Loader
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources.decode import decode_square
-from distunlearn.errors import ConfigError, DataError
+from distunlearn.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +165,14 @@ def test_signals_for_the_run_do_not_end_its_workers(manifest):
 
 def test_signals_before_a_worker_has_begun_do_not_end_it(manifest, monkeypatch):
     """Between its fork and its first line a worker has the handlers of whoever forked it."""
-    begin = loader._begin
+    begin = loader.begin_worker
 
     def late(*arguments) -> None:
-        for number in loader._IGNORED:
+        for number in loader.IGNORED:
             os.kill(os.getpid(), number)
         begin(*arguments)
 
-    monkeypatch.setattr(loader, "_begin", late)
+    monkeypatch.setattr(loader, "begin_worker", late)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     drain(store(manifest, workers=2))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
@@ -275,10 +274,31 @@ def test_the_dataset_is_one_that_any_data_loader_takes(manifest):
     assert len(images) == 54 and torch.equal(found, torch.stack([images[i] for i in ids]))
 
 
-def test_batches_that_do_not_fit_into_shared_memory_are_refused(manifest, monkeypatch, tmp_path):
-    """Without the check a container's small /dev/shm ends the worker by SIGBUS, in the middle of a run."""
-    monkeypatch.setattr(loader.os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=4096))
-    with pytest.raises(ConfigError, match=r"data.workers=2 and data.prefetch=3 keep 0 MiB .*--shm-size"):
-        drain(store(manifest, workers=2, prefetch=3))  # 7 batches of 8 images of 768 bytes
-    drain(store(manifest, workers=2, prefetch=2))  # 5 of them are 30,720 bytes
-    drain(store(manifest, workers=0))
+def test_shared_memory_is_bounded_and_not_in_dev_shm(manifest):
+    images = store(manifest, workers=2, prefetch=3)
+    feeds = feeder(images)
+    feeds.batch_at(0)
+    first = images.loader._slots.data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (shared,) = [m for m in maps if int(m[0].split("-")[0], 16) <= first < int(m[0].split("-")[1], 16)]
+    assert shared[1] == "rw-s" and "/dev/shm" not in shared[-1]
+    assert images.loader._slots.shape == (2 * 3 + 1, 8, 3, 16, 16)
+    feeds.close()
+    images.close()
+
+
+def test_what_was_taken_is_not_written_over(manifest):
+    """Places in shared memory are used again; batches of several sizes, some larger than the first, are kept."""
+    plain = ImageDataset(manifest, 16, 3, 10_000)
+    ids = manifest.ids("retain")
+    batches = [ids[k : k + size] for k, size in zip(range(36), [3, 1, 5, 0, 2] * 8, strict=False)]
+    ahead = Loader(ImageDataset(manifest, 16, 3, 10_000), 2, 1)
+    ahead.start(batches)
+    found = [ahead.next().images for _ in batches]
+    for images, batch in zip(found, batches, strict=True):
+        assert torch.equal(
+            images, torch.stack([plain[i] for i in batch]) if batch else torch.empty(0, 3, 16, 16).byte()
+        )
+    ahead.start([ids[:20], ids[20:]])
+    assert torch.equal(torch.cat([ahead.next().images, ahead.next().images]), torch.stack([plain[i] for i in ids]))
+    ahead.close()

@@ -247,7 +247,7 @@ class Batches:
         for name, part in rows.items():
             stop = start + len(part.ids)
             failures = [(row - start, why) for row, why in whole.failures if start <= row < stop]
-            parts[name] = Decoded(whole.images[start:stop], failures, whole.counts)
+            parts[name] = Decoded(whole.images[start:stop], failures)
             start = stop
         return rows, parts
 
