@@ -1,4 +1,4 @@
-"""Batch norm over the global batch, on CPUs too (torch's SyncBatchNorm needs a GPU).
+"""Batch norm over the global batch: torch's SyncBatchNorm on GPUs, and one for CPUs, which torch's refuses.
 
 Every rank contributes count, mean and sum of squared deviations M2 of its rows; they are merged by Chan, Golub and
 LeVeque's formula ("Updating formulae and a pairwise algorithm for computing sample variances", 1979):
@@ -9,9 +9,9 @@ The backward sums over the ranks (Ioffe and Szegedy, "Batch normalization", ICML
 
     dx = weight invstd [ dy - (sum dy + xhat sum dy xhat) / N ]       xhat = (x - mean) invstd, sums over all ranks
 
-as the gathers of objectives.gather do. With losses scaled by W / N and parameter gradients averaged over ranks, every
-gradient is that of `nn.BatchNorm` on the whole batch, for uneven shares too. It cannot be differentiated
-twice (raises). Passes over the pixels are torch's own kernels.
+as the gathers of distributed.collectives do. With losses scaled by W / N and parameter gradients averaged over ranks,
+every gradient is that of `nn.BatchNorm` on the whole batch, for uneven shares too. It cannot be differentiated twice
+(raises).
 
 Shapes: n = rows of this rank (0 is allowed), C = channels, W = world; inputs are [n, C] or [n, C, ...].
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,12 +31,11 @@ from distunlearn.errors import ConfigError
 
 __all__ = ["SyncBatchNorm", "convert"]
 
-FEW_PIXELS = 16  # of an image: below, torch's kernel for sums on a CPU is the slow one (2 x 2: four times as slow)
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """In training mode: statistics of the global batch. In eval mode: `nn.BatchNorm`, without communication.
+    """For CPUs. In training mode: statistics of the global batch. In eval mode: `nn.BatchNorm`, without communication.
 
     All ranks must run a training forward together, and the backward of what it returns. `drop` and `act` are those of
     timm's BatchNormAct2d and the identity elsewhere. The global batch must hold at least two values a channel.
@@ -98,70 +98,22 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
-        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        mine = _local_sums(grad, x, weight, mean, variance, ctx.eps)
-        # The sums that belong to x are over all ranks, those of weight and bias over this one: backends average them.
-        total, total_xhat = sum_over_ranks(mine)
+        dims, shape = _dims(x), (1, -1) + (1,) * (x.dim() - 2)
         invstd = (variance + ctx.eps).rsqrt()
+        mine = torch.stack([grad.sum(dims), ((x - mean.view(shape)) * grad).sum(dims) * invstd])
+        # The sums that belong to x are over all ranks, those of weight and bias over this one: backends average them.
+        total, total_xhat = sum_over_ranks(mine) / count
         scale = invstd if weight is None else weight * invstd
-        slope = -scale * invstd * total_xhat / count
-        shift = -scale * total / count - slope * mean
-        dx = _per_channel(x, slope, shift, last).addcmul_(grad, scale.view((1, -1) + (1,) * (x.dim() - 2)))
+        slope = -scale * invstd * total_xhat
+        shift = -scale * total - slope * mean
+        dx = torch.addcmul(shift.view(shape), x, slope.view(shape)).addcmul_(grad, scale.view(shape))
         bias_grad, weight_grad = mine if weight is not None else (None, None)
         return dx, weight_grad, bias_grad, None, None, None, None
 
 
-def _per_channel(x: Tensor, slope: Tensor, shift: Tensor, channels_last: bool) -> Tensor:
-    """slope x + shift, [C] each; by the batch norm kernel where that is the faster one (contiguous images on a CPU)."""
-    if channels_last or x.device.type != "cpu" or not x.numel():
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        return torch.addcmul(shift.view(shape), x, slope.view(shape))
-    zero, one = torch.zeros_like(shift), torch.ones_like(shift)
-    return nn.functional.batch_norm(x, zero, one, slope, shift, training=False, eps=0.0)
-
-
-def _local_sums(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """[2, C] over this rank's rows: the sum of dy, and of dy xhat."""
-    if not x.numel():
-        return x.new_zeros(2, x.shape[1])
-    if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous() and 1 < x[0, 0].numel() < FEW_PIXELS:
-        rows, centred = grad.flatten(2), x.flatten(2) - mean[:, None]
-        products = centred.mul_(rows).sum(2).sum(0)
-        return torch.stack([rows.sum(2).sum(0), products * (variance + eps).rsqrt()])
-    return torch.stack(_sums(grad, x, weight, mean, variance, eps))
-
-
-def _local_moments(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and M2 [C] of this rank's rows, `count` values a channel.
-
-    On a CPU torch's kernel for them is several times slower than its kernel for the two sums of the backward. With
-    dy = y and the mean 0 those are sum y and sum y^2. y = x - c, where c is the mean of some rows: near the mean, so
-    that little cancels in M2 = sum y^2 - (sum y)^2 / count.
-    """
-    if not _has_images(x):
-        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
-        return mean, variance * count
-    near = x[:: max(1, x.shape[0] // 4)].mean([0, *range(2, x.dim())])
-    zero, one = torch.zeros_like(near), torch.ones_like(near)
-    moved = nn.functional.batch_norm(x, near, one, training=False, eps=0.0)
-    total, squares = _sums(moved, moved, None, zero, one, 0.0)
-    return near + total / count, (squares - total.square() / count).clamp_(min=0)
-
-
-def _has_images(x: Tensor) -> bool:
-    """Where torch's kernel for sums is the fast one: on a CPU, channels first, and not for a handful of pixels."""
-    return x.device.type == "cpu" and x.is_contiguous() and x[0, 0].numel() >= FEW_PIXELS
-
-
-def _sums(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """[C] each: the sum of dy, and of dy (x - mean) / sqrt(variance + eps), by torch's kernel."""
-    _, weighted, plain = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, variance, None, None, False, eps, [False, True, True]
-    )
-    return plain, weighted
+def _dims(x: Tensor) -> list[int]:
+    """All but the channels."""
+    return [0, *range(2, x.dim())]
 
 
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +121,8 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     count = x.numel() // channels
     if count:
-        mean, m2 = _local_moments(x, count)
+        variance, mean = torch.var_mean(x, _dims(x), correction=0)
+        m2 = variance * count
     else:  # no rows here: a weight of 0 in the merge
         mean = m2 = x.new_zeros(channels)
     local = torch.cat([mean, m2, x.new_full((1,), count)])
@@ -180,32 +133,37 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return merged, m2s.sum(0) + (counts * (means - merged).square()).sum(0), total
 
 
-def convert(model: nn.Module, world: int) -> nn.Module:
+def convert(model: nn.Module, world: int, device_type: str = "cpu") -> nn.Module:
     """Replace the batch norms of `model`, in place, by ones over the global batch of `world` ranks.
 
     Parameters, buffers and their names stay. A world of 1 changes nothing. Use the returned module: it differs from
     `model` where that is a batch norm itself.
 
+    Args:
+        device_type: on "cuda" torch's own SyncBatchNorm, else `SyncBatchNorm`.
+
     Raises:
         ConfigError: a batch norm with unknown behaviour of its own.
     """
-    return _convert(model, {}) if world > 1 else model
+    if world == 1:
+        return model
+    return _convert(model, nn.SyncBatchNorm if device_type == "cuda" else SyncBatchNorm, {})
 
 
-def _convert(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+def _convert(module: nn.Module, kind: type[_BatchNorm], done: dict[nn.Module, nn.Module]) -> nn.Module:
     """`done`: replacements so far, so that a module used twice stays one module."""
     if module in done:
         return done[module]
     done[module] = module
-    if isinstance(module, SyncBatchNorm):
+    if isinstance(module, kind):
         return module
     if isinstance(module, _BatchNorm):
         _require_known(module)
-        done[module] = SyncBatchNorm(module)
+        done[module] = SyncBatchNorm(module) if kind is SyncBatchNorm else convert_sync_batchnorm(module)
         return done[module]
     for name, child in module._modules.items():
         if child is not None:
-            module._modules[name] = _convert(child, done)
+            module._modules[name] = _convert(child, kind, done)
     return module
 
 

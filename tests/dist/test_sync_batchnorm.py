@@ -66,9 +66,9 @@ def build(kind: str) -> nn.Module:
 
 
 def results(kind: str, count: int, norm: nn.Module | None = None) -> dict[str, Tensor]:
-    """Two training steps and an eval forward; a loss that depends on every value, scaled as objectives.gather says."""
+    """Two training steps and an eval forward; a loss that depends on every value, scaled as distributed.collectives says."""
     norm = norm or sync_batchnorm.convert(build(kind), get_world())
-    # 6 pixels and 30: by different kernels (batchnorm.FEW_PIXELS); the loss of 30 is not to be larger, nor its rounding
+    # 6 pixels and 30; the loss of 30 is not to be larger, nor its rounding
     shape = (count, C) if kind == "1d" else (count, C, 5, 6) if kind == "images" else (count, C, 2, 3)
     size = 0.2 if kind == "images" else 1.0
     mine = share(count)

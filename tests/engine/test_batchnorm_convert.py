@@ -93,3 +93,19 @@ def test_an_unknown_batch_norm_is_refused_by_name(norm):
 def test_a_vector_is_no_batch():
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         convert(nn.BatchNorm1d(3), 2)(torch.zeros(3))
+
+
+def test_on_gpus_it_is_torchs_own():
+    """Which needs a GPU to run: here only that nothing is lost on the way."""
+    model = network()
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    act = model[2][0].act
+    assert convert(model, 2, "cuda") is model
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in model.modules() if isinstance(m, _BatchNorm))
+    assert all(p is parameters[name] for name, p in model.named_parameters()) and model[2][0].act is act
+    assert all(t.data_ptr() == state[name].data_ptr() for name, t in model.state_dict().items())
+    norm = nn.BatchNorm1d(2)
+    twice = convert(nn.Sequential(norm, nn.Linear(2, 2), norm), 2, "cuda")
+    assert twice[0] is twice[2] and convert(twice, 2, "cuda")[0] is twice[0]
+    with pytest.raises(ConfigError, match="Renorm"):
+        convert(nn.Sequential(Renorm(3)), 2, "cuda")

@@ -1,4 +1,4 @@
-"""Mean and sum of squared deviations, and the sums of the backward, of one process's rows against float64."""
+"""Mean, sum of squared deviations and gradients of one process's rows in float32 against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distunlearn.distributed.sync_batchnorm import _local_moments, _local_sums
+from distunlearn.distributed.sync_batchnorm import SyncBatchNorm, _global_statistics
 
 SHAPES = [(32, 5, 8, 8), (32, 5, 4, 4), (3, 5, 4, 4), (1, 5, 32), (64, 5, 2, 2), (64, 5, 1, 1), (64, 5)]
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -28,11 +28,13 @@ def deviation(m2: Tensor, x: Tensor) -> float:
     return float((m2 / expected(x)[1] - 1).abs().max())
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_moments_are_exact_even_far_from_zero(shape, mean):
-    x = draw(shape, mean, torch.contiguous_format)  # channels last: torch's own kernel
-    found, m2 = _local_moments(x, x.numel() // x.shape[1])
+def test_moments_are_exact_even_far_from_zero(shape, mean, memory_format):
+    x = draw(shape, mean, memory_format)
+    found, m2, count = _global_statistics(x)  # of a world of one
+    assert count == x.numel() // x.shape[1]
     assert float((found - expected(x)[0]).abs().max()) < 2e-6 * (1 + mean)
     assert deviation(m2, x) < 5e-6
 
@@ -45,21 +47,25 @@ def test_the_check_can_fail():
 
 def test_equal_values_have_no_deviation_and_nan_is_not_hidden():
     x = torch.full(SHAPES[0], 123.456)
-    assert float(_local_moments(x, x.numel() // 5)[1].max()) < 1e-6 * x.numel()
+    assert float(_global_statistics(x)[1].max()) < 1e-6 * x.numel()
     x[3, 2, 1, 1] = torch.nan
-    mean, m2 = _local_moments(x, x.numel() // 5)
+    mean, m2, _ = _global_statistics(x)
     assert mean.isnan().tolist() == m2.isnan().tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sums_of_the_backward(shape, memory_format):
-    x, grad = draw(shape, 2.0, memory_format), draw(shape, 0.0, memory_format).roll(1, 0)
-    dims = [0, *range(2, x.dim())]
-    mean, m2 = (part.float() for part in expected(x))
-    variance = m2 / (x.numel() // x.shape[1])
-    view = (1, -1) + (1,) * (x.dim() - 2)
-    normalised = (x.double() - mean.double().view(view)) / (variance.double().view(view) + 1e-5).sqrt()
-    wanted = torch.stack([grad.double().sum(dims), (grad * normalised).sum(dims)])
-    found = _local_sums(grad, x, torch.full((5,), 7.0), mean, variance, 1e-5)
-    assert float((found - wanted).abs().max()) < 1e-5 * x.numel() / x.shape[1]
+def test_values_and_gradients_in_float32(shape, memory_format):
+    """Against torch's batch norm in float64."""
+    x, weights = draw(shape, 2.0, memory_format), draw(shape, 0.0, memory_format).roll(1, 0)
+    kind = torch.nn.BatchNorm2d if x.dim() == 4 else torch.nn.BatchNorm1d
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        norm = kind(5).to(dtype)
+        torch.nn.init.constant_(norm.weight, 7.0)
+        norm = SyncBatchNorm(norm) if dtype == torch.float32 else norm
+        leaf = x.to(dtype).requires_grad_()
+        y = norm(leaf)
+        results.append([y, *torch.autograd.grad((y * weights.to(dtype)).sum(), (leaf, norm.weight, norm.bias))])
+    for wanted, found in zip(*results, strict=True):
+        assert float((found - wanted).detach().abs().max()) < 1e-5 * max(1.0, float(wanted.detach().abs().max()))

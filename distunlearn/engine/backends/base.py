@@ -59,7 +59,7 @@ class Backend:
         """Give `module` batch norms over the global batch where the run asks for them, and on a GPU the layout of
         weights that convolutions are fastest in; changes it in place.
         """
-        module = convert(module, self.world.size) if self.cfg.sync_batchnorm else module
+        module = convert(module, self.world.size, self.device.type) if self.cfg.sync_batchnorm else module
         if self.device.type == "cuda" and self.channels_last:
             module.to(memory_format=torch.channels_last)
         return module
