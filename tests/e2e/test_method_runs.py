@@ -60,7 +60,7 @@ def pairs() -> list:
 
 @pytest.mark.parametrize(("method", "objective"), pairs())
 def test_a_run(bases, tmp_path, method, objective):
-    extra = ["method.max_share=0.5"]  # 3 of 6 steps reach all 24 images
+    extra = ["method.max_share=0.5"] if method == "scrub" else []  # 3 of 6 steps reach all 24 images
     cfg = unlearn(objective, bases, tmp_path, method, *extra)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["values"] for row in rows if row["phase"] == "unlearn" and "loss" in row["values"]]
