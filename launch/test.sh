@@ -10,4 +10,4 @@ use_venv "$repo/.venv-test" "${repo}[test]"
 cd -- "$repo"
 # Tests start processes of their own: one thread each. Nothing may be fetched from the network.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-exec .venv-test/bin/pytest "$@"
+exec .venv-test/bin/pytest -rs "$@"

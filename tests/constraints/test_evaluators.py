@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import small
 import torch
+from parts import EVALUATORS
 from small import at, config, constrained, context, cosine, features_of, reference, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -206,7 +207,7 @@ def test_the_step_is_checked_and_a_bad_one_reported_once():
     assert "constraint.rho" in notes[0] and "sketch" in notes[0]
 
 
-@pytest.mark.parametrize("name", ["head", *PROBING, "input_gp", "double_backward"])
+@pytest.mark.parametrize("name", EVALUATORS)
 @pytest.mark.parametrize("objective", ["simclr", "moco", "byol"])
 def test_every_image_through_an_encoder_is_counted(name, objective):
     cfg = config("resnet", name, objective, pairs=2)
@@ -268,7 +269,7 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["head", *PROBING, "input_gp", "double_backward"])
+@pytest.mark.parametrize("name", EVALUATORS)
 def test_attention_stays_fused_but_for_double_backward(name):
     """By the kernels that run: fused attention forward and backward, or its parts in plain operators."""
     cfg = config("vit", name)
