@@ -29,10 +29,9 @@ Guarantee: empirical.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -44,8 +43,9 @@ from distunlearn.config.schema import MethodConfig, NonNegativeFloat, RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
 from distunlearn.constraints.distances.energy import DISTANCES, permutation_test, surrogate, value_and_cotangent
-from distunlearn.constraints.evaluators import Constrained, evaluator_class, make_evaluator
+from distunlearn.constraints.evaluators import Constrained, Features, evaluator_class, make_evaluator
 from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
+from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import (
     all_gather_detached,
@@ -60,7 +60,7 @@ from distunlearn.methods.embeddings import apart
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank, task_loss
 from distunlearn.objectives.base import Branches, Objective
-from distunlearn.objectives.forward import Context, embed, image_mean, view_pair
+from distunlearn.objectives.forward import Context, embed, image_mean
 from distunlearn.objectives.memory_bank import Bank, normalise
 
 __all__ = ["ThirdParty"]
@@ -109,7 +109,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
 
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
-        self.evaluator = make_evaluator(cfg, self._look, view_pair)
+        self.evaluator = make_evaluator(cfg)
         self.distance = DISTANCES[cfg.constraint.distance]
         self.spread_gradient = RunningSpread(cfg.constraint.spread_momentum)
         self.spread_output = RunningSpread(cfg.constraint.spread_momentum)
@@ -158,12 +158,13 @@ class ThirdParty(Method[ThirdPartyConfig]):
         third, calibration, retain = sample("third_party"), sample("calibration"), sample("retain")
         if ctx.objective.uses_labels:
             self._label_by_original(ctx, third, calibration)
+            third, calibration = self._labelled(ctx, third), self._labelled(ctx, calibration)
         confidences, phis, p_values = [], {"gradient": [], "output": []}, {}
         for draw in range(CALIBRATION_DRAWS):
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
                 bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self._bank_images), epoch))
-                found = [self.evaluator.features(ctx, _at(b, epoch), bank, draw) for b in (calibration, third)]
+                found = [self.evaluator.describe(ctx, _at(b, epoch), bank, draw) for b in (calibration, third)]
                 (o_c, c_c), (o_t, _) = (self._outputs(ctx, pairs, bank) for _, pairs in found)
             g_c, g_t = (features for features, _ in found)
             self.spread_output.update(o_t)
@@ -203,10 +204,6 @@ class ThirdParty(Method[ThirdPartyConfig]):
         keys = ctx.objective.bank_keys(embed(ctx, retain, batchnorm="eval"))
         return Bank(*keys, ctx.objective.temperature)
 
-    def _look(self, ctx: Context, batch: Batch, **how: Any) -> Branches:
-        """The batch with running statistics, as all per-sample quantities see it."""
-        return self._with_pseudo_labels(embed(ctx, batch, batchnorm="eval", **how))
-
     def _label_by_original(self, ctx: Context, *batches: Batch) -> None:
         """Supervised: strangers have no label of their own; theirs is what the original encoder predicts."""
         hashes, labels = [], []
@@ -217,12 +214,14 @@ class ThirdParty(Method[ThirdPartyConfig]):
             labels.append(branches.output.softmax(-1).mean(0).argmax(-1))
         self.pseudo_ids, self.pseudo_labels = torch.cat(hashes), torch.cat(labels)
 
-    def _with_pseudo_labels(self, branches: Branches) -> Branches:
+    def _labelled(self, ctx: Context, batch: Batch) -> Batch:
+        """The batch with the labels that the original encoder gave, where it gave any."""
         if not self.pseudo_ids.numel():
-            return branches
-        known = branches.ids[:, None] == self.pseudo_ids[None]
+            return batch
+        known = on_device(id_hashes(batch.ids), ctx.device)[:, None] == self.pseudo_ids[None]
         pseudo = self.pseudo_labels[known.int().argmax(1)]
-        return branches._replace(labels=torch.where(known.any(1), pseudo, branches.labels))
+        labels = torch.where(known.any(1), pseudo, on_device(batch.labels, ctx.device))
+        return dataclasses.replace(batch, labels=labels)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -232,8 +231,8 @@ class ThirdParty(Method[ThirdPartyConfig]):
         task, retained = task_loss(ctx, retain)  # first: batch statistics change the buffers the second forward saves
         bank = retain_bank(ctx, retained)
         on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
-        match = functools.partial(self._match_gradients, ctx)
-        found = self.evaluator.constrain(ctx, forget, third, bank, match)
+        compared = self.evaluator.features(ctx, self._labelled(ctx, forget), self._labelled(ctx, third), bank)
+        found = compared.pull(*self._match_gradients(ctx, compared))
         pull = self._require_pull(ctx, found) if ctx.step == 0 else None
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
@@ -324,12 +323,15 @@ class ThirdParty(Method[ThirdPartyConfig]):
         confidence = torch.stack([objective.confidence(b, bank) for b in pairs]).mean(0)
         return torch.stack(outputs).mean(0), confidence
 
-    def _match_gradients(self, ctx: Context, forget: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
-        """`_match` of gradient features as the evaluator gives them; the third party's set the scale."""
-        self.spread_gradient.update(all_gather_uneven(third))
+    def _match_gradients(self, ctx: Context, compared: Features) -> tuple[Tensor, ...]:
+        """`_match` of gradient features as the evaluator gives them; the third party's set the scale. () for none."""
+        if compared.forget is None:
+            return ()
+        self.spread_gradient.update(all_gather_uneven(compared.third))
         if ctx.draw % (self.cfg.constraint.memory_steps + 1) == 0:  # `Context.projection` is new
             self.memory_gradient.clear()
-        return self._match(ctx, forget, third, self._scale, self.switch_gradient, self.memory_gradient)
+        pair = (compared.forget, compared.third)
+        return self._match(ctx, *pair, self._scale, self.switch_gradient, self.memory_gradient)
 
     def _scale(self, features: Tensor) -> Tensor:
         """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm (or number) before it."""

@@ -105,8 +105,15 @@ def views(ctx: Context, images: Batch, pair: int = 0) -> list[Tensor]:
     return [view.double() for view in view_pair(ctx, images, pair)]
 
 
-def evaluator(cfg: RunConfig, looking: Callable = look) -> Evaluator:
-    return make_evaluator(cfg, looking, views)
+def evaluator(cfg: RunConfig) -> Evaluator:
+    return make_evaluator(cfg)
+
+
+def step(it: Evaluator, ctx: Context, forget: Batch, third: Batch, keys: Bank | None, match: Callable = None):
+    """One step of an evaluator: its features, compared by `match` (the energy distance), and what it makes of that."""
+    compared = it.features(ctx, forget, third, keys)
+    pair = (compared.forget, compared.third)
+    return compared.pull(*(() if compared.forget is None else (match or energy)(*pair)))
 
 
 def bank(ctx: Context) -> Bank | None:
@@ -119,7 +126,7 @@ def bank(ctx: Context) -> Bank | None:
         return Bank(*ctx.objective.bank_keys(look(ctx, batch("retain"))), ctx.objective.temperature)
 
 
-def match(forget: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
+def energy(forget: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
     """Energy distance in one process, without scales."""
     phi, cotangent = value_and_cotangent(energy_distance, forget, third)
     pull = surrogate(forget, cotangent, 1)
@@ -137,10 +144,10 @@ def gradient(ctx: Context, term: Tensor) -> Tensor:
     return flat([torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)])
 
 
-def constrained(cfg: RunConfig, ctx: Context, looking: Callable = look):
+def constrained(cfg: RunConfig, ctx: Context):
     """The evaluator's step on the batches, and the gradient of its term."""
     ctx.cfg = cfg
-    found = evaluator(cfg, looking).constrain(ctx, batch("forget"), batch("third_party"), bank(ctx), match)
+    found = step(evaluator(cfg), ctx, batch("forget"), batch("third_party"), bank(ctx))
     return found, gradient(ctx, found.term)
 
 
@@ -172,7 +179,7 @@ def features_of(name: str, ctx: Context) -> tuple[Callable[[dict[str, Tensor]], 
     """What evaluator `name` compares, written anew as a function of one sample's weight gradients; their layers."""
     layers = getattr(ctx.cfg.constraint, "layers", None)
     shape = constraint_settings("sketch", sketch_out=3, sketch_in=2, layers=layers)
-    probes = draw_probes(replace(ctx.cfg, constraint=shape), ctx, 0)
+    probes = draw_probes(shape, ctx, 0)
     names = list(probes.layers)
 
     def sketch(gradients: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -93,9 +94,9 @@ def test_bf16_is_refused_where_gradients_are_single_numbers():
         small.evaluator(allowed)
 
 
-def error_of(name: str, encoder: str = "resnet", looking=small.look) -> float:
+def error_of(name: str, encoder: str = "resnet") -> float:
     cfg = config(encoder, name, rho=1e-4)
-    _, gradient = constrained(cfg, context(cfg), looking)
+    _, gradient = constrained(cfg, context(cfg))
     return relative(gradient, expected(encoder, name)[1])
 
 
@@ -107,33 +108,41 @@ def test_negative_control_one_sign_for_both_copies(name, monkeypatch):
     assert error_of(name) > 0.5
 
 
-def test_negative_control_batch_statistics_over_both_copies():
+def embedding_by(monkeypatch, change) -> None:
+    """All evaluators embed by change(ctx, images, batchnorm=..., **how)."""
+    for name in ("head", "two_passes", "sketch", "sliced", "ghost_norm", "input_gp"):
+        monkeypatch.setattr(importlib.import_module(f"distunlearn.constraints.evaluators.{name}"), "embed", change)
+
+
+def test_negative_control_batch_statistics_over_both_copies(monkeypatch):
     """Against double backward with batch statistics too: the copies change one another's statistics."""
 
-    def in_train_mode(ctx, images, **how):
+    def in_train_mode(ctx, images, *, batchnorm, **how):
         return small.embed(ctx, images, batchnorm="train", **how)
 
+    embedding_by(monkeypatch, in_train_mode)
     ctx = context(config("resnet", "double_backward"))
     state = {n: b.clone() for n, b in ctx.model.named_buffers()}
-    _, exact = constrained(ctx.cfg, ctx, in_train_mode)
+    _, exact = constrained(ctx.cfg, ctx)
     for n, b in ctx.model.named_buffers():
         b.copy_(state[n])
     cfg = config("resnet", "sketch", rho=1e-4)
-    _, gradient = constrained(cfg, ctx, in_train_mode)
+    _, gradient = constrained(cfg, ctx)
     assert relative(gradient, exact) > 0.1
 
 
 @pytest.mark.parametrize("name", PROBING)
-def test_negative_control_dropout(name):
+def test_negative_control_dropout(name, monkeypatch):
     def with_dropout(ctx, images, **how):
         drop = ctx.model.backbone.register_forward_hook(lambda m, a, out: torch.nn.functional.dropout(out, 0.2))
         try:
-            return small.look(ctx, images, **how)
+            return small.embed(ctx, images, **how)
         finally:
             drop.remove()
 
+    embedding_by(monkeypatch, with_dropout)
     torch.manual_seed(0)
-    assert error_of(name, looking=with_dropout) > 0.5
+    assert error_of(name) > 0.5
 
 
 def test_negative_control_patterns_of_their_own(monkeypatch):
@@ -199,7 +208,7 @@ def test_the_step_is_checked_and_a_bad_one_reported_once():
         figures = []
         for step in range(3):
             ctx.step = step
-            found = it.constrain(ctx, small.batch("forget"), small.batch("third_party"), keys, small.match)
+            found = small.step(it, ctx, small.batch("forget"), small.batch("third_party"), keys)
             figures.append(found.metrics)
         changes = [f.get("step_size_change") for f in figures]
         assert changes[1] is None and (changes[0] > 0.05) is bad and (changes[2] > 0.05) is bad
@@ -215,7 +224,7 @@ def test_every_image_through_an_encoder_is_counted(name, objective):
     ctx.step, keys = 1, small.bank(ctx)  # no step check
     ctx.images = 0
     it = small.evaluator(cfg)
-    it.constrain(ctx, small.batch("forget"), small.batch("third_party"), keys, small.match)
+    small.step(it, ctx, small.batch("forget"), small.batch("third_party"), keys)
     branches, momentum, images = ctx.objective.branches, ctx.momentum is not None, 4 + 5
     expected = branches * images * (2 if momentum else 1) + it.extra_images(ctx.objective, 4, 5)
     assert ctx.images == 2 * expected
@@ -230,19 +239,19 @@ def test_features_of_a_whole_role_are_those_of_its_parts(name, monkeypatch):
 
     def remember(forget, third):
         seen.extend([forget.detach(), third.detach()])
-        return small.match(forget, third)
+        return small.energy(forget, third)
 
     it, keys, third = small.evaluator(cfg), small.bank(ctx), small.batch("third_party")
-    it.constrain(ctx, small.batch("forget"), third, keys, remember)
+    small.step(it, ctx, small.batch("forget"), third, keys, remember)
     with torch.no_grad():
-        whole, branches = it.features(ctx, third, keys, 0)
+        whole, branches = it.describe(ctx, third, keys, 0)
     tolerance = 1e-5 if name == "sliced" else 1e-10
     torch.testing.assert_close(whole, seen[1], rtol=tolerance, atol=tolerance)
     assert not whole.requires_grad and all(len(b.ids) == 5 for b in branches)
     for module in (evaluators.sketch, evaluators.sliced, evaluators.ghost_norm):
         monkeypatch.setattr(module, "CALIBRATION_CHUNK", 2)
     with torch.no_grad():
-        parts, again = it.features(ctx, third, keys, 0)
+        parts, again = it.describe(ctx, third, keys, 0)
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(again[0].output, branches[0].output, rtol=1e-9, atol=1e-9)
 
@@ -276,7 +285,7 @@ def test_attention_stays_fused_but_for_double_backward(name):
     ctx = context(cfg, torch.float32)
     keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
     with Kernels() as seen:
-        small.gradient(ctx, small.evaluator(cfg).constrain(ctx, *roles, keys, small.match).term)
+        small.gradient(ctx, small.step(small.evaluator(cfg), ctx, *roles, keys).term)
     fused = any("flash_attention" in kernel and "backward" in kernel for kernel in seen.names)
     in_parts = any("_safe_softmax" in kernel for kernel in seen.names)
     assert (fused, in_parts) == ((False, True) if name == "double_backward" else (True, False))
@@ -288,5 +297,5 @@ def test_attention_sees_bf16_where_probes_add(name):
     ctx = context(cfg, torch.float32, autocast=True)
     keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
     with Kernels() as seen:
-        small.gradient(ctx, small.evaluator(cfg).constrain(ctx, *roles, keys, small.match).term)
+        small.gradient(ctx, small.step(small.evaluator(cfg), ctx, *roles, keys).term)
     assert seen.queries == {torch.bfloat16}

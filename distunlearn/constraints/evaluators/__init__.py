@@ -12,17 +12,19 @@
 
 from __future__ import annotations
 
+from distunlearn.config.checks import SHARDED
 from distunlearn.config.schema import RunConfig
-from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Look, Match, Views, evaluator_class
+from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Features, evaluator_class
 from distunlearn.errors import ConfigError
 
-__all__ = ["Constrained", "Evaluator", "Match", "evaluator_class", "make_evaluator"]
+__all__ = ["Constrained", "Evaluator", "Features", "evaluator_class", "make_evaluator"]
 
 
-def make_evaluator(cfg: RunConfig, look: Look, views: Views) -> Evaluator:
+def make_evaluator(cfg: RunConfig) -> Evaluator:
     """The evaluator that `cfg` names.
 
-    look, views: see `base.Look` and `base.Views`.
+    The graph of a pass is good for one backward alone where sharded weights are gathered for it and let go afterwards,
+    and in compiled blocks, which may use up what they keep.
 
     Raises:
         ConfigError: it cannot be used with these settings.
@@ -30,4 +32,5 @@ def make_evaluator(cfg: RunConfig, look: Look, views: Views) -> Evaluator:
     evaluator = evaluator_class(cfg)
     for problem in evaluator.problems(cfg):
         raise ConfigError(f"{problem}.")
-    return evaluator(cfg, look, views)
+    lasting = cfg.backend not in SHARDED and not cfg.runtime.compile
+    return evaluator(cfg.constraint, cfg.precision, lasting)

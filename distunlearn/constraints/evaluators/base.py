@@ -1,9 +1,10 @@
 """The interface of the evaluators, and what those with signed copies share.
 
-An evaluator reaches the per-sample gradients g_i, describes them by features and gives the term whose gradient is
-that of Phi. It runs the forwards of forgotten and third-party images itself, because how often, and with what added
-to the activations, is what evaluators differ in. All passes use running statistics in batch norms: with batch
-statistics a sample's loss would depend on its batch mates and on its own signed copies.
+An evaluator reaches the per-sample gradients g_i and describes them by features (`Evaluator.features`). Who compares
+them gives back Phi with its gradient in the features, and from that the evaluator makes the term whose gradient in the
+weights is that of Phi (`Features.pull`). It runs the forwards of forgotten and third-party images itself, because how
+often, and with what added to the activations, is what evaluators differ in. All passes use running statistics in batch
+norms: with batch statistics a sample's loss would depend on its batch mates and on its own signed copies.
 
 Shapes: n = samples, k = features, V = branches, N = forget and third-party samples of this rank, forget first.
 """
@@ -15,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,8 @@ from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.errors import ConfigError
 from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.forward import Context, view_pair
 from distunlearn.objectives.memory_bank import Bank
-
-if TYPE_CHECKING:
-    from distunlearn.objectives.forward import Context
 
 __all__ = [
     "Constrained",
@@ -38,11 +37,9 @@ __all__ = [
     "DifferencesConfig",
     "Evaluator",
     "LayersConfig",
-    "Look",
-    "Match",
+    "Features",
     "SketchedConfig",
     "StepCheck",
-    "Views",
     "evaluator_class",
     "grad_wanted",
     "joined",
@@ -54,13 +51,6 @@ __all__ = [
     "views_by_pair",
     "without_graph",
 ]
-
-# look(ctx, batch, pair=, copies=, network=, momentum=, views=): `embed` with running statistics, labels settled.
-Look = Callable[..., Branches]
-# views(ctx, batch, pair) -> both views of every image: what `look` shows, made once for all passes of a step.
-Views = Callable[["Context", Batch, int], list[Tensor]]
-# match(forget [n, k] with graph, third [m, k]) -> Phi without graph, and the local term with Phi's gradient.
-Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 CHECKED_CHANGE = 0.05  # a finite difference that changes by more than this with half the step is not to be trusted
 CALIBRATION_CHUNK = 256  # images of one first pass over a whole role
@@ -84,6 +74,20 @@ class Constrained(NamedTuple):
     third: list[Branches]
     metrics: dict[str, float]
     places: list[Tensor]
+
+
+class Features(NamedTuple):
+    """What a step compares.
+
+    forget: [n, k], with a graph. third: [m, k]. None both: this evaluator compares no distributions.
+    pull: pull(phi, term), to be called once: phi is what the comparison found, without graph, and term a scalar of
+        that value whose gradient in `forget`, averaged over ranks, is that of Phi. An evaluator that compares nothing
+        has a penalty of its own and takes neither. Collective.
+    """
+
+    forget: Tensor | None
+    third: Tensor | None
+    pull: Callable[..., Constrained]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +124,13 @@ class Evaluator(ABC, Generic[Settings]):
         Config: settings, a frozen dataclass derived from `ConstraintConfig` whose `evaluator` has the evaluator's name
             as default.
         summary: what is compared, and how it is differentiated.
-        copies: how often `features` shows every image.
+        copies: how often `describe` shows every image.
         steps: of finite differences, by precision, where it takes any.
+
+    Args:
+        settings: the section `constraint`.
+        precision: of the run.
+        lasting: whether the graph of a pass is good for another backward after the first one.
     """
 
     name: ClassVar[str]
@@ -130,13 +139,8 @@ class Evaluator(ABC, Generic[Settings]):
     copies: ClassVar[int] = 1
     steps: ClassVar[Mapping[str, float]] = {}
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        self.cfg, self.look, self.views = cfg, look, views
-
-    @property
-    def settings(self) -> Settings:
-        """The evaluator's own section of the settings."""
-        return self.cfg.constraint  # type: ignore[return-value]
+    def __init__(self, settings: Settings, precision: str, lasting: bool = True) -> None:
+        self.settings, self.precision, self.lasting = settings, precision, lasting
 
     @classmethod
     def problems(cls, cfg: RunConfig) -> Iterator[str]:
@@ -144,16 +148,20 @@ class Evaluator(ABC, Generic[Settings]):
         return iter(())
 
     @abstractmethod
-    def features(
+    def describe(
         self, ctx: Context, batch: Batch, bank: Bank | None, draw: int
     ) -> tuple[Tensor | None, list[Branches]]:
-        """Description of every sample's gradient, [n, k] (None: this evaluator compares no distributions), and the
-        branches it was made from; both may lack a graph. `draw` numbers the random projections.
+        """Features of every sample's gradient, [n, k] (None: this evaluator compares no distributions), and the
+        branches they were made from; both may lack a graph. `draw` numbers the random projections.
         """
 
     @abstractmethod
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """The constraint of one step. Collective: all ranks call it together."""
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """What the constraint of one step compares. Collective: all ranks call it together."""
+
+    def shown_once(self, forget: int, third: int) -> bool:
+        """Whether third-party images go through the encoder once a step, with so many images of both on a rank."""
+        return min(forget, third) > 0 and self.lasting
 
     def extra_images(self, objective: Objective, forget: int, third: int) -> int:
         """Images through an encoder per step and pair of views, beside one forward of forgotten and third-party images.
@@ -173,9 +181,11 @@ def mean_loss(ctx: Context, pairs: list[Branches], bank: Bank | None) -> Tensor:
     return torch.stack([ctx.objective.per_sample_loss(b, bank) for b in pairs]).mean(0)
 
 
-def views_by_pair(ctx: Context, batch: Batch, views: Views) -> list[list[Tensor]]:
-    """Both views of every image, by pair of views."""
-    return [views(ctx, batch, pair) for pair in range(ctx.cfg.constraint.view_pairs)]
+def views_by_pair(ctx: Context, batch: Batch) -> list[list[Tensor]]:
+    """Both views of every image, by pair of views, as precise as the weights: made once for all passes of a step."""
+    dtype = next(ctx.model.parameters()).dtype
+    pairs = range(ctx.cfg.constraint.view_pairs)
+    return [[view.to(dtype) for view in view_pair(ctx, batch, pair)] for pair in pairs]
 
 
 def reuse_targets(shown: Branches, first: Branches, copies: Tensor) -> Branches:
@@ -229,8 +239,8 @@ def shared(ctx: Context, count: int, total: int) -> AbstractContextManager[None]
 class StepCheck:
     """Compares finite differences at the step rho and at rho / 2, and says once when they disagree."""
 
-    def __init__(self, every: int, rho: float) -> None:
-        self.every, self.rho = every, rho
+    def __init__(self, evaluator: str, every: int, rho: float) -> None:
+        self.evaluator, self.every, self.rho = evaluator, every, rho
         self._warned = False
 
     def due(self, step: int) -> bool:
@@ -246,7 +256,7 @@ class StepCheck:
         if not change <= CHECKED_CHANGE and not self._warned:
             self._warned = True
             ctx.note(
-                f"warning: the finite difference of constraint.evaluator={ctx.cfg.constraint.evaluator} changes by "
+                f"warning: the finite difference of constraint.evaluator={self.evaluator} changes by "
                 f"{change if math.isfinite(change) else math.inf:.0%} when its step {self.rho:g} is halved, expected "
                 f"at most {CHECKED_CHANGE:.0%}; set constraint.rho, or use constraint.evaluator=head."
             )
@@ -256,10 +266,10 @@ class StepCheck:
 class Differences(Evaluator[DifferencesConfig]):
     """An evaluator that takes finite differences: rho is `constraint.rho`, or its own step for the run's precision."""
 
-    def __init__(self, cfg: RunConfig, look: Look, views: Views) -> None:
-        super().__init__(cfg, look, views)
-        self.rho = self.steps[cfg.precision] if self.settings.rho is None else self.settings.rho
-        self.check = StepCheck(self.settings.check_every, self.rho)
+    def __init__(self, settings: DifferencesConfig, precision: str, lasting: bool = True) -> None:
+        super().__init__(settings, precision, lasting)
+        self.rho = self.steps[precision] if settings.rho is None else settings.rho
+        self.check = StepCheck(self.name, settings.check_every, self.rho)
 
 
 def grad_wanted(fn: Any) -> Any:

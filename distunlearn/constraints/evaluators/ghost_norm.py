@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from distunlearn.constraints.evaluators.base import (
     Constrained,
     Differences,
     DifferencesConfig,
+    Features,
     LayersConfig,
-    Match,
     grad_wanted,
     joined,
     mean_loss,
@@ -28,16 +27,20 @@ from distunlearn.constraints.evaluators.base import (
     views_by_pair,
     without_graph,
 )
-from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass, two_pass_images
+from distunlearn.constraints.evaluators.two_passes import (
+    Measured,
+    constrained,
+    first_pass,
+    second_pass,
+    two_pass_images,
+)
 from distunlearn.constraints.gradients.ghost_norms import GhostGradients, Recorder
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
 from distunlearn.constraints.gradients.probes import probed_layers
 from distunlearn.data.schedule import Batch
 from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
-
-if TYPE_CHECKING:
-    from distunlearn.objectives.forward import Context
 
 __all__ = ["GhostNorm"]
 
@@ -58,48 +61,49 @@ class GhostNorm(Differences):
     steps = {"fp32": 5e-4, "bf16": 6e-3}  # length of a step in the space of all weights
 
     def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        return two_pass_images(self.cfg, objective.branches, forget, third)
+        return two_pass_images(objective.branches, forget, third, self.shown_once(forget, third))
 
-    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
-        """See `Evaluator.features`; without graph, and a part of the batch at a time."""
+    def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.describe`; without graph, and a part of the batch at a time."""
         found = []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
-            gradients, pairs = self._gradients(ctx, piece, bank, views_by_pair(ctx, piece, self.views), kept=0)
+            gradients, pairs = self._gradients(ctx, piece, bank, views_by_pair(ctx, piece), kept=0)
             found.append((_describe(gradients.norm()), [without_graph(b) for b in pairs]))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`."""
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """See `Evaluator.features`."""
 
         def measure(batch: Batch, viewed: list[list[Tensor]], lasting: bool) -> Measured:
             kept = 0 if lasting else len(forget)  # of third-party images only norms are needed
             gradients, pairs = self._gradients(ctx, batch, bank, viewed, kept, lasting)
             return Measured(gradients.norm(), gradients, pairs)
 
-        first = first_pass(ctx, forget, third, self.views, measure)
+        first = first_pass(ctx, forget, third, measure, self.shown_once(len(forget), len(third)))
         leaf = first.own.detach().requires_grad_()
-        phi, goal = match(_describe(leaf), _describe(first.others))
-        (weight,) = torch.autograd.grad(goal, leaf)
 
-        def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
+        def differences(weight: Tensor, rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
             """w_i [l_i(+) - l_i(-)] / 2 rho of this rank's samples, and what signed copies and third-party gave."""
             steps = rho / first.own.clamp_min(NORM_FLOOR)
 
             def added(copies: Tensor, signs: tuple[float, ...]) -> AbstractContextManager[None]:
                 return first.kept.armed(signs * ctx.objective.branches, steps)
 
-            difference, both, strangers = second_pass(ctx, first, bank, self.look, added, network)
+            difference, both, strangers = second_pass(ctx, first, bank, added, network)
             return weight * difference / (2 * rho), both, strangers
 
-        pulls, both, strangers = differences(self.rho)
-        metrics = {}
-        if self.check.due(ctx.step):
-            with torch.no_grad():
-                half, *_ = differences(self.rho / 2, ctx.first_pass)
-            metrics = self.check.compare(ctx, pulls, half)
-        pull = pulls.sum()
-        return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
+        def pull(phi: Tensor, goal: Tensor) -> Constrained:
+            (weight,) = torch.autograd.grad(goal, leaf)
+            pulls, both, strangers = differences(weight, self.rho)
+            metrics = {}
+            if self.check.due(ctx.step):
+                with torch.no_grad():
+                    half, *_ = differences(weight, self.rho / 2, ctx.first_pass)
+                metrics = self.check.compare(ctx, pulls, half)
+            return constrained(phi, goal, pulls, both, strangers, metrics)
+
+        return Features(_describe(leaf), _describe(first.others), pull)
 
     @grad_wanted
     def _gradients(
@@ -114,9 +118,9 @@ class GhostNorm(Differences):
         """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches, whose graph is
         used up if it is not `lasting`.
         """
-        recorder = Recorder(probed_layers(ctx.model, self.cfg.constraint.layers))
+        recorder = Recorder(probed_layers(ctx.model, self.settings.layers))
         with recorder.recording():
-            pairs = [self.look(ctx, batch, views=views, network=ctx.first_pass) for views in viewed]
+            pairs = [embed(ctx, batch, batchnorm="eval", views=views, network=ctx.first_pass) for views in viewed]
         total = mean_loss(ctx, pairs, bank).sum()
         try:
             gradients = recorder.gradients(total, len(batch), kept, lasting=lasting)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Match, SketchedConfig
+from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Features, SketchedConfig
 from distunlearn.constraints.gradients.last_layer import gradient_features, head_gradients, sketch_matrices
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
-
-if TYPE_CHECKING:
-    from distunlearn.objectives.forward import Context
 
 __all__ = ["Head"]
 
@@ -34,30 +31,34 @@ class Head(Evaluator[HeadConfig]):
     Config = HeadConfig
     summary = "log norm and sketch of the last linear layer's gradient, in closed form"
 
-    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
-        """See `Evaluator.features`; the graph is that of the forward, if one is kept."""
+    def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.describe`; the graph is that of the forward, if one is kept."""
         pairs = self._pairs(ctx, batch)
-        return self._describe(ctx, pairs, bank, draw), pairs
+        return self._described(ctx, pairs, bank, draw), pairs
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`."""
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """See `Evaluator.features`."""
         pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
         count = len(forget)
         forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
-        phi, term = match(*(self._describe(ctx, part, bank, ctx.projection) for part in (forget_part, third_part)))
-        places = [place for b in forget_part for place in (b.output, b.hidden)]
-        return Constrained(phi, term, forget_part, third_part, {}, places)
+        compared = [self._described(ctx, part, bank, ctx.projection) for part in (forget_part, third_part)]
+
+        def pull(phi: Tensor, term: Tensor) -> Constrained:
+            places = [place for b in forget_part for place in (b.output, b.hidden)]
+            return Constrained(phi, term, forget_part, third_part, {}, places)
+
+        return Features(*compared, pull)
 
     def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
-        return [self.look(ctx, batch, pair=pair) for pair in range(self.settings.view_pairs)]
+        return [embed(ctx, batch, batchnorm="eval", pair=pair) for pair in range(self.settings.view_pairs)]
 
-    def _describe(self, ctx: Context, pairs: list[Branches], bank: Bank | None, draw: int) -> Tensor:
+    def _described(self, ctx: Context, pairs: list[Branches], bank: Bank | None, draw: int) -> Tensor:
         """The gradient of the loss averaged over pairs is one gradient over the branches of all pairs."""
         shape = self.settings
         deltas = [ctx.objective.per_sample_delta(b, bank) / len(pairs) for b in pairs]
         gradients = head_gradients(torch.cat([b.hidden for b in pairs]), torch.cat(deltas))
         out_matrix, in_matrix = sketch_matrices(
-            self.cfg.seed, draw, deltas[0].shape[-1], pairs[0].hidden.shape[-1], shape.sketch_out, shape.sketch_in,
+            ctx.cfg.seed, draw, deltas[0].shape[-1], pairs[0].hidden.shape[-1], shape.sketch_out, shape.sketch_in,
             device=gradients.delta.device, dtype=gradients.delta.dtype,
         )  # fmt: skip
         return gradient_features(gradients, out_matrix, in_matrix)

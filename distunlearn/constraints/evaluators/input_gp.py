@@ -13,8 +13,10 @@ The gradient's length is differentiated along its own direction v_i, held (envel
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from distunlearn.constraints.evaluators.base import (
     Constrained,
     Differences,
     DifferencesConfig,
-    Match,
+    Features,
     grad_wanted,
     reuse_targets,
     shared,
@@ -34,12 +36,8 @@ from distunlearn.constraints.evaluators.base import (
 from distunlearn.data.schedule import Batch, concat_batches, random_words
 from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean, gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from distunlearn.objectives.forward import Context
 
 __all__ = ["InputGP"]
 
@@ -63,15 +61,18 @@ class InputGP(Differences):
     def extra_images(self, objective: Objective, forget: int, third: int) -> int:
         return objective.branches * (4 if objective.needs_momentum else 3) * forget
 
-    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[None, list[Branches]]:
-        """See `Evaluator.features`: None, and branches by pair of views."""
-        return None, [self.look(ctx, batch, pair=pair) for pair in range(self.settings.view_pairs)]
+    def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[None, list[Branches]]:
+        """See `Evaluator.describe`: None, and branches by pair of views."""
+        return None, [embed(ctx, batch, batchnorm="eval", pair=pair) for pair in range(self.settings.view_pairs)]
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`; `match` is not used."""
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """See `Evaluator.features`: None, and what pulls is the penalty."""
+        return Features(None, None, functools.partial(self._penalty, ctx, forget, third, bank))
+
+    def _penalty(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Constrained:
         batch, count = concat_batches(forget, third), len(forget)
-        viewed = views_by_pair(ctx, batch, self.views)
-        pairs = [self.look(ctx, batch, views=views) for views in viewed]
+        viewed = views_by_pair(ctx, batch)
+        pairs = [embed(ctx, batch, batchnorm="eval", views=views) for views in viewed]
         sizes = gather_sizes(count, ctx.device)
         scale = mean_scale(sizes) / len(pairs)
         penalty, term, places, wholes, halves = 0.0, 0.0, [], [], []
@@ -101,7 +102,7 @@ class InputGP(Differences):
         Partners and alphas go by the row in the global batch, so that they do not depend on the number of ranks.
         """
         rows = torch.arange(first, first + count, device=ctx.device)
-        words = random_words(first + count, "interpolate", self.cfg.seed, ctx.draw, pair)[first:]
+        words = random_words(first + count, "interpolate", ctx.cfg.seed, ctx.draw, pair)[first:]
         alpha = on_device((words >> 11) / 2.0**53, ctx.device)[:, None, None, None]
         mixed = []
         for view in views:
@@ -117,7 +118,8 @@ class InputGP(Differences):
         """|grad_x l_i| [n], its direction by view (0 for views without online branch), and the branches."""
         online = ctx.objective.branches
         leaves = [view.detach().requires_grad_() for view in views[:online]]
-        branches = self.look(ctx, forget, pair=pair, views=[*leaves, *views[online:]], network=ctx.first_pass)
+        shown = [*leaves, *views[online:]]
+        branches = embed(ctx, forget, batchnorm="eval", views=shown, network=ctx.first_pass)
         total = ctx.objective.per_sample_loss(branches, bank).sum()
         gradients = torch.stack(torch.autograd.grad(total, leaves))
         slopes = gradients.square().sum((0, 2, 3, 4)).sqrt()
@@ -143,9 +145,8 @@ class InputGP(Differences):
         signed = [torch.cat([x + rho * v, x - rho * v]) for x, v in zip(views, along, strict=True)]
         twice = torch.arange(count, device=ctx.device).repeat(2)
         with shared(ctx, count, 2 * count):
-            shown = self.look(
-                ctx, concat_batches(forget, forget), pair=pair, views=signed, network=network, momentum=False
-            )
+            twice_shown = concat_batches(forget, forget)
+            shown = embed(ctx, twice_shown, batchnorm="eval", views=signed, network=network, momentum=False)
         shown = reuse_targets(shown, first, twice)
         if places is not None:
             places.append(shown.output)

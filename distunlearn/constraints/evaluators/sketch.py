@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,8 +29,8 @@ from distunlearn.constraints.evaluators.base import (
     Differences,
     DifferencesConfig,
     Evaluator,
+    Features,
     LayersConfig,
-    Match,
     SketchedConfig,
     grad_wanted,
     joined,
@@ -40,29 +39,33 @@ from distunlearn.constraints.evaluators.base import (
     views_by_pair,
     without_graph,
 )
-from distunlearn.constraints.evaluators.two_passes import Measured, first_pass, second_pass, two_pass_images
+from distunlearn.constraints.evaluators.two_passes import (
+    Measured,
+    constrained,
+    first_pass,
+    second_pass,
+    two_pass_images,
+)
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
 from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
-
-if TYPE_CHECKING:
-    from distunlearn.objectives.forward import Context
 
 __all__ = ["DoubleBackward", "Sketch", "describe", "draw_probes"]
 
 
-def draw_probes(cfg: RunConfig, ctx: Context, draw: int) -> ProbeSet:
-    """The probes of one step on the layers that the config chooses.
+def draw_probes(settings: ProbesConfig, ctx: Context, draw: int) -> ProbeSet:
+    """The probes of one step on the layers that the settings choose.
 
     Raises:
         ConfigError: see `probed_layers`.
     """
-    layers = probed_layers(ctx.model, cfg.constraint.layers)
+    layers = probed_layers(ctx.model, settings.layers)
     dtype = next(ctx.model.parameters()).dtype
-    sizes = (cfg.constraint.sketch_out, cfg.constraint.sketch_in)
-    return ProbeSet(layers, *sizes, cfg.seed, draw, device=ctx.device, dtype=dtype)
+    sizes = (settings.sketch_out, settings.sketch_in)
+    return ProbeSet(layers, *sizes, ctx.cfg.seed, draw, device=ctx.device, dtype=dtype)
 
 
 def describe(sketches: Tensor) -> Tensor:
@@ -94,12 +97,12 @@ class DoubleBackwardConfig(ProbesConfig):
 class _Probing(Evaluator[ProbesConfig]):
     """The first pass: sketches of all samples of a batch."""
 
-    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
-        """See `Evaluator.features`; without graph, and a part of the batch at a time."""
-        probes, found = draw_probes(self.cfg, ctx, draw), []
+    def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.describe`; without graph, and a part of the batch at a time."""
+        probes, found = draw_probes(self.settings, ctx, draw), []
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
-            sketches, pairs = self._sketches(ctx, piece, bank, probes, views_by_pair(ctx, piece, self.views))
+            sketches, pairs = self._sketches(ctx, piece, bank, probes, views_by_pair(ctx, piece))
             found.append((describe(sketches), [without_graph(b) for b in pairs]))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
@@ -122,7 +125,7 @@ class _Probing(Evaluator[ProbesConfig]):
         attention = sdpa_kernel(SDPBackend.MATH) if exact else nullcontext()  # fused kernels differentiate once
         network = ctx.forward if exact else ctx.first_pass  # what the optimizer sees, or not
         with probes.listening(leaves, rows, twice=exact), attention:
-            pairs = [self.look(ctx, batch, views=views, network=network) for views in viewed]
+            pairs = [embed(ctx, batch, batchnorm="eval", views=views, network=network) for views in viewed]
             total = mean_loss(ctx, pairs, bank).sum()
             sketches = torch.autograd.grad(
                 total, leaves, retain_graph=exact or lasting, create_graph=exact, allow_unused=True
@@ -142,24 +145,20 @@ class Sketch(_Probing, Differences):
     steps = {"fp32": 5e-4, "bf16": 7e-3}
 
     def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        return two_pass_images(self.cfg, objective.branches, forget, third)
+        return two_pass_images(objective.branches, forget, third, self.shown_once(forget, third))
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`."""
-        probes = draw_probes(self.cfg, ctx, ctx.projection)
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """See `Evaluator.features`."""
+        probes = draw_probes(self.settings, ctx, ctx.projection)
 
         def measure(batch: Batch, viewed: list[list[Tensor]], lasting: bool) -> Measured:
             sketches, pairs = self._sketches(ctx, batch, bank, probes, viewed, lasting=lasting)
             return Measured(sketches, None, pairs)
 
-        first = first_pass(ctx, forget, third, self.views, measure)
+        first = first_pass(ctx, forget, third, measure, self.shown_once(len(forget), len(third)))
         leaf = first.own.detach().requires_grad_()
-        phi, goal = match(describe(leaf), describe(first.others))
-        (cotangent,) = torch.autograd.grad(goal, leaf)
-        size = cotangent.flatten(1).norm(dim=1)
-        unit = cotangent / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None, None]
 
-        def differences(rho: float, network=None) -> tuple[Tensor, list[Branches], list[Branches]]:
+        def differences(size: Tensor, unit: Tensor, rho: float, network=None) -> tuple[Tensor, list, list]:
             """e_i <V_i, S_i> / rho of this rank's samples, and what the signed copies and third-party gave."""
 
             def added(copies: Tensor, signs: tuple[float, ...]) -> AbstractContextManager[None]:
@@ -167,17 +166,22 @@ class Sketch(_Probing, Differences):
                 rows = copies.clamp_max(first.count - 1).repeat(branches)  # third-party: any core, its sign is 0
                 return probes.armed((rho * unit).unbind(1), rows, signs * branches)
 
-            difference, both, strangers = second_pass(ctx, first, bank, self.look, added, network)
+            difference, both, strangers = second_pass(ctx, first, bank, added, network)
             return size * difference / (2 * rho), both, strangers
 
-        pulls, both, strangers = differences(self.rho)
-        metrics = {}
-        if self.check.due(ctx.step):
-            with torch.no_grad():
-                half, *_ = differences(self.rho / 2, ctx.first_pass)
-            metrics = self.check.compare(ctx, pulls, half)
-        pull = pulls.sum()
-        return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
+        def pull(phi: Tensor, goal: Tensor) -> Constrained:
+            (cotangent,) = torch.autograd.grad(goal, leaf)
+            size = cotangent.flatten(1).norm(dim=1)
+            unit = cotangent / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None, None, None]
+            pulls, both, strangers = differences(size, unit, self.rho)
+            metrics = {}
+            if self.check.due(ctx.step):
+                with torch.no_grad():
+                    half, *_ = differences(size, unit, self.rho / 2, ctx.first_pass)
+                metrics = self.check.compare(ctx, pulls, half)
+            return constrained(phi, goal, pulls, both, strangers, metrics)
+
+        return Features(describe(leaf), describe(first.others), pull)
 
 
 class DoubleBackward(_Probing):
@@ -195,12 +199,15 @@ class DoubleBackward(_Probing):
                 f"backend={cfg.backend}; set constraint.evaluator=sketch, or backend=ddp"
             )
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`."""
-        probes, count = draw_probes(self.cfg, ctx, ctx.projection), len(forget)
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """See `Evaluator.features`."""
+        probes, count = draw_probes(self.settings, ctx, ctx.projection), len(forget)
         batch = concat_batches(forget, third)
-        sketches, pairs = self._sketches(ctx, batch, bank, probes, views_by_pair(ctx, batch, self.views), exact=True)
+        sketches, pairs = self._sketches(ctx, batch, bank, probes, views_by_pair(ctx, batch), exact=True)
         own = sketches[:count]
-        phi, term = match(describe(own), describe(sketches[count:]))
-        parts = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
-        return Constrained(phi, term, *parts, {}, [own])
+        parts = [[b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None))]
+
+        def pull(phi: Tensor, term: Tensor) -> Constrained:
+            return Constrained(phi, term, *parts, {}, [own])
+
+        return Features(describe(own), describe(sketches[count:]), pull)

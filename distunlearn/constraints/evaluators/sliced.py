@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from distunlearn.constraints.evaluators.base import (
     Constrained,
     Differences,
     DifferencesConfig,
-    Match,
+    Features,
     joined,
     mean_loss,
     reuse_targets,
@@ -34,10 +33,8 @@ from distunlearn.constraints.evaluators.sketch import ProbesConfig, draw_probes
 from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
-
-if TYPE_CHECKING:
-    from distunlearn.objectives.forward import Context
 
 __all__ = ["Sliced", "direction"]
 
@@ -79,10 +76,10 @@ class Sliced(Differences):
     def extra_images(self, objective: Objective, forget: int, third: int) -> int:
         return objective.branches * (forget + 2 * third)
 
-    def features(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
-        """See `Evaluator.features`; without graph, and a part of the batch at a time."""
-        probes, found = draw_probes(self.cfg, ctx, draw), []
-        core = direction(probes, self.cfg.seed, draw)
+    def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
+        """See `Evaluator.describe`; without graph, and a part of the batch at a time."""
+        probes, found = draw_probes(self.settings, ctx, draw), []
+        core = direction(probes, ctx.cfg.seed, draw)
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
             with torch.no_grad():
@@ -91,25 +88,28 @@ class Sliced(Differences):
             found.append((values[:, None], both))
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
-    def constrain(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None, match: Match) -> Constrained:
-        """See `Evaluator.constrain`."""
-        count, probes = len(forget), draw_probes(self.cfg, ctx, ctx.projection)
-        core = direction(probes, self.cfg.seed, ctx.projection)
+    def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
+        """See `Evaluator.features`."""
+        count, probes = len(forget), draw_probes(self.settings, ctx, ctx.projection)
+        core = direction(probes, ctx.cfg.seed, ctx.projection)
         shown = self._shown(ctx, concat_batches(forget, third), count, probes, core, self.rho)
         values, both = self._values(ctx, shown, count, bank, self.rho)
         strangers = [b.part(slice(2 * count, None)) for b in shown]
         with torch.no_grad():
             still = self._shown(ctx, third, len(third), probes, core, self.rho, strangers)
             others, _ = self._values(ctx, still, len(third), bank, self.rho)
-        phi, term = match(values[:, None], others[:, None])
-        metrics = {}
-        if self.check.due(ctx.step):
-            with torch.no_grad():
-                first = both[: len(shown)]
-                again = self._shown(ctx, forget, count, probes, core, self.rho / 2, first)
-                half, _ = self._values(ctx, again, count, bank, self.rho / 2)
-            metrics = self.check.compare(ctx, values, half)
-        return Constrained(phi, term, both, strangers, metrics, [values])
+
+        def pull(phi: Tensor, term: Tensor) -> Constrained:
+            metrics = {}
+            if self.check.due(ctx.step):
+                with torch.no_grad():
+                    first = both[: len(shown)]
+                    again = self._shown(ctx, forget, count, probes, core, self.rho / 2, first)
+                    half, _ = self._values(ctx, again, count, bank, self.rho / 2)
+                metrics = self.check.compare(ctx, values, half)
+            return Constrained(phi, term, both, strangers, metrics, [values])
+
+        return Features(values[:, None], others[:, None], pull)
 
     def _shown(
         self,
@@ -131,7 +131,7 @@ class Sliced(Differences):
         moved = [rho * part for part in core]
         with probes.armed(moved, rows, signs * branches), shared(ctx, count, len(copies)):
             shown = [
-                self.look(ctx, batch, pair=pair, copies=copies, momentum=targets is None)
+                embed(ctx, batch, batchnorm="eval", pair=pair, copies=copies, momentum=targets is None)
                 for pair in range(self.settings.view_pairs)
             ]
         if targets is None:

@@ -5,7 +5,7 @@ forgotten image with +e and with -e added, and the difference of both losses has
 
 Phi does not move third-party images, so they need no copies: only a graph, for the terms on their outputs. That of the
 first pass will do, and saves them a second forward. It is kept where the same weights are still in place at the step's
-backward (see `shown_once`); elsewhere third-party images come along in the second pass.
+backward (`once`); elsewhere third-party images come along in the second pass.
 
 Shapes: n forgotten and m third-party images of this rank.
 """
@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from distunlearn.config.checks import SHARDED
-from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.evaluators.base import (
-    Look,
-    Views,
+    Constrained,
     mean_loss,
     reuse_targets,
     shared,
@@ -32,12 +29,10 @@ from distunlearn.constraints.evaluators.base import (
 )
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.objectives.base import Branches
+from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-if TYPE_CHECKING:
-    from distunlearn.objectives.forward import Context
-
-__all__ = ["FirstPass", "Measured", "first_pass", "second_pass", "shown_once", "two_pass_images"]
+__all__ = ["FirstPass", "Measured", "constrained", "first_pass", "second_pass", "two_pass_images"]
 
 
 class Measured(NamedTuple):
@@ -70,25 +65,19 @@ class FirstPass(NamedTuple):
     strangers: list[Branches] | None
 
 
-def shown_once(cfg: RunConfig, forget: int, third: int) -> bool:
-    """Whether third-party images go through the encoder once a step, with so many images of both on a rank.
-
-    Not where the graph of a pass is good for one backward: where sharded weights are gathered for it and let go
-    afterwards, and in compiled blocks, which may use up what they keep.
-    """
-    return min(forget, third) > 0 and cfg.backend not in SHARDED and not cfg.runtime.compile
-
-
-def two_pass_images(cfg: RunConfig, branches: int, forget: int, third: int) -> int:
+def two_pass_images(branches: int, forget: int, third: int, once: bool) -> int:
     """Images per step and pair of views beside one forward of both, see `Evaluator.extra_images`."""
-    return branches * (2 * forget + (0 if shown_once(cfg, forget, third) else third))
+    return branches * (2 * forget + (0 if once else third))
 
 
-def first_pass(ctx: Context, forget: Batch, third: Batch, views: Views, measure: Measure) -> FirstPass:
-    """Measure forgotten and third-party images, in one pass, or in two of which the second one's graph is kept."""
+def first_pass(ctx: Context, forget: Batch, third: Batch, measure: Measure, once: bool) -> FirstPass:
+    """Measure forgotten and third-party images, in one pass, or in two of which the second one's graph is kept.
+
+    once: third-party images go through the encoder once a step, see `Evaluator.shown_once`.
+    """
     both, count = concat_batches(forget, third), len(forget)
-    viewed = views_by_pair(ctx, both, views)
-    if not shown_once(ctx.cfg, count, len(third)):
+    viewed = views_by_pair(ctx, both)
+    if not once:
         found = measure(both, viewed, False)
         seen = [without_graph(b) for b in found.pairs]
         return FirstPass(found.values[:count], found.values[count:], found.kept, count, both, viewed, seen, None)
@@ -104,7 +93,6 @@ def second_pass(
     ctx: Context,
     first: FirstPass,
     bank: Bank | None,
-    look: Look,
     added: Callable[[Tensor, tuple[float, ...]], AbstractContextManager[None]],
     network: Callable | None = None,
 ) -> tuple[Tensor, list[Branches], list[Branches]]:
@@ -117,7 +105,7 @@ def second_pass(
     copies, signs = signed_copies(count, len(first.shown), ctx.device)
     with added(copies, signs), shared(ctx, count, len(copies)):
         pairs = [
-            look(ctx, first.shown, views=views, copies=copies, network=network, momentum=False)
+            embed(ctx, first.shown, batchnorm="eval", views=views, copies=copies, network=network, momentum=False)
             for views in first.viewed
         ]
     pairs = [reuse_targets(b, seen, copies) for b, seen in zip(pairs, first.seen, strict=True)]
@@ -126,3 +114,11 @@ def second_pass(
     if strangers is None:
         strangers = [b.part(slice(2 * count, None)) for b in pairs]
     return mean_loss(ctx, plus, bank) - mean_loss(ctx, minus, bank), plus + minus, strangers
+
+
+def constrained(
+    phi: Tensor, goal: Tensor, pulls: Tensor, both: list[Branches], strangers: list[Branches], metrics: dict[str, float]
+) -> Constrained:
+    """The term has the value of `goal` and the gradient of the sum of `pulls`, which are of this rank's samples."""
+    pull = pulls.sum()
+    return Constrained(phi, pull + (goal - pull).detach(), both, strangers, metrics, [b.output for b in both])
