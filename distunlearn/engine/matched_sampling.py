@@ -1,16 +1,15 @@
-"""`unlearn.third_party_sampling=matched`: how often each third-party image comes, by what the encoder sees in it.
+"""How often each image of a feeder comes, where the method weighs them by what the original encoder sees in them.
 
 The looks are shared out over the ranks in pieces of fixed size, so that they are the same on any number of ranks; the
-main rank weighs (`constraints/counterparts`), and what it found is kept in the run directory: a run that goes on draws
-by the same shares.
+main rank asks the method's sampling for the weights, and what it found is kept in the run directory: a run that goes on
+draws by the same shares.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,77 +24,57 @@ from distunlearn.data.augmentations import plain_view
 from distunlearn.data.schedule import permutation
 from distunlearn.distributed.collectives import all_gather_uneven
 from distunlearn.encoders.model import ContrastiveModel, batchnorm_mode
+from distunlearn.engine.session import Session
 from distunlearn.errors import DataError, DistunlearnError
-from distunlearn.methods.third_party_weights import Look, counterpart_weights, effective_number, inclusion_shares
+from distunlearn.methods.base import Method
+from distunlearn.methods.third_party_weights import Look, MatchedSampling, effective_number, inclusion_shares
 from distunlearn.objectives.forward import random_views
 from distunlearn.objectives.memory_bank import normalise
 
-if TYPE_CHECKING:
-    from distunlearn.engine.session import Session
-    from distunlearn.methods.base import Method
-
-__all__ = ["LOOK_LIMIT", "LOOK_VIEWS", "feeder_shares", "look", "looked_at", "third_party_shares"]
+__all__ = ["LOOK_LIMIT", "LOOK_VIEWS", "feeder_shares", "look", "looked_at"]
 
 LOOK_VIEWS = 4  # of each image: 6 pairs
-LOOK_LIMIT = 32768  # images of a role that are looked at; those that are left out of the third party never come
+LOOK_LIMIT = 32768  # images of a role that are looked at; of a weighed feeder the others never come
 LOOK_EPOCH = (1 << 32) + (1 << 16)  # views of their own, far from any training's and from calibration's
-ROLES = ("forget", "retain", "third_party")
 FACTS = "counterparts.json"
 SHARES = "counterparts.safetensors"
 _PIECE = 64  # images
 
 
-def looked_at(counts: Mapping[str, int]) -> int:
-    """Images through the original encoder, from the number of images of each role."""
-    return (LOOK_VIEWS + 1) * sum(min(counts[role], LOOK_LIMIT) for role in ROLES)
+def looked_at(counts: Iterable[int]) -> int:
+    """Images through the original encoder, from the number of images of each role that is looked at."""
+    return (LOOK_VIEWS + 1) * sum(min(count, LOOK_LIMIT) for count in counts)
 
 
 def feeder_shares(
     session: Session, phase: str, method: Method, model: ContrastiveModel, folder: Path, digest: str
 ) -> tuple[dict[str, np.ndarray], float]:
-    """By feeder the shares of `third_party_shares`, and the images that were looked at for them; nothing where every
-    image comes in every epoch. Collective; arguments as there, and the phase that is about to begin with its method.
-    """
-    cfg = session.cfg
-    matched = phase == "unlearn" and cfg.unlearn.third_party_sampling == "matched"
-    if not matched or "third_party" not in method.batch_sizes():
-        return {}, 0.0
-    shares, facts = third_party_shares(session, model, folder, digest)
-    return {"third_party": shares}, facts["looked_at"]
-
-
-def third_party_shares(
-    session: Session, model: ContrastiveModel, folder: Path, digest: str
-) -> tuple[np.ndarray, dict[str, float]]:
-    """In which share of its epochs each third-party image comes (see `inclusion_shares`), and figures. Collective.
+    """By feeder in which share of its epochs each image comes, and the images that were looked at to find it; nothing
+    where every image comes in every epoch. Collective.
 
     Args:
+        phase, method: what is about to begin; the method says whose images are weighed, and how.
         model: the original encoder, whole, on this rank's device.
-        folder: where it is kept, or has been by a run of the same digest.
+        folder: where the shares are kept, or have been by a run of the same digest.
 
     Returns:
-        float64 [t] in the order of the manifest; and "images" (of an epoch), "available", "effective" (as how many
-        equally likely ones they count), "nearest" and "nearest_retained" (mean cosine of a forgotten and of a retained
-        image to the third-party image most like it: far below, the forgotten have no counterparts), "looked_at".
+        float64 [t] in the order of the manifest (see `inclusion_shares`), and the number.
 
     Raises:
         DataError: an image cannot be read; no image of a role can be decoded; what is kept is not what was written.
     """
-    world = session.world
+    sampling, world = method.sampling(), session.world
+    if sampling is None:
+        return {}, 0.0
     kept = world.broadcast_object(world.on_main(lambda: _kept(folder, digest)))
     if kept is None:
-        ids = {role: _chosen(session, role) for role in ROLES}
+        ids = {role: _chosen(session, role) for role in sampling.roles}
         looks = {role: _look(session, model, chosen) for role, chosen in ids.items()}
-        kept = world.broadcast_object(world.on_main(lambda: _weigh(session, ids, looks, folder, digest)))
-        facts = kept[1]
-        session.telemetry.note(
-            "unlearn",
-            f"third-party images are drawn by how much they are like the forgotten ones: {facts['images']:.0f} of "
-            f"{facts['available']:.0f} an epoch, which count as {facts['effective']:.0f} equally likely ones; nearest "
-            f"cosine {facts['nearest']:.3f} (of retained images {facts['nearest_retained']:.3f})",
-        )
-        session.telemetry.log("unlearn", 0, {f"start/counterparts_{name}": value for name, value in facts.items()})
-    return kept
+        kept = world.broadcast_object(world.on_main(lambda: _weigh(session, sampling, ids, looks, folder, digest)))
+        session.telemetry.note(phase, sampling.text(kept[1]))
+        session.telemetry.log(phase, 0, {f"start/counterparts_{name}": value for name, value in kept[1].items()})
+    shares, facts = kept
+    return {sampling.feeder: shares}, facts["looked_at"]
 
 
 def _kept(folder: Path, digest: str) -> tuple[np.ndarray, dict[str, float]] | None:
@@ -175,7 +154,12 @@ def _look_at(session: Session, model: ContrastiveModel, ids: list[str]) -> Tenso
 
 
 def _weigh(
-    session: Session, ids: dict[str, list[str]], looks: dict[str, Tensor], folder: Path, digest: str
+    session: Session,
+    sampling: MatchedSampling,
+    ids: dict[str, list[str]],
+    looks: dict[str, Tensor],
+    folder: Path,
+    digest: str,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Shares and figures from the looks; written, so that an attempt that goes on has them."""
     seen, decoded = {}, {}
@@ -185,28 +169,20 @@ def _weigh(
             raise DataError(f"No image of role {role} can be decoded; replace the files and prepare again.")
         there = found[decoded[role]].to(session.backend.device)
         seen[role] = Look(there[:, :-2], there[:, -2])
-    weights = counterpart_weights(seen["forget"], seen["retain"], seen["third_party"])
-    place = {sample_id: row for row, sample_id in enumerate(session.manifest.ids("third_party"))}
+    weights, figures = sampling.weigh(seen)
+    place = {sample_id: row for row, sample_id in enumerate(session.manifest.ids(sampling.feeder))}
     shares = np.zeros(len(place))
-    rows = [place[i] for i, fine in zip(ids["third_party"], decoded["third_party"].tolist(), strict=True) if fine]
+    rows = [place[i] for i, fine in zip(ids[sampling.feeder], decoded[sampling.feeder].tolist(), strict=True) if fine]
     shares[rows] = inclusion_shares(weights).numpy()
-    nearest = {role: _nearest(seen[role], seen["third_party"]) for role in ("forget", "retain")}
     facts = {
         "images": float(round(shares.sum())),
         "available": float(len(shares)),
         "effective": effective_number(weights),
-        "nearest": nearest["forget"],
-        "nearest_retained": nearest["retain"],
-        "looked_at": float(looked_at({role: len(chosen) for role, chosen in ids.items()})),
+        **figures,
+        "looked_at": float(looked_at(map(len, ids.values()))),
     }
     session.ledger.may_write()
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SHARES, {"shares": torch.from_numpy(shares)})
     write_json(folder / FACTS, {"digest": digest, **facts})
     return shares, facts
-
-
-def _nearest(seen: Look, third: Look) -> float:
-    """Mean over the images of the cosine to the third-party image that is most like it."""
-    best = [part @ third.direction.mT for part in seen.direction.split(1024)]
-    return float(torch.cat([part.max(1).values for part in best]).mean())

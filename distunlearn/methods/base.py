@@ -21,6 +21,7 @@ from distunlearn.config.schema import MethodConfig, RunConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import ConfigError
 from distunlearn.methods.search_space import Space
+from distunlearn.methods.third_party_weights import MatchedSampling
 from distunlearn.objectives.base import Objective, objective_class
 from distunlearn.objectives.forward import Context
 
@@ -114,6 +115,11 @@ class Method(ABC, Generic[Settings]):
     def images_per_step(self, objective: Objective, step: int) -> int:
         """Images that `loss` passes through an encoder, for the plan of a run; here every view of every batch once."""
         return objective.branches * (2 if objective.needs_momentum else 1) * sum(self.batch_sizes().values())
+
+    def sampling(self) -> MatchedSampling | None:
+        """What weighs the images of a feeder of which not each comes in every epoch; None: each does."""
+        matched = self.cfg.unlearn.third_party_sampling == "matched"
+        return MatchedSampling() if matched and MatchedSampling.feeder in self.batch_sizes() else None
 
     def calibration_images(self, objective: Objective, counts: Mapping[str, int]) -> int:
         """Images that `calibrate` passes through an encoder. counts: those that `sample` gives, by role."""

@@ -26,12 +26,13 @@ neighbours get no more, and what training does to ranks cancels. w_j is at most 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["NEIGHBOURS", "Look", "counterpart_weights", "effective_number", "inclusion_shares"]
+__all__ = ["NEIGHBOURS", "Look", "MatchedSampling", "counterpart_weights", "effective_number", "inclusion_shares"]
 
 NEIGHBOURS = 50
 WIDTH = 0.1  # of the kernel over ranks
@@ -44,6 +45,37 @@ class Look(NamedTuple):
 
     direction: Tensor
     agreement: Tensor
+
+
+class MatchedSampling:
+    """`unlearn.third_party_sampling=matched`: which images are encoded for it, and how it weighs those of a feeder."""
+
+    feeder = "third_party"
+    roles = ("forget", "retain", "third_party")
+
+    def weigh(self, looks: Mapping[str, Look]) -> tuple[Tensor, dict[str, float]]:
+        """Weights of the images of `feeder` (see `counterpart_weights`), and figures, from the looks by role.
+
+        Figures: "nearest" and "nearest_retained", the mean cosine of a forgotten and of a retained image to the
+        third-party image most like it. Far below: the forgotten images have no counterparts.
+        """
+        forget, retain, third = (looks[role] for role in self.roles)
+        figures = {"nearest": _nearest(forget, third), "nearest_retained": _nearest(retain, third)}
+        return counterpart_weights(forget, retain, third), figures
+
+    def text(self, facts: Mapping[str, float]) -> str:
+        """One line for people. facts: figures of `weigh`; and "images" of an epoch, "available" and "effective"."""
+        return (
+            f"third-party images are drawn by how much they are like the forgotten ones: {facts['images']:.0f} of "
+            f"{facts['available']:.0f} an epoch, which count as {facts['effective']:.0f} equally likely ones; nearest "
+            f"cosine {facts['nearest']:.3f} (of retained images {facts['nearest_retained']:.3f})"
+        )
+
+
+def _nearest(members: Look, third: Look) -> float:
+    """Mean over the images of the cosine to the third-party image that is most like it."""
+    best = [part @ third.direction.mT for part in members.direction.split(1024)]
+    return float(torch.cat([part.max(1).values for part in best]).mean())
 
 
 def counterpart_weights(forget: Look, retain: Look, third: Look, neighbours: int = NEIGHBOURS) -> Tensor:

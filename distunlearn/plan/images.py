@@ -24,7 +24,7 @@ def phase_images(cfg: RunConfig, method: Method, steps: int) -> int:
 
 def calibration_images(cfg: RunConfig, method: Method, counts: Mapping[str, int]) -> int:
     """Images through an encoder before the first step: the method's calibration, the looks of a matched sampling."""
-    matched = cfg.unlearn.third_party_sampling == "matched" and "third_party" in method.needs
     sampled = {role: min(count, CALIBRATION_LIMIT) for role, count in counts.items()}
     calibration = method.calibration_images(make_objective(cfg.objective), sampled)
-    return calibration + (looked_at(counts) if matched else 0)
+    sampling = method.sampling()
+    return calibration + (0 if sampling is None else looked_at(counts[role] for role in sampling.roles))
