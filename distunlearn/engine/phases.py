@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +42,6 @@ from distunlearn.methods import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context
-
-if TYPE_CHECKING:
-    from distunlearn.engine.session import Session
 
 __all__ = ["Session", "Trained", "is_done", "load_trained", "pretrain", "retrain", "unlearn"]
 

@@ -110,16 +110,14 @@ def duration(seconds: float) -> str:
 
 
 def _open_bar(stream: IO[str], phase: str, total: int, start: int) -> tuple[Any, Any]:
-    from rich.console import Console  # only where there is a terminal
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as RichProgress
+    from rich import console, progress  # only where there is a terminal
 
-    bar = RichProgress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        console=Console(file=stream),
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[figures]}", markup=False),
+        console=console.Console(file=stream),
         refresh_per_second=4,
         redirect_stdout=False,
         redirect_stderr=False,

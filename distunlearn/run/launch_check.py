@@ -12,16 +12,16 @@ import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from distunlearn.common.text import printable
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest, has_manifest
 from distunlearn.encoders.model import build_model
-from distunlearn.engine.backends import open_backend
+from distunlearn.engine.backends import Backend, open_backend
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.phases import FEEDER_ROLES
 from distunlearn.engine.provenance import require_one_run
@@ -29,10 +29,6 @@ from distunlearn.engine.run_directory import shards_folder, shards_remote
 from distunlearn.methods import method_class
 from distunlearn.methods.training import Pretrain
 from distunlearn.objectives.base import objective_class
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-    from distunlearn.engine.backends import Backend
 
 __all__ = ["check_launch", "sample_problems"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from distunlearn.distributed.collectives import sum_over_ranks
 from distunlearn.encoders.blocks import shard_units
+from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, part
 from distunlearn.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from distunlearn.encoders.model import MomentumEncoder
 
 __all__ = ["FSDP2"]
 

@@ -11,22 +11,20 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distunlearn.config.schema import RunConfig
 from distunlearn.distributed.collectives import sum_over_ranks
 from distunlearn.distributed.world import World
+from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.optimizer_state import check_state, counter, is_per_weight
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, part, whole
 from distunlearn.errors import ConfigError, DataError, NumericsError
-
-if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
-    from distunlearn.encoders.model import MomentumEncoder
 
 __all__ = ["Zero", "zero_config"]
 
