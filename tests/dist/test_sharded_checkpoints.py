@@ -19,7 +19,8 @@ from toys import RATES, build, loss_of, optimizer_of
 from distunlearn.config.schema import CheckpointConfig
 from distunlearn.engine.backends.tensor_shards import whole
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
-from distunlearn.engine.checkpoint.format import OPTIMIZER, latest_checkpoint
+from distunlearn.engine.checkpoint.format import latest_checkpoint
+from distunlearn.engine.checkpoint.tensors import OPTIMIZER
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.preemption import StopRequest
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from distunlearn.engine.backends.tensor_shards import Piece
-from distunlearn.engine.checkpoint.format import OPTIMIZER, begin, commit, write_pieces
+from distunlearn.engine.checkpoint.format import begin, commit
+from distunlearn.engine.checkpoint.tensors import OPTIMIZER, write_pieces
 
 
 def save_checkpoint(

@@ -14,7 +14,8 @@ from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine.backends.tensor_shards import Piece, StoredTensor, part, whole
 from distunlearn.engine.checkpoint import format as module
-from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_checkpoint, write_pieces
+from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_checkpoint
+from distunlearn.engine.checkpoint.tensors import write_pieces
 from distunlearn.engine.optimizer import learning_rate, make_optimizer
 from distunlearn.errors import DataError
 

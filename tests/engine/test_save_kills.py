@@ -32,6 +32,7 @@ from distunlearn.config.schema import CheckpointConfig, RunConfig
 from distunlearn.common import files as f
 from distunlearn.common import tensors as t
 from distunlearn.engine.checkpoint import format as c
+from distunlearn.engine.checkpoint import tensors as d
 from distunlearn.engine.backends.base import Backend
 from distunlearn.distributed.world import World
 from distunlearn.engine.ledger import Ledger
@@ -54,8 +55,9 @@ def around(owner, name):
         event()
         return result
     setattr(owner, name, wrapped)
-for owner, name in ((c, "save_file"), (t, "save_file"), (f, "sync_path"), (c, "sync_path"),
-                    (c, "file_sha256"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
+for owner, name in ((d, "save_file"), (t, "save_file"), (f, "sync_path"), (c, "sync_path"),
+                    (d, "sync_path"), (d, "file_sha256"), (os, "replace"), (os, "fsync"), (os, "unlink"),
+                    (os, "rmdir"), (os, "mkdir")):
     around(owner, name)
 class Rank(World):
     def broadcast_object(self, value):

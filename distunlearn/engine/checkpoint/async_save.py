@@ -32,7 +32,6 @@ from distunlearn.encoders.weights import check_finite
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.tensor_shards import Piece
 from distunlearn.engine.checkpoint.format import (
-    OPTIMIZER,
     Checkpoint,
     begin,
     candidates,
@@ -41,8 +40,8 @@ from distunlearn.engine.checkpoint.format import (
     none_verifies,
     read_commit,
     verified,
-    write_pieces,
 )
+from distunlearn.engine.checkpoint.tensors import OPTIMIZER, write_pieces
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.preemption import StopRequest
 from distunlearn.errors import DataError, DistunlearnError, NumericsError, RankLostError

@@ -15,34 +15,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from distunlearn.common.files import file_sha256, sync_path, write_json
-from distunlearn.common.tensors import write_tensors
-from distunlearn.engine.backends.optimizer_state import nested
-from distunlearn.engine.backends.tensor_shards import Piece, Stored, StoredTensor, whole
 from distunlearn.errors import DataError
+
+if TYPE_CHECKING:  # torch is not loaded for a look at the folders
+    from torch import Tensor
+
+    from distunlearn.engine.backends.tensor_shards import Stored
 
 __all__ = [
     "Checkpoint", "begin", "candidates", "commit", "exposed", "latest_checkpoint", "none_verifies", "read_commit",
-    "verified", "write_json", "write_pieces", "write_tensors",
+    "verified",
 ]  # fmt: skip
 
 FORMAT = 2
 KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
-OPTIMIZER = "optimizer."
 STEP = re.compile(r"step-\d{8}")
 PLAIN = re.compile(r"[\w-][\w.-]*")  # a name in this folder, never a path
 
@@ -61,48 +58,24 @@ class Checkpoint:
         Raises:
             DataError: a file cannot be read, or pieces do not make up their tensor.
         """
-        files = [name for name in self.facts["files"] if name.endswith(".safetensors")]
-        try:
-            return _index([self.folder / name for name in sorted(files)])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.folder} cannot be read ({error}); delete it to use the one before.") from None
+        return self._tensors().read_state(self.folder, self.facts["files"])
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the optimizer, whole, on the CPU."""
-        return {name: whole(value) for name, value in self.state().items() if not name.startswith(OPTIMIZER)}
+        return self._tensors().whole_tensors(self.state())
 
     def optimizer(self) -> dict[str, Any]:
         """The optimizer's state, as `backends.optimizer_state` describes it."""
-        entries = ((n.removeprefix(OPTIMIZER), t) for n, t in self.state().items() if n.startswith(OPTIMIZER))
-        return nested(self.facts["optimizer"], entries)
+        return self._tensors().optimizer_state(self.state(), self.facts["optimizer"])
+
+    @staticmethod
+    def _tensors() -> ModuleType:
+        from distunlearn.engine.checkpoint import tensors  # not for who only asks which checkpoints there are
+
+        return tensors
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int, world: int, sharded: bool) -> dict[str, Any]:
-    """This rank's files of the checkpoint that is being made in `folder`, synced; what COMMIT.json says of them.
-
-    Args:
-        pieces: on the CPU, with memory of their own.
-    """
-    share = f"-{rank:05d}-of-{world:05d}" if sharded else ""
-    tensors: dict[str, dict[str, Tensor]] = {"state": {}, "optimizer": {}}
-    places: dict[str, dict[str, list]] = {"state": {}, "optimizer": {}}
-    for piece in pieces:
-        kind = "optimizer" if piece.name.startswith(OPTIMIZER) else "state"
-        if piece.start is not None and piece.values.numel() == 0:
-            continue
-        tensors[kind][piece.name] = piece.values
-        if piece.start is not None:
-            places[kind][piece.name] = [piece.start, list(piece.shape)]
-    files = {}
-    for kind, found in tensors.items():
-        path = folder / f"{kind}{share}.safetensors"
-        save_file(found, path, metadata={"pieces": json.dumps(places[kind])} if sharded else None)
-        sync_path(path)
-        files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-    return files
 
 
 def commit(
@@ -261,26 +234,3 @@ def _steps(folder: Path) -> list[Path]:
 
 def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def _index(paths: Sequence[Path]) -> dict[str, Stored]:
-    state: dict[str, Stored] = {}
-    pieces: dict[str, list] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        file = safe_open(path, framework="pt", device="cpu")
-        places = json.loads((file.metadata() or {}).get("pieces", "{}"))
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
-            if name not in places:
-                state[name] = file.get_tensor(name)
-                continue
-            start, shape = places[name]
-            found = file.get_slice(name)
-            pieces.setdefault(name, []).append((start, math.prod(found.get_shape()), _reader(found)))
-            if shapes.setdefault(name, tuple(shape)) != tuple(shape):
-                raise ValueError(f"the pieces of {name!r} are of different tensors")
-    return state | {name: StoredTensor(name, shapes[name], parts) for name, parts in pieces.items()}
-
-
-def _reader(found: Any) -> Callable[[int, int], Tensor]:
-    return lambda a, b: found[a:b]
