@@ -68,7 +68,7 @@ class Sweep:
                 raise ConfigError(f"--{option} is {getattr(self, option)}, expected at least 1")
         world = self.job.nodes * self.job.tasks if self.submit or self.dry_run else self.processes
         cfg = load_config(self.recipe, self.config, list(self.overrides), world=world)
-        what = sweep.Sweep(
+        what = sweep.Search(
             methods=_list("--methods", self.methods, str, "[scrub, finetune]"), trials=self.trials,
             seeds=_list("--seeds", self.seeds, int, "[0, 1, 2]"), search=self.search, attacks=self.attacks,
             validation_seed=self.validation_seed, search_seed=self.search_seed,

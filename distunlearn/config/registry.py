@@ -88,7 +88,7 @@ OBJECTIVE = Kind(
 EVALUATOR = Kind(
     "constraint", "evaluator", "head",
     {
-        "head": "distunlearn.constraints.evaluators.head:Head",
+        "head": "distunlearn.constraints.evaluators.head:LastLayer",
         "sketch": "distunlearn.constraints.evaluators.sketch:Sketch",
         "sliced": "distunlearn.constraints.evaluators.sliced:Sliced",
         "ghost_norm": "distunlearn.constraints.evaluators.ghost_norm:GhostNorm",

@@ -28,7 +28,7 @@ from distunlearn.data.manifest.manifest import COLUMNS, MANIFEST, SUMMARY, Manif
 from distunlearn.data.sources.tar_index import key_of
 from distunlearn.errors import DataError
 
-__all__ = ["Purge", "ids_digest", "plan_purge", "purge_shards", "purged_before"]
+__all__ = ["Purged", "ids_digest", "plan_purge", "purge_shards", "purged_before"]
 
 _END = 2 * tarfile.BLOCKSIZE  # zeros that end an archive
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -36,7 +36,7 @@ _AT_CWD = -100
 
 
 @dataclass(frozen=True)
-class Purge:
+class Purged:
     """What a purge removes, or removed.
 
     images: forgotten images in the shards. copies: other images with the very bytes of one of them, which stay.
@@ -58,7 +58,7 @@ class Purge:
         return asdict(self)
 
 
-def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purge:
+def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purged:
     """What `purge_shards` would do; nothing is written.
 
     Raises:
@@ -82,7 +82,7 @@ def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purge:
         raise DataError(f"all {len(gone)} images of {manifest.folder} are to be purged; delete the folder instead.")
     digests = {manifest.by_id[i].sha256 for i in gone}
     touched = {manifest.by_id[i].shard for i in gone}
-    return Purge(
+    return Purged(
         images=len(gone),
         copies=sum(s.sha256 in digests and s.id not in gone for s in manifest.samples),
         shards=len(touched),
@@ -97,7 +97,7 @@ def _ours(manifest: Manifest) -> set[str]:
     return {MANIFEST, SUMMARY, COLUMNS, *manifest.shard_files}
 
 
-def purged_before(folder: str | Path) -> Purge | None:
+def purged_before(folder: str | Path) -> Purged | None:
     """The record of the last purge, if it left nothing to forget; what a kill after it left beside the folder goes.
 
     Raises:
@@ -109,11 +109,11 @@ def purged_before(folder: str | Path) -> Purge | None:
         return None
     with _work_folder(Path(folder).resolve()):
         size = sum(shard.bytes for shard in manifest.shard_files.values())
-        return Purge(history["images"], history["copies"], 0, 0, size, size, history["manifests"][-1],
+        return Purged(history["images"], history["copies"], 0, 0, size, size, history["manifests"][-1],
                      manifest.fingerprint)  # fmt: skip
 
 
-def purge_shards(folder: str | Path, ids: Collection[str]) -> Purge:
+def purge_shards(folder: str | Path, ids: Collection[str]) -> Purged:
     """Replace the shards and the manifest in `folder` by ones without the images `ids`; all of it or nothing.
 
     Raises:
@@ -160,7 +160,7 @@ def _work_folder(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _write(manifest: Manifest, gone: set[str], work: Path, planned: Purge) -> Manifest:
+def _write(manifest: Manifest, gone: set[str], work: Path, planned: Purged) -> Manifest:
     """The new shards and their manifest, durable, in `work`."""
     samples: list[Sample] = []
     files: dict[str, Shard] = {}

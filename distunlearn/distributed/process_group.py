@@ -27,7 +27,7 @@ GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 # How long a rank waits for the others once they have met (before: `join_s`). The main rank prepares data and audits
 # alone, hence so long; a process that dies is noticed at once, one that hangs in training by `engine/watch.py`.
-PATIENCE = timedelta(hours=2)
+WAIT_LIMIT = timedelta(hours=2)
 
 
 def join(cfg: RunConfig) -> World:
@@ -95,9 +95,9 @@ def _enter(world: int, device: torch.device, join_s: float) -> None:
         dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     else:
         store, rank = meet(world, needs_local_rank=device.type == "cuda", patience=timedelta(seconds=join_s))
-        store.set_timeout(PATIENCE)
+        store.set_timeout(WAIT_LIMIT)
         try:
-            dist.init_process_group(name, store=store, rank=rank, world_size=world, timeout=PATIENCE, device_id=bound)
+            dist.init_process_group(name, store=store, rank=rank, world_size=world, timeout=WAIT_LIMIT, device_id=bound)
         except (dist.DistError, TimeoutError) as error:
             raise RankLostError(
                 f"rank {rank} of {world} did not connect to the others ({str(error).splitlines()[0]}); check that "

@@ -42,7 +42,7 @@ from distunlearn.run import pipeline
 from distunlearn.sweep.results import average_gap, choose, facts, gaps, page, strongest
 
 __all__ = [
-    "STAGES", "Sweep", "Task", "open_stages", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task",
+    "STAGES", "Search", "Task", "open_stages", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task",
     "write_chosen", "write_results",
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ ERRORS = {error.exit_code: error for error in (ConfigError, DataError, RankLostE
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Search:
     """What to search. trials: runs for each method, the first of them with the recipe's own settings."""
 
     methods: tuple[str, ...]
@@ -80,7 +80,7 @@ class Task:
 # -- planning ----------------------------------------------------------------------------------------------------------
 
 
-def prepare_sweep(cfg: RunConfig, sweep: Sweep, out: Path) -> None:
+def prepare_sweep(cfg: RunConfig, sweep: Search, out: Path) -> None:
     """Check, draw the validation's images, and write down what the sweep is; a second time: require the same one.
 
     Raises:
@@ -108,7 +108,7 @@ def prepare_sweep(cfg: RunConfig, sweep: Sweep, out: Path) -> None:
     _write(path, plain)
 
 
-def _check(cfg: RunConfig, sweep: Sweep) -> None:
+def _check(cfg: RunConfig, sweep: Search) -> None:
     problems = []
     if not sweep.methods:
         problems.append(f"--methods names nothing, expected some of {', '.join(names(METHOD))}")
@@ -133,7 +133,7 @@ def _check(cfg: RunConfig, sweep: Sweep) -> None:
         raise ConfigError("; ".join(problems) + ".")
 
 
-def _validation_forget(cfg: RunConfig, sweep: Sweep) -> tuple[Any, list[str]]:
+def _validation_forget(cfg: RunConfig, sweep: Search) -> tuple[Any, list[str]]:
     """What the validation forgets: another class where the reports forget one, else as many ids of images that no
     report forgets.
     """

@@ -20,7 +20,7 @@ from distunlearn.errors import ConfigError, DataError, StoppedError
 from distunlearn.methods.search_space import Choice, Log, grid, random
 from distunlearn.sweep import sweep as sweeping
 from distunlearn.sweep.results import average_gap, choose, gaps, strongest
-from distunlearn.sweep.sweep import Sweep, pending, plan_stage, prepare_sweep, run_sweep, run_task, write_results
+from distunlearn.sweep.sweep import Search, pending, plan_stage, prepare_sweep, run_sweep, run_task, write_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
@@ -75,7 +75,7 @@ def test_spaces_name_settings_that_exist_and_are_allowed(method):
 @pytest.mark.parametrize("search", ["random", "grid"])
 def test_every_method_has_the_same_number_of_trials_and_starts_from_the_recipe(tmp_path, search):
     methods = tuple(name for name in METHODS if METHODS[name].space)
-    prepare_sweep(config(), Sweep(methods, trials=5, search=search), tmp_path)
+    prepare_sweep(config(), Search(methods, trials=5, search=search), tmp_path)
     tasks = plan_stage(tmp_path, "trials")
     assert [task.index for task in tasks] == list(range(5 * len(methods)))
     for method in methods:
@@ -85,7 +85,7 @@ def test_every_method_has_the_same_number_of_trials_and_starts_from_the_recipe(t
 
 
 def test_what_cannot_be_tuned_runs_once(tmp_path):
-    prepare_sweep(config(), Sweep(("none", "finetune"), trials=3), tmp_path)
+    prepare_sweep(config(), Search(("none", "finetune"), trials=3), tmp_path)
     assert [task.method for task in plan_stage(tmp_path, "trials")] == ["none"] + 3 * ["finetune"]
 
 
@@ -101,7 +101,7 @@ def forgotten(out: Path, overrides) -> set[str]:
 @pytest.mark.parametrize("forget", ["400", "0.4", "class:3"])
 def test_no_reported_image_is_forgotten_in_the_validation(tmp_path, forget):
     cfg = config("data.members=1000", f"data.forget={forget}")
-    prepare_sweep(cfg, Sweep(("finetune",), seeds=(0, 1)), tmp_path)
+    prepare_sweep(cfg, Search(("finetune",), seeds=(0, 1)), tmp_path)
     validation, *reports = (forgotten(tmp_path, task.overrides) for task in plan_stage(tmp_path, "bases"))
     assert len(reports) == 2 and reports[0] != reports[1] and validation
     assert not validation & (reports[0] | reports[1])
@@ -115,7 +115,7 @@ def test_a_second_forget_set_needs_images(tmp_path):
     large = ["data.members=1000", "data.forget=950", "data.max_forget_share=1", "unlearn.retain_batch=32"]
     cfg = config(*large, "unlearn.steps=200")
     with pytest.raises(DataError, match="fewer than the 950"):
-        prepare_sweep(cfg, Sweep(("finetune",)), tmp_path)
+        prepare_sweep(cfg, Search(("finetune",)), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -127,15 +127,15 @@ def test_a_second_forget_set_needs_images(tmp_path):
 ])  # fmt: skip
 def test_a_sweep_that_cannot_be_is_refused(tmp_path, wrong, said):
     with pytest.raises(ConfigError, match=said):
-        prepare_sweep(config(), Sweep(**{"methods": ("finetune",), **wrong}), tmp_path)
+        prepare_sweep(config(), Search(**{"methods": ("finetune",), **wrong}), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_another_sweep_does_not_go_into_the_folder(tmp_path):
-    prepare_sweep(config(), Sweep(("finetune",)), tmp_path)
-    prepare_sweep(config("runtime.threads=2"), Sweep(("finetune",)), tmp_path)  # spreads the work, changes no result
+    prepare_sweep(config(), Search(("finetune",)), tmp_path)
+    prepare_sweep(config("runtime.threads=2"), Search(("finetune",)), tmp_path)  # spreads the work, changes no result
     longer = config("unlearn.steps=7")
-    for cfg, sweep, differs in ((longer, Sweep(("finetune",)), "config"), (config(), Sweep(("none",)), "methods")):
+    for cfg, sweep, differs in ((longer, Search(("finetune",)), "config"), (config(), Search(("none",)), "methods")):
         with pytest.raises(ConfigError, match=f"another sweep .*{differs}"):
             prepare_sweep(cfg, sweep, tmp_path)
 
@@ -170,7 +170,7 @@ def test_the_smallest_score_is_chosen_then_the_cheaper_then_the_earlier():
 
 def test_results_report_the_chosen_settings_and_not_the_best_report(tmp_path, monkeypatch):
     """By stand-ins: trial 1 wins the validation and loses the report."""
-    prepare_sweep(config(), Sweep(("finetune", "neg_grad"), trials=3, seeds=(0, 1), attacks=1), tmp_path)
+    prepare_sweep(config(), Search(("finetune", "neg_grad"), trials=3, seeds=(0, 1), attacks=1), tmp_path)
     ran = []
 
     def fake(folder, processes, extra):
@@ -238,7 +238,7 @@ def test_without_a_report_the_choice_is_written_and_nothing_else_is_run(tmp_path
 
 
 def test_a_task_that_fails_ends_the_sweep_with_its_code(tmp_path, monkeypatch):
-    prepare_sweep(config(), Sweep(("finetune",)), tmp_path)
+    prepare_sweep(config(), Search(("finetune",)), tmp_path)
     monkeypatch.setattr(sweeping, "_start", lambda *_: (75, "stopped by SIGTERM"))
     with pytest.raises(StoppedError, match="task 0 of .*stopped by SIGTERM"):
         run_sweep(tmp_path)
@@ -291,7 +291,7 @@ def test_a_tiny_sweep_from_end_to_end(tmp_path, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(sweeping, "_start", inside)
-    prepare_sweep(config("method.ascent_bound=1e-6"), Sweep(("finetune", "neg_grad"), trials=1), tmp_path)
+    prepare_sweep(config("method.ascent_bound=1e-6"), Search(("finetune", "neg_grad"), trials=1), tmp_path)
     run_sweep(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     base, own = (Manifest.load(tmp_path / "bases" / name / "shards") for name in ("0", "1"))

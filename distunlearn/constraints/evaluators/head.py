@@ -14,21 +14,21 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["Head"]
+__all__ = ["LastLayer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig(SketchedConfig):
+class LastLayerConfig(SketchedConfig):
     """The sketch."""
 
     evaluator: str = "head"
 
 
-class Head(Evaluator[HeadConfig]):
+class LastLayer(Evaluator[LastLayerConfig]):
     """Features (log norm, sketch), [n, 1 + k_out * k_in]: exact, first-order, no pass beside the forward itself."""
 
     name = "head"
-    Config = HeadConfig
+    Config = LastLayerConfig
     summary = "log norm and sketch of the last linear layer's gradient, in closed form"
 
     def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:

@@ -69,7 +69,7 @@ class HostBuffers:
 
 
 @dataclass
-class _Job:
+class _Save:
     """One save on one rank. `trouble` may be read once the event before it is set."""
 
     step: int
@@ -100,7 +100,7 @@ class Saver:
         self._folder, self._backend, self._settings = folder, backend, settings
         self._ledger, self._stop, self._note = ledger, stop, note
         self._buffers = HostBuffers()
-        self._job: _Job | None = None
+        self._job: _Save | None = None
         self._sound: set[int] = set()
 
     def __enter__(self) -> Saver:
@@ -139,7 +139,7 @@ class Saver:
         token = self._backend.world.broadcast_object(f"{time.time_ns():x}") if sharded else "0"
         facts = {**facts, "optimizer": type(self._backend.optimizer).__name__, "sharded": sharded}
         pieces = self._snapshot(sharded, extras)
-        job = self._job = _Job(step, token, sharded, pieces, facts, self._ledger.size())
+        job = self._job = _Save(step, token, sharded, pieces, facts, self._ledger.size())
         if sharded or self._backend.world.is_main:
             job.thread = threading.Thread(target=self._run, args=(job,), name=f"save-{step}", daemon=True)
             job.thread.start()
@@ -176,7 +176,7 @@ class Saver:
                 error.agreed = True
             raise error
 
-    def _troubles(self, job: _Job) -> list[list[str]]:
+    def _troubles(self, job: _Save) -> list[list[str]]:
         """(class, sentence) of every rank's trouble, in rank order. Collective."""
         mine = [] if job.trouble is None else [type(job.trouble).__name__, str(job.trouble)]
         return [found for found in self._backend.world.gather_objects(mine) if found]
@@ -194,7 +194,7 @@ class Saver:
 
     # -- in the thread -------------------------------------------------------------------------------------------
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _Save) -> None:
         try:
             self._write(job)
         except BaseException as error:  # noqa: BLE001  (raised by `wait`; a thread has nobody to raise to)
@@ -204,7 +204,7 @@ class Saver:
             job.pieces.clear()
             job.written.set()
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: _Save) -> None:
         backend, may_write = self._backend, self._ledger.may_write
         _require_finite(job.pieces)
         if backend.world.is_main:
@@ -222,7 +222,7 @@ class Saver:
         _, job.notes = commit(temporary, job.step, files, facts, may_write, self._sound)
         self._sound.add(job.step)
 
-    def _others(self, job: _Job, temporary: Path) -> dict[str, Any]:
+    def _others(self, job: _Save, temporary: Path) -> dict[str, Any]:
         """The files of all other ranks, once each has said that they are written."""
         files: dict[str, Any] = {}
         deadline = time.monotonic() + PATIENCE
