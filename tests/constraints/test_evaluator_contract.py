@@ -8,10 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parts import EVALUATORS
-from small import bank, batch, config, context, evaluator
-from torch import Tensor
-
-from distunlearn.constraints.distances.energy import energy_distance, surrogate, value_and_cotangent
+from small import bank, batch, config, context, evaluator, step
 
 every_evaluator = pytest.mark.parametrize("name", EVALUATORS)
 
@@ -23,13 +20,7 @@ def asked(name: str, third: str = "third_party"):
     held = bank(ctx)
     made = evaluator(cfg)
     ctx.images = 0
-
-    def match(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        phi, cotangent = value_and_cotangent(energy_distance, x, y)
-        pull = surrogate(x, cotangent, 1)
-        return phi, pull + (phi - pull).detach()
-
-    found = made.constrain(ctx, batch("forget"), batch(third, 5), held, match)
+    found = step(made, ctx, batch("forget"), batch(third, 5), held)
     weights = [weight for weight in ctx.model.parameters() if weight.requires_grad]
     parts = torch.autograd.grad(found.term, weights, allow_unused=True, retain_graph=True)
     return found, torch.cat([part.flatten() for part in parts if part is not None]), ctx
