@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, sampled, usable_labels
+from distunlearn.audit.signals.collect import audit_bank, sampled, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
+from distunlearn.common.random import STREAMS, VIEW_EPOCHS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
@@ -34,7 +35,7 @@ __all__ = ["Relearned", "relearn", "relearning_figures"]
 
 CANDIDATES = 256  # of each kind
 BATCH = 32  # of each kind
-MEASURED_EPOCH, TRAINED_EPOCH = AUDIT_EPOCH + 2, AUDIT_EPOCH + 3
+MEASURED_EPOCH, TRAINED_EPOCH = (VIEW_EPOCHS[f"relearning, {kind}"][0] for kind in ("measured", "trained"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def _rows(step: int, count: int, seed: int) -> np.ndarray:
     """Rows of one batch: as many forgotten as held-out candidates, in rounds over all of them."""
     size = min(BATCH, count)
     per_round = -(-count // size)
-    order = np.random.default_rng([seed, 0x4E1, step // per_round]).permutation(count)
+    order = np.random.default_rng([seed, STREAMS["relearning order"], step // per_round]).permutation(count)
     chosen = np.resize(order, per_round * size)[(step % per_round) * size :][:size]
     return np.concatenate([chosen, count + chosen])
 

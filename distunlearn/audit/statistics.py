@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from distunlearn.common.random import STREAMS
+
 __all__ = [
     "Comparison",
     "Draws",
@@ -80,7 +82,7 @@ def draw_images(n: int, m: int, draws: int, seed: int) -> Draws:
 
     n, m >= 1. The rows sum to n and to m.
     """
-    generator = np.random.default_rng([seed, 0xA0D17])
+    generator = np.random.default_rng([seed, STREAMS["bootstrap"]])
     sides = [generator.multinomial(size, np.full(size, 1 / size), size=draws).astype(np.uint16) for size in (n, m)]
     return Draws(*sides)
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distunlearn.common.device import on_device
+from distunlearn.common.random import GAMMA, MIX_1, MIX_2, finalise
 from distunlearn.config.schema import ViewsConfig
 from distunlearn.errors import ConfigError
 
@@ -38,10 +39,7 @@ _DRAWS = (
     "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "sigma",
 )  # fmt: skip
 
-_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64: increment, the two multipliers, and a tag for the noise stream
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-_NOISE = 0x6E6F697365000000
+_NOISE = 0x6E6F697365000000  # a tag for the noise stream
 
 _ASPECT = math.log(4 / 3)  # of a crop: log-uniform in 3/4 .. 4/3 (Inception crops, Szegedy et al. 2015)
 _BLUR_SIGMA = (0.1, 2.0)  # pixels (Chen et al. 2020, SimCLR, appendix A)
@@ -82,8 +80,8 @@ def _uniforms(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int, draw
     """`uniforms` without a tensor: tensors without values (of a cost estimate) cannot be read."""
     if draws < 0:
         raise ValueError(f"draws is {draws}, it must be >= 0")
-    counters = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    bits = _finalise(_keys(seed, epochs, ids, view)[:, None] + counters)
+    counters = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(GAMMA)
+    bits = finalise(_keys(seed, epochs, ids, view)[:, None] + counters)
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
@@ -160,13 +158,6 @@ def plain_view(images: Tensor) -> Tensor:
 # -- draws -------------------------------------------------------------------------------------------------------
 
 
-def _finalise(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's mixing of uint64 values, a bijection."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-    return z ^ (z >> np.uint64(31))
-
-
 def _keys(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int) -> np.ndarray:
     """uint64 [n], one well-mixed stream start per (seed, epoch, id, view)."""
     epochs = np.asarray(epochs)
@@ -176,8 +167,8 @@ def _keys(seed: int, epochs: np.ndarray, ids: Sequence[str], view: int) -> np.nd
         raise ValueError(f"seed ({seed}), view ({view}) and epochs must not be negative")
     keys = np.full(len(ids), seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
     for part in (epochs.astype(np.uint64), id_hashes(ids).view(np.uint64), np.uint64(view)):
-        keys = _finalise(keys + np.uint64(_GOLDEN)) ^ part
-    return _finalise(keys + np.uint64(_GOLDEN))
+        keys = finalise(keys + np.uint64(GAMMA)) ^ part
+    return finalise(keys + np.uint64(GAMMA))
 
 
 def _signed(value: int) -> int:
@@ -209,10 +200,10 @@ def _normals(keys: np.ndarray, count: int, device: torch.device) -> Tensor:
     quarter, mask = 1 << (_TABLE_BITS - 2), (1 << _TABLE_BITS) - 1
     radius, cosine = _normal_tables(device)
     start = on_device(keys.view(np.int64) ^ np.int64(_signed(_NOISE)), device)
-    counters = torch.arange(1, -(-count // 4) + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
+    counters = torch.arange(1, -(-count // 4) + 1, dtype=torch.int64, device=device) * _signed(GAMMA)
     z = start[:, None] + counters
-    z = _xor_shift(z, 30) * _signed(_MIX_1)
-    z = _xor_shift(z, 27) * _signed(_MIX_2)
+    z = _xor_shift(z, 30) * _signed(MIX_1)
+    z = _xor_shift(z, 27) * _signed(MIX_2)
     z = _xor_shift(z, 31)
     parts = [(z >> (16 * k)).bitwise_and_(mask) for k in range(4)]
     numbers = []

@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-__all__ = ["Batch", "Cycle", "concat_batches", "permutation", "random_words", "rank_slice", "systematic"]
+from distunlearn.common.random import GAMMA, finalise
 
-# splitmix64, the constants of Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+__all__ = ["Batch", "Cycle", "concat_batches", "permutation", "random_words", "rank_slice", "systematic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +58,7 @@ def random_words(n: int, *key: int | str) -> np.ndarray:
     """n pseudo-random uint64 [n], a pure function of `key` (splitmix64 started at a hash of the key)."""
     text = "\x1f".join(str(part) for part in key)
     start = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    words = np.arange(1, n + 1, dtype=np.uint64) * _GAMMA + np.uint64(start)
-    words = (words ^ (words >> np.uint64(30))) * _MIX_1
-    words = (words ^ (words >> np.uint64(27))) * _MIX_2
-    return words ^ (words >> np.uint64(31))
+    return finalise(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GAMMA) + np.uint64(start))
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:

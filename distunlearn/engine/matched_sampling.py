@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distunlearn.common.device import on_device
 from distunlearn.common.files import write_json
+from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.augmentations import plain_view
@@ -35,7 +36,7 @@ __all__ = ["LOOK_LIMIT", "LOOK_VIEWS", "feeder_shares", "look", "looked_at"]
 
 LOOK_VIEWS = 4  # of each image: 6 pairs
 LOOK_LIMIT = 32768  # images of a role that are looked at; of a weighed feeder the others never come
-LOOK_EPOCH = (1 << 32) + (1 << 16)  # views of their own, far from any training's and from calibration's
+LOOK_EPOCH = VIEW_EPOCHS["matched sampling"][0]  # views of their own, far from any training's and from calibration's
 FACTS = "counterparts.json"
 SHARES = "counterparts.safetensors"
 _PIECE = 64  # images

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from distunlearn.common.files import file_sha256
+from distunlearn.common.random import STREAMS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
@@ -114,7 +115,9 @@ class Session:
         """The images of a role as one batch, at most `CALIBRATION_LIMIT`, alike on every rank."""
         ids = self.manifest.ids(role)
         if len(ids) > CALIBRATION_LIMIT:
-            keep = np.random.default_rng([self.cfg.seed, 17]).choice(len(ids), CALIBRATION_LIMIT, replace=False)
+            keep = np.random.default_rng([self.cfg.seed, STREAMS["calibration sample"]]).choice(
+                len(ids), CALIBRATION_LIMIT, replace=False
+            )
             ids = [ids[i] for i in np.sort(keep)]
         ids = self.store.decodable(ids)
         return Batch(

@@ -39,6 +39,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distunlearn.common.device import on_device
+from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.config.schema import MethodConfig, NonNegativeFloat, RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
@@ -65,7 +66,7 @@ from distunlearn.objectives.memory_bank import Bank, normalise
 
 __all__ = ["ThirdParty"]
 
-CALIBRATION_EPOCH = 1 << 32  # far from any training epoch: calibration sees views of its own
+CALIBRATION_EPOCH = VIEW_EPOCHS["calibration"][0]  # far from any training epoch: calibration sees views of its own
 CALIBRATION_DRAWS = 4  # sketches, view pairs and banks averaged into Phi*
 PERMUTATIONS = 499
 RUNNING = (

@@ -105,10 +105,10 @@ def test_uniforms_equal_an_integer_oracle():
 
 def test_splitmix_finaliser_known_answer():
     """The first outputs of SplitMix64 started at 0, as its authors publish them."""
-    from distunlearn.data.augmentations import _finalise
+    from distunlearn.common.random import finalise
 
     golden = np.uint64(0x9E3779B97F4A7C15)
-    out = _finalise(np.arange(1, 4, dtype=np.uint64) * golden)
+    out = finalise(np.arange(1, 4, dtype=np.uint64) * golden)
     assert [hex(v) for v in out.tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
 
 

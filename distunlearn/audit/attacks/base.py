@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.statistics import Comparison, Part
+from distunlearn.common.random import STREAMS
 
 __all__ = ["Attacked", "crosswise_attack", "fitted_log_odds", "threshold_attack"]
 
@@ -50,7 +51,7 @@ def crosswise_attack(signals: Signals, name: str, score: Score, seed: int) -> At
         score: (rows of known members, rows of known strangers) -> [n], higher: member.
     """
     retain, forget, holdout = (signals.of(role) for role in ("retain", "forget", "holdout"))
-    half = np.random.default_rng([seed, 0xE4]).permutation(len(holdout)) % 2
+    half = np.random.default_rng([seed, STREAMS["attack halves"]]).permutation(len(holdout)) % 2
     parts, columns = [], {}
     for fold in (0, 1):
         fitted, scored = holdout[half == fold], np.flatnonzero(half != fold)

@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
+from distunlearn.common.random import STREAMS
 
 __all__ = ["describe", "two_sample"]
 
@@ -54,7 +55,7 @@ def two_sample(
         return dict.fromkeys(("auc", "auc_low", "auc_high", "p"))
     features = StandardScaler().fit_transform(np.concatenate([first, second]))
     labels = np.concatenate([np.ones(n), -np.ones(m)])
-    generator = np.random.default_rng([seed, 0xC257])
+    generator = np.random.default_rng([seed, STREAMS["two-sample"]])
     permuted = generator.permuted(np.tile(labels, (PERMUTATIONS, 1)), axis=1)
     targets = np.concatenate([labels[None], permuted]).T  # column 0: the labels as they are
     scores = _out_of_fold(features, targets, seed)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distunlearn.audit.signals.gradient_norms import network_gradient_norms
 from distunlearn.audit.signals.gradient_sketch import network_sketches
 from distunlearn.audit.signals.part_crops import part_responses
+from distunlearn.common.random import STREAMS, VIEW_EPOCHS
 from distunlearn.config.schema import AuditConfig, RunConfig
 from distunlearn.constraints.gradients.last_layer import head_gradients, sketch_matrices
 from distunlearn.data.augmentations import plain_view
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")
-AUDIT_EPOCH = 1 << 33  # views that no training and no calibration has seen
+AUDIT_EPOCH = VIEW_EPOCHS["audit"][0]  # views that no training and no calibration has seen
 PER_ROLE = 10_000  # audited images of a role; a role with more is sampled, the same way for every encoder
 BANK_IMAGES = 512
 CHUNK = 256  # images per forward pass
@@ -178,7 +179,7 @@ def audit_bank(encoder: EncoderView, store: ImageStore, manifest: Manifest) -> B
     for chunk in _chunks(ids):
         images = store.by_offset(chunk)
         labels = torch.from_numpy(manifest.labels(chunk)).to(encoder.device)
-        pair = encoder.views(chunk, images, AUDIT_EPOCH + 1, 2)
+        pair = encoder.views(chunk, images, VIEW_EPOCHS["audit gradients"][0], 2)
         key, row = encoder.objective.bank_keys(encoder.branches(pair, chunk, labels))
         keys.append(key)
         hashes.append(row)
@@ -205,7 +206,7 @@ def usable_labels(encoder: EncoderView, images: Tensor, labels: np.ndarray) -> T
 def sampled(ids: list[str], most: int, seed: int) -> list[str]:
     if len(ids) <= most:
         return ids
-    keep = np.sort(np.random.default_rng([seed, 0x5A]).choice(len(ids), most, replace=False))
+    keep = np.sort(np.random.default_rng([seed, STREAMS["audit sample"]]).choice(len(ids), most, replace=False))
     return [ids[i] for i in keep]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distunlearn.common.random import STREAMS
 from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.encoders.model import ContrastiveModel
 
@@ -62,7 +63,7 @@ def network_sketches(
         found = torch.autograd.grad(loss().sum(), leaves, allow_unused=True)
     # A layer without gradient is none of the loss: a momentum encoder's, or one past the output that is looked at.
     parts = torch.stack([s for s in found if s is not None], dim=1).double()  # [n, L, side, side]
-    signs = np.random.default_rng([seed, 0x51C2]).choice([-1.0, 1.0], parts.shape[1])
+    signs = np.random.default_rng([seed, STREAMS["gradient sketch signs"]]).choice([-1.0, 1.0], parts.shape[1])
     sketch = torch.einsum("nlab,l->nab", parts, torch.from_numpy(signs).to(parts)).flatten(1)
     norms = parts.flatten(2).square().sum(-1).sqrt().clamp_min(FLOOR).log()
     return norms.cpu().numpy(), sketch.cpu().numpy()

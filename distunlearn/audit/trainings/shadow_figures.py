@@ -29,6 +29,7 @@ import torch
 
 from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, usable_labels
 from distunlearn.audit.statistics import Comparison, auc, percentile_interval
+from distunlearn.common.random import STREAMS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
@@ -66,7 +67,7 @@ def pooled_figures(found: np.ndarray, parts: np.ndarray, cfg: RunConfig) -> dict
 
     found: margins [shadows, images]. parts: IN, OUT or UNLEARNED of the same shape.
     """
-    generator = np.random.default_rng([cfg.seed, 0x900D])
+    generator = np.random.default_rng([cfg.seed, STREAMS["shadow chance"]])
     result: dict[str, Any] = {
         "shadows": int(found.shape[0]),
         "images": int(found.shape[1]),

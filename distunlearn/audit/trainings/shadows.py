@@ -23,6 +23,7 @@ from distunlearn.audit.signals.collect import encoder_view
 from distunlearn.audit.trainings.shadow_figures import IN, OUT, UNLEARNED, margins, pooled_figures
 from distunlearn.audit.trainings.sub_run import nested_session, with_roles
 from distunlearn.common.files import write_json
+from distunlearn.common.random import STREAMS
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine import phases
 from distunlearn.engine.phases import check_coverage
@@ -40,7 +41,7 @@ def assign_parts(images: int, shadows: int, seed: int) -> np.ndarray:
 
     Every image plays each part in a third of the shadows, rounded up or down; a pure function of the arguments.
     """
-    generator = np.random.default_rng([seed, 0x5AD0])
+    generator = np.random.default_rng([seed, STREAMS["shadow members"]])
     parts = np.resize([IN, OUT, UNLEARNED], shadows)
     # Turned by one for each image, so that left-over shadows of a number not divisible by 3 go round.
     return np.stack([generator.permutation((parts + i) % 3) for i in range(images)], axis=1)

@@ -27,13 +27,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distunlearn.common.random import PHILOX
 from distunlearn.constraints.distances.common import check_samples, shared_normals, widen
 
 __all__ = ["median_bandwidth", "mmd_distance"]
 
 NUM_FREQUENCIES = 512  # standard error of a kernel value: at most (2 * 512)^(-1/2) = 0.03
 
-_STREAM = 0x6D6D64  # keeps these random numbers apart from all others of the same seed
+_STREAM = PHILOX["mmd"]  # keeps these random numbers apart from all others of the same seed
 
 
 def median_bandwidth(points: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distunlearn.common.random import PHILOX
 from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
@@ -38,7 +39,7 @@ from distunlearn.objectives.memory_bank import Bank
 
 __all__ = ["Sliced", "direction"]
 
-_DIRECTION_STREAM = 0x736C69636564
+_DIRECTION_STREAM = PHILOX["sliced"]
 
 
 def direction(probes: ProbeSet, seed: int, draw: int) -> list[Tensor]:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distunlearn.common.device import on_device
+from distunlearn.common.random import PHILOX
 from distunlearn.constraints.gradients.inplace_ops import (
     MovedRows,
     added_to,
@@ -46,7 +47,7 @@ from distunlearn.errors import ConfigError
 
 __all__ = ["ProbeSet", "probed_layers"]
 
-_PROBE_STREAM = 0x70726F6265  # keeps these random numbers apart from all others of the same seed
+_PROBE_STREAM = PHILOX["probes"]  # keeps these random numbers apart from all others of the same seed
 
 DRAWING = 4  # threads that draw for a GPU
 
