@@ -189,7 +189,7 @@ def shuffle_quality(num_shards: int, per_shard: int, batch: int) -> dict[str, di
     full = [np.random.default_rng(seed).permutation(count) for seed in (0, 1)]
     orders = {
         f"blocks of {stream.BLOCK_SHARDS} shards": [
-            np.array([int(i) for i in stream._order(made, "retain", 0, epoch)]) for epoch in (0, 1)
+            np.array([int(i) for i in stream.epoch_order(made, "retain", 0, epoch)]) for epoch in (0, 1)
         ],
         "full shuffle": full,
         "no shuffle": [np.arange(count)] * 2,
