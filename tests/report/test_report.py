@@ -229,7 +229,10 @@ def test_every_leaf_of_the_summary_may_be_anything(light: Path) -> None:
     for odd in (None, [1], "x"):
         for section in whole:
             path.write_text(json.dumps(whole | {section: odd}))
-            render(load_run(light))
+            shown = render(load_run(light))
+            assert shown.rstrip().endswith("</html>") and "Traceback" not in shown and "Undefined" not in shown
+            if section == "gates":  # a verdict that cannot be read is none
+                assert verdict(page(light)) == "not_evaluated"
         for name in ("knn", "linear_probe"):
             path.write_text(json.dumps(whole | {"utility": {name: odd}, "attacks": {name: odd}}))
             render(load_run(light))
