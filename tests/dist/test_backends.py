@@ -118,15 +118,15 @@ def resume(kind: str, optimizer: str) -> dict:
 
 def between(kind: str) -> dict:
     """What the ranks tell one another."""
-    backend = opened(kind)
-    bad = torch.tensor([0.0, float("nan") if backend.world.rank == backend.world.size - 1 else 1.0])
-    ids = backend.world.gather_ids({"retain": [f"r{backend.world.rank}", "x"], "forget": [f"f{backend.world.rank}"] * backend.world.rank})
-    backend.world.barrier()
+    world = opened(kind).world
+    bad = torch.tensor([0.0, float("nan") if world.rank == world.size - 1 else 1.0])
+    ids = world.gather_ids({"retain": [f"r{world.rank}", "x"], "forget": [f"f{world.rank}"] * world.rank})
+    world.barrier()
     return {
-        "rank": backend.world.rank, "world": backend.world.size, "collectives": get_world(), "main": backend.world.is_main, "ids": ids,
-        "from main": backend.world.broadcast_object({"rank": backend.world.rank, "code": 7}),
-        "good": backend.world.all_finite(torch.ones(3)), "bad": backend.world.all_finite(bad),
-    }
+        "rank": world.rank, "world": world.size, "collectives": get_world(), "main": world.is_main, "ids": ids,
+        "from main": world.broadcast_object({"rank": world.rank, "code": 7}),
+        "good": world.all_finite(torch.ones(3)), "bad": world.all_finite(bad),
+    }  # fmt: skip
 
 
 def unproven(kind: str) -> str:
