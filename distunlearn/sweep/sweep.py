@@ -194,8 +194,8 @@ def _reuse(out: Path, base: int) -> str:
 
 def _trials(out: Path, what: Mapping[str, Any]) -> Planned:
     fixed = [*_seeds(out, what)[0], _reuse(out, 0)]
-    base = load_config(None, out / "settings.yaml", [], world=1)
     for method in what["methods"]:
+        base = load_config(None, out / "settings.yaml", [f"method.name={method}"], world=1)
         space, more = find(METHOD, method).space, what["trials"] - 1
         drawn: list[dict[str, Any]] = []
         if space and more:

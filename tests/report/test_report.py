@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rundir
-from parts import ATTACK_TABLE, ATTACKS, METHODS
+from parts import ATTACK_TABLE, ATTACKS, METHODS, method_settings
 from rundir import Page, change_json
 from sklearn.metrics import roc_auc_score
 
@@ -184,7 +184,7 @@ def test_lost_coverage_takes_the_pass_away(light: Path, change: dict[str, int], 
 
 def test_method_that_never_looks_at_the_images_is_not_blamed_for_it(light: Path) -> None:
     cfg = rundir.settings()
-    save_config(replace(cfg, method=replace(cfg.method, name="none")), light / "run.yaml")
+    save_config(replace(cfg, method=method_settings("none")), light / "run.yaml")
     change_json(light / "audit" / "summary.json", lambda s: s["coverage"].update(consumed_min=0, consumed_max=0))
     found = page(light)
     assert "never looks at the images to forget" in found.text("asked") and verdict(found) == "pass"
