@@ -14,8 +14,10 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _FROM = {
-    "Run": "distunlearn.api", "load_config": "distunlearn.api", "open_run": "distunlearn.api",
-    "unlearn": "distunlearn.api",
+    "Method": "distunlearn.methods.base", "MethodConfig": "distunlearn.config.schema",
+    "Objective": "distunlearn.objectives.base", "ObjectiveConfig": "distunlearn.config.schema",
+    "Run": "distunlearn.api", "StepOutput": "distunlearn.methods.base", "load_config": "distunlearn.api",
+    "open_run": "distunlearn.api", "unlearn": "distunlearn.api",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_FROM)]
 
@@ -26,12 +28,25 @@ if "torch" not in sys.modules:
 
 
 def __getattr__(name: str) -> Any:
+    """Names of `_FROM`; and settings of the built-in methods, objectives and evaluators, by the name of their class."""
     if name == "api":
         return importlib.import_module("distunlearn.api")
-    if name not in _FROM:
+    place = _FROM.get(name)
+    if place is not None:
+        found = getattr(importlib.import_module(place), name)
+    elif name[:1].isupper() and name in _settings():
+        module, _, kind = _settings()[name].partition(":")
+        found = getattr(importlib.import_module(module), kind).Config
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_FROM[name]), name)
+    globals()[name] = found
     return found
+
+
+def _settings() -> dict[str, str]:
+    from distunlearn.config.registry import KINDS
+
+    return {place.partition(":")[2]: place for kind in KINDS for place in kind.table.values()}
 
 
 def __dir__() -> list[str]:

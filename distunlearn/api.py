@@ -20,8 +20,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import nn
 
+from distunlearn.common import plugins
 from distunlearn.common.files import write_atomic
-from distunlearn.common.openmp import sleep_when_idle
 from distunlearn.config.checks import HANDED_OVER
 from distunlearn.config.load import known_keys, load_config
 from distunlearn.config.schema import RunConfig
@@ -99,7 +99,6 @@ class Run:
     def audit(self) -> Run:
         """Train the retrained reference where the settings want one, attack all encoders, judge the gates."""
         self._hand_over()
-        sleep_when_idle()
         audit(self.out)
         return self
 
@@ -124,6 +123,7 @@ def open_run(out: str | Path, encoder: Any = None, *, factory: Callable[[], nn.M
 
 def unlearn(
     encoder: nn.Module | Callable[[], nn.Module] | str | Path,
+    /,
     *,
     retain: Any,
     forget: Any,
@@ -149,7 +149,8 @@ def unlearn(
         retain, forget: map-style datasets of the images that the encoder was trained on (see `data.sources.dataset`).
         third_party, holdout: images that it was never trained on; a share of them is kept apart for audit and targets.
         out: run directory.
-        objective, method: a name, a settings object, or a dict with `name` and other settings.
+        objective, method: a name, a settings object (`du.ThirdParty(gradient_weight=2)`), a dict of settings with
+            `name`, or a class of your own.
         steps: of the unlearning. image_size: side of the encoder's input; None: of the first image.
         mean, std: per channel in [0, 1], by which the encoder wants its images normalised; None: 0.5 and 0.5.
         factory: makes the encoder with fresh weights, for the retrained reference of an encoder that is a module.
@@ -160,7 +161,6 @@ def unlearn(
     Raises:
         ConfigError, DataError and the other errors of `distunlearn.errors`: as the command line ends with.
     """
-    sleep_when_idle()
     folder = Path(out)
     asked = _flat(settings) | _named("objective", objective) | _named("method", method)
     asked |= {} if steps is None else {"unlearn.steps": steps}
@@ -210,7 +210,7 @@ class _Given:
         return cls(None, encoder)
 
     def hand_over(self) -> str:
-        return hand_over(self.template, self.factory)
+        return plugins.name_of(self.factory) if self.template is None else hand_over(self.template, self.factory)
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def _flat(settings: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 def _named(section: str, chosen: Any) -> dict[str, Any]:
     if chosen is None or isinstance(chosen, str):
         return {} if chosen is None else {f"{section}.name": chosen}
-    return _flat({section: chosen})
+    return _flat({section: {"name": chosen} if isinstance(chosen, type) else chosen})
 
 
 def _resolve(recipe: str | None, asked: Mapping[str, Any]) -> RunConfig:
@@ -241,7 +241,7 @@ def _resolve(recipe: str | None, asked: Mapping[str, Any]) -> RunConfig:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return plugins.name_of(value) if isinstance(value, type) else str(value) if isinstance(value, Path) else value
 
 
 def _encoder_settings(

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
-__all__ = ["DOTTED", "Outside", "loaded", "names", "origin", "remember", "resolve"]
+__all__ = ["DOTTED", "Outside", "OBJECT", "loaded", "name_of", "names", "origin", "remember", "resolve"]
 
 PACKAGE = __name__.split(".")[0]
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -46,6 +46,8 @@ class Outside(NamedTuple):
     sha256: str
 
 
+OBJECT = "object:"  # what begins the name of a part that no other process can find
+_GIVEN: dict[str, Any] = {}  # parts that Python has handed over, by name
 _OUTSIDE: dict[str, Path] = {}  # top-level package, module or file -> its folder or file
 
 
@@ -68,7 +70,10 @@ def resolve(
     where = f"{key}=" if key else ""
     shown = f"{where}{printable(str(name), 80)}"
     before = dict(_OUTSIDE)
-    if isinstance(name, str) and name in builtin:
+    if isinstance(name, str) and name in _GIVEN:
+        found = _GIVEN[name]
+        remember(found)
+    elif isinstance(name, str) and name in builtin:
         found = _attribute(importlib.import_module(builtin[name].partition(":")[0]), builtin[name], shown)
     elif isinstance(name, str) and ":" in name:
         found = _from_outside(name, shown)
@@ -99,6 +104,23 @@ def loaded() -> list[Outside]:
     named one imports is noticed too.
     """
     return [Outside(name, str(path), _digest(path)) for name, path in sorted(_OUTSIDE.items())]
+
+
+def name_of(part: Any) -> str:
+    """A name by which `resolve` finds a class or function that Python has handed over.
+
+    Of an installed package, or of a file, it is one that other processes can resolve too; of a notebook's cell or of a
+    function inside another it begins with `object:` and is this process's own.
+    """
+    module, path = sys.modules.get(part.__module__), getattr(part, "__qualname__", type(part).__name__)
+    file = getattr(module, "__file__", None)
+    name = f"{OBJECT}{path.rpartition('.')[2]}"
+    with contextlib.suppress(AttributeError):
+        if file is not None and functools.reduce(getattr, path.split("."), module) is part:
+            inside = "." in module.__name__ or hasattr(module, "__path__") or not file.endswith(".py")
+            name = f"{module.__name__ if inside else Path(file).resolve()}:{path}"
+    _GIVEN[name] = part
+    return name
 
 
 def origin(part: Any) -> Outside | None:
@@ -136,6 +158,11 @@ def _hint(name: str, known: list[str]) -> str:
 
 def _from_outside(name: str, shown: str) -> Any:
     place, _, _ = name.rpartition(":")
+    if name.startswith(OBJECT):
+        raise ConfigError(
+            f"{shown} was handed over from Python and is not known to this process; call distunlearn.unlearn again "
+            "with it, or name it as package.module:Name or path/to/file.py:Name."
+        )
     try:
         module = _file(place, shown) if place.endswith(".py") else _installed(place, shown)
     except ConfigError:

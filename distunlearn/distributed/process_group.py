@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distunlearn.common.malloc import keep_freed_memory
+from distunlearn.common.openmp import sleep_when_idle
 from distunlearn.config.schema import RunConfig
 from distunlearn.distributed.rendezvous import meet, number, watch_launcher
 from distunlearn.distributed.world import World
@@ -44,6 +45,7 @@ def join(cfg: RunConfig) -> World:
     device = _device(number("LOCAL_RANK", 0))
     if device.type == "cpu":
         keep_freed_memory()
+        sleep_when_idle()
     if cfg.backend == "single" and not dist.is_initialized():
         return World(0, 1, device)
     if not dist.is_initialized():

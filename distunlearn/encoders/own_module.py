@@ -10,6 +10,7 @@ encoder cannot be retrained.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,43 +22,34 @@ from distunlearn.common.text import printable
 from distunlearn.config.schema import EncoderConfig
 from distunlearn.errors import EncoderError
 
-__all__ = ["create_own", "embedding_size", "hand_over", "is_own", "starts_afresh", "without_reset"]
+__all__ = ["create_own", "embedding_size", "hand_over", "is_own", "locate", "without_reset"]
 
 GROUP = "distunlearn.encoders"
-OBJECT = "object:"  # what begins the name of an encoder that was handed over from Python
 
 
 @dataclass(frozen=True)
 class _HandedOver:
-    template: nn.Module | None  # with the weights it came with
+    template: nn.Module  # with the weights it came with
     factory: Callable[[], nn.Module] | None
 
 
 _OBJECTS: dict[str, _HandedOver] = {}
 
 
-def hand_over(encoder: nn.Module | None, factory: Callable[[], nn.Module] | None = None) -> str:
-    """Keep an encoder for this process and return the name by which settings have it.
+def hand_over(encoder: nn.Module, factory: Callable[[], nn.Module] | None = None) -> str:
+    """Keep a copy of an encoder for this process and return the name by which settings have it.
 
-    Args:
-        encoder: the module; a copy is kept. factory: returns one with fresh weights. One of the two at least.
+    factory: returns one with fresh weights; None: see `without_reset`.
     """
-    source = encoder if encoder is not None else factory
-    assert source is not None, "an encoder or a function that makes one"
-    kind = type(source) if isinstance(source, nn.Module) else source
-    name = f"{OBJECT}{getattr(kind, '__name__', type(kind).__name__)}"
-    template = None if encoder is None else copy.deepcopy(encoder).float().requires_grad_(True)
-    _OBJECTS[name] = _HandedOver(template, factory)
-    plugins.remember(kind)
-    if factory is not None:
-        plugins.remember(factory)
+    name = f"{plugins.OBJECT}{type(encoder).__name__}"
+    _OBJECTS[name] = _HandedOver(copy.deepcopy(encoder).float().requires_grad_(True), factory)
     return name
 
 
 def is_own(name: str) -> bool:
     """Whether `encoder.name` is not timm's."""
     place = name.rpartition(":")[0]
-    if name.startswith(OBJECT) or place.endswith(".py"):
+    if name.startswith(plugins.OBJECT) or place.endswith(".py"):
         return True
     if place and place != "timm":
         return plugins.DOTTED.fullmatch(place) is not None
@@ -67,7 +59,7 @@ def is_own(name: str) -> bool:
 def without_reset(name: str) -> list[str]:
     """Names of the modules of an object that hold parameters and cannot set them anew; empty if it can be retrained."""
     kept = _OBJECTS.get(name)
-    if kept is None or kept.factory is not None or kept.template is None:
+    if kept is None or kept.factory is not None:
         return []
     return [
         path or "the encoder itself"
@@ -76,13 +68,8 @@ def without_reset(name: str) -> list[str]:
     ]
 
 
-def starts_afresh(name: str) -> bool:
-    """Whether `create_own` gives fresh weights; timm's always do."""
-    return not without_reset(name)
-
-
 def create_own(encoder: EncoderConfig) -> nn.Module:
-    """The module, with fresh weights from the global generator where `starts_afresh`, checked by a forward of zeros.
+    """The module, checked by a forward of zeros; with fresh weights from the global generator but for `without_reset`.
 
     Raises:
         EncoderError: it cannot be had, gives no [n, E] of floats, or has weights that take no part in it.
@@ -99,20 +86,27 @@ def embedding_size(module: nn.Module, shape: tuple[int, int, int]) -> int:
     return _embed(module, shape).shape[1]
 
 
+def locate(name: str) -> Callable[..., nn.Module]:
+    """What makes the encoder of this name. It is then among `plugins.loaded`, which decides the digest of the code.
+
+    Raises:
+        ConfigError: see `plugins.resolve`.
+    """
+    kept = _OBJECTS.get(name)
+    if kept is None:
+        return plugins.resolve(name, {}, None, GROUP, "encoder.name")
+    plugins.remember(type(kept.template))
+    plugins.remember(kept.factory)
+    return kept.factory or functools.partial(_afresh, kept.template)
+
+
 def _made(encoder: EncoderConfig) -> nn.Module:
-    name = encoder.name
-    if name.startswith(OBJECT):
-        kept = _OBJECTS.get(name)
-        if kept is None:
-            raise EncoderError(
-                f"the encoder {printable(name)} was handed over from Python and is not known to this process; call "
-                "distunlearn.unlearn again with it, or name its class as package.module:Name in encoder.name."
-            )
+    name, make = encoder.name, locate(encoder.name)
+    if name in _OBJECTS:
         if encoder.args:
             raise EncoderError("encoder.args is set, but the encoder is an object that is made already; remove it.")
-        made = kept.factory() if kept.factory is not None else _afresh(kept.template)
+        made = make()
     else:
-        make = plugins.resolve(name, {}, None, GROUP, "encoder.name")
         try:
             made = make(**encoder.args)
         except Exception as error:
@@ -125,8 +119,7 @@ def _made(encoder: EncoderConfig) -> nn.Module:
     return made
 
 
-def _afresh(template: nn.Module | None) -> nn.Module:
-    assert template is not None, "an object has a template"
+def _afresh(template: nn.Module) -> nn.Module:
     module = copy.deepcopy(template)
     holders = [part for part in module.modules() if _holds(part)]
     if all(map(_reset, holders)):

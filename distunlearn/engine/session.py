@@ -22,6 +22,7 @@ from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.world import World
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
+from distunlearn.encoders.own_module import is_own, locate
 from distunlearn.encoders.weights import check_finite
 from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend, open_backend
@@ -57,6 +58,8 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
         ConfigError, RankLostError: see `open_backend`.
         ConfigError, DataError, RankLostError: see `open_run_directory`.
     """
+    if is_own(cfg.encoder.name):
+        locate(cfg.encoder.name)  # part of the code that the ranks compare and the ledger records
     backend = open_backend(cfg)
     world = backend.world
     world.on_main(lambda: require_trackers(cfg.tracking))

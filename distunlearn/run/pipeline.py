@@ -32,8 +32,9 @@ __all__ = ["audit", "begin", "prepare", "pretrain", "report", "run", "unlearn"]
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
 
-def prepare(cfg: RunConfig, out: Path) -> str:
+def prepare(cfg: RunConfig, out: str | Path) -> str:
     """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`; returns a line that says what."""
+    out = Path(out)
     manifest = verified_manifest(cfg, out)
     if manifest is None:
         return describe(make_shards(cfg, shards_folder(cfg, out)))
@@ -41,7 +42,7 @@ def prepare(cfg: RunConfig, out: Path) -> str:
     return describe(manifest)
 
 
-def pretrain(cfg: RunConfig, out: Path, planned: dict | None = None) -> None:
+def pretrain(cfg: RunConfig, out: str | Path, planned: dict | None = None) -> None:
     """Train the original encoder on retain and forget samples. planned: what `begin` found, to be kept."""
     with open_session(cfg, out) as session:
         if planned is not None:
@@ -49,7 +50,7 @@ def pretrain(cfg: RunConfig, out: Path, planned: dict | None = None) -> None:
         phases.pretrain(session)
 
 
-def unlearn(cfg: RunConfig, out: Path) -> None:
+def unlearn(cfg: RunConfig, out: str | Path) -> None:
     """Run the method on the original encoder.
 
     Raises:
@@ -60,7 +61,7 @@ def unlearn(cfg: RunConfig, out: Path) -> None:
         check_coverage(session)
 
 
-def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
+def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:
     """Train the retrained reference where it is missing, attack all three encoders, judge the gates.
 
     cfg: settings of this attempt, where keys that change no result differ from those saved; None: the saved ones.
@@ -88,13 +89,14 @@ def audit(run_dir: Path, cfg: RunConfig | None = None) -> int:
     return VERDICT_CODES[verdict]
 
 
-def report(run_dir: Path) -> Path:
+def report(run_dir: str | Path) -> Path:
     """Write `report.html` from what the audit saved."""
     return write_report(Path(run_dir))
 
 
-def begin(cfg: RunConfig, out: Path) -> dict:
+def begin(cfg: RunConfig, out: str | Path) -> dict:
     """Check everything and make the shards; returns the plan, which `pretrain` keeps. Collective."""
+    out = Path(out)
     planned = make_plan(cfg, out)
     if cfg.runtime.compile:
         require_compiler()
@@ -108,7 +110,7 @@ def begin(cfg: RunConfig, out: Path) -> dict:
     return planned
 
 
-def run(cfg: RunConfig, out: Path) -> int:
+def run(cfg: RunConfig, out: str | Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
     pretrain(cfg, out, begin(cfg, out))
     unlearn(cfg, out)
