@@ -6,8 +6,6 @@ The processes run this very file as a script and leave their results in a folder
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from worlds import launch
 
-import distunlearn
 from distunlearn.constraints.distances.energy import DISTANCES, surrogate, value_and_cotangent
 from distunlearn.distributed.collectives import (
     all_gather_detached,
@@ -98,26 +96,7 @@ def main(rank: int, world: int, folder: Path) -> None:
 def ranks(request, tmp_path_factory):
     """Results by rank of one world."""
     world, folder = request.param, tmp_path_factory.mktemp(f"world-{request.param}")
-    root = str(Path(distunlearn.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
+    return launch(__file__, world, folder)
 
 
 @pytest.mark.parametrize("name", DISTANCES)

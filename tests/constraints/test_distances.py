@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from scipy import stats
 from torch import nn
+from worlds import launch
 
 from distunlearn.constraints.distances.energy import (
     DISTANCES,
@@ -235,25 +235,19 @@ def rank_main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     assert dist.get_world_size() == world == 2
-    torch.save(rank_results(rank, world), Path(folder) / f"rank{rank}.pt")
+    torch.save(rank_results(rank, world), Path(folder) / f"rank-{rank}.pt")
     # A DDP wrapper sits in a reference cycle; one that outlives the group aborts the process at exit, now and then.
     gc.collect()
     dist.destroy_process_group()
 
 
 def test_two_processes_over_gloo_get_the_gradient_of_one(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), "2", str(tmp_path)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks = launch(__file__, 2, tmp_path)
     inputs, third = (make() for make in DATA)
     expected = reference_gradient(inputs, third)
     net = small_net()
     phi = energy_distance(net(inputs), net(third)).item()
-    for rank in range(2):
-        got = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+    for got in ranks:
         assert got["phi"].item() == pytest.approx(phi, rel=1e-12)
         torch.testing.assert_close(got["right"], expected, atol=1e-13, rtol=1e-11)
         for wrong in ("dropped", "twice"):

@@ -210,7 +210,11 @@ def _ended(job: dict[str, Any]) -> int:
         if "script" in job:
             import runpy
 
-            sys.argv, sys.path[:0] = list(job["argv"]), [str(Path(job["script"]).parent)]
+            sys.argv = list(job["argv"])
+            sys.path[:0] = [
+                str(Path(job["script"]).parent),
+                str(Path(__file__).parents[1]),
+            ]  # its own folder, and tests/
             runpy.run_path(job["script"], run_name="__main__")
             return 0
         from distunlearn.cli.main import main

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from objective_worlds import launch
 from parts import objective_settings
 from torch.nn.functional import cross_entropy, normalize
+from worlds import launch
 
 from distunlearn.distributed.collectives import (
     RingPass,

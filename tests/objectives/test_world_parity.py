@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from objective_worlds import launch
 from parts import OBJECTIVES, objective_settings
+from worlds import launch
 
 from distunlearn.distributed.collectives import (
     all_gather_detached,
