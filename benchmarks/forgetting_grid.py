@@ -198,9 +198,8 @@ GRIDS: dict[str, Grid] = {
         (*CIFAR, "data.members=10000", "data.forget=2000", "data.holdout=10000", "data.calibration=1000",
          "data.third_party=3000", "data.third_party_audit=1000", "pretrain.epochs=1600", "pretrain.batch=256",
          "pretrain.lr=0.01", "unlearn.steps=320", "unlearn.retain_batch=256", "unlearn.forget_batch=64",
-         "unlearn.third_party_batch=64", "objective.hidden_dim=512", "objective.output_dim=128", "precision=bf16",
-         "audit.part_crops=128"),
-        {"cifar100": ("data.source=cifar100",)},
+         "unlearn.third_party_batch=64", "precision=bf16", "audit.part_crops=128"),
+        {"cifar100": ("data.source=cifar100",), "moco": ("objective.hidden_dim=512", "objective.output_dim=128")},
         300.0, gpu=True,
     ),
 }  # fmt: skip
