@@ -34,7 +34,7 @@ def ended(error: BaseException) -> int:
         told = printable(str(error).splitlines()[0], 200).rstrip(".")
         print(
             f"error: {who} ran out of memory ({told}); make the batches smaller, or set the phase's accumulate above "
-            "1, activation_checkpointing=true or a backend that shards, or free the device.",
+            "1, runtime.activation_checkpointing=true or a backend that shards, or free the device.",
             file=sys.stderr,
         )  # by every rank: any may be the one
         return ConfigError.exit_code

@@ -97,5 +97,6 @@ def test_a_world_of_another_size_than_announced_is_refused(monkeypatch):
 def test_threads_are_as_told_or_the_cores_shared_by_the_processes(monkeypatch, threads, local, expected):
     monkeypatch.setattr(process_group.os, "sched_getaffinity", lambda pid: range(4), raising=False)
     setenv(monkeypatch, LOCAL_WORLD_SIZE=local)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     open_backend(dataclasses.replace(CFG, runtime=RuntimeConfig(threads=threads)))
     assert torch.get_num_threads() == expected
