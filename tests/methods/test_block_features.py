@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from method_batches import batch, in_float64
-from parts import constraint_settings, method_settings, objective_settings
+from parts import EVALUATORS, constraint_settings, method_settings, objective_settings
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import CheckpointError
@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from constraint_cost import LiveBytes  # noqa: E402
 
-EVALUATORS = ("head", "sketch", "sliced", "ghost_norm", "input_gp", "double_backward")
 ENCODERS = {
     "resnet": EncoderConfig(
         name="resnet18", image_size=16, in_chans=1, stem="deep",
@@ -119,9 +118,17 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     return float(off / torch.cat([expected[k].double().flatten() for k in expected]).norm())
 
 
-@pytest.mark.parametrize("evaluator", EVALUATORS)
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("features", [("checkpointing",), ("compile",), ("compile", "checkpointing")])
+def cells() -> list:
+    """Each evaluator on each encoder with one of the features in turn; all with all: pytest -m matrix."""
+    features = [("checkpointing",), ("compile",), ("compile", "checkpointing")]
+    return [
+        pytest.param(encoder, evaluator, chosen, marks=() if (row + column) % 3 == number else pytest.mark.matrix)
+        for row, encoder in enumerate(ENCODERS) for column, evaluator in enumerate(EVALUATORS)
+        for number, chosen in enumerate(features)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoder", "evaluator", "features"), cells())
 def test_nothing_changes(encoder, evaluator, features, calls):
     expected = plain(encoder, evaluator)
     assert difference(trained(encoder, evaluator, *features), expected) < EQUAL
