@@ -45,7 +45,7 @@ from distunlearn.data.loading import stream
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.shard_reader import Reader
 from distunlearn.data.loading.stream import Batches, RoleFeeder, epoch_order
-from distunlearn.data.loading.tar_stream import read_shard
+from distunlearn.data.loading.webdataset_pipeline import checked_samples
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources import decode
 from distunlearn.data.sources.decode import decode_square
@@ -85,7 +85,7 @@ def parts(manifest: Manifest, rounds: int) -> dict[str, float]:
     found = {
         "read by offset, with digest": cpu_ms(lambda: Reader(manifest).read(samples), len(ids), rounds),
         "read a whole shard by webdataset, with digests": cpu_ms(
-            lambda: read_shard(manifest, shard, set()), len(inside), rounds
+            lambda: list(checked_samples(manifest, shard)), len(inside), rounds
         ),
         f"decode ({quick().__name__.removeprefix('_by_') if quick() else 'PIL'})": cpu_ms(
             lambda: [decode.decode_image(d, "x", LIMIT, 3) for d in data], len(ids), rounds

@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from distunlearn.data.manifest.columns import Columns
 from distunlearn.data.manifest.ids import IdTable
-from distunlearn.data.manifest.manifest import Manifest, Shard
+from distunlearn.data.manifest.manifest import MANIFEST, Manifest, Shard
 from distunlearn.data.prepare.forget_list import resolve_list
 
 CASES = ((100_000, 1_000_000), (300_000, 3_000_000), (1_000_000, 10_000_000))
@@ -46,7 +47,8 @@ def table(rows: np.ndarray) -> IdTable:
     for values, end, digits in ((rows % 1000, 15, 3), (rows, 28, 12)):
         for k in range(digits):
             letters[:, end - 1 - k] += (values // 10**k % 10).astype(np.uint8)
-    return IdTable(letters.ravel(), np.arange(len(rows) + 1, dtype=np.uint64) * np.uint64(letters.shape[1]))
+    ends = np.arange(len(rows) + 1, dtype=np.int64) * letters.shape[1]
+    return IdTable(pa.LargeStringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(letters)))
 
 
 def make(folder: Path, ids: int, samples: int) -> dict:
@@ -81,8 +83,7 @@ def make(folder: Path, ids: int, samples: int) -> dict:
         handle.write("nobody\n")
     return {
         "make_s": round(time.perf_counter() - began, 2),
-        "bytes_per_sample": round(manifest.columns.nbytes() / samples, 1),
-        "form": "text" if manifest.is_small else "columns",
+        "bytes_per_sample": round((folder / MANIFEST).stat().st_size / samples, 1),
     }
 
 
@@ -141,7 +142,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             found.append(case(Path(folder), ids, samples))
             print(found[-1], file=sys.stderr, flush=True)
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "pyarrow": pa.__version__}
     print(json.dumps({"cases": found, "versions": versions, "cores": os.cpu_count()}, indent=2))
 
 

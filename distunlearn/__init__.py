@@ -18,6 +18,7 @@ _FROM = {
     "Objective": "distunlearn.objectives.base", "ObjectiveConfig": "distunlearn.config.schema",
     "Run": "distunlearn.api", "StepOutput": "distunlearn.methods.base", "load_config": "distunlearn.api",
     "open_run": "distunlearn.api", "unlearn": "distunlearn.api",
+    "webdataset": "distunlearn.data.loading.webdataset_pipeline",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_FROM)]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from distunlearn.errors import DataError
 
-__all__ = ["file_sha256", "replacing", "sync_path", "write_atomic", "write_json"]
+__all__ = ["HashingFile", "file_sha256", "replacing", "sync_path", "write_atomic", "write_json"]
 
 
 def file_sha256(path: str | Path) -> str:
@@ -64,3 +64,40 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of strict JSON (NaN and infinity are refused by `json`)."""
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+class HashingFile:
+    """A new file that is only written forwards, hashing what passes; durable once it is closed.
+
+    path: None writes nothing, for the digest alone. size: bytes written.
+    """
+
+    closed = False  # pyarrow asks
+
+    def __init__(self, path: Path | None) -> None:
+        self._handle = None if path is None else path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append; returns how many bytes."""
+        data = memoryview(data)
+        if self._handle is not None:
+            self._handle.write(data)
+        self._digest.update(data)
+        self.size += data.nbytes
+        return data.nbytes
+
+    def sha256(self) -> str:
+        """Of all that was written, hexadecimal."""
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._handle is not None:
+            with self._handle:
+                if kind is None:
+                    self._handle.flush()
+                    os.fsync(self._handle.fileno())

@@ -24,7 +24,7 @@ from typing import Any
 
 from distunlearn.common.files import file_sha256, sync_path
 from distunlearn.data.loading.verify import read_sample, verify_shards
-from distunlearn.data.manifest.manifest import COLUMNS, MANIFEST, SUMMARY, Manifest, Sample, Shard
+from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Sample, Shard
 from distunlearn.data.sources.tar_index import key_of
 from distunlearn.errors import DataError
 
@@ -94,7 +94,7 @@ def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purged:
 
 
 def _ours(manifest: Manifest) -> set[str]:
-    return {MANIFEST, SUMMARY, COLUMNS, *manifest.shard_files}
+    return {MANIFEST, SUMMARY, *manifest.shard_files}
 
 
 def purged_before(folder: str | Path) -> Purged | None:

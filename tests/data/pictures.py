@@ -12,6 +12,7 @@ from PIL import Image
 
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import Batches, RoleFeeder
+from distunlearn.data.loading.webdataset_pipeline import checked_samples
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.write_shards import write_shards
 from distunlearn.data.schedule import Batch
@@ -80,3 +81,8 @@ class Feeder:
 
     def close(self) -> None:
         self.batches.close()
+
+
+def by_webdataset(manifest: Manifest, shard: str) -> dict[str, bytes]:
+    """{id: encoded bytes} of one shard, read through webdataset and checked."""
+    return {sample.id: record[kind] for sample, kind, record in checked_samples(manifest, shard)}

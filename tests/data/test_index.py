@@ -14,7 +14,6 @@ import pytest
 
 from distunlearn.cli.main import main
 from distunlearn.config.schema import DataConfig
-from distunlearn.data.loading.tar_stream import read_shard
 from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare import index_shards as module
@@ -25,6 +24,7 @@ from distunlearn.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from hostile_tars import img2dataset, jpeg, sample, write_tar  # noqa: E402
+from pictures import by_webdataset  # noqa: E402
 
 ALL = DataConfig(
     source="webdataset", members=None, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4
@@ -52,7 +52,7 @@ def test_an_index_lists_what_is_there_and_leaves_it_alone(shards):
     found = Manifest.load(shards)
     verify_shards(found, deep=True)
     assert {name: (shards / name).read_bytes() for name in before} == before
-    assert {p.name for p in shards.iterdir()} - before.keys() == {"manifest.jsonl", "summary.json"}
+    assert {p.name for p in shards.iterdir()} - before.keys() == {"manifest.arrow", "summary.json"}
     assert found.fingerprint == manifest.fingerprint and found.info["indexed"]
     oracle = {}
     for name in sorted(before):
@@ -65,7 +65,7 @@ def test_an_index_lists_what_is_there_and_leaves_it_alone(shards):
             assert found.shard_files[name].bytes == len(before[name]) and found.shard_files[name].samples == 30
         if name.endswith(".tar"):  # a reader that checks every sample agrees
             wanted = {s.id for s in found.in_shard(name)}
-            assert read_shard(found, name, wanted) == {i: oracle[i][1] for i in wanted}
+            assert by_webdataset(found, name) == {i: oracle[i][1] for i in wanted}
     assert len(oracle) == 60 and {s.id: (s.shard, read_sample(found, s.id)) for s in found.samples} == oracle
     assert found.count_roles() == {
         "retain": 36, "forget": 6, "third_party": 4, "third_party_audit": 4, "calibration": 4, "holdout": 6,
@@ -122,7 +122,7 @@ def test_images_that_cannot_be_decoded_are_counted(shards):
     write_tar(shards / "00002.tar", [("7.jpg", jpeg(7)[:-200]), ("8.jpg", b"<html>"), ("9.jpg", jpeg(900))])
     manifest = index_shards(ALL, 0, shards)
     assert manifest.info["undecodable"] == 2 and manifest.info["undecodable_ids"] == ["7", "8"]
-    (shards / "summary.json").unlink(), (shards / "manifest.jsonl").unlink()
+    (shards / "summary.json").unlink(), (shards / "manifest.arrow").unlink()
     assert index_shards(replace(ALL, near_distance=None), 0, shards).info["undecodable_ids"] == ["8"]  # headers only
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from forked import killed_at
+from pictures import by_webdataset
 
 from distunlearn.common.files import file_sha256
 from distunlearn.config.schema import DataConfig
 from distunlearn.data import purge
-from distunlearn.data.loading.stream import read_shard
 from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.manifest import manifest as manifest_module
 from distunlearn.data.manifest.manifest import Manifest, Shard
@@ -59,7 +59,7 @@ def test_what_stays_keeps_its_bytes_and_what_goes_is_gone(shards):
     assert {(s.id, s.role, s.label) for s in after.samples} < {(s.id, s.role, s.label) for s in before.samples}
     for name in after.shards():  # webdataset agrees, with every check of a run
         wanted = {s.id for s in after.in_shard(name)}
-        assert read_shard(after, name, wanted) == {i: kept[i] for i in wanted}
+        assert by_webdataset(after, name) == {i: kept[i] for i in wanted}
     everything = b"".join(path.read_bytes() for path in shards.iterdir())
     for sample_id, data in gone.items():
         assert data not in everything and f'"{sample_id}"'.encode() not in everything
@@ -185,16 +185,12 @@ def killed_purge(last: int, folder: Path, ids: list[str], log: Path) -> int:
     return killed_at(last, lambda: purge_shards(folder, ids), log, EVENTS, "shards")
 
 
-@pytest.mark.parametrize("form", ["text", "columns"])
+@pytest.mark.parametrize("form", ["objects", "views"])
 def test_a_kill_leaves_the_old_set_or_the_new_one(original, tmp_path, monkeypatch, form):
     """At twenty points, before and after the exchange."""
-    monkeypatch.setattr(manifest_module, "SMALL", 10**6 if form == "text" else 0)
+    monkeypatch.setattr(manifest_module, "SMALL", 10**6 if form == "objects" else 0)
     source = tmp_path / "source" / "shards"
     shutil.copytree(original, source)
-    if form == "columns":
-        loaded = Manifest.load(source)
-        (source / "manifest.jsonl").unlink()
-        loaded.save(source)
     forget, log = Manifest.load(source).ids("forget"), tmp_path / "log"
     whole = Path(shutil.copytree(source, tmp_path / "whole" / "shards"))
     assert killed_purge(0, whole, forget, log) == 0

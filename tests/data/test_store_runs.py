@@ -46,7 +46,7 @@ def test_an_index_of_a_store_is_that_of_the_local_shards(tmp_path, scheme):
         for workers in (1, 2):
             manifest = index_shards(dataclasses.replace(ALL, store=url, prepare_workers=workers), 0, here)
         assert manifest.fingerprint == index_shards(ALL, 0, expected).fingerprint
-        assert sorted(path.name for path in here.iterdir()) == ["manifest.jsonl", "summary.json"]
+        assert sorted(path.name for path in here.iterdir()) == ["manifest.arrow", "summary.json"]
         assert (here / "summary.json").read_bytes() == (expected / "summary.json").read_bytes()
         verify_objects(manifest, deep=True)
         wanted = samples(manifest, "forget")

@@ -44,7 +44,7 @@ def test_the_run_directory_is_complete(finished):
         "original/done.json",
         "original/export/model.safetensors",
         "retrained/done.json",
-        "shards/manifest.jsonl",
+        "shards/manifest.arrow",
         "shards/summary.json",
         "checkpoints/LATEST",
     ):

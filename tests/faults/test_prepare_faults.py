@@ -37,7 +37,7 @@ def test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monke
     events = int(log.read_text())
     assert events > 20
     written: list[str] = []
-    real = write_shards._Hashing
+    real = write_shards.HashingFile
     resumed = 0
     for point in sorted({1 + k * (events - 2) // 9 for k in range(10)}):
         folder = tmp_path / str(point) / "shards"
@@ -45,7 +45,7 @@ def test_s20_a_prepare_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monke
         assert not folder.exists()  # nothing that could be taken for a whole set
         written.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(write_shards, "_Hashing", lambda path: (written.append(path.name), real(path))[1])
+            patch.setattr(write_shards, "HashingFile", lambda path: (written.append(path.name), real(path))[1])
             prepare_shards(cfg, 0, folder)
         assert tree(folder) == tree(whole)
         assert [p.name for p in folder.parent.iterdir()] == ["shards"]

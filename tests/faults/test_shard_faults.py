@@ -25,9 +25,10 @@ from refused import TINY, folder_of, index, plan, refusal, sets
 
 from distunlearn.cli.main import main
 from distunlearn.common import files
-from distunlearn.data.loading.stream import read_shard
 from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.loading.webdataset_pipeline import webdataset
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.records import ROLES
 from distunlearn.data.sources.decode import decode_image
 from distunlearn.errors import DataError
 
@@ -95,8 +96,8 @@ def test_s01_is_found_by_whoever_reads_the_shard_even_where_digests_are_not_aske
     broken_header(run, 7)
     manifest = Manifest.load(run / "shards")
     verify_shards(manifest, deep=False)  # sizes are as they were
-    with pytest.raises(DataError, match=r"members-000001.tar gave 7 samples; expected 20"):
-        read_shard(manifest, victim(run).name, set())
+    with pytest.raises(DataError, match=r"members-000001.tar .number 8 of 20. has another or a partial sample"):
+        list(webdataset(manifest, ROLES))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_s04_a_manifest_that_is_not_of_these_shards(run, tmp_path, capsys, fault
     other = tmp_path / "other"
     assert main(["prepare", "digits", "--out", str(other), *sets(*TINY, "seed=1")]) == 0
     if fault == "older manifest":
-        for name in ("manifest.jsonl", "summary.json"):
+        for name in ("manifest.arrow", "summary.json"):
             shutil.copy(other / "shards" / name, run / "shards" / name)
         words = "members-000000.tar"
     elif fault == "extra shard":
@@ -145,7 +146,7 @@ def test_s04_a_manifest_that_is_not_of_these_shards(run, tmp_path, capsys, fault
         words = "members-000009.tar"
     else:
         shutil.copy(other / "shards" / "summary.json", run / "shards" / "summary.json")
-        words = "manifest.jsonl does not have the sha256"
+        words = "manifest.arrow does not have the sha256"
     message = refusal(capsys, plan(run), run)
     assert words in message and "prepare again" in message
 

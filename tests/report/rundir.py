@@ -125,7 +125,7 @@ def _plan() -> dict[str, Any]:
 
 
 def _manifest(folder: Path, counts: dict[str, int]) -> Manifest:
-    """manifest.jsonl and summary.json of shards that hold nothing."""
+    """manifest.arrow and summary.json of shards that hold nothing."""
     samples = [
         Sample(f"people/{role}-{row:04d}.png", "members-000000.tar", 512 * row, 100, "a" * 64, role, row % CLASSES)
         for role, count in counts.items()

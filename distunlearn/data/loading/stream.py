@@ -22,12 +22,11 @@ import torch
 from distunlearn.common.device import on_device
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Decoded
-from distunlearn.data.loading.tar_stream import read_shard
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice, systematic
 from distunlearn.errors import DataError
 
-__all__ = ["Batches", "RoleFeeder", "epoch_order", "read_shard"]
+__all__ = ["Batches", "RoleFeeder", "epoch_order"]
 
 BLOCK_SHARDS = 8  # shards shuffled together
 

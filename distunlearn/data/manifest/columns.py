@@ -1,30 +1,39 @@
-"""A manifest as columns: NumPy arrays of one row a sample, in memory or mapped from `.npy` files.
+"""A manifest as columns: NumPy arrays of one row a sample, in memory or mapped from an Arrow IPC file.
 
-73 bytes a sample and its id: shard 4, offset 8, length 4, sha256 32, role 1, label 4, end of the id 8, hash 8 and its
-row 4 (for look-ups). Readable by anyone with `numpy.load(..., mmap_mode="r")`.
+The file has one record batch, uncompressed. 73 bytes a sample and its id: shard 4, offset 8, length 4, sha256 32, role
+1, label 4, end of the id 8, hash 8 and its row 4; and one bit a sample where labels are unknown. `hash` and `hash_row`
+are the index of the ids: all hashes in ascending order, and the row of the id that each is of.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from distunlearn.common.files import file_sha256, sync_path
-from distunlearn.data.manifest.ids import WINDOW, IdTable, release
+from distunlearn.common.files import HashingFile, file_sha256, replacing
+from distunlearn.data.manifest.ids import WINDOW, IdTable, numbers, refused, texts
+from distunlearn.data.manifest.records import CODES, SUMMARY, Shard
 from distunlearn.errors import DataError
 
 __all__ = ["NO_LABEL", "Columns", "Row"]
 
 NO_LABEL = -(2**31)
-_TYPES = {
-    "id_bytes": "|u1", "id_ends": "<u8", "shard": "<u4", "offset": "<u8", "length": "<u4", "sha256": "|u1",
-    "role": "|u1", "label": "<i4", "hash": "<u8", "hash_row": "<u4",
-}  # fmt: skip
+_NAMES = pa.large_string()
+SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, nullable=name == "label")
+        for name, kind in {
+            "id": pa.large_string(), "shard": pa.dictionary(pa.int32(), _NAMES), "offset": pa.uint64(),
+            "length": pa.uint32(), "sha256": pa.binary(32), "role": pa.dictionary(pa.int8(), _NAMES),
+            "label": pa.int32(), "hash": pa.uint64(), "hash_row": pa.uint32(),
+        }.items()
+    ]
+)  # fmt: skip
 _FIX = "run prepare again"
 
 Row = tuple[str, int, int, int, bytes, int, int]  # id, shard, offset, length, sha256, role, label or NO_LABEL
@@ -51,20 +60,8 @@ class Columns:
 
     @classmethod
     def build(cls, rows: Iterable[Row]) -> Columns:
-        """From rows, in bounded memory beside the columns themselves."""
-        pieces: list[Columns] = []
-        waiting: list[Row] = []
-        for row in rows:
-            waiting.append(row)
-            if len(waiting) == WINDOW:
-                pieces.append(cls._piece(waiting))
-                waiting = []
-        pieces.append(cls._piece(waiting))
-        return cls.join(pieces)
-
-    @classmethod
-    def _piece(cls, rows: Sequence[Row]) -> Columns:
-        ids, shard, offset, length, sha256, role, label = zip(*rows, strict=True) if rows else ((),) * 7
+        """From rows, in order; DataError for what does not fit into them."""
+        ids, shard, offset, length, sha256, role, label = list(zip(*rows, strict=True)) or [()] * 7
         if length and (max(length) > 0xFFFFFFFF or max(label) > 2**31 - 1 or min(label) < NO_LABEL):
             raise DataError("An image of 4 GiB or more, or a label beyond 31 bits, is in the samples; take it out.")
         return cls(
@@ -80,10 +77,7 @@ class Columns:
     @classmethod
     def join(cls, pieces: Sequence[Columns]) -> Columns:
         """All rows of several, in order."""
-        starts = np.cumsum([0] + [len(piece.ids.blob) for piece in pieces]).tolist()
-        ends = [piece.ids.ends[:-1] + np.uint64(start) for piece, start in zip(pieces, starts, strict=False)]
-        ends.append(np.array([starts[-1]], dtype=np.uint64))
-        ids = IdTable(np.concatenate([piece.ids.blob for piece in pieces]), np.concatenate(ends))
+        ids = IdTable(pa.concat_arrays([piece.ids.array for piece in pieces]))
         names = ("shard", "offset", "length", "sha256", "role", "label")
         return cls(ids, *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in names))
 
@@ -91,111 +85,118 @@ class Columns:
         """The same with other roles, uint8 [n]."""
         return replace(self, role=role)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All columns by the names of their files."""
+    def batch(self, shards: Sequence[str]) -> pa.RecordBatch:
+        """All columns, as they stand in the file. shards: names of the shards, by number."""
         hashes, rows = self.ids.index()
-        return {
-            "id_bytes": self.ids.blob, "id_ends": self.ids.ends, "shard": self.shard, "offset": self.offset,
-            "length": self.length, "sha256": self.sha256, "role": self.role, "label": self.label,
-            "hash": hashes, "hash_row": rows,
-        }  # fmt: skip
+        columns = [
+            self.ids.array,
+            pa.DictionaryArray.from_arrays(numbers(pa.int32(), self.shard), texts(shards)),
+            numbers(pa.uint64(), self.offset),
+            numbers(pa.uint32(), self.length),
+            numbers(pa.binary(32), self.sha256),
+            pa.DictionaryArray.from_arrays(numbers(pa.int8(), self.role), texts(CODES)),
+            numbers(pa.int32(), self.label, self.label != NO_LABEL),
+            numbers(pa.uint64(), hashes),
+            numbers(pa.uint32(), rows),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
-    def nbytes(self) -> int:
-        """Size of all columns."""
-        return sum(column.nbytes for column in self.arrays().values())
+    def save(self, path: Path, shards: Sequence[str]) -> str:
+        """Replace the file by these columns, durably and as a whole; returns its sha256."""
+        with replacing(path) as partial:
+            return self._write(HashingFile(partial), shards)
 
-    def save(self, folder: Path) -> dict[str, str]:
-        """One durable .npy file a column into an existing folder; returns {column: sha256 of its file}."""
-        digests = {}
-        for name, column in self.arrays().items():
-            path = folder / f"{name}.npy"
-            with path.open("wb") as handle:
-                np.save(handle, column.astype(_TYPES[name], copy=False), allow_pickle=False)
-                handle.flush()
-                os.fsync(handle.fileno())
-            digests[name] = file_sha256(path)
-        sync_path(folder)
-        return digests
+    def digest(self, shards: Sequence[str]) -> str:
+        """What `save` would return, without writing."""
+        return self._write(HashingFile(None), shards)
+
+    def _write(self, sink: HashingFile, shards: Sequence[str]) -> str:
+        with sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_batch(self.batch(shards))
+        return sink.sha256()
 
     @classmethod
-    def load(cls, folder: Path, digests: Mapping[str, str]) -> Columns:
-        """Columns mapped from files that have the stated digests.
+    def load(cls, path: Path, sha256: str, shards: Mapping[str, Shard]) -> Columns:
+        """Columns mapped from a file of this digest, all of them checked.
 
         Raises:
-            DataError: one is missing, damaged, or of another shape than the others.
+            DataError: it is missing or damaged, holds other columns, or contradicts itself or the shards.
         """
-        if digests.keys() != _TYPES.keys():
-            raise DataError(f"{folder} should hold the columns {', '.join(_TYPES)}; {_FIX}.")
-        found: dict[str, np.ndarray] = {}
-        for name, kind in _TYPES.items():
-            path = folder / f"{name}.npy"
-            if file_sha256(path) != digests[name]:
-                raise DataError(f"{path} does not have the sha256 that the summary states; {_FIX}.")
-            try:
-                found[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError) as error:
-                raise DataError(f"{path} is damaged; {_FIX}.") from error
-            if found[name].dtype != np.dtype(kind):
-                raise DataError(f"{path} holds {found[name].dtype}, expected {kind}; {_FIX}.")
-        n = len(found["shard"])
-        shapes = {"id_bytes": found["id_bytes"].shape[:1], "id_ends": (n + 1,), "sha256": (n, 32)}
-        for name, column in found.items():
-            if column.shape != shapes.get(name, (n,)):
-                raise DataError(f"{folder / name}.npy has the shape {column.shape}, which does not fit; {_FIX}.")
-        ids = IdTable(found["id_bytes"], found["id_ends"], found["hash"], found["hash_row"])
-        rest = (found[name] for name in ("shard", "offset", "length", "sha256", "role", "label"))
-        return cls(ids, *rest)
+        if file_sha256(path) != sha256:
+            raise DataError(f"{path} does not have the sha256 that {SUMMARY} states; {_FIX}.")
+        try:
+            with path.open("rb") as handle:
+                mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.py_buffer(mapped))
+            if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
+                raise DataError(f"{path} should hold the columns {', '.join(SCHEMA.names)} in one piece; {_FIX}.")
+            batch = reader.get_batch(0)
+            batch.validate()
+            _check_values(batch, mapped)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged; {_FIX}.") from error
+        names = [batch[name].dictionary.to_pylist() for name in ("shard", "role")]
+        if names != [list(shards), list(CODES)]:
+            raise DataError(f"{path} names other shards or roles than {SUMMARY}; {_FIX}.")
+        columns = cls._of(batch, mapped)
+        columns._check(list(shards), [shard.bytes for shard in shards.values()], [s.samples for s in shards.values()])
+        return columns
 
-    def check(self, shard_bytes: Sequence[int], shard_samples: Sequence[int], num_roles: int) -> None:
+    @classmethod
+    def _of(cls, batch: pa.RecordBatch, mapped: mmap.mmap) -> Columns:
+        """Arrays over the memory of a batch; only the labels are copied."""
+
+        def values(array: pa.Array, kind: str, width: int = 1) -> np.ndarray:
+            return np.frombuffer(array.buffers()[1] or b"", kind, len(array) * width)
+
+        known = batch["label"].buffers()[0]
+        label = values(batch["label"], "<i4")
+        if known is not None:
+            bits = np.unpackbits(np.frombuffer(known, np.uint8), count=len(batch), bitorder="little")
+            label = np.where(bits, label, np.int32(NO_LABEL))
+        return cls(
+            IdTable(batch["id"], values(batch["hash"], "<u8"), values(batch["hash_row"], "<u4"), mapped),
+            values(batch["shard"].indices, "<u4"),
+            values(batch["offset"], "<u8"),
+            values(batch["length"], "<u4"),
+            values(batch["sha256"], "|u1", 32).reshape(-1, 32),
+            values(batch["role"].indices, "|u1"),
+            label,
+        )
+
+    def _check(self, names: Sequence[str], shard_bytes: Sequence[int], shard_samples: Sequence[int]) -> None:
         """DataError if the columns contradict themselves or the shards they speak of."""
         sizes = np.array(shard_bytes, dtype=np.uint64)
         hashes, rows = self.ids.index()
-        good = int(self.ids.ends[0]) == 0 and int(self.ids.ends[-1]) == len(self.ids.blob)
         counts = np.zeros(len(sizes), dtype=np.int64)
         for start in range(0, len(self), WINDOW):
             part = slice(start, start + WINDOW)
             after = slice(start, start + WINDOW + 1)  # with the first of the next part
-            shard = self.shard[part]
-            good = good and bool(
+            shard, end = self.shard[part], self.offset[part] + self.length[part]
+            if not (
                 (np.diff(self.shard[after].astype(np.int64)) >= 0).all()
-                and (np.diff(self.ids.ends[after].astype(np.int64)) > 0).all()
                 and (hashes[after][1:] >= hashes[after][:-1]).all()
                 and (rows[part] < len(self)).all()
-                and (self.role[part] < num_roles).all()
-                and (shard < len(sizes)).all()
-            )
-            if not good:
-                break
-            good = bool((self.offset[part] + self.length[part] <= sizes[shard]).all())
+                and (end >= self.offset[part]).all()
+                and (end <= sizes[shard]).all()
+            ):
+                raise DataError(f"The columns of the manifest contradict one another; {_FIX}.")
             counts += np.bincount(shard, minlength=len(sizes))
-            release(*self.arrays().values())
-        for start in range(0, len(self.ids.blob), 1 << 22):
-            piece = self.ids.blob[start : start + (1 << 22)]
-            good = good and not bool(((piece < 32) | (piece == 127)).any())
-            release(self.ids.blob)
-        if not good:
-            raise DataError(f"The columns of the manifest contradict one another; {_FIX}.")
+            bad = refused(self.ids.array.slice(start, WINDOW))
+            if bad:
+                raise DataError(f"The manifest lists {bad[0][:80]!r}, which can be no id; {_FIX}.")
+            self.ids.release()
         wrong = np.flatnonzero(counts != np.array(shard_samples, dtype=np.int64))
         if len(wrong):
             k = int(wrong[0])
-            raise DataError(f"The manifest lists {counts[k]} samples of shard {k}, not {shard_samples[k]}; {_FIX}.")
-
-    def digests(self) -> dict[str, str]:
-        """What `save` would return, without writing."""
-        found = {}
-        for name, column in self.arrays().items():
-            sink = _Hasher()
-            np.lib.format.write_array(sink, column.astype(_TYPES[name], copy=False), allow_pickle=False)
-            found[name] = sink.digest.hexdigest()
-        return found
+            raise DataError(f"The manifest lists {counts[k]} samples of {names[k]}, not {shard_samples[k]}; {_FIX}.")
 
 
-class _Hasher:
-    """A file that keeps only the sha256 of what is written."""
-
-    def __init__(self) -> None:
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return len(data)
+def _check_values(batch: pa.RecordBatch, mapped: mmap.mmap) -> None:
+    """ValueError or ArrowException unless every text is UTF-8, every name is there, and only labels may be unknown."""
+    for start in range(0, len(batch), WINDOW):
+        part = batch.slice(start, WINDOW)
+        part.validate(full=True)
+        if any(part[name].null_count for name in SCHEMA.names if name != "label"):
+            raise ValueError("a value is missing")
+        mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,17 +1,12 @@
 """The manifest: what lies where in the shards, and the digests that prove it.
 
-Two forms on disk, one in memory. Up to 200,000 samples, `manifest.jsonl` has one line per sample, in shard order.
-Above that a folder `manifest/` has one NumPy file a column (see `data.columns`), which is mapped, not read. Beside
-either, `summary.json` has the counts, each shard's size and sha256, and the sha256 of manifest.jsonl or of each column,
-so that a lost line is noticed.
+`manifest.arrow` is an Arrow IPC file of one row a sample, in shard order, which is mapped, not read. Beside it,
+`summary.json` has the counts, each shard's size and sha256, and the sha256 of manifest.arrow.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -20,24 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distunlearn.common.files import sync_path, write_atomic
+from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
-from distunlearn.data.manifest.columns import NO_LABEL, Columns
+from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
 from distunlearn.data.manifest.ids import IdList
 from distunlearn.data.manifest.records import (
     CODE,
     CODES,
-    COLUMNS_VERSION,
-    LINES_VERSION,
     ROLES,
     SUMMARY,
     UNUSED,
+    VERSION,
     Sample,
     Shard,
     check_shard_name,
-    read_lines,
     read_summary,
-    row_of,
 )
 from distunlearn.errors import DataError
 
@@ -45,7 +37,6 @@ if TYPE_CHECKING:
     from distunlearn.data.manifest.records import Remote
 
 __all__ = [
-    "COLUMNS",
     "MANIFEST",
     "SUMMARY",
     "UNUSED",
@@ -56,9 +47,8 @@ __all__ = [
     "has_manifest",
 ]
 
-MANIFEST = "manifest.jsonl"
-COLUMNS = "manifest"
-SMALL = 200_000  # samples up to which the manifest is a text file, and its samples are Python objects
+MANIFEST = "manifest.arrow"
+SMALL = 200_000  # samples up to which they are kept as Python objects
 _FIX = "run prepare again"
 
 
@@ -107,7 +97,7 @@ class Manifest:
         if isinstance(samples, Columns):
             self.columns = samples
         else:
-            self.columns = Columns.build(row_of(sample, self._number) for sample in samples)
+            self.columns = Columns.build(_row(sample, self._number) for sample in samples)
         borders = np.searchsorted(self.columns.shard, np.arange(len(self._names) + 1))
         assert borders[-1] == len(self.columns) and (np.diff(borders) >= 0).all(), "samples are not in shard order"
         self._borders = borders.tolist()
@@ -123,7 +113,7 @@ class Manifest:
 
     @property
     def is_small(self) -> bool:
-        """Whether its samples are kept as Python objects and saved as text."""
+        """Whether its samples are kept as Python objects."""
         return len(self) <= SMALL
 
     @cached_property
@@ -138,13 +128,8 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of manifest.jsonl, or of the digests of the columns."""
-        if self.is_small:
-            digest = hashlib.sha256()
-            for line in self._lines():
-                digest.update(line)
-            return digest.hexdigest()
-        return _of_digests(self.columns.digests())
+        """sha256 of manifest.arrow."""
+        return self.columns.digest(self._names)
 
     def ids(self, roles: str | Sequence[str]) -> list[str]:
         """Ids of one role or of several, in manifest order."""
@@ -200,7 +185,7 @@ class Manifest:
     def summary(self) -> dict[str, Any]:
         """What summary.json holds: counts per role, sizes, digests."""
         return {
-            "version": LINES_VERSION if self.is_small else COLUMNS_VERSION,
+            "version": VERSION,
             "manifest_sha256": self.fingerprint,
             "samples": len(self),
             "roles": self.count_roles(),
@@ -212,22 +197,8 @@ class Manifest:
     def save(self, folder: str | Path) -> None:
         """Write manifest and summary, each atomically; the summary last, it vouches for the other."""
         folder = Path(folder)
-        digests = None
-        if self.is_small:
-            content = b"".join(self._lines())
-            write_atomic(folder / MANIFEST, content)
-            self.fingerprint = hashlib.sha256(content).hexdigest()
-        else:
-            partial = folder / f".{COLUMNS}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            digests = self.columns.save(partial)
-            shutil.rmtree(folder / COLUMNS, ignore_errors=True)
-            os.rename(partial, folder / COLUMNS)
-            sync_path(folder)
-            self.fingerprint = _of_digests(digests)
-        summary = self.summary() | ({"columns": digests} if digests else {})
-        write_atomic(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        self.fingerprint = self.columns.save(folder / MANIFEST, self._names)
+        write_atomic(folder / SUMMARY, (json.dumps(self.summary(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path, remote: Remote | None = None) -> Manifest:
@@ -239,14 +210,7 @@ class Manifest:
         folder = Path(folder)
         summary = read_summary(folder)
         shards = {check_shard_name(name): Shard(**entry) for name, entry in summary["shards"].items()}
-        if summary["version"] == COLUMNS_VERSION:
-            columns = Columns.load(folder / COLUMNS, summary["columns"])
-            if _of_digests(summary["columns"]) != summary["manifest_sha256"]:
-                raise DataError(f"{folder / SUMMARY} states digests of columns that contradict one another; {_FIX}.")
-            files = shards.values()
-            columns.check([f.bytes for f in files], [f.samples for f in files], len(CODES))
-        else:
-            columns = read_lines(folder / MANIFEST, summary["manifest_sha256"], shards)
+        columns = Columns.load(folder / MANIFEST, summary["manifest_sha256"], shards)
         manifest = cls(folder, columns, shards, summary["info"], remote)
         manifest.fingerprint = summary["manifest_sha256"]
         manifest._check_ids()
@@ -258,6 +222,7 @@ class Manifest:
             first, second = (self.columns.ids[int(row)] for row in rows[place : place + 2])
             if first == second:
                 raise DataError(f"The manifest in {self.folder} lists the id {first[:80]!r} twice; {_FIX}.")
+        self.columns.ids.release()
 
     def _rows_of(self, ids: Sequence[str]) -> np.ndarray:
         rows = self.columns.ids.find(ids, exact=True)
@@ -273,11 +238,6 @@ class Manifest:
         labels = (None if label == NO_LABEL else label for label in c.label[rows].tolist())
         parts = (c.ids.at(rows), shards, c.offset[rows].tolist(), c.length[rows].tolist(), digests, roles, labels)
         return [Sample(i, self._names[s], o, n, d, CODES[r], k) for i, s, o, n, d, r, k in zip(*parts, strict=True)]
-
-    def _lines(self) -> Iterator[bytes]:
-        """The canonical text: one JSON object a line, keys in order, ASCII."""
-        for sample in self.samples:
-            yield (json.dumps(asdict(sample), separators=(",", ":")) + "\n").encode("ascii")
 
 
 class _Samples(Sequence[Sample]):
@@ -318,6 +278,9 @@ class _ById(Mapping[str, Sample]):
         return iter(self._manifest.columns.ids)
 
 
-def _of_digests(digests: Mapping[str, str]) -> str:
-    text = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _row(sample: Sample, numbers: Mapping[str, int]) -> Row:
+    label = NO_LABEL if sample.label is None else sample.label
+    return (
+        sample.id, numbers[sample.shard], sample.offset, sample.length, bytes.fromhex(sample.sha256),
+        CODE[sample.role], label,
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 txt: one id a line; empty lines and lines that start with # are skipped. csv: a header with `id`, and
 optionally `role` (forget or retain; empty means forget). jsonl: one object a line, {"id": ...} and
 optionally "role". UTF-8, with or without a byte order mark, LF or CRLF. Ids are compared in their
-normal form (`data.ids`): Unicode form and the kind of slash do not matter, case does.
+normal form (`manifest.ids`): Unicode form and the kind of slash do not matter, case does.
 
 A list is read as a stream: its ids become row numbers, 8 bytes each, as they come.
 """

@@ -1,9 +1,10 @@
 """Sources to WebDataset tar shards: deterministic, over several processes, going on after a kill.
 
-Each sample is `<key>.<png|jpg|webp>`, `<key>.cls` (the label, if known) and `<key>.json` ({"id": ...}),
-with a running number as the key. Three groups: `members-*` (retain and forget mixed, in an order drawn
-by seed, so a shard's name says nothing about what is to be forgotten), `third_party-*`, `reserve-*`
-(calibration and holdout). The same input gives the same bytes, whatever the number of processes.
+webdataset's own writer writes them: each sample is `<key>.<png|jpg|webp>`, `<key>.cls` (the label, if known) and
+`<key>.json` ({"id": ...}), in the order of these names, with a running number as the key. Three groups: `members-*`
+(retain and forget mixed, in an order drawn by seed, so a shard's name says nothing about what is to be forgotten),
+`third_party-*`, `reserve-*` (calibration and holdout). The same input gives the same bytes, whatever the number of
+processes.
 
 A shard is written together with a note of what is in it. After a kill the next attempt keeps every shard whose note
 belongs to the same images, unchanged since, and whose bytes have the digest of the note.
@@ -13,12 +14,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,16 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from distunlearn.common.files import file_sha256, sync_path, write_atomic
+from distunlearn.common.files import HashingFile, file_sha256, sync_path, write_atomic
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
-from distunlearn.data.manifest.manifest import COLUMNS, MANIFEST, SUMMARY, Manifest, Shard
+from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Shard
 from distunlearn.data.manifest.records import CODE
 from distunlearn.data.prepare.duplicates import near_copies, perceptual_hash, settle_copies
 from distunlearn.data.prepare.process_pool import num_workers, run_jobs
 from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.sources import Source, open_sources
+from distunlearn.data.sources.tar_index import read_tar
 from distunlearn.errors import DataError
 
 __all__ = ["Progress", "duplicate_facts", "prepare_shards", "write_shards"]
@@ -46,7 +46,7 @@ _GROUPS = {
     "third_party": ("third_party", "third_party_audit"),
     "reserve": ("calibration", "holdout"),
 }
-_OURS = (MANIFEST, SUMMARY, COLUMNS)
+_OURS = (MANIFEST, SUMMARY)
 _OUR_SHARDS = re.compile(rf"({'|'.join(_GROUPS)})-\d{{6}}\.tar")
 Progress = Callable[[int, int], None]
 
@@ -207,6 +207,8 @@ def _rows(number: int, job: _Job, images: list[list[Any]], roles: Mapping[str, s
 
 def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
     """Write one shard and its note, or find both as an earlier attempt left them."""
+    from webdataset import TarWriter  # imports torch, which the processes that only read do not need
+
     stamps = [_stamp(shared.readers[source], sample_id) for source, sample_id, _ in job.entries]
     plan = hashlib.sha256(json.dumps([asdict(job), stamps, shared.hashes]).encode()).hexdigest()
     path, note_path = shared.folder / job.name, _note(shared.folder, job.name)
@@ -215,17 +217,17 @@ def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
         return note
     note_path.unlink(missing_ok=True)
     images: list[list[Any]] = []
-    sink = _Hashing(path)
-    with sink, tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    sink = HashingFile(path)
+    with sink, TarWriter(sink, "", "", 0o644, compress=False, encoder=False, mtime=0) as tar:  # owner 0 without a name
         for number, (source, sample_id, label) in enumerate(job.entries, start=job.first):
             data, kind = shared.readers[source].read(sample_id)
-            key = f"{number:08d}"
-            offset = _add(tar, sink, f"{key}.{kind}", data)
-            if label is not None:
-                _add(tar, sink, f"{key}.cls", str(label).encode())
-            _add(tar, sink, f"{key}.json", json.dumps({"id": sample_id}).encode())
+            sample = {"__key__": f"{number:08d}", kind: data, "json": json.dumps({"id": sample_id}).encode()}
+            tar.write(sample if label is None else sample | {"cls": str(label).encode()})
             near = perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes else 0
-            images.append([offset, len(data), hashlib.sha256(data).hexdigest(), near])
+            images.append([0, len(data), hashlib.sha256(data).hexdigest(), near])
+    for image, entry, sample in zip(images, job.entries, read_tar(path), strict=True):
+        assert (sample.id, sample.label, sample.image.size) == (*entry[1:], image[1]), f"{entry[1]!r} was not written"
+        image[0] = sample.image.offset  # where it lies is read, not reckoned
     note = {"plan": plan, "bytes": sink.size, "sha256": sink.sha256(), "images": images}
     write_atomic(note_path, json.dumps(note).encode())
     return note
@@ -250,46 +252,6 @@ def _good_note(path: Path, note_path: Path, plan: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
     return note if good else None
-
-
-class _Hashing:
-    """A new file that is only written forwards, hashing what passes; durable when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = path.open("wb")
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self._handle.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def sha256(self) -> str:
-        """Of all that was written, hexadecimal."""
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> _Hashing:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._handle:
-            if kind is None:
-                self._handle.flush()
-                os.fsync(self._handle.fileno())
-
-
-def _add(tar: tarfile.TarFile, sink: _Hashing, name: str, data: bytes) -> int:
-    """Append one member with neutral metadata; returns the offset of its data."""
-    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names empty
-    member.size = len(data)
-    offset = sink.tell() + tarfile.BLOCKSIZE  # a short USTAR name takes exactly one header block
-    tar.addfile(member, io.BytesIO(data))
-    return offset
 
 
 def _facts(sources: Sequence[Source]) -> dict[str, object]:
