@@ -1,6 +1,7 @@
 """The whole loss of `third_party`, every evaluator, on 2 processes of every backend against plain torch in one process.
 
-The same on 4 processes, which two cores take minutes for: pytest -m matrix tests/dist. The ranks run this file as a
+By default three backends with every evaluator on one of the two encoders in turn, in the sharpest precision; all
+backends, encoders and precisions, on 2 and on 4 processes: pytest -m matrix tests/dist. The ranks run this file as a
 script; one start per backend does everything that the tests below look at. Shares are uneven (2 and 3 forgotten
 images), calibration included, and the constraint outweighs the utility.
 """
@@ -8,7 +9,6 @@ images), calibration included, and the constraint outweighs the utility.
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -28,6 +28,7 @@ from distunlearn.objectives.forward import Context
 pytestmark = pytest.mark.slow
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+SOME = ("ddp", "fsdp2", "zero3")  # whole weights, shards of torch, shards of DeepSpeed
 OBJECTIVE = {"resnet": "byol", "vit": "simclr"}
 # "mixed": weights, gradients, their exchange and the updates in float32, layers in float64. With layers in float32 one
 # process alone is further from float64 than the limits allow, and nothing could be said about the exchange.
@@ -36,9 +37,22 @@ MEMORY = "+memory"  # after an evaluator: with the samples of one past step
 WITH_MEMORY = [("resnet", "head" + MEMORY), ("vit", "sketch" + MEMORY)]
 
 
-def cases(backend: str) -> list[tuple[str, str]]:
-    every = [(e, n) for e in ENCODERS for n in EVALUATORS if n != "double_backward" or backend not in SHARDED]
-    return every + WITH_MEMORY
+def cases(backend: str, which: str) -> list[tuple[str, str]]:
+    """which: "every" pair of encoder and evaluator, or "some": each evaluator, encoders and backends in turn."""
+    fitting = [name for name in EVALUATORS if name != "double_backward" or backend not in SHARDED]
+    if which == "every":
+        return [(e, n) for e in ENCODERS for n in fitting] + WITH_MEMORY
+    turn = [*ENCODERS]
+    own = [(turn[(number + BACKENDS.index(backend)) % 2], name) for number, name in enumerate(fitting)]
+    return own + WITH_MEMORY
+
+
+def runs(backend: str, which: str) -> list[tuple[str, str, str]]:
+    """(encoder, evaluator, precision); "some": float32 for one evaluator alone."""
+    return [
+        (encoder, name, precision) for encoder, name in cases(backend, which) for precision in precisions(backend)
+        if which == "every" or precision == precisions(backend)[0] or (precision, name) == ("float32", "sketch")
+    ]  # fmt: skip
 
 
 def precisions(kind: str) -> list[str]:
@@ -87,14 +101,13 @@ WRONG = {
 
 
 def main() -> None:
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    folder, kind, which = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     for encoder in ENCODERS:
         warm(case_of(encoder, "head"))  # before there are other processes: its loss would be over all of them
     results = {}
-    for encoder, name in cases(kind):
-        for precision in precisions(kind):
-            found = sharded(case_of(encoder, name), kind, precision, STEPS[precision])
-            results[f"{encoder}-{name}-{precision}"] = found
+    for encoder, name, precision in runs(kind, which):
+        found = sharded(case_of(encoder, name), kind, precision, STEPS[precision])
+        results[f"{encoder}-{name}-{precision}"] = found
     for mistake, (encoder, name, steps, patched) in WRONG.items():
         with patched():
             results[mistake] = sharded(case_of(encoder, name), kind, precisions(kind)[0], steps)
@@ -104,13 +117,17 @@ def main() -> None:
 
 @pytest.fixture(
     scope="module",
-    params=[*BACKENDS, *(pytest.param(f"{kind}-4", marks=pytest.mark.matrix) for kind in BACKENDS)],
+    params=[
+        *(f"{kind}-2-some" for kind in SOME),
+        *(pytest.param(f"{kind}-{n}-every", marks=pytest.mark.matrix) for kind in BACKENDS for n in (2, 4)),
+    ],
 )
 def ran(request, tmp_path_factory):
-    kind, _, world = request.param.partition("-")
-    ranks = launch(__file__, int(world or 2), tmp_path_factory.mktemp(request.param), kind, timeout=1200)
+    """(backend and which cases, results by rank)."""
+    kind, world, which = request.param.split("-")
+    ranks = launch(__file__, int(world), tmp_path_factory.mktemp(request.param), kind, which, timeout=1200)
     assert [r["world"] for r in ranks] == [len(ranks)] * len(ranks)
-    return kind, ranks
+    return (kind, which), ranks
 
 
 @functools.cache
@@ -120,9 +137,9 @@ def reference(encoder: str, name: str, precision: str) -> dict:
 
 def test_gradients_and_trajectories_are_those_of_one_process(ran):
     """float64 and mixed: within the stated limits; float32: or within what rounding does to one process."""
-    kind, ranks = ran
+    (kind, which), ranks = ran
     wrong = {}
-    for (encoder, name), precision in itertools.product(cases(kind), precisions(kind)):
+    for encoder, name, precision in runs(kind, which):
         case, key = case_of(encoder, name), f"{encoder}-{name}-{precision}"
         expected = reference(encoder, name, precision)["states"]
         found = [errors(rank[key]["states"], expected) for rank in ranks]
@@ -132,8 +149,8 @@ def test_gradients_and_trajectories_are_those_of_one_process(ran):
 
 
 def test_calibration_and_metrics_agree(ran):
-    kind, ranks = ran
-    for encoder, name in cases(kind):
+    (kind, which), ranks = ran
+    for encoder, name in cases(kind, which):
         precision = precisions(kind)[0]
         case, expected = f"{encoder}-{name}-{precision}", reference(encoder, name, precision)
         for rank in ranks:
@@ -144,7 +161,7 @@ def test_calibration_and_metrics_agree(ran):
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_negative_control(ran, mistake):
-    kind, ranks = ran
+    (kind, _), ranks = ran
     encoder, name, steps, _ = WRONG[mistake]
     expected = reference(encoder, name, precisions(kind)[0])["states"]
     found = ranks[0][mistake]["states"]
