@@ -24,8 +24,9 @@ from distunlearn.config.registry import METHOD
 from distunlearn.config.schema import EncoderConfig, RunConfig
 from distunlearn.data.prepare.forget_list import list_sha256
 from distunlearn.data.prepare.roles import is_list
+from distunlearn.encoders.model import build_model
 from distunlearn.methods import method_class
-from distunlearn.plan.images import phase_images
+from distunlearn.plan.dry_run import count_training
 from distunlearn.plan.plan import make_plan
 
 __all__ = ["GRIDS", "Cell", "Grid", "cell_config", "cell_digest", "estimate", "groups", "methods_of"]
@@ -294,7 +295,10 @@ def estimate(grid: Grid, cells: Sequence[tuple[Cell, RunConfig]]) -> dict[str, f
         phases = plan["phases"]
         audited = sum(plan["roles"].get(r, 0) for r in ("retain", "forget", "third_party_audit", "holdout"))
         method = method_class(cfg)(cfg)
-        images = phase_images(cfg, method, cfg.unlearn.steps) if method.steps == "unlearn" else 0
+        images = 0
+        if method.steps == "unlearn":
+            model = build_model(cfg, plan["encoder"]["classes"])
+            images = count_training(cfg, method, model, cfg.unlearn.steps, plan["roles"]).images
         if cell.method == BASE:
             images = phases["pretrain"]["images"] + (0 if cell.validation else phases["retrain"]["images"])
         encoders = 1 if cell.method != BASE else 2 if cell.validation else 3

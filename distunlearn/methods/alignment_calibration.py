@@ -29,7 +29,6 @@ from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.mixed_batch import mixed_branches, row_losses, with_other_partners
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank
-from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, embed, image_mean
 
 __all__ = ["AlignmentCalibration"]
@@ -59,10 +58,6 @@ class AlignmentCalibration(Method[AlignmentCalibrationConfig]):
         "method.alignment_weight": Log(0.1, 100.0),
         "method.calibration_weight": Log(0.1, 10.0),
     }
-
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        views = objective.branches * (2 if objective.needs_momentum else 1)
-        return views * (self.cfg.unlearn.retain_batch + 2 * self.cfg.unlearn.forget_batch)
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         weights, retain, forget = self.settings, batches["retain"], batches["forget"]

@@ -10,7 +10,7 @@ global loss, which is what DDP, FSDP2 and ZeRO average.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Literal, TypeVar
 
@@ -22,7 +22,7 @@ from distunlearn.data.schedule import Batch
 from distunlearn.errors import ConfigError
 from distunlearn.methods.search_space import Space
 from distunlearn.methods.third_party_weights import MatchedSampling
-from distunlearn.objectives.base import Objective, objective_class
+from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.forward import Context
 
 __all__ = ["NEEDS", "Method", "StepOutput", "method_class", "missing", "refuse_missing"]
@@ -112,18 +112,14 @@ class Method(ABC, Generic[Settings]):
         """How many steps from the start consume forget images."""
         return self.cfg.unlearn.steps
 
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        """Images that `loss` passes through an encoder, for the plan of a run; here every view of every batch once."""
-        return objective.branches * (2 if objective.needs_momentum else 1) * sum(self.batch_sizes().values())
+    def step_kind(self, step: int) -> Hashable:
+        """Steps of one kind pass equally many images through an encoder: a plan runs one of each."""
+        return step < self.forget_steps()
 
     def sampling(self) -> MatchedSampling | None:
         """What weighs the images of a feeder of which not each comes in every epoch; None: each does."""
         matched = self.cfg.unlearn.third_party_sampling == "matched"
         return MatchedSampling() if matched and MatchedSampling.feeder in self.batch_sizes() else None
-
-    def calibration_images(self, objective: Objective, counts: Mapping[str, int]) -> int:
-        """Images that `calibrate` passes through an encoder. counts: those that `sample` gives, by role."""
-        return 0
 
     # -- the run itself ------------------------------------------------------------------------------------------
 

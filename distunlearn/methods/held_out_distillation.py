@@ -22,7 +22,6 @@ from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart, directions, original_directions
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, task_loss
-from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, image_mean
 from distunlearn.objectives.memory_bank import normalise
 
@@ -52,10 +51,6 @@ class HeldOutDistillation(Method[HeldOutDistillationConfig]):
     report = "treating each forgotten image as the original encoder treats a similar one it never saw"
     needs = ("retain", "forget", "third_party", "teacher")
     space = {"unlearn.lr": Log(5e-5, 5e-3), "method.forget_weight": Log(0.1, 10.0)}
-
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        sizes, momentum = self.cfg.unlearn, 2 if objective.needs_momentum else 1
-        return objective.branches * (momentum * sizes.retain_batch + 2 * sizes.forget_batch + sizes.third_party_batch)
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]

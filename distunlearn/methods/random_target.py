@@ -23,7 +23,6 @@ from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart, directions, original_directions
 from distunlearn.methods.search_space import Log, Space
 from distunlearn.methods.training import enqueue, task_loss
-from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, image_mean
 from distunlearn.objectives.memory_bank import normalise
 
@@ -59,10 +58,6 @@ class RandomTarget(Method[RandomTargetConfig]):
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
         self.places = torch.zeros(0, 0)
-
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        momentum = 2 if objective.needs_momentum else 1
-        return objective.branches * (momentum * self.cfg.unlearn.retain_batch + self.cfg.unlearn.forget_batch)
 
     def calibrate(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
         retain = sample("retain")

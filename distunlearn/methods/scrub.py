@@ -23,7 +23,6 @@ from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart, directions, original_directions
 from distunlearn.methods.search_space import Choice, Log
 from distunlearn.methods.training import enqueue, task_loss
-from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, image_mean
 
 __all__ = ["Scrub"]
@@ -57,11 +56,6 @@ class Scrub(Method[ScrubConfig]):
     def forget_steps(self) -> int:
         """Steps of the first phase."""
         return math.ceil(self.settings.max_share * self.cfg.unlearn.steps)
-
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        retain, online = self.cfg.unlearn.retain_batch, objective.branches
-        images = retain * online * (2 if objective.needs_momentum else 1) + 2 * online * retain
-        return images + (2 * online * self.cfg.unlearn.forget_batch if step < self.forget_steps() else 0)
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         weights, retain, forget = self.settings, batches["retain"], batches["forget"]

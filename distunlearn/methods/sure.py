@@ -29,7 +29,6 @@ from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import directions
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, task_loss
-from distunlearn.objectives.base import Objective
 from distunlearn.objectives.forward import Context, image_mean
 
 __all__ = ["Critic", "Sure", "domain_losses", "reverse"]
@@ -70,7 +69,8 @@ class Critic:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             net = nn.Sequential(nn.Linear(dim, self.width), nn.LeakyReLU(0.1), nn.Linear(self.width, 1))
-        self.net = net.to(like.device, like.dtype)
+        kept = (like.device.type, like.dtype) == ("cpu", torch.float32)
+        self.net = net if kept else net.to(like.device, like.dtype)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.rate)
         if self._saved:
             self._restore()
@@ -147,10 +147,6 @@ class Sure(Method[SureConfig]):
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
         self.critic = Critic(self.settings.critic_width, self.settings.critic_lr, cfg.seed)
-
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        sizes, momentum = self.cfg.unlearn, 2 if objective.needs_momentum else 1
-        return objective.branches * (momentum * sizes.retain_batch + sizes.forget_batch + sizes.third_party_batch)
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]

@@ -29,7 +29,7 @@ Guarantee: empirical.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -60,7 +60,7 @@ from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank, task_loss
-from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed, image_mean
 from distunlearn.objectives.memory_bank import Bank, normalise
 
@@ -131,23 +131,8 @@ class ThirdParty(Method[ThirdPartyConfig]):
     def problems(cls, cfg: RunConfig) -> Iterator[str]:
         yield from evaluator_class(cfg).problems(cfg)
 
-    def images_per_step(self, objective: Objective, step: int) -> int:
-        sizes, weights, pairs = self.batch_sizes(), self.settings, self.cfg.constraint.view_pairs
-        views = objective.branches * (2 if objective.needs_momentum else 1)
-        images = views * (sizes["retain"] + pairs * (sizes["forget"] + sizes["third_party"]))
-        images += objective.branches * sizes["retain"] if weights.distill_weight else 0
-        images += objective.branches * pairs * sizes["third_party"] if weights.anchor_weight else 0
-        extra = self.evaluator.extra_images(objective, sizes["forget"], sizes["third_party"])
-        return images + pairs * extra
-
-    def calibration_images(self, objective: Objective, counts: Mapping[str, int]) -> int:
-        views = objective.branches * (2 if objective.needs_momentum else 1)
-        compared = counts["calibration"] + counts["third_party"]
-        shown = views + objective.branches * (self.evaluator.copies - 1)
-        images = CALIBRATION_DRAWS * self.cfg.constraint.view_pairs * shown * compared
-        if objective.uses_bank and not objective.uses_queue:
-            images += CALIBRATION_DRAWS * views * self._bank_images
-        return images + (objective.branches * compared if objective.uses_labels else 0)
+    def step_kind(self, step: int) -> Hashable:
+        return self.evaluator.step_kind(step)
 
     # -- calibration ---------------------------------------------------------------------------------------------
 

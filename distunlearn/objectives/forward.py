@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from distunlearn.common.device import on_device
 from distunlearn.config.schema import RunConfig, ViewsConfig
@@ -90,6 +91,8 @@ def random_views(
     compiled: bool = False,
 ) -> list[Tensor]:
     """The views of these numbers of every image, float [n, C, S, S] each; arguments as of `make_view`."""
+    if isinstance(images, FakeTensor):  # a plan follows shapes; there are no pixels to crop
+        return [images.new_empty(images.shape, dtype=torch.float32) for _ in views]
     key = {"seed": seed, "epochs": epochs, "ids": ids, "compiled": compiled}
     return [make_view(images, settings, view=view, **key) for view in views]
 

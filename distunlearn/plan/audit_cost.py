@@ -8,7 +8,6 @@ from typing import Any
 from distunlearn.audit.trainings.stress import COPIES, FEWEST_CLASSES, stress_names, thirds
 from distunlearn.config.schema import RunConfig
 from distunlearn.engine.phases import pretrain_steps
-from distunlearn.plan.images import phase_images
 
 __all__ = ["audit_trainings"]
 
@@ -71,7 +70,8 @@ def _figures(
 ) -> dict[str, float]:
     steps = [pretrain_steps(cfg, size) for size in sets]
     once = phases["unlearn"]
-    images = sum(phase_images(cfg, None, each) for each in steps)
+    trained = phases["pretrain"]
+    images = sum(steps) * trained["images"] // trained["steps"]  # every step of it has as many
     images += unlearnings * (once["images"] + once.get("calibration_images", 0))
     return {
         "pretrain_steps": sum(steps),

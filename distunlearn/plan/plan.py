@@ -14,8 +14,9 @@ from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.prepare.selection import request_facts
 from distunlearn.data.sources.sources import open_sources
-from distunlearn.encoders.model import build_model
+from distunlearn.encoders.model import ContrastiveModel, build_model
 from distunlearn.encoders.weights import load_backbone
+from distunlearn.engine.matched_sampling import looked_at
 from distunlearn.engine.phases import pretrain_steps
 from distunlearn.engine.run_directory import verified_manifest
 from distunlearn.errors import (
@@ -23,14 +24,13 @@ from distunlearn.errors import (
     DataError,
     DistunlearnError,
 )
-from distunlearn.methods import method_class, refuse_missing
+from distunlearn.methods import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain
-from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
-from distunlearn.plan.images import calibration_images, phase_images
+from distunlearn.plan.dry_run import count_training
 
-__all__ = ["make_plan", "phase_images", "write_plan"]
+__all__ = ["make_plan", "write_plan"]
 
 MIB = 1 << 20
 
@@ -40,8 +40,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
-        retraining), audit (the same of what the audit trains besides), coverage, memory (MiB, per process), encoder,
-        config digest.
+        retraining, peak memory of one process that has the whole batch and shards nothing), audit (the same of what the
+        audit trains besides), coverage, decoded_images_mib (kept by a process), encoder, config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
@@ -55,12 +55,11 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         counts, classes, facts = _roles(cfg, out)
     except DistunlearnError as error:
         problems.append(error)
-    encoder: dict[str, Any] = {}
+    model: ContrastiveModel | None = None
     try:
-        encoder = _encoder(cfg, len(classes) or 2)
+        model = _model(cfg, len(classes) or 2)
     except DistunlearnError as error:
         problems.append(error)
-    phases = _phases(cfg, counts) if counts else {}
     if counts:
         try:
             refuse_missing(cfg, counts)
@@ -73,6 +72,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         if len(problems) == 1:
             raise problems[0]
         raise kind(" ".join(str(p) for p in problems))
+    assert model is not None, "or there was a problem"
+    phases = _phases(cfg, model, counts)
     return {
         "recipe": cfg.recipe,
         "digest": digest(cfg),
@@ -81,11 +82,11 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "objective": cfg.objective.name,
         "roles": dict(counts),
         "request": facts,
-        "encoder": encoder,
+        "encoder": _encoder(cfg, model, len(classes) or 2),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),
         "coverage": _coverage(cfg, counts),
-        "memory_mib": _memory(cfg, counts, encoder),
+        "decoded_images_mib": _decoded_images(cfg, counts),
     }
 
 
@@ -106,7 +107,8 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
     return Counter(roles.values()), labels, request_facts(drawn.facts)
 
 
-def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
+def _model(cfg: RunConfig, classes: int) -> ContrastiveModel:
+    """The encoder with its heads, and the checkpoint tried on it."""
     model = build_model(cfg, classes if objective_class(cfg).head == "classifier" else None)
     if cfg.encoder.checkpoint is not None:
         load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
@@ -114,36 +116,43 @@ def _encoder(cfg: RunConfig, classes: int) -> dict[str, Any]:
         raise ConfigError(
             f"audit.part_crops needs feature maps, which {cfg.encoder.name} does not give; set audit.part_crops=0."
         )
-    backbone = sum(p.numel() for p in model.backbone.parameters())
+    return model
+
+
+def _encoder(cfg: RunConfig, model: ContrastiveModel, classes: int) -> dict[str, Any]:
     return {
         "name": cfg.encoder.name,
         "embed_dim": model.embed_dim,
-        "backbone_parameters": backbone,
+        "backbone_parameters": sum(p.numel() for p in model.backbone.parameters()),
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": classes if objective_class(cfg).head == "classifier" else None,
     }
 
 
-def _phases(cfg: RunConfig, counts: Counter[str]) -> dict[str, dict[str, float]]:
-    members = counts["retain"] + counts["forget"]
+def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> dict[str, dict[str, float]]:
+    """Steps, images, share of retraining and memory of every training of the run."""
     method = method_class(cfg)(cfg)
     retraining = pretrain_steps(cfg, counts["retain"])
-    phases = {
-        "pretrain": (pretrain_steps(cfg, members), Pretrain(cfg)),
-        "unlearn": ({"unlearn": cfg.unlearn.steps, "pretrain": retraining, "none": 0}[method.steps], method),
+    unlearning = {"unlearn": cfg.unlearn.steps, "pretrain": retraining, "none": 0}[method.steps]
+    trainings: dict[str, tuple[int, Method]] = {
+        "pretrain": (pretrain_steps(cfg, counts["retain"] + counts["forget"]), Pretrain(cfg)),
+        "unlearn": (unlearning, method),
         "retrain": (retraining, Retrain(cfg)),
     }
-    images = {name: phase_images(cfg, method, steps) for name, (steps, method) in phases.items()}
-    before = {"unlearn": calibration_images(cfg, method, counts)}
-    return {
-        name: {
-            "steps": steps,
-            "images": images[name],
-            **({"calibration_images": before[name]} if before.get(name) else {}),
-            "share_of_retraining": round((images[name] + before.get(name, 0)) / images["retrain"], 4),
+    found = {name: count_training(cfg, by, model, steps, counts) for name, (steps, by) in trainings.items()}
+    sampling = method.sampling()
+    looks = {"unlearn": 0 if sampling is None else looked_at(counts[role] for role in sampling.roles)}
+    phases = {}
+    for name, counted in found.items():
+        before = counted.calibration_images + looks.get(name, 0)
+        phases[name] = {
+            "steps": trainings[name][0],
+            "images": counted.images,
+            **({"calibration_images": before} if before else {}),
+            "share_of_retraining": round((counted.images + before) / found["retrain"].images, 4),
+            "peak_memory_mib": round(counted.peak_bytes / MIB, 1),
         }
-        for name, (steps, _) in phases.items()
-    }
+    return phases
 
 
 def _coverage(cfg: RunConfig, counts: Counter[str]) -> dict[str, float]:
@@ -181,15 +190,10 @@ def _forget_steps(cfg: RunConfig) -> int:
     return method_class(cfg)(cfg).forget_steps()
 
 
-def _memory(cfg: RunConfig, counts: Counter[str], encoder: dict[str, Any]) -> dict[str, float]:
-    """Lower bounds per process, unsharded: weights, gradients and two optimizer moments in fp32; decoded images."""
-    copies = 4 if cfg.pretrain.optimizer == "adamw" else 3
-    copies += 1 if make_objective(cfg.objective).needs_momentum else 0
+def _decoded_images(cfg: RunConfig, counts: Counter[str]) -> float:
+    """MiB that a process keeps of decoded images."""
     images = sum(counts.values()) * cfg.encoder.in_chans * cfg.encoder.image_size**2
-    return {
-        "weights_and_optimizer": round(copies * 4 * encoder["parameters"] / MIB, 1),
-        "decoded_images": round(min(images / MIB, cfg.data.cache_mib), 1),
-    }
+    return round(min(images / MIB, cfg.data.cache_mib), 1)
 
 
 def write_plan(planned: dict, out: Path) -> None:

@@ -412,10 +412,12 @@ def test_grad_ascent(objective):
 
 def test_scrub_counts_fewer_images_once_it_has_ceased_to_push_away():
     method, ctx, _ = started("scrub", "simclr")
-    ctx.step = method.forget_steps()
-    with in_float64():
-        method.loss(ctx, BATCHES)
-    assert ctx.images == method.images_per_step(ctx.objective, ctx.step) < method.images_per_step(ctx.objective, 0)
+    retain, forget = 2 * 12, 2 * 6
+    for ctx.step, images in ((0, 3 * retain + 2 * forget), (method.forget_steps(), 3 * retain)):
+        ctx.images = 0
+        with in_float64():
+            method.loss(ctx, BATCHES)
+        assert ctx.images == images
 
 
 # What each method drives, and which way.

@@ -118,17 +118,17 @@ def permutation_test(x: Tensor, y: Tensor, num: int, seed: int) -> float:
         raise ValueError(f"a permutation test needs at least 1 permutation, got {num}")
     n, m = x.shape[0], y.shape[0]
     pooled = torch.cat([x, y]).detach().double()
-    distances = pairwise(pooled, pooled).cpu().numpy()
+    distances = pairwise(pooled, pooled)
     first = np.zeros((num + 1, n + m))
     first[0, :n] = 1  # row 0: the labels as they are
     order = np.random.default_rng(np.random.Philox(key=seed)).permuted(np.tile(np.arange(n + m), (num, 1)), axis=1)
     np.put_along_axis(first[1:], order[:, :n], 1, axis=1)
-    statistic = _energy_of_labels(distances, first)
+    statistic = _energy_of_labels(distances, torch.from_numpy(first).to(distances.device))
     tolerance = 1e-10 * distances.max()  # equal statistics count as equal whatever the order of summation
     return float((1 + (statistic[1:] >= statistic[0] - tolerance).sum()) / (1 + num))
 
 
-def _energy_of_labels(distances: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _energy_of_labels(distances: Tensor, first: Tensor) -> Tensor:
     """Energy distance (U-statistic) of many labellings of one pooled sample, [num].
 
     distances: [N, N] of all pairs. first: [num, N], 1 for members of the first sample, else 0.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -27,7 +27,7 @@ from distunlearn.constraints.gradients.shared_activations import shared_pattern
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.errors import ConfigError
-from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, view_pair
 from distunlearn.objectives.memory_bank import Bank
 
@@ -124,7 +124,6 @@ class Evaluator(ABC, Generic[Settings]):
         Config: settings, a frozen dataclass derived from `ConstraintConfig` whose `evaluator` has the evaluator's name
             as default.
         summary: what is compared, and how it is differentiated.
-        copies: how often `describe` shows every image.
         steps: of finite differences, by precision, where it takes any.
 
     Args:
@@ -136,7 +135,6 @@ class Evaluator(ABC, Generic[Settings]):
     name: ClassVar[str]
     Config: ClassVar[type[ConstraintConfig]]
     summary: ClassVar[str]
-    copies: ClassVar[int] = 1
     steps: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, settings: Settings, precision: str, lasting: bool = True) -> None:
@@ -163,11 +161,8 @@ class Evaluator(ABC, Generic[Settings]):
         """Whether third-party images go through the encoder once a step, with so many images of both on a rank."""
         return min(forget, third) > 0 and self.lasting
 
-    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        """Images through an encoder per step and pair of views, beside one forward of forgotten and third-party images.
-
-        Without the step check of every `constraint.check_every` steps.
-        """
+    def step_kind(self, step: int) -> Hashable:
+        """Steps of one kind pass equally many images through the encoder."""
         return 0
 
 
@@ -270,6 +265,9 @@ class Differences(Evaluator[DifferencesConfig]):
         super().__init__(settings, precision, lasting)
         self.rho = self.steps[precision] if settings.rho is None else settings.rho
         self.check = StepCheck(self.name, settings.check_every, self.rho)
+
+    def step_kind(self, step: int) -> Hashable:
+        return self.check.due(step)
 
 
 def grad_wanted(fn: Any) -> Any:

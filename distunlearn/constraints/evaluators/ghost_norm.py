@@ -32,13 +32,12 @@ from distunlearn.constraints.evaluators.two_passes import (
     constrained,
     first_pass,
     second_pass,
-    two_pass_images,
 )
 from distunlearn.constraints.gradients.ghost_norms import GhostGradients, Recorder
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
 from distunlearn.constraints.gradients.probes import probed_layers
 from distunlearn.data.schedule import Batch
-from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
@@ -59,9 +58,6 @@ class GhostNorm(Differences):
     Config = GhostNormConfig
     summary = "log norm of the gradient of many layers' weights, by signed steps along each own gradient"
     steps = {"fp32": 5e-4, "bf16": 6e-3}  # length of a step in the space of all weights
-
-    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        return two_pass_images(objective.branches, forget, third, self.shown_once(forget, third))
 
     def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.describe`; without graph, and a part of the batch at a time."""

@@ -35,7 +35,7 @@ from distunlearn.constraints.evaluators.base import (
 )
 from distunlearn.data.schedule import Batch, concat_batches, random_words
 from distunlearn.distributed.collectives import all_gather_uneven, all_reduce_mean, gather_sizes, mean_scale
-from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
@@ -57,9 +57,6 @@ class InputGP(Differences):
     Config = InputGPConfig
     summary = "nothing: a penalty on input gradients at interpolates, by signed steps along each input gradient"
     steps = {"fp32": 1e-2, "bf16": 1e-1}  # length of a step in the space of all pixels of an image's views, in [-1, 1]
-
-    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        return objective.branches * (4 if objective.needs_momentum else 3) * forget
 
     def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[None, list[Branches]]:
         """See `Evaluator.describe`: None, and branches by pair of views."""

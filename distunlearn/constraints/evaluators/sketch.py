@@ -44,12 +44,11 @@ from distunlearn.constraints.evaluators.two_passes import (
     constrained,
     first_pass,
     second_pass,
-    two_pass_images,
 )
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
 from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
@@ -143,9 +142,6 @@ class Sketch(_Probing, Differences):
     Config = SketchConfig
     summary = "log norm and sketches of many layers' gradients, by signed probes on forgotten images"
     steps = {"fp32": 5e-4, "bf16": 7e-3}
-
-    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        return two_pass_images(objective.branches, forget, third, self.shown_once(forget, third))
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
         """See `Evaluator.features`."""

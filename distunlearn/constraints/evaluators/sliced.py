@@ -33,7 +33,7 @@ from distunlearn.constraints.evaluators.base import (
 from distunlearn.constraints.evaluators.sketch import ProbesConfig, draw_probes
 from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.data.schedule import Batch, concat_batches
-from distunlearn.objectives.base import Branches, Objective
+from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
@@ -63,7 +63,6 @@ class Sliced(Differences):
     name = "sliced"
     Config = SlicedConfig
     summary = "gradients as numbers in one random direction per step, by signed probes on all images"
-    copies = 2
     steps = {"fp32": 3e-3}
 
     @classmethod
@@ -73,9 +72,6 @@ class Sliced(Differences):
                 "constraint.evaluator=sliced compares gradients as single numbers, whose order the rounding of "
                 f"precision={cfg.precision} changes; set constraint.evaluator=sketch, or precision=fp32"
             )
-
-    def extra_images(self, objective: Objective, forget: int, third: int) -> int:
-        return objective.branches * (forget + 2 * third)
 
     def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.describe`; without graph, and a part of the batch at a time."""

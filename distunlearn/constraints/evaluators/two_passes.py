@@ -32,7 +32,7 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["FirstPass", "Measured", "constrained", "first_pass", "second_pass", "two_pass_images"]
+__all__ = ["FirstPass", "Measured", "constrained", "first_pass", "second_pass"]
 
 
 class Measured(NamedTuple):
@@ -63,11 +63,6 @@ class FirstPass(NamedTuple):
     viewed: list[list[Tensor]]
     seen: list[Branches]
     strangers: list[Branches] | None
-
-
-def two_pass_images(branches: int, forget: int, third: int, once: bool) -> int:
-    """Images per step and pair of views beside one forward of both, see `Evaluator.extra_images`."""
-    return branches * (2 * forget + (0 if once else third))
 
 
 def first_pass(ctx: Context, forget: Batch, third: Batch, measure: Measure, once: bool) -> FirstPass:
