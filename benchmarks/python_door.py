@@ -4,8 +4,8 @@
 
 `pretrain` of the digits recipe, three ways in turn, each in a process of its own: `python -m distunlearn`; Python that
 imports distunlearn first; Python that has imported and used torch before it. Figures are ratios within one round, so
-that a machine that others use, too, slows all three down alike. `torch first, left alone` shows what is mended:
-the same without the second team of OpenMP threads.
+that a machine that others use, too, slows all three down alike; `together` runs the three at the same time.
+`torch first, left alone` shows what is mended: the same without the second team of OpenMP threads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ WAYS = {
 }
 
 
-def rate(way: str, folder: Path, shards: Path) -> float:
-    """Images/s of the training."""
+def start(way: str, folder: Path, shards: Path) -> subprocess.Popen[bytes]:
+    """Begin the training in a process of its own."""
     text = WAYS[way]
     settings = [f"pretrain.epochs={FEW if 'alone' in way else EPOCHS}", f"data.shards={shards}"]
     if text is None:
@@ -47,7 +47,13 @@ def rate(way: str, folder: Path, shards: Path) -> float:
     else:
         call = [sys.executable, "-c", text.format(settings=settings, out=str(folder))]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    subprocess.run(call, check=True, env=environment, capture_output=True)
+    return subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def rate(process: subprocess.Popen[bytes], folder: Path) -> float:
+    """Images/s of the training, when it has ended."""
+    if process.wait():
+        raise SystemExit(f"{process.args} failed")
     facts = json.loads((folder / "original" / "done.json").read_text())
     return facts["images"] / facts["seconds"]
 
@@ -58,25 +64,31 @@ def keep_busy() -> None:
         pass
 
 
-def measure(rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Images/s by way, a dict a round, for both states of the machine."""
-    found: dict[str, list[dict[str, float]]] = {"idle": [], "busy": []}
+def rates(ways: list[str], root: Path, name: str, together: bool) -> dict[str, float]:
+    """Images/s of every way, one after the other or all at the same time."""
+    folders = {way: root / f"{name}-{place}" for place, way in enumerate(ways)}
+    if not together:
+        return {way: rate(start(way, folder, root / "shards"), folder) for way, folder in folders.items()}
+    running = {way: start(way, folder, root / "shards") for way, folder in folders.items()}
+    return {way: rate(process, folders[way]) for way, process in running.items()}
+
+
+def measure(rounds: int, states: list[str]) -> dict[str, list[dict[str, float]]]:
+    """Images/s by way, a dict a round, for every state."""
+    found: dict[str, list[dict[str, float]]] = {state: [] for state in states}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         call = [sys.executable, "-m", "distunlearn", "prepare", "digits", "--out", str(root)]
         subprocess.run(call, check=True, capture_output=True)
         for number in range(rounds):
-            for state, rates in found.items():
+            for state in states:
                 other = multiprocessing.Process(target=keep_busy, daemon=True)
                 if state == "busy":
                     other.start()
-                ways = list(WAYS) if number % 2 == 0 else list(WAYS)[::-1]
-                rates.append(
-                    {
-                        way: rate(way, root / f"{state}-{number}-{place}", root / "shards")
-                        for place, way in enumerate(ways)
-                    }
-                )
+                ways = list(WAYS) if state != "together" else list(WAYS)[:3]
+                ways = ways if number % 2 == 0 else ways[::-1]
+                found[state].append(rates(ways, root, f"{state}-{number}", state == "together"))
+                print(state, found[state][-1], file=sys.stderr, flush=True)
                 if state == "busy":
                     other.kill()
                     other.join()
@@ -87,9 +99,11 @@ def main() -> None:
     """Print the rates and, for each way, the median over rounds of its ratio to the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    found = measure(parser.parse_args().rounds)
+    parser.add_argument("--states", nargs="+", default=["idle", "busy", "together"])
+    arguments = parser.parse_args()
+    found = measure(arguments.rounds, arguments.states)
     ratios = {
-        state: {way: statistics.median(r[way] / r["command line"] for r in rounds) for way in WAYS}
+        state: {way: statistics.median(r[way] / r["command line"] for r in rounds) for way in rounds[0]}
         for state, rounds in found.items()
     }
     facts = {"cores": os.cpu_count(), "load_average": os.getloadavg()}

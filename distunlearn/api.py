@@ -241,7 +241,11 @@ def _resolve(recipe: str | None, asked: Mapping[str, Any]) -> RunConfig:
 
 
 def _plain(value: Any) -> Any:
-    return plugins.name_of(value) if isinstance(value, type) else str(value) if isinstance(value, Path) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if callable(value):
+        return plugins.name_of(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _encoder_settings(

@@ -74,9 +74,10 @@ def summarise(
     first = signals["original"]
     assert all(s.ids == first.ids for s in signals.values()), "one list of images for all encoders"
     draws = draw_images(len(first.of("forget")), len(first.of("holdout")), cfg.audit.bootstrap, cfg.seed)
-    found = run_attacks(signals, cfg.seed)
+    found = run_attacks(signals, cfg.seed, cfg.audit.gates.also)
     correct = {name: correct_predictions(s, cfg.audit.neighbours) for name, s in signals.items()}
-    chosen = [*judged(), *(name for name in found if name in cfg.audit.gates.also)]
+    also = {name.rpartition(":")[2] for name in cfg.audit.gates.also}
+    chosen = [*judged(), *(name for name in found if name in also)]
     figures = {name: _attack_figures(name, attacked, draws, cfg) for name, attacked in found.items()}
     attacks = {name: figures[name] for name in chosen}
     utility, utility_gates = _utility_figures(correct, first, draws, cfg)
@@ -146,7 +147,7 @@ def _attack_figures(attack: str, found: Mapping[str, Attacked], draws: Draws, cf
         name: _figures(found[name].comparison if name in found else None, sampled.get(name)) for name in ENCODERS
     }
     # Compared with the original itself an attack has nothing to find there; its power shows on the retrained encoder.
-    at = "retrained" if ATTACKS[attack].reference == "original" else "original"
+    at = "retrained" if attack in ATTACKS and ATTACKS[attack].reference == "original" else "original"
     low, high = result[at]["auc_low"], result[at]["auc_high"]
     powered = bool(low > 0.5 or high < 0.5)
     gates = cfg.audit.gates

@@ -15,7 +15,16 @@ from typing import Any
 
 from distunlearn.common.plugins import names
 from distunlearn.common.store_url import url_problem
-from distunlearn.config.registry import ATTACKS, METHOD, OBJECTIVE, STRESS_TESTS, find, nearest
+from distunlearn.config.registry import (
+    ATTACK_GROUP,
+    ATTACKS,
+    METHOD,
+    OBJECTIVE,
+    STRESS_TESTS,
+    find,
+    nearest,
+    own_attacks,
+)
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import marked
 
@@ -175,7 +184,9 @@ def _audit(cfg: RunConfig) -> Iterator[str]:
         ("audit.average", audit.average, tuple(ATTACKS)),
     ):
         for name in chosen:
-            if name not in known:
+            if key == "audit.gates.also" and name not in ATTACKS and (":" in name or name in names({}, ATTACK_GROUP)):
+                own_attacks([name])
+            elif name not in known:
                 yield f"{key} names {name!r}, which is not an attack that it takes; {nearest(name, known)}"
             elif name == "part_crop" and not audit.part_crops:
                 yield f"{key} names part_crop, which audit.part_crops=0 leaves out; set audit.part_crops, such as 128"

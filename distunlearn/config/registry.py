@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from distunlearn.common import plugins
@@ -17,6 +17,7 @@ from distunlearn.errors import ConfigError
 
 __all__ = [
     "ATTACKS",
+    "ATTACK_GROUP",
     "EVALUATOR",
     "KINDS",
     "METHOD",
@@ -28,6 +29,7 @@ __all__ = [
     "kept",
     "names",
     "nearest",
+    "own_attacks",
     "owners",
     "settings_class",
     "settings_of",
@@ -127,7 +129,27 @@ ATTACKS = {
     "lira_alignment": Attack(f"{_ATTACKS}.lira:lira_alignment", reference="retrained"),
     "alignment_gap": Attack(f"{_ATTACKS}.alignment_gap:alignment_gap", "never", reference="original"),
 }
+ATTACK_GROUP = "distunlearn.attacks"  # of entry points
 STRESS_TESTS = ("worst_case", "whole_class", "canaries", "sequential")
+
+
+def own_attacks(chosen: Iterable[str]) -> dict[str, Any]:
+    """Those of the named attacks that are not of this package, by the name that figures have: the function's.
+
+    An attack is a function of `Signals` and a seed that returns `Attacked` (`audit/attacks/base.py`).
+
+    Raises:
+        ConfigError: one cannot be had, or has the name of a built-in one.
+    """
+    found = {}
+    for name in chosen:
+        if name in ATTACKS:
+            continue
+        label = name.rpartition(":")[2]
+        if label in ATTACKS:
+            raise ConfigError(f"audit.gates.also names {name}, but {label} is a built-in attack; rename the function.")
+        found[label] = plugins.resolve(name, dict.fromkeys(ATTACKS, ""), None, ATTACK_GROUP, "audit.gates.also")
+    return found
 
 
 def find(kind: Kind, name: Any) -> Any:

@@ -250,7 +250,7 @@ class GatesConfig:
     attack: PositiveFloat = 0.08  # the same for every other attack
     utility_points: PositiveFloat = 2.5  # allowed loss of accuracy, percentage points
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9  # of the two-sided bootstrap interval
-    also: tuple[str, ...] = ()  # names of further attacks that are judged like the others
+    also: tuple[str, ...] = ()  # further attacks that are judged like the others; own ones by file.py:function
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from distunlearn.common.files import file_sha256
 from distunlearn.common.random import STREAMS
+from distunlearn.config.registry import own_attacks
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
@@ -60,6 +61,7 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
     """
     if is_own(cfg.encoder.name):
         locate(cfg.encoder.name)  # part of the code that the ranks compare and the ledger records
+    own_attacks(cfg.audit.gates.also)
     backend = open_backend(cfg)
     world = backend.world
     world.on_main(lambda: require_trackers(cfg.tracking))

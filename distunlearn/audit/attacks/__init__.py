@@ -9,11 +9,11 @@ The table is `ATTACKS` of `config/registry.py`: which of them the gates always j
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from distunlearn.audit.attacks.base import Attacked
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.config.registry import ATTACKS
+from distunlearn.config.registry import ATTACKS, own_attacks
 
 __all__ = ["Attacked", "attack", "judged", "paired", "run_attacks"]
 
@@ -34,10 +34,11 @@ def paired() -> list[str]:
     return [name for name, entry in ATTACKS.items() if entry.reference]
 
 
-def run_attacks(signals: Mapping[str, Signals], seed: int) -> dict[str, dict[str, Attacked]]:
+def run_attacks(signals: Mapping[str, Signals], seed: int, also: Iterable[str] = ()) -> dict[str, dict[str, Attacked]]:
     """Every attack on every encoder, {attack: {encoder: result}}; left out is what the signals do not allow.
 
     That is `part_crop` without crops, and paired attacks without the encoder they compare with.
+    also: `audit.gates.also`, for attacks that are not of this package.
     """
     found = {}
     for name, entry in ATTACKS.items():
@@ -48,4 +49,5 @@ def run_attacks(signals: Mapping[str, Signals], seed: int) -> dict[str, dict[str
             name != "part_crop" or all(s.part_responses.shape[1] for s in signals.values())
         ):
             found[name] = {e: run(s, seed) for e, s in signals.items()}
-    return found
+    own = own_attacks(also)
+    return found | {name: {e: run(s, seed) for e, s in signals.items()} for name, run in own.items()}
