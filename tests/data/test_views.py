@@ -354,6 +354,18 @@ def test_hue_keeps_luma_and_grey_and_turns_the_circle():
     torch.testing.assert_close(turned_by(grey, 0.3), grey, atol=2e-4, rtol=0)
 
 
+def test_a_view_turns_the_hue_by_the_drawn_angle():
+    from distunlearn.data import augmentations
+
+    cfg, batch = config(hue=0.2), images(8, 3)
+    view, turns = unit(view_of(batch, cfg)), crop_parameters(cfg, 8)["hue"]
+    assert np.abs(turns).max() > 0.05
+    for i in range(8):
+        cos, sin = (torch.tensor(f(2 * np.pi * turns[i]), dtype=torch.float32) for f in (np.cos, np.sin))
+        expected = augmentations._rotate_hue(batch[i : i + 1].float() / 255, cos, sin)
+        torch.testing.assert_close(view[i : i + 1], expected, atol=1e-5, rtol=0)
+
+
 def test_noise_is_standard_normal_and_fresh_everywhere():
     flat = torch.full((64, 1, 32, 32), 128, dtype=torch.uint8)
     noise = ((unit(view_of(flat, config(noise=0.05))) - 128 / 255) / 0.05).double().numpy()
