@@ -45,8 +45,8 @@ ENCODERS = {
 }  # fmt: skip
 SIZES = {"retain": 16, "forget": 9, "third_party": 10, "calibration": 10}
 RATE = 1e-2  # large enough for the rounding of weights not to count, and stable
-# In bf16 smaller: at 1e-2 a few steps turned half a unit in the last place of the weights into another training, so that
-# the difference after the last step said nothing of a backend.
+# In bf16 smaller: at 1e-2 a few steps turned half a unit in the last place of the weights into another training, so
+# that the difference after the last step said nothing of a backend.
 BF16_RATE = 1e-3
 MOMENTUM = 0.9
 EPSILON = torch.finfo(torch.float32).eps

@@ -275,7 +275,8 @@ def test_micro_batches_add_up_to_the_mean_of_their_gradients(ranks_of, kind):
 def test_the_world_is_two_and_the_ranks_agree(ranks_of, kind):
     first, second = (rank["between"] for rank in ranks_of(kind))
     assert [(r["rank"], r["world"], r["collectives"], r["main"]) for r in (first, second)] == [
-        (0, 2, 2, True), (1, 2, 2, False),
+        (0, 2, 2, True),
+        (1, 2, 2, False),
     ]
     for rank in (first, second):
         assert rank["ids"] == {"retain": ["r0", "x", "r1", "x"], "forget": ["f1"]}

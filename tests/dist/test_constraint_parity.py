@@ -61,9 +61,7 @@ def precisions(kind: str) -> list[str]:
 
 
 def case_of(encoder: str, evaluator: str) -> Case:
-    return Case(
-        evaluator.removesuffix(MEMORY), encoder, OBJECTIVE[encoder], memory=int(evaluator.endswith(MEMORY))
-    )
+    return Case(evaluator.removesuffix(MEMORY), encoder, OBJECTIVE[encoder], memory=int(evaluator.endswith(MEMORY)))
 
 
 def wrong_world(power: int):

@@ -113,7 +113,9 @@ def test_every_backend_trains_in_a_world_of_that_size(world):
     command = [sys.executable, __file__, str(world)]
     done = subprocess.run(command, env=environment(**place), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert [line for line in done.stdout.splitlines() if "trained" in line] == [f"trained {b} {world}" for b in BACKENDS]
+    assert [line for line in done.stdout.splitlines() if "trained" in line] == [
+        f"trained {b} {world}" for b in BACKENDS
+    ]
 
 
 def test_two_launchers_meet_by_the_file_for_several_machines(tmp_path):
@@ -128,7 +130,12 @@ def test_two_launchers_meet_by_the_file_for_several_machines(tmp_path):
         env = environment(CUDA_VISIBLE_DEVICES="")
         started.append(
             subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+                command,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=tmp_path,
                 process_group=0,
             )
         )

@@ -42,7 +42,10 @@ OF_RECIPE = {
     "digits_moco": ["unlearn.lr=1e-6", "objective.queue_size=64"],
     # The recipe weighs its output term by 4, and what float32 rounding makes of that term with it (5.2e-6 seen).
     "digits_byol": [
-        "pretrain.optimizer=sgd", "pretrain.lr=1e-3", "unlearn.optimizer=sgd", "unlearn.lr=1e-6",
+        "pretrain.optimizer=sgd",
+        "pretrain.lr=1e-3",
+        "unlearn.optimizer=sgd",
+        "unlearn.lr=1e-6",
         "method.output_weight=1",
     ],
 }

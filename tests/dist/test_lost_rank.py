@@ -59,7 +59,9 @@ def test_the_survivor_of_a_killed_rank_ends_with_5_and_says_so(tmp_path):
         said = Path(f"{out}.{1 - victim}.log").read_text()
         assert ranks[victim].returncode == -signal.SIGKILL  # the fault fired
         assert ranks[1 - victim].returncode == 5, said[-3000:]
-        gone = f"error: rank {victim} is gone (process {ranks[victim].pid}, without a word); rank {1 - victim} of 2 lost"
+        gone = (
+            f"error: rank {victim} is gone (process {ranks[victim].pid}, without a word); rank {1 - victim} of 2 lost"
+        )
         assert gone in said and "Traceback" not in said
         step += 10  # the next attempt goes on from a checkpoint, and the owner that was killed is no obstacle
     assert (out / "owner.json").exists()  # of the main rank that was killed

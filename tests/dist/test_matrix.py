@@ -156,11 +156,16 @@ def run(kind: str, cases: list[Case], folder: Path, timeout: float) -> list[dict
         precision = precision_of(kind, case)
         pairs = [errors(rank["results"][index]["states"], plainly(case, precision)) for rank in ranks]
         first, last = (max(pair) for pair in zip(*pairs, strict=True))
-        found.append({
-            **choices(kind, case), "precision": "bf16" if case.bf16 else precision,
-            "first": first, "last": last, **judged((first, last), case, precision),
-            "attention": ranks[0]["results"][index]["attention"],
-        })
+        found.append(
+            {
+                **choices(kind, case),
+                "precision": "bf16" if case.bf16 else precision,
+                "first": first,
+                "last": last,
+                **judged((first, last), case, precision),
+                "attention": ranks[0]["results"][index]["attention"],
+            }
+        )
     return found
 
 

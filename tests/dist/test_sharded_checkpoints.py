@@ -107,7 +107,9 @@ def test_each_rank_wrote_a_part_and_one_process_reads_the_whole(ranks, writer):
     checkpoint, _ = latest_checkpoint(folder / writer)
     assert (checkpoint.step, checkpoint.facts["world"], checkpoint.facts["sharded"]) == (STEPS, 2, True)
     files = checkpoint.facts["files"]
-    assert sorted(files) == sorted(f"{k}-0000{r}-of-00002.safetensors" for k in ("optimizer", "state") for r in range(2))
+    assert sorted(files) == sorted(
+        f"{k}-0000{r}-of-00002.safetensors" for k in ("optimizer", "state") for r in range(2)
+    )
     weights = [files[f"optimizer-0000{rank}-of-00002.safetensors"]["bytes"] for rank in range(2)]
     assert min(weights) > 0.4 * sum(weights) or writer == "zero1"  # who cuts its groups, not its weights, in two
     state = checkpoint.state()

@@ -43,7 +43,11 @@ def aucs(found: Any) -> list[float]:
         return [value for item in found for value in aucs(item)]
     if not isinstance(found, dict):
         return []
-    own = [found["view_agreement"][e] for e in ("original", "unlearned", "retrained")] if "view_agreement" in found else []
+    own = (
+        [found["view_agreement"][e] for e in ("original", "unlearned", "retrained")]
+        if "view_agreement" in found
+        else []
+    )
     return own + [value for item in found.values() for value in aucs(item)]
 
 

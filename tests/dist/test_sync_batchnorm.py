@@ -54,7 +54,10 @@ def build(kind: str) -> nn.Module:
         norm = nn.BatchNorm1d(C)
     else:
         settings = {
-            "2d": {"momentum": 0.3}, "images": {}, "cumulative": {"momentum": None}, "no affine": {"affine": False},
+            "2d": {"momentum": 0.3},
+            "images": {},
+            "cumulative": {"momentum": None},
+            "no affine": {"affine": False},
             "no buffers": {"track_running_stats": False},
         }
         norm = nn.BatchNorm2d(C, **settings[kind])
@@ -66,7 +69,7 @@ def build(kind: str) -> nn.Module:
 
 
 def results(kind: str, count: int, norm: nn.Module | None = None) -> dict[str, Tensor]:
-    """Two training steps and an eval forward; a loss that depends on every value, scaled as distributed.collectives says."""
+    """Two training steps and an eval forward; a loss that depends on every value, scaled as collectives says."""
     norm = norm or sync_batchnorm.convert(build(kind), get_world())
     # 6 pixels and 30; the loss of 30 is not to be larger, nor its rounding
     shape = (count, C) if kind == "1d" else (count, C, 5, 6) if kind == "images" else (count, C, 2, 3)
