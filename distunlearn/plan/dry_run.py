@@ -2,7 +2,7 @@
 
 Steps of the real `calibrate` and `loss` run under torch's FakeTensorMode: shapes are followed, nothing is computed. So
 what is planned cannot differ from what the method does, and a method from outside is planned like any other. A value
-that the code asks for (a norm, a switch) is 1.
+that the code asks for (a norm, a loss) is tiny: above 0 and below every bound.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from distunlearn.objectives.forward import Context
 from distunlearn.objectives.queue import KeyQueue
 
 __all__ = ["Counted", "LiveBytes", "count_training"]
+
+TINY = 1e-30  # what a number that nobody computed counts as
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _any_value(scalar: FakeTensor) -> float | int | bool:
-    """What code that asks for a value gets: the value where it is a constant of the code, else 1; `any` is False."""
+    """What code that asks for a value gets: the value where it is a constant of the code, else `TINY`, 1 or true; `any` is False."""
     if scalar.constant is not None:
         return scalar.constant.item()
     if getattr(scalar, "nothing", False):
         return False
-    return True if scalar.dtype is torch.bool else 1.0 if scalar.dtype.is_floating_point else 1
+    return True if scalar.dtype is torch.bool else TINY if scalar.dtype.is_floating_point else 1
 
 
 def count_training(

@@ -117,6 +117,11 @@ def test_nothing_is_computed_and_no_generator_moves():
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
+def test_a_bound_of_the_settings_ends_no_plan():
+    cfg = config("neg_grad", ascent_bound=1e-6)
+    assert count_training(cfg, METHODS["neg_grad"](cfg), build_model(cfg, 3), 2, COUNTS).images > 0
+
+
 def test_a_method_that_trains_nothing_takes_nothing():
     cfg = config("none")
     assert count_training(cfg, METHODS["none"](cfg), build_model(cfg, 3), 0, COUNTS) == Counted()

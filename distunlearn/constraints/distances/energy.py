@@ -125,7 +125,7 @@ def permutation_test(x: Tensor, y: Tensor, num: int, seed: int) -> float:
     np.put_along_axis(first[1:], order[:, :n], 1, axis=1)
     statistic = _energy_of_labels(distances, torch.from_numpy(first).to(distances.device))
     tolerance = 1e-10 * distances.max()  # equal statistics count as equal whatever the order of summation
-    return float((1 + (statistic[1:] >= statistic[0] - tolerance).sum()) / (1 + num))
+    return (1 + int((statistic[1:] >= statistic[0] - tolerance).sum())) / (1 + num)
 
 
 def _energy_of_labels(distances: Tensor, first: Tensor) -> Tensor:
