@@ -69,13 +69,10 @@ def _figures(
     cfg: RunConfig, sets: list[int], unlearnings: int, phases: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
     steps = [pretrain_steps(cfg, size) for size in sets]
-    once = phases["unlearn"]
-    trained = phases["pretrain"]
+    trained, once, whole = phases["pretrain"], phases["unlearn"], phases["retrain"]
+    found = {"pretrain_steps": sum(steps), "unlearn_steps": unlearnings * once["steps"]}
+    if not all("images" in phase for phase in (trained, once, whole)):
+        return found
     images = sum(steps) * trained["images"] // trained["steps"]  # every step of it has as many
     images += unlearnings * (once["images"] + once.get("calibration_images", 0))
-    return {
-        "pretrain_steps": sum(steps),
-        "unlearn_steps": unlearnings * once["steps"],
-        "images": images,
-        "share_of_retraining": round(images / phases["retrain"]["images"], 4),
-    }
+    return {**found, "images": images, "share_of_retraining": round(images / whole["images"], 4)}

@@ -27,14 +27,19 @@ from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.session import CALIBRATION_LIMIT
+from distunlearn.errors import DistunlearnError
 from distunlearn.methods.base import Method
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = ["Counted", "LiveBytes", "count_training"]
+__all__ = ["Counted", "LiveBytes", "NotFollowed", "count_training"]
 
 TINY = 1e-30  # what a number that nobody computed counts as
+
+
+class NotFollowed(Exception):
+    """Code of a part from outside needs values, so its images cannot be counted before; the run itself is fine."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _any_value(scalar: FakeTensor) -> float | int | bool:
-    """What code that asks for a value gets: the value where it is a constant of the code, else `TINY`, 1 or true; `any` is False."""
+    """What code that asks for a value gets: that of a constant of the code, false for `any`, else `TINY`, 1 or true."""
     if scalar.constant is not None:
         return scalar.constant.item()
     if getattr(scalar, "nothing", False):
@@ -105,6 +110,10 @@ def count_training(
     Args:
         model: as `build_model` gives it; only shapes are read.
         counts: images by role.
+
+    Raises:
+        NotFollowed: the method's code needs values, as `tensor.numpy()` does.
+        DistunlearnError: what its code refuses.
     """
     if method.steps == "none" or steps == 0:
         return Counted()
@@ -113,10 +122,15 @@ def count_training(
         kinds.setdefault(method.step_kind(step), []).append(step)
     momentum = MomentumEncoder(model) if make_objective(cfg.objective).needs_momentum else None
     fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
-    with torch.random.fork_rng(devices=[]), fake, live:
-        run = _Run(cfg, method, lambda real: _hollow(real, fake, live), model, momentum)
-        calibration = run.calibrate(counts)
-        images = sum(run.step(same[0]) * len(same) for same in kinds.values())
+    try:
+        with torch.random.fork_rng(devices=[]), fake, live:
+            run = _Run(cfg, method, lambda real: _hollow(real, fake, live), model, momentum)
+            calibration = run.calibrate(counts)
+            images = sum(run.step(same[0]) * len(same) for same in kinds.values())
+    except DistunlearnError:
+        raise
+    except Exception as error:
+        raise NotFollowed(f"{method.name} needs values ({type(error).__name__}: {str(error)[:200]})") from error
     return Counted(images, calibration, live.peak)
 
 

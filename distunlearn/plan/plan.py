@@ -8,6 +8,7 @@ from typing import Any
 
 from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
 from distunlearn.common.files import write_json
+from distunlearn.common.text import printable
 from distunlearn.config.load import digest
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.columns import NO_LABEL
@@ -28,7 +29,7 @@ from distunlearn.methods import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
-from distunlearn.plan.dry_run import count_training
+from distunlearn.plan.dry_run import NotFollowed, count_training
 
 __all__ = ["make_plan", "write_plan"]
 
@@ -129,8 +130,8 @@ def _encoder(cfg: RunConfig, model: ContrastiveModel, classes: int) -> dict[str,
     }
 
 
-def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> dict[str, dict[str, float]]:
-    """Steps, images, share of retraining and memory of every training of the run."""
+def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> dict[str, dict[str, Any]]:
+    """Steps, images, share of retraining and memory of every training; steps alone where code cannot be followed."""
     method = method_class(cfg)(cfg)
     retraining = pretrain_steps(cfg, counts["retain"])
     unlearning = {"unlearn": cfg.unlearn.steps, "pretrain": retraining, "none": 0}[method.steps]
@@ -139,19 +140,27 @@ def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> di
         "unlearn": (unlearning, method),
         "retrain": (retraining, Retrain(cfg)),
     }
-    found = {name: count_training(cfg, by, model, steps, counts) for name, (steps, by) in trainings.items()}
     sampling = method.sampling()
     looks = {"unlearn": 0 if sampling is None else looked_at(counts[role] for role in sampling.roles)}
-    phases = {}
-    for name, counted in found.items():
+    phases: dict[str, dict[str, Any]] = {}
+    for name, (steps, by) in trainings.items():
+        phases[name] = {"steps": steps}
+        try:
+            counted = count_training(cfg, by, model, steps, counts)
+        except NotFollowed as error:
+            phases[name]["not_counted"] = printable(str(error), 300)
+            continue
         before = counted.calibration_images + looks.get(name, 0)
-        phases[name] = {
-            "steps": trainings[name][0],
+        phases[name] |= {
             "images": counted.images,
             **({"calibration_images": before} if before else {}),
-            "share_of_retraining": round((counted.images + before) / found["retrain"].images, 4),
             "peak_memory_mib": round(counted.peak_bytes / MIB, 1),
         }
+    whole = phases["retrain"].get("images")
+    for phase in phases.values():
+        if whole and "images" in phase:
+            images = phase["images"] + phase.get("calibration_images", 0)
+            phase["share_of_retraining"] = round(images / whole, 4)
     return phases
 
 

@@ -291,7 +291,9 @@ def test_a_tiny_sweep_from_end_to_end(tmp_path, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(sweeping, "_start", inside)
-    prepare_sweep(config("method.name=neg_grad", "method.ascent_bound=1e-6"), Search(("finetune", "neg_grad"), trials=1), tmp_path)
+    prepare_sweep(
+        config("method.name=neg_grad", "method.ascent_bound=1e-6"), Search(("finetune", "neg_grad"), trials=1), tmp_path
+    )
     run_sweep(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     base, own = (Manifest.load(tmp_path / "bases" / name / "shards") for name in ("0", "1"))

@@ -15,6 +15,7 @@ from method_batches import batch  # noqa: E402
 from parts import EVALUATORS, METHODS, OBJECTIVES, TRAINED, constraint_settings  # noqa: E402
 from test_method_losses import config  # noqa: E402
 
+from distunlearn.config.load import load_config  # noqa: E402
 from distunlearn.config.schema import RunConfig  # noqa: E402
 from distunlearn.encoders.model import MomentumEncoder, build_model  # noqa: E402
 from distunlearn.engine.optimizer import make_optimizer  # noqa: E402
@@ -23,10 +24,23 @@ from distunlearn.methods.training import Pretrain  # noqa: E402
 from distunlearn.objectives import KeyQueue, make_objective  # noqa: E402
 from distunlearn.objectives.forward import Context  # noqa: E402
 from distunlearn.plan.dry_run import Counted, LiveBytes, count_training  # noqa: E402
+from distunlearn.plan.plan import make_plan  # noqa: E402
 
 COUNTS = {"retain": 20, "forget": 6, "third_party": 9, "calibration": 10, "holdout": 5}
 STEPS = 3
 CLOSE = 0.15  # of the peak
+NEEDS_VALUES = """
+import distunlearn as du
+from distunlearn.methods.training import Finetune
+
+class Own(Finetune):
+    name = "own"
+
+    def loss(self, ctx, batches):
+        out = super().loss(ctx, batches)
+        out.loss.detach().numpy()
+        return out
+"""
 
 
 def really(cfg: RunConfig, method: Method, steps: int) -> Counted:
@@ -120,6 +134,15 @@ def test_nothing_is_computed_and_no_generator_moves():
 def test_a_bound_of_the_settings_ends_no_plan():
     cfg = config("neg_grad", ascent_bound=1e-6)
     assert count_training(cfg, METHODS["neg_grad"](cfg), build_model(cfg, 3), 2, COUNTS).images > 0
+
+
+def test_code_that_needs_values_is_said_and_stops_no_plan(tmp_path):
+    (tmp_path / "own.py").write_text(NEEDS_VALUES)
+    planned = make_plan(load_config("digits", None, [f"method.name={tmp_path / 'own.py'}:Own"]))
+    assert (
+        "needs values" in planned["phases"]["unlearn"]["not_counted"] and "images" not in planned["phases"]["unlearn"]
+    )
+    assert planned["phases"]["retrain"]["share_of_retraining"] == 1.0
 
 
 def test_a_method_that_trains_nothing_takes_nothing():
