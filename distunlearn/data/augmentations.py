@@ -388,9 +388,7 @@ def _rotate_hue(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, taps: Sequence[Tensor]) -> Tensor:
-    """Separable Gaussian, reflected at the border; taps: [n, 1, 1, 1] each, from the middle outwards (two below 16
-    pixels, else three).
-    """
+    """Separable Gaussian, reflected at the border; taps: [n, 1, 1, 1] each, from the middle outwards."""
     reach = len(taps) - 1
     for dim in (2, 3):
         size = x.shape[dim]

@@ -8,6 +8,7 @@ Legend: n = ids of a role set, B = images per global batch.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,15 @@ class Batch:
     def part(self, rows: slice) -> Batch:
         """Some consecutive rows; `replaced`, which belongs to no row, stays behind."""
         return Batch(self.ids[rows], self.images[rows], self.epochs[rows], self.labels[rows])
+
+    def pick(self, rows: Sequence[int]) -> Batch:
+        """Some rows, in this order."""
+        at = torch.as_tensor(rows, dtype=torch.int64)
+        return Batch([self.ids[row] for row in rows], self.images[at], self.epochs[list(rows)], self.labels[at])
+
+    def at_epoch(self, epoch: int) -> Batch:
+        """The same images with the views of another epoch."""
+        return dataclasses.replace(self, epochs=np.full(len(self.ids), epoch, dtype=np.int64))
 
 
 def concat_batches(first: Batch, second: Batch) -> Batch:

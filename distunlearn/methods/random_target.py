@@ -26,15 +26,9 @@ from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.forward import Context, image_mean
 from distunlearn.objectives.memory_bank import normalise
 
-__all__ = ["RandomTarget", "pick"]
+__all__ = ["RandomTarget"]
 
 TARGETS = 256  # retain images whose places are given away
-
-
-def pick(batch: Batch, rows: list[int]) -> Batch:
-    """Some images of a batch, in this order."""
-    at = torch.as_tensor(rows, dtype=torch.int64)
-    return Batch([batch.ids[row] for row in rows], batch.images[at], batch.epochs[rows], batch.labels[at])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +56,7 @@ class RandomTarget(Method[RandomTargetConfig]):
     def calibrate(self, ctx: Context, sample: Callable[[str], Batch]) -> dict[str, float]:
         retain = sample("retain")
         chosen = permutation(len(retain), self.cfg.seed, "targets")[:TARGETS].tolist()
-        self.places = normalise(original_directions(ctx, pick(retain, chosen)).mean(0))
+        self.places = normalise(original_directions(ctx, retain.pick(chosen)).mean(0))
         return {"targets": float(len(self.places))}
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:

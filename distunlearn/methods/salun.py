@@ -21,7 +21,7 @@ from torch import Tensor
 from distunlearn.config.schema import PartShare, RunConfig
 from distunlearn.data.schedule import Batch, permutation
 from distunlearn.distributed.collectives import all_reduce_mean
-from distunlearn.methods.random_target import RandomTarget, RandomTargetConfig, pick
+from distunlearn.methods.random_target import RandomTarget, RandomTargetConfig
 from distunlearn.methods.search_space import Choice
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
@@ -72,7 +72,7 @@ class SalUn(RandomTarget):
     def forget_gradients(self, ctx: Context, forget: Batch, retain: Batch) -> dict[str, Tensor]:
         """Gradient of the mean forget loss in every weight of the original encoder, a step's images at a time."""
         size = self.cfg.unlearn.retain_batch // self.cfg.unlearn.accumulate
-        bank = self._bank(ctx, pick(retain, permutation(len(retain), self.cfg.seed, "bank")[:size].tolist()))
+        bank = self._bank(ctx, retain.pick(permutation(len(retain), self.cfg.seed, "bank")[:size].tolist()))
         named = dict(ctx.original.named_parameters())
         total = {name: torch.zeros_like(weight) for name, weight in named.items()}
         size = max(1, self.cfg.unlearn.forget_batch // self.cfg.unlearn.accumulate)

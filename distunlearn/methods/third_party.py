@@ -149,8 +149,9 @@ class ThirdParty(Method[ThirdPartyConfig]):
         for draw in range(CALIBRATION_DRAWS):
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
-                bank = self._calibration_bank(ctx, _at(_rotate(retain, draw, self._bank_images), epoch))
-                found = [self.evaluator.describe(ctx, _at(b, epoch), bank, draw) for b in (calibration, third)]
+                window = (np.arange(min(self._bank_images, len(retain))) + draw * self._bank_images) % len(retain)
+                bank = self._calibration_bank(ctx, retain.pick(window.tolist()).at_epoch(epoch))
+                found = [self.evaluator.describe(ctx, b.at_epoch(epoch), bank, draw) for b in (calibration, third)]
                 (o_c, c_c), (o_t, _) = (self._outputs(ctx, pairs, bank) for _, pairs in found)
             g_c, g_t = (features for features, _ in found)
             self.spread_output.update(o_t)
@@ -195,7 +196,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         hashes, labels = [], []
         for batch in batches:
             with torch.no_grad():
-                branches = embed(ctx, _at(batch, CALIBRATION_EPOCH), batchnorm="eval")
+                branches = embed(ctx, batch.at_epoch(CALIBRATION_EPOCH), batchnorm="eval")
             hashes.append(branches.ids)
             labels.append(branches.output.softmax(-1).mean(0).argmax(-1))
         self.pseudo_ids, self.pseudo_labels = torch.cat(hashes), torch.cat(labels)
@@ -393,19 +394,3 @@ def _embedding_agreement(b: Branches) -> Tensor:
     """Cosine between the backbone's embeddings of both views, [n]; with one online branch, to the momentum's."""
     other = b.embedding[1] if len(b.embedding) > 1 else b.target_embedding[0]
     return (normalise(b.embedding[0]) * normalise(other)).sum(-1)
-
-
-def _at(batch: Batch, epoch: int) -> Batch:
-    """The same images with the views of another epoch."""
-    return dataclasses.replace(batch, epochs=np.full(len(batch.ids), epoch, dtype=np.int64))
-
-
-def _rotate(batch: Batch, draw: int, count: int) -> Batch:
-    """`count` images of the batch, another window for every draw."""
-    rows = (np.arange(min(count, len(batch.ids))) + draw * count) % len(batch.ids)
-    return Batch(
-        ids=[batch.ids[row] for row in rows],
-        images=batch.images[torch.from_numpy(rows)],
-        epochs=batch.epochs[rows],
-        labels=batch.labels[torch.from_numpy(rows)],
-    )
