@@ -135,7 +135,6 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
         DataError: its shards are missing, purged, or not as their manifest says.
         RankLostError: the ranks do not run the same.
     """
-    refuse_other_settings(cfg, out)
     manifest = verified_manifest(cfg, out) or Manifest.load(shards_folder(cfg, out))  # which says that there is none
     require_one_run(world, cfg, manifest)
     lease = world.on_main(lambda: _begin(cfg, out))
@@ -147,7 +146,8 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
 
 
 def _begin(cfg: RunConfig, out: Path) -> Lease:
-    """The main rank's part: the claim, and what is written with it."""
+    """The main rank's part: the claim, and what is written with it. All ranks have the same settings by now."""
+    refuse_other_settings(cfg, out)
     out.mkdir(parents=True, exist_ok=True)
     lease = Lease(out)
     try:

@@ -16,7 +16,7 @@ from distunlearn.config.schema import CheckpointConfig, RunConfig
 from distunlearn.distributed.world import World
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.checkpoint import async_save as module
-from distunlearn.engine.checkpoint import format as files
+from distunlearn.engine.checkpoint import format, tensors
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
 from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.engine.ledger import Ledger
@@ -168,7 +168,7 @@ def test_whoever_leaves_waits_for_the_save_in_flight(training, monkeypatch, erro
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
-PLACES = {"save_file": files, "sync_path": files, "replace": os, "mkdir": os}
+PLACES = {"save_file": tensors, "sync_path": tensors, "replace": os, "mkdir": os}
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 
 
@@ -332,7 +332,7 @@ def test_a_rank_that_leaves_does_not_wait_for_the_lost_one(training):
 ])  # fmt: skip
 def test_who_shards(training, monkeypatch, kind, weights, world, wanted, expected):
     one = training(world=world, sharded=wanted)
-    monkeypatch.setattr(Rank, "num_weights", weights)
+    monkeypatch.setattr(Backend, "num_weights", weights)
     one.backend.cfg = RunConfig(backend=kind)
     assert one.saver.is_sharded() is expected
 
@@ -363,8 +363,8 @@ def test_every_rank_looks_at_its_share_and_one_that_is_damaged_is_passed_over_by
             one.saver.wait()
     path = main.folder / "step-00000002" / "state-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    checkpoint = files.read_commit(path.parent)
-    assert sorted(files.verified(checkpoint, rank, 2) for rank in range(2)) == [False, True]
+    checkpoint = format.read_commit(path.parent)
+    assert sorted(format.verified(checkpoint, rank, 2) for rank in range(2)) == [False, True]
     alone = Training(main.folder.parent)
     assert agreed_checkpoint(main.folder, alone.backend.world, alone.ledger, alone.notes.append).step == 1
     assert alone.notes == ["checkpoint step-00000002 does not match its COMMIT.json and is passed over"]

@@ -150,7 +150,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
 
 
 def test_unknown_trackers_are_refused_with_those_that_exist():
-    with pytest.raises(ConfigError, match=r"tracking: found .*wandbb.*expected a list .each one of tensorboard, wandb"):
+    with pytest.raises(ConfigError, match=r"tracking: found .*wandbb.*expected 'tensorboard', 'wandb'"):
         load_config("digits", None, ["tracking=[wandbb]"])
     assert load_config("digits", None, ["tracking=[]"]).tracking == ()
     assert load_config("digits", None, []).tracking == ("tensorboard",)

@@ -44,7 +44,9 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(copied, forget):
     assert group.wait() == [5, 5], group.said()
     assert FIRED.format("sleep", "backward", 1) in group.said(1)
     for rank in (0, 1):
-        assert f"rank {rank}: error: rank 1 of 2 hangs in unlearn step 2, backward (faults.py:" in group.said(rank)
+        assert f"rank {rank}: error: rank 1 of 2 hangs in unlearn step 2, backward (fault_injection.py:" in group.said(
+            rank
+        )
         assert "Traceback" not in group.said(rank)
     stack = (copied / "watch/rank-0001.stack.txt").read_text()
     assert "in reach" in stack and "in _micro_batch" in stack

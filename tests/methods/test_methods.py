@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
     weights = list(ctx.model.parameters())
     features = []
 
-    def remember(ctx, pairs, bank, draw, inner=method.evaluator._describe):
+    def remember(ctx, pairs, bank, draw, inner=method.evaluator._described):
         features.append(inner(ctx, pairs, bank, draw))
         return features[-1]
 
@@ -126,7 +126,7 @@ def test_the_gradient_is_that_of_the_distance_with_third_party_held_still():
     utility = Finetune(cfg).loss(ctx, {"retain": BATCHES["retain"]}).loss
     task = gradient(utility)
     restore()
-    method.evaluator._describe = remember
+    method.evaluator._described = remember
     out = method.loss(ctx, BATCHES)
     forget, third = (method._scale(found) for found in features)
     held = task + gradient(energy_distance(forget, third.detach()))
@@ -166,11 +166,11 @@ def test_every_distance_is_drawn_anew_at_every_step(name):
     method, ctx = started(cfg)
     features = []
 
-    def remember(ctx, pairs, bank, draw, inner=method.evaluator._describe):
+    def remember(ctx, pairs, bank, draw, inner=method.evaluator._described):
         features.append(inner(ctx, pairs, bank, draw).detach())
         return inner(ctx, pairs, bank, draw)
 
-    ctx.step, method.evaluator._describe = 7, remember
+    ctx.step, method.evaluator._described = 7, remember
     found = float(method.loss(ctx, BATCHES).metrics["phi_gradient"])
     forget, third = (method._scale(rows) for rows in features)
     assert found == pytest.approx(float(DISTANCES[name](forget, third, seed=3, step=7)), rel=1e-5)
