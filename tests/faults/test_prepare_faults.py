@@ -111,8 +111,11 @@ def test_s21_a_second_prepare_into_the_same_folder_is_refused(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["prepare", "digits", "--out", str(out), *sets(*TINY)]
 
+    stopped = []
+
     def hook(event: str, args: tuple) -> None:
-        if event == "open" and str(args[0]).endswith("members-000001.tar"):
+        if event == "open" and str(args[0]).endswith("members-000001.tar") and not stopped:
+            stopped.append(True)  # the shard is opened a second time, to read back where its images lie
             os.kill(os.getpid(), signal.SIGSTOP)
 
     first = fork(lambda: (sys.addaudithook(hook), os._exit(main(arguments))))
