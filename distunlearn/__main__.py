@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
+from distunlearn.cli.exit import leave
 from distunlearn.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "RANK" in os.environ:
+        leave(code)
+    sys.exit(code)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 from distunlearn.common.launcher import announced_rank, is_main
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError, DistunlearnError, LaunchError, RankLostError, StoppedError
 
-__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "complain", "ended"]
+__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "complain", "ended", "leave"]
 
 EXIT_INTERNAL = 70
 EXIT_STOPPED = 75
@@ -46,6 +49,19 @@ def ended(error: BaseException) -> int:
         return EXIT_INTERNAL
     print(f"error: {lost}", file=sys.stderr)  # by every rank: the main one may be the lost one
     return RankLostError.exit_code
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that a launcher started, whose work is done and written, without the interpreter's own teardown.
+
+    Threads of torch's process groups may let go of Python objects while that is under way. It has aborted a rank of
+    fsdp2 over gloo after its last step (seen once, cause likely, not proven), and the launcher then ends the others.
+    """
+    atexit._run_exitfuncs()  # destroys the process group
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
