@@ -160,8 +160,8 @@ GRIDS: dict[str, Grid] = {
         },
     ),
     # Requests as people make them: 100 of 2,000 images, not drawn at random but alike. Settings are those of `small`;
-    # of third_party with both draws of third-party images, each also with the memory and the warm-up of `memory`, and
-    # with an anchor, whose weight was chosen on the ResNet's validation request.
+    # of third_party also with the memory and the warm-up of `memory`, and with an anchor, whose weight was chosen on
+    # the ResNet's validation request. (Its results also hold a draw of third-party images like the forgotten ones.)
     "requests": Grid(
         ("fashion_mnist",), ("simclr",), {"resnet": SMALL_RESNET, "vit": SMALL_VIT}, (0, 1, 2), (100,),
         (*SMALL, "data.members=2000", "data.holdout=1000", "data.third_party=1500", "data.third_party_audit=1000",
@@ -169,13 +169,8 @@ GRIDS: dict[str, Grid] = {
         {key: SMALL_BY_NAME[key] for key in ("resnet", "vit")}, 4.0,
         methods=("none", "third_party", "neg_grad", "alignment_calibration"),
         variants={
-            "matched": ("unlearn.third_party_sampling=matched",),
             "memory": ("constraint.memory_steps=16", "unlearn.warmup=0.3"),
-            "matched-memory": (
-                "unlearn.third_party_sampling=matched", "constraint.memory_steps=16", "unlearn.warmup=0.3"
-            ),
             "anchor": ("method.anchor_weight=10",),
-            "matched-anchor": ("unlearn.third_party_sampling=matched", "method.anchor_weight=10"),
         },
         alike=100,
     ),

@@ -28,7 +28,6 @@ PHILOX = {"mmd": 0x6D6D64, "probes": 0x70726F6265, "sketch": 0x736B65746368, "sl
 VIEW_EPOCHS = {
     "training": (0, 1 << 32),
     "calibration": (1 << 32, (1 << 32) + (1 << 16)),
-    "matched sampling": ((1 << 32) + (1 << 16), (1 << 32) + (1 << 16) + 1),
     "audit": (1 << 33, (1 << 33) + 1),
     "audit gradients": ((1 << 33) + 1, (1 << 33) + 2),
     "relearning, measured": ((1 << 33) + 2, (1 << 33) + 3),

@@ -205,7 +205,6 @@ class UnlearnConfig:
     retain_batch: PositiveInt = 128
     forget_batch: Annotated[int, Field(ge=2)] = 50
     third_party_batch: Annotated[int, Field(ge=2)] = 50
-    third_party_sampling: Literal["uniform", "matched"] = "uniform"  # matched: those like forgotten ones more often
     accumulate: PositiveInt = 1  # micro-batches a step, each with a part of all three batches
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3

@@ -18,7 +18,7 @@ import torch
 
 from distunlearn.common.random import GAMMA, finalise
 
-__all__ = ["Batch", "Cycle", "concat_batches", "permutation", "random_words", "rank_slice", "systematic"]
+__all__ = ["Batch", "Cycle", "concat_batches", "permutation", "random_words", "rank_slice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +74,6 @@ def random_words(n: int, *key: int | str) -> np.ndarray:
 def permutation(n: int, *key: int | str) -> np.ndarray:
     """A permutation of range(n), int64 [n], a pure function of `key`."""
     return np.argsort(random_words(n, *key), kind="stable")
-
-
-def systematic(shares: np.ndarray, *key: int | str) -> np.ndarray:
-    """Positions drawn so that position i comes with probability shares[i], int64 [m], ascending; a function of `key`.
-
-    Systematic sampling with unequal probabilities (Madow, Annals of Mathematical Statistics 20, 1949): m is always the
-    same, and none comes twice.
-
-    Args:
-        shares: float64 [n] in [0, 1]; their sum is m, a whole number above 0 but for rounding.
-    """
-    ends = np.cumsum(shares)
-    m = round(float(ends[-1]))
-    assert m >= 1, "the shares must add up to at least one image"
-    first = float(random_words(1, *key)[0] >> np.uint64(11)) / 2.0**53
-    found = np.searchsorted(ends * (m / ends[-1]), np.arange(m) + first, side="right")
-    return np.minimum(found, len(shares) - 1)
 
 
 def rank_slice(n_global: int, rank: int, world: int) -> slice:

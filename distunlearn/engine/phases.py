@@ -14,11 +14,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distunlearn.common.files import file_sha256, write_json
@@ -34,7 +32,6 @@ from distunlearn.encoders.weights import check_finite, load_backbone
 from distunlearn.engine import fault_injection
 from distunlearn.engine.ledger import coverage, read_ledger, require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
-from distunlearn.engine.matched_sampling import feeder_shares
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
 from distunlearn.engine.session import DONE, STATE, Session, Trained, is_done, load_trained, scratch
@@ -133,14 +130,7 @@ def unlearn(session: Session, start: Path | None = None) -> Path:
     return session.out
 
 
-def _train(
-    session: Session,
-    name: str,
-    folder: Path,
-    method: Method,
-    digest: str,
-    start: Path | None,
-) -> None:
+def _train(session: Session, name: str, folder: Path, method: Method, digest: str, start: Path | None) -> None:
     if is_done(folder, digest):
         return
     cfg, backend = session.cfg, session.backend
@@ -153,7 +143,6 @@ def _train(
     if method.steps == "none":
         facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
     else:
-        shares, looked_at = feeder_shares(session, name, method, model, folder, digest)
         optim = cfg.unlearn if method.steps == "unlearn" else cfg.pretrain
         optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
         forward = backend.prepare(model, optimizer, clip=optim.clip)
@@ -171,11 +160,10 @@ def _train(
             original=_original(session, start, method),
             rank=backend.world.rank,
             world=backend.world.size,
-            images=round(looked_at / backend.world.size),
             plain_forward=backend.plain_forward(),
             note=functools.partial(session.telemetry.note, name),
         )
-        feeders = _feeders(session, method, optim.accumulate, shares)
+        feeders = _feeders(session, method, optim.accumulate)
         images = next(iter(feeders.values())).cycle.num_ids
         total = optim.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
         phase = Phase(
@@ -251,10 +239,8 @@ FEEDER_ROLES = {
 }
 
 
-def _feeders(
-    session: Session, method: Method, accumulate: int, shares: Mapping[str, np.ndarray]
-) -> dict[str, RoleFeeder]:
-    """One feeder per batch the method asks for. shares: by name, see `RoleFeeder`.
+def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, RoleFeeder]:
+    """One feeder per batch the method asks for.
 
     They serve micro-batches: number step * accumulate + m holds the m-th part of the rows that the step's batch has.
     """
@@ -268,7 +254,6 @@ def _feeders(
             batch=size // accumulate,
             rank=backend.world.rank,
             world=backend.world.size,
-            shares=shares.get(name),
         )
         for name, size in method.batch_sizes().items()
     }

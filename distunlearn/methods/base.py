@@ -21,7 +21,6 @@ from distunlearn.config.schema import MethodConfig, RunConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.errors import ConfigError
 from distunlearn.methods.search_space import Space
-from distunlearn.methods.third_party_weights import MatchedSampling
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.forward import Context
 
@@ -115,11 +114,6 @@ class Method(ABC, Generic[Settings]):
     def step_kind(self, step: int) -> Hashable:
         """Steps of one kind pass equally many images through an encoder: a plan runs one of each."""
         return step < self.forget_steps()
-
-    def sampling(self) -> MatchedSampling | None:
-        """What weighs the images of a feeder of which not each comes in every epoch; None: each does."""
-        matched = self.cfg.unlearn.third_party_sampling == "matched"
-        return MatchedSampling() if matched and MatchedSampling.feeder in self.batch_sizes() else None
 
     # -- the run itself ------------------------------------------------------------------------------------------
 

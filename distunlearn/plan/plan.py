@@ -17,7 +17,6 @@ from distunlearn.data.prepare.selection import request_facts
 from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.model import ContrastiveModel, build_model
 from distunlearn.encoders.weights import load_backbone
-from distunlearn.engine.matched_sampling import looked_at
 from distunlearn.engine.phases import pretrain_steps
 from distunlearn.engine.run_directory import verified_manifest
 from distunlearn.errors import (
@@ -140,8 +139,6 @@ def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> di
         "unlearn": (unlearning, method),
         "retrain": (retraining, Retrain(cfg)),
     }
-    sampling = method.sampling()
-    looks = {"unlearn": 0 if sampling is None else looked_at(counts[role] for role in sampling.roles)}
     phases: dict[str, dict[str, Any]] = {}
     for name, (steps, by) in trainings.items():
         phases[name] = {"steps": steps}
@@ -150,7 +147,7 @@ def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> di
         except NotFollowed as error:
             phases[name]["not_counted"] = printable(str(error), 300)
             continue
-        before = counted.calibration_images + looks.get(name, 0)
+        before = counted.calibration_images
         phases[name] |= {
             "images": counted.images,
             **({"calibration_images": before} if before else {}),

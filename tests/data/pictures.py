@@ -64,9 +64,8 @@ def store(manifest: Manifest, **options) -> ImageStore:
     return ImageStore(manifest, 16, 3, options.pop("cache_mib", 0), 1_000_000, **options)
 
 
-def feeder(images: ImageStore, roles="retain", batch: int = 8, rank: int = 0, world: int = 1, seed: int = 0,
-           shares: np.ndarray | None = None):  # fmt: skip
-    return Feeder(RoleFeeder(images, images.manifest, roles, seed, batch, rank, world, shares))
+def feeder(images: ImageStore, roles="retain", batch: int = 8, rank: int = 0, world: int = 1, seed: int = 0):
+    return Feeder(RoleFeeder(images, images.manifest, roles, seed, batch, rank, world))
 
 
 class Feeder:

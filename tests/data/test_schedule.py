@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from distunlearn.data.schedule import Cycle, permutation, random_words, rank_slice, systematic
+from distunlearn.data.schedule import Cycle, permutation, random_words, rank_slice
 
 MASK = (1 << 64) - 1
 
@@ -97,24 +97,3 @@ def test_coverage_steps_is_exact(n, batch):
     assert len(seen[enough - 1]) == n
     if enough > 1:
         assert len(seen[enough - 2]) < n
-
-
-def test_systematic_draws_come_as_often_as_their_shares_say():
-    shares = np.array([1.0, 0.05, 0.45, 0.3, 0.7, 0.0, 0.5])
-    counts, draws = np.zeros(len(shares)), 4000
-    for epoch in range(draws):
-        found = systematic(shares, "seed", epoch)
-        assert len(found) == 3 and len(set(found.tolist())) == 3 and (np.diff(found) > 0).all()
-        counts[found] += 1
-    assert counts[0] == draws and counts[5] == 0
-    assert np.abs(counts / draws - shares).max() < 4 * 0.5 / draws**0.5
-    assert systematic(shares, "seed", 1).tolist() == systematic(shares, "seed", 1).tolist()
-
-
-def test_systematic_draws_survive_rounding():
-    shares = np.full(3000, 1 / 3)  # sums to 999.9999999999
-    found = [systematic(shares, "seed", epoch) for epoch in range(50)]
-    assert all(len(set(draw.tolist())) == 1000 and draw.max() < 3000 for draw in found)
-    assert systematic(np.ones(5), 0).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(AssertionError, match="at least one image"):
-        systematic(np.full(3, 0.1), 0)

@@ -19,9 +19,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from processes import environment, free_port
-from safetensors.torch import load_file
 
 from distunlearn.engine.ledger import read_ledger
 from distunlearn.engine.metrics_log import read_metrics
@@ -176,19 +174,3 @@ def test_sharded_unlearning_through_probes_loses_what_one_process_loses(alone, t
         found, expected = (logged(tmp_path / name, "unlearn", key) for name in ("unlearn", "one"))
         print(f"{backend} {evaluator} {key}: {deviation(found[:1], expected[:1]):.1e} {deviation(found, expected):.1e}")
         assert deviation(found[:1], expected[:1]) <= first and deviation(found, expected) <= all_steps
-
-
-def test_matched_third_party_images_are_drawn_alike(alone, tmp_path):
-    """Both ranks look at a part of the images, and draw what one process draws that has looked at all of them."""
-    start, key = alone("digits"), {"unlearn.third_party_sampling": "matched", "method.anchor_weight": "1"}
-    chosen = [f"{k}={v}" for k, v in key.items()]
-    base = [f"data.shards={start / 'shards'}", f"runtime.reuse={start}"]
-    execute(PLAIN, "unlearn", "digits", tmp_path / "one", *base, *chosen)
-    together(TORCHRUN, "digits", tmp_path, "ddp", start, "unlearn", **key)
-    check(tmp_path / "unlearn", tmp_path / "one", "unlearn")
-    shares = [load_file(tmp_path / name / "counterparts.safetensors")["shares"] for name in ("unlearn", "one")]
-    assert torch.equal(*shares) and 0 < float(shares[0].max()) <= 1
-    drifts = [logged(tmp_path / name, "unlearn", "third_party_drift") for name in ("unlearn", "one")]
-    assert deviation(*drifts) <= CLOSE and max(drifts[0]) > 0
-    # Negative control: without the draw the losses are others.
-    assert deviation(logged(tmp_path / "one", "unlearn"), logged(start, "unlearn")) > 10 * CLOSE

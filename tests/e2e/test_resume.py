@@ -47,8 +47,8 @@ def kill_at(out, recipe, phase, step, extra):
         process.wait()
 
 
-# The process is killed while the memory is partly filled; what is drawn of the third party was found before that.
-POOLED = ["constraint.memory_steps=6", "unlearn.third_party_sampling=matched", "objective.queue_size=64"]
+# The process is killed while the memory is partly filled.
+POOLED = ["constraint.memory_steps=6", "objective.queue_size=64"]
 IN_PARTS = ["pretrain.accumulate=2", "unlearn.accumulate=4"]
 
 

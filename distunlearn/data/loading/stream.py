@@ -23,7 +23,7 @@ from distunlearn.common.device import on_device
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Decoded
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice, systematic
+from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
 from distunlearn.errors import DataError
 
 __all__ = ["Batches", "RoleFeeder", "epoch_order"]
@@ -45,23 +45,16 @@ class _Order(Sequence[str]):
         return self._ids[int(self._order[position])]
 
 
-def epoch_order(
-    manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int, shares: np.ndarray | None = None
-) -> Sequence[str]:
+def epoch_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> Sequence[str]:
     """Ids of the roles in the order of this epoch; every id once, the same on every rank.
 
     Shards are shuffled by (seed, epoch), then samples within each block of BLOCK_SHARDS shards, so that reads
     stay within a few files for a while; with up to BLOCK_SHARDS shards this is a full shuffle.
-
-    shares: weight of each image, in the manifest's order: images are drawn by systematic sampling instead.
     """
     chosen = manifest.select(roles)
     block = np.argsort(_shard_order(manifest, roles, seed, epoch))[chosen.shard_of] // BLOCK_SHARDS
     words = random_words(len(chosen.ids), seed, "samples of", _name(roles), epoch)
-    order = np.lexsort((words, block))
-    if shares is not None:
-        order = order[systematic(shares[order], seed, "shares of", _name(roles), epoch)]
-    return _Order(chosen.ids, order)
+    return _Order(chosen.ids, np.lexsort((words, block)))
 
 
 def _shard_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> np.ndarray:
@@ -95,8 +88,6 @@ class RoleFeeder:
         batch: images per global batch, over all ranks. More than there are ids is fine: the cycle runs
             across epochs, so one id may occur several times with different epoch numbers.
         rank, world: this process; its rows are `rank_slice(batch, rank, world)` and may be none.
-        shares: in which share of the epochs each image comes, float64 in the order of the manifest's ids of the roles,
-            with a whole sum, which is the number of images of an epoch; None: all come in every epoch.
 
     Raises:
         DataError: no image has one of these roles.
@@ -111,12 +102,11 @@ class RoleFeeder:
         batch: int,
         rank: int = 0,
         world: int = 1,
-        shares: np.ndarray | None = None,
     ) -> None:
         if not manifest.select(roles).ids:
             raise DataError(f"The manifest in {manifest.folder} has no image of role {roles}; run prepare again.")
         self.rows = rank_slice(batch, rank, world)
-        self.cycle = Cycle(lambda epoch: epoch_order(manifest, roles, seed, epoch, shares), batch)
+        self.cycle = Cycle(lambda epoch: epoch_order(manifest, roles, seed, epoch), batch)
         self.store = store
         self._manifest = manifest
         self._roles = roles
