@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distunlearn.audit.figures.gates import MIN_IMAGES, equivalence, no_loss, overall
+from distunlearn.audit.figures.gates import FEWEST, MIN_IMAGES, equivalence, no_loss, overall
 
 
 def judged(low, high, *, powered=True, images=200, margin=0.06):
@@ -35,11 +35,23 @@ def test_an_attack_without_power_never_passes_but_may_fail():
     assert judged(0.10, 0.20, powered=False) == "fail"
 
 
-def test_too_few_images_or_no_interval_conclude_nothing():
+def test_too_few_images_never_pass_but_may_fail():
     assert judged(-0.01, 0.01, images=MIN_IMAGES - 1) == "inconclusive"
-    assert judged(0.3, 0.4, images=MIN_IMAGES - 1) == "inconclusive"
     assert judged(-0.01, 0.01, images=MIN_IMAGES) == "pass"
+    assert judged(0.3, 0.4, images=FEWEST + 1) == judged(-0.4, -0.3, images=FEWEST + 1) == "fail"
+    assert judged(0.3, 0.4, images=FEWEST) == judged(-0.4, -0.3, images=1) == "inconclusive"
     assert judged(math.nan, math.nan) == "inconclusive"
+    assert no_loss(-0.3, -0.4, -0.2, 0.025, images=FEWEST + 1).verdict == "fail"
+    assert no_loss(0.0, -0.01, 0.01, 0.025, images=MIN_IMAGES - 1).verdict == "inconclusive"
+
+
+def test_a_small_request_is_told_direction_and_size():
+    """Twelve look-alikes driven to AUC 0.27 where retraining has 0.75."""
+    gate = equivalence(-0.48, -0.62, -0.31, 0.06, powered=True, images=12)
+    assert gate.verdict == "fail" and "now stand out as unknown, 0.48 below" in gate.reason
+    single = equivalence(0.3, 0.3, 0.3, 0.06, powered=True, images=1)
+    assert single.verdict == "inconclusive" and "1 image is too few" in single.reason
+    assert "still recognised, 0.30 above" in single.reason
 
 
 @pytest.mark.parametrize(

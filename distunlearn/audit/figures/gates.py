@@ -2,7 +2,8 @@
 
 Two one-sided tests in interval form (Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): a difference is
 shown to be small only if its whole interval lies inside the margin. "Not significantly different" is no pass: too few
-images would pass everything.
+images would pass everything. Too few images forbid a pass; a difference that lies wholly outside the margin is a fail
+with any number above `FEWEST`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["MIN_IMAGES", "Gate", "equivalence", "no_loss", "overall"]
+__all__ = ["FEWEST", "MIN_IMAGES", "Gate", "equivalence", "no_loss", "overall"]
 
-MIN_IMAGES = 20  # a bootstrap of fewer images than this covers too little, so nothing is concluded from it
+MIN_IMAGES = 20  # an interval from fewer images is too narrow to show that a difference is small
+FEWEST = 5  # from so few no interval means anything: only direction and size are told
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ def equivalence(value: float, low: float, high: float, margin: float, *, powered
     Args:
         value, low, high: difference and its interval. margin: > 0.
         powered: whether the attack beats chance on the original encoder; without that it never passes.
-        images: the smaller side's number of images; below `MIN_IMAGES` nothing is concluded.
+        images: the smaller side's number of images: never a pass below `MIN_IMAGES`, no verdict up to `FEWEST`.
     """
     if not all(map(math.isfinite, (value, low, high))):
         return Gate(value, low, high, "inconclusive", "the difference has no finite interval")
+    if images > FEWEST and (low > margin or high < -margin):
+        return Gate(value, low, high, "fail", f"the interval lies wholly outside the margin: {_seen(value)}")
     if images < MIN_IMAGES:
-        return Gate(value, low, high, "inconclusive", f"{images} images are too few; at least {MIN_IMAGES} are needed")
-    if low > margin or high < -margin:
-        return Gate(value, low, high, "fail", "the interval lies wholly outside the margin")
+        return Gate(value, low, high, "inconclusive", f"{_too_few(images)}; what was seen: {_seen(value)}")
     if low < -margin or high > margin:
         return Gate(value, low, high, "inconclusive", "the interval reaches beyond the margin")
     if not powered:
@@ -48,14 +50,26 @@ def equivalence(value: float, low: float, high: float, margin: float, *, powered
     return Gate(value, low, high, "pass")
 
 
+def _seen(value: float) -> str:
+    """Direction and size of a difference of AUC to retraining, for people."""
+    if value < 0:
+        return f"these images now stand out as unknown, {-value:.2f} below what retraining gives"
+    return f"these images are still recognised, {value:.2f} above what retraining gives"
+
+
+def _too_few(images: int) -> str:
+    counted = "1 image is" if images == 1 else f"{images} images are"
+    return f"{counted} too few for a pass; at least {MIN_IMAGES} are needed"
+
+
 def no_loss(value: float, low: float, high: float, allowed: float, *, images: int) -> Gate:
     """Did a score fall by less than `allowed` (> 0)? Passes if the interval's lower end is above -allowed."""
     if not all(map(math.isfinite, (value, low, high))):
         return Gate(value, low, high, "inconclusive", "the change has no finite interval")
-    if images < MIN_IMAGES:
-        return Gate(value, low, high, "inconclusive", f"{images} images are too few; at least {MIN_IMAGES} are needed")
-    if high < -allowed:
+    if images > FEWEST and high < -allowed:
         return Gate(value, low, high, "fail", "the interval lies wholly below the allowed loss")
+    if images < MIN_IMAGES:
+        return Gate(value, low, high, "inconclusive", _too_few(images))
     if low <= -allowed:
         return Gate(value, low, high, "inconclusive", "the interval reaches below the allowed loss")
     return Gate(value, low, high, "pass")
