@@ -47,7 +47,7 @@ class Run:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        return _pipeline().run(_resolve(self), self.out)
+        return _end(_pipeline().run(_resolve(self), self.out), self.out)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Audit:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        return _pipeline().audit(self.run_dir)
+        return _end(_pipeline().audit(self.run_dir), self.run_dir)
 
 
 @dataclass(frozen=True)
@@ -334,6 +334,15 @@ def _quiet_system_exit() -> Iterator[_Parsing]:
         yield parsing
     except SystemExit as stop:
         parsing.code = stop.code if isinstance(stop.code, int) else 2
+
+
+def _end(code: int, run_dir: Path) -> int:
+    """Print how an audited run ended; returns `code`."""
+    from distunlearn.report.terminal import ending
+
+    if _is_main():
+        print(ending(run_dir))
+    return code
 
 
 def _pipeline() -> ModuleType:

@@ -1,0 +1,57 @@
+"""The end of a run as text for a terminal: the verdict, a line a gate, and what to open and do next."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from distunlearn.report import evidence, facts
+from distunlearn.report.data import load_run
+from distunlearn.report.render import REPORT
+
+__all__ = ["ending"]
+
+WIDTH = 120  # of a log; a terminal wraps what is longer
+NEXT = {
+    "pass": "Next: `distunlearn purge {folder}` lists the forgotten images in the shards; --apply deletes them.",
+    "fail": "Next: the report says which checks failed; other settings are found by `distunlearn sweep`.",
+    "inconclusive": "Next: the report says what each unsettled check would need, most often more images.",
+    "not_evaluated": "Next: `distunlearn audit {folder}`.",
+}
+
+
+def ending(run_dir: str | Path) -> str:
+    """Verdict, gates, path of the report and next step of an audited run; the same rows as on its page.
+
+    Raises:
+        DataError: the folder holds no run, or a file of it is damaged.
+    """
+    run = load_run(run_dir)
+    rows = evidence.gates(run)
+    found = evidence.verdict(run, rows, facts.coverage(run)["state"])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("check", "difference", "interval", "allowed", "verdict"):
+        table.add_column(column, no_wrap=True)
+    every = [*rows["attacks"], *rows["utility"]]
+    for row in every:
+        table.add_row(row["title"], row["shown"], row["interval"], row["allowed"], row["word"])
+    text, page = io.StringIO(), Path(run_dir) / REPORT
+    Console(file=text, width=WIDTH, color_system=None).print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join(
+        [
+            f"Verdict: {found['word']}. {found['sentence']}",
+            *found["notes"],
+            "",
+            *lines,
+            "",
+            *(f"{row['title']}: {row['reason']}." for row in every if row["reason"]),
+            f"Report: {page}"
+            if page.exists()
+            else f"Report: not written yet; `distunlearn report {run_dir}` writes it.",
+            NEXT[found["name"]].format(folder=run_dir),
+        ]
+    )
