@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from distunlearn.audit.attacks import judged
-from distunlearn.audit.figures.gates import equivalence, no_loss
 from distunlearn.audit.figures.utility import UTILITIES
-from distunlearn.audit.statistics import Comparison, Part, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.audit.summary import load_scores
 from distunlearn.config.load import load_config
+from distunlearn.verify.gates import equivalence, no_loss
+from distunlearn.verify.statistics import Comparison, Part, auc, auc_bootstrap, draw_images, percentile_interval
 
 LOW_IS_MEMBER = ("gradient_norm_network", "gradient_norm_head")
 VERDICTS = {0: "pass", 6: "fail", 7: "inconclusive"}

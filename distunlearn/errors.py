@@ -5,12 +5,15 @@ Every message is one sentence that says what was found, what was expected and wh
 
 from __future__ import annotations
 
+from distunlearn.verify.errors import ConfigError, DataError, DistunlearnError, EvidenceError
+
 __all__ = [
     "CoverageError",
     "ConfigError",
     "DataError",
     "DistunlearnError",
     "EncoderError",
+    "EvidenceError",
     "LaunchError",
     "NumericsError",
     "RankLostError",
@@ -24,34 +27,12 @@ EXIT_GATE_FAILED = 6
 EXIT_INCONCLUSIVE = 7
 
 
-class DistunlearnError(Exception):
-    """Base of all errors with a one-sentence message; exit code 70 (internal) unless narrowed.
-
-    agreed: True on an error that all ranks raise alike, at the same place.
-    """
-
-    exit_code = 70
-    agreed = False
-
-
-class ConfigError(DistunlearnError):
-    """Bad usage or configuration; exit code 2."""
-
-    exit_code = 2
-
-
 class LaunchError(ConfigError):
     """The launcher's variables of one process are wrong, so that it has to say so itself; exit code 2."""
 
 
 class EncoderError(ConfigError):
     """A checkpoint or encoder that cannot be used (unsafe file, wrong shapes, unknown name); exit code 2."""
-
-
-class DataError(DistunlearnError):
-    """Missing, damaged or contradictory data; exit code 3."""
-
-    exit_code = 3
 
 
 class UndecodableError(DataError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from distunlearn.config.registry import ATTACKS as ATTACK_TABLE
 from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, find, fitting, names, settings_of
+from distunlearn.verify.figures import JUDGED
 
 METHODS = {name: find(METHOD, name) for name in names(METHOD)}
 OBJECTIVES = {name: find(OBJECTIVE, name) for name in names(OBJECTIVE)}
 EVALUATORS = {name: find(EVALUATOR, name) for name in names(EVALUATOR)}
 TRAINED = [name for name, method in METHODS.items() if method.steps != "none"]
-ATTACKS = [name for name, entry in ATTACK_TABLE.items() if entry.gates == "always"]
+ATTACKS = list(JUDGED)
 
 
 def objective_settings(name: str = "simclr", **values: Any) -> Any:

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from distunlearn.audit.signals.collect import audit_bank, sampled, usable_labels
-from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.common.random import STREAMS, VIEW_EPOCHS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import normalise
+from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
 __all__ = ["Relearned", "relearn", "relearning_figures"]
 

@@ -18,9 +18,9 @@ from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, 
 from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
 from distunlearn.audit.summary import summarise, write_audit
 from distunlearn.engine import phases
-from distunlearn.engine.ledger import coverage, read_ledger
 from distunlearn.engine.session import Session
 from distunlearn.objectives.forward import EncoderView
+from distunlearn.verify.ledger import coverage, read_ledger
 
 __all__ = ["collect_evidence"]
 

@@ -27,6 +27,7 @@ from distunlearn.config.registry import (
 )
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import marked
+from distunlearn.verify.figures import JUDGED
 
 __all__ = ["HANDED_OVER", "SHARDED", "SOURCES", "SOURCE_GROUP", "cross_checks", "forget_is_file"]
 
@@ -178,7 +179,7 @@ def _parts(cfg: RunConfig) -> Iterator[str]:
 def _audit(cfg: RunConfig) -> Iterator[str]:
     """Names of attacks are texts here: one that is no attack would be a gate that is silently left out."""
     audit = cfg.audit
-    further = tuple(name for name, attack in ATTACKS.items() if attack.gates != "always")
+    further = tuple(name for name in ATTACKS if name not in JUDGED)
     for key, chosen, known in (
         ("audit.gates.also", audit.gates.also, further),
         ("audit.average", audit.average, tuple(ATTACKS)),

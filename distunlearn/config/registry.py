@@ -103,23 +103,23 @@ KINDS = (METHOD, OBJECTIVE, EVALUATOR)
 
 
 class Attack(NamedTuple):
-    """An attack of the audit: where it is, whether the gates judge it of themselves, the encoder that it compares with.
+    """An attack of the audit: where it is, whether a gate may judge it, the encoder that it compares with.
 
-    gates: "always", "asked" (where `audit.gates.also` names it) or "never".
+    gates: "may" (always for those of `verify.figures.JUDGED`, else where `audit.gates.also` names it) or "never".
     """
 
     place: str
-    gates: str = "asked"
+    gates: str = "may"
     reference: str | None = None
 
 
 _ATTACKS = "distunlearn.audit.attacks"
 ATTACKS = {
-    "view_agreement": Attack(f"{_ATTACKS}.view_agreement:view_agreement", "always"),
-    "encodermi_vector": Attack(f"{_ATTACKS}.encodermi:encodermi_vector", "always"),
-    "bank_loss": Attack(f"{_ATTACKS}.bank_loss:bank_loss", "always"),
-    "gradient_norm_network": Attack(f"{_ATTACKS}.gradient_norm:gradient_norm_network", "always"),
-    "gradient_norm_head": Attack(f"{_ATTACKS}.gradient_norm:gradient_norm_head", "always"),
+    "view_agreement": Attack(f"{_ATTACKS}.view_agreement:view_agreement"),
+    "encodermi_vector": Attack(f"{_ATTACKS}.encodermi:encodermi_vector"),
+    "bank_loss": Attack(f"{_ATTACKS}.bank_loss:bank_loss"),
+    "gradient_norm_network": Attack(f"{_ATTACKS}.gradient_norm:gradient_norm_network"),
+    "gradient_norm_head": Attack(f"{_ATTACKS}.gradient_norm:gradient_norm_head"),
     "encodermi_set": Attack(f"{_ATTACKS}.encodermi:encodermi_set"),
     "encodermi_threshold": Attack(f"{_ATTACKS}.encodermi:encodermi_threshold"),
     "embedding_norm": Attack(f"{_ATTACKS}.embedding_norm:embedding_norm"),

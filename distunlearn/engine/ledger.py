@@ -1,9 +1,8 @@
 """Append-only record of what entered the loss, when, and by which attempt.
 
-One JSON object a line. A `step` line names the forget ids that entered the loss at that step and
-counts every other role. After an interruption a `start` line says from which step the new attempt
-goes on; step lines at or after it, written by earlier attempts, never reached a committed
-checkpoint and no longer count. Coverage is computed from these lines and from nothing else.
+One JSON object a line. A `step` line names the forget ids that entered the loss at that step and counts every other
+role; a `start` line begins an attempt and names the settings and the numerics that it works with. Which lines count:
+`distunlearn.verify.ledger`, which reads them.
 """
 
 from __future__ import annotations
@@ -12,36 +11,13 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from distunlearn.errors import CoverageError, DataError
+from distunlearn.errors import CoverageError
+from distunlearn.verify.ledger import Coverage
 
-__all__ = ["Coverage", "Ledger", "coverage", "effective_steps", "read_ledger", "require_coverage"]
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How often each requested id entered the loss; `used_as_retain` must be 0."""
-
-    requested: int
-    consumed_min: int
-    consumed_max: int
-    consumed_mean: float
-    used_as_retain: int
-    counts: Mapping[str, int]
-
-    def as_dict(self) -> dict[str, float | int]:
-        """The figures of `audit/summary.json`, without the ids."""
-        return {
-            "requested": self.requested,
-            "consumed_min": self.consumed_min,
-            "consumed_max": self.consumed_max,
-            "consumed_mean": self.consumed_mean,
-            "used_as_retain": self.used_as_retain,
-        }
+__all__ = ["Ledger", "require_coverage"]
 
 
 class Ledger:
@@ -150,71 +126,6 @@ def _end_torn_line(path: Path) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-
-
-def read_ledger(path: Path) -> list[dict]:
-    """All whole lines, in order.
-
-    Raises:
-        DataError: a line is damaged that no interruption explains (only a line followed by a `start`, or the last
-            one, may be torn).
-    """
-    lines: list[dict] = []
-    torn: int | None = None
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            if torn is not None:
-                raise DataError(f"{path}: lines {torn} and {number} are damaged; expected whole JSON lines.") from None
-            torn = number
-            continue
-        if torn is not None and line.get("event") != "start":
-            raise DataError(
-                f"{path}: line {torn} is damaged in the middle of an attempt; the ledger was changed by hand."
-            )
-        torn = None
-        lines.append(line)
-    return lines
-
-
-def effective_steps(lines: Sequence[dict], phase: str) -> dict[int, dict]:
-    """Step lines of `phase` that count: the last attempt to run each step, as checkpoints were resumed."""
-    steps: dict[int, dict] = {}
-    for line in lines:
-        if line.get("phase") != phase:
-            continue
-        if line["event"] == "start":
-            steps = {number: kept for number, kept in steps.items() if number < line["step"]}
-        elif line["event"] == "step":
-            steps[line["step"]] = line
-    return steps
-
-
-def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn") -> Coverage:
-    """Consumption counts of the requested ids in `phase`; `used_as_retain` also counts the retrained reference.
-
-    Args:
-        lines: from `read_ledger`.
-        forget: the requested ids; at least one.
-    """
-    counts: Counter[str] = Counter()
-    misused: set[str] = set()
-    for line in effective_steps(lines, phase).values():
-        counts.update(line.get("forget", ()))
-        misused.update(line.get("misused", ()))
-    for line in effective_steps(lines, "retrain").values():
-        misused.update(line.get("misused", ()))
-    requested = set(forget)
-    numbers = [counts[i] for i in forget]
-    return Coverage(
-        requested=len(forget),
-        consumed_min=min(numbers),
-        consumed_max=max(numbers),
-        consumed_mean=sum(numbers) / len(numbers),
-        used_as_retain=len(misused & requested),
-        counts={i: counts[i] for i in forget},
-    )
 
 
 def require_coverage(found: Coverage, forgets: bool) -> None:

@@ -30,7 +30,7 @@ from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone
 from distunlearn.engine import fault_injection
-from distunlearn.engine.ledger import coverage, read_ledger, require_coverage
+from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
@@ -39,6 +39,7 @@ from distunlearn.methods import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context
+from distunlearn.verify.ledger import coverage, read_ledger
 
 __all__ = ["Session", "Trained", "is_done", "load_trained", "pretrain", "retrain", "unlearn"]
 

@@ -21,8 +21,9 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import marked, settings
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.distributed.world import World
-from distunlearn.engine.ledger import Ledger, read_ledger
+from distunlearn.engine.ledger import Ledger
 from distunlearn.errors import ConfigError, RankLostError
+from distunlearn.verify.ledger import read_ledger
 
 __all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.engine.checkpoint.format import latest_checkpoint
-from distunlearn.engine.ledger import effective_steps, read_ledger
 from distunlearn.errors import DataError
+from distunlearn.verify.ledger import effective_steps, read_ledger
 
 __all__ = ["run_status"]
 

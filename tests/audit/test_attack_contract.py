@@ -11,8 +11,8 @@ from synthetic import make_signals
 from test_attacks import NONE, STRONG, with_parts
 
 from distunlearn.audit.attacks import attack
-from distunlearn.audit.statistics import auc
 from distunlearn.config.registry import ATTACKS
+from distunlearn.verify.statistics import auc
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 

@@ -15,8 +15,8 @@ from distunlearn.audit.attacks.embedding_norm import embedding_norm
 from distunlearn.audit.attacks.encodermi import BUMPS, encodermi_set, encodermi_vector, pooled_bumps
 from distunlearn.audit.attacks.lira import alignment_likelihood
 from distunlearn.audit.attacks.rmia import A, rmia
-from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.registry import ATTACKS
+from distunlearn.verify.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 
 STRONG, NONE = 1.2, 0.0
 

@@ -13,8 +13,8 @@ from synthetic import make_signals
 from distunlearn.audit.figures.retrain_distance import average_gap, iam, iam_scores, tow
 from distunlearn.audit.figures.similarity import linear_cka, similarities
 from distunlearn.audit.relearn import Relearned, _rows, relearning_figures
-from distunlearn.audit.statistics import Comparison
 from distunlearn.config.schema import RunConfig
+from distunlearn.verify.statistics import Comparison
 
 STRONG, NONE = 1.2, 0.0
 

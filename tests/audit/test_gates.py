@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distunlearn.audit.figures.gates import FEWEST, MIN_IMAGES, equivalence, no_loss, overall
+from distunlearn.verify.gates import FEWEST, MIN_IMAGES, equivalence, no_loss, overall
 
 
 def judged(low, high, *, powered=True, images=200, margin=0.06):

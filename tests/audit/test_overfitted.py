@@ -14,11 +14,11 @@ import pytest
 from distunlearn.audit.attacks import run_attacks
 from distunlearn.audit.relearn import relearn, relearning_figures
 from distunlearn.audit.signals.collect import collect_signals, encoder_view
-from distunlearn.audit.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.load import load_config
 from distunlearn.engine import phases
 from distunlearn.engine.session import open_session
 from distunlearn.run import pipeline
+from distunlearn.verify.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 
 SETTINGS = [
     "data.members=120", "data.forget=60", "data.holdout=240", "data.third_party_audit=20", "data.third_party=20",

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distunlearn.audit.statistics import auc
 from distunlearn.audit.trainings.shadow_figures import (
     DELTA,
     EPSILON_CAP,
@@ -25,6 +24,7 @@ from distunlearn.audit.trainings.shadow_figures import (
 from distunlearn.audit.trainings.shadows import assign_parts, shadow_manifest
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
+from distunlearn.verify.statistics import auc
 
 
 def pool(shift: float, shadows: int = 12, images: int = 150, seed: int = 0):

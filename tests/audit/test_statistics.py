@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from distunlearn.audit import statistics
-from distunlearn.audit.statistics import (
+from distunlearn.verify import statistics
+from distunlearn.verify.statistics import (
     Comparison,
     Part,
     auc,

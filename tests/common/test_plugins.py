@@ -12,9 +12,10 @@ import pytest
 
 from distunlearn.common import plugins
 from distunlearn.common.plugins import loaded, names, resolve
-from distunlearn.engine.ledger import Ledger, read_ledger
+from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.provenance import code_digest, require_same_code
 from distunlearn.errors import ConfigError
+from distunlearn.verify.ledger import read_ledger
 
 GROUP = "distunlearn.tests"
 TABLE = {"decoder": "json.decoder:JSONDecoder", "encoder": "json.encoder:JSONEncoder"}

@@ -14,7 +14,7 @@ from test_launchers import PLAIN, SETTINGS, TORCHRUN, accelerated, deviation, ex
 from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine.checkpoint import format
-from distunlearn.engine.ledger import read_ledger
+from distunlearn.verify.ledger import read_ledger
 
 pytestmark = pytest.mark.slow
 

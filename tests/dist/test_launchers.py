@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from processes import environment, free_port
 
-from distunlearn.engine.ledger import read_ledger
 from distunlearn.engine.metrics_log import read_metrics
+from distunlearn.verify.ledger import read_ledger
 
 pytestmark = pytest.mark.slow
 

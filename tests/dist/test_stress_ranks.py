@@ -12,7 +12,7 @@ import pytest
 from processes import environment
 from test_launchers import PLAIN, SETTINGS, TORCHRUN
 
-from distunlearn.engine.ledger import effective_steps, read_ledger
+from distunlearn.verify.ledger import effective_steps, read_ledger
 
 pytestmark = pytest.mark.slow
 

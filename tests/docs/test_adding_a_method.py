@@ -16,9 +16,9 @@ import torch
 from distunlearn.config.recipes import digits
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import build_model
-from distunlearn.engine.ledger import read_ledger
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context, embed
+from distunlearn.verify.ledger import read_ledger
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_method.md"
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from distunlearn.config.load import load_config
 from distunlearn.data.augmentations import id_hashes
 from distunlearn.engine import loop
-from distunlearn.engine.ledger import coverage, read_ledger
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.methods import random_target, sure
 from distunlearn.plan.plan import make_plan
 from distunlearn.run import pipeline
+from distunlearn.verify.ledger import coverage, read_ledger
 
 RECIPES = {"simclr": "digits", "moco": "digits_moco", "byol": "digits_byol"}
 METHODS_HERE = [name for name in TRAINED if name not in ("third_party", "retrain")]

@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from distunlearn.engine.ledger import effective_steps, read_ledger
+from distunlearn.verify.ledger import effective_steps, read_ledger
 
 SUMMARY_KEYS = {"auc", "auc_low", "auc_high", "tpr_at_1pct_fpr", "ks_p"}
 RECIPES = ["digits", "digits_moco", "digits_mocov3", "digits_byol", "digits_supervised", "digits_vit"]

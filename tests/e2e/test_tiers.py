@@ -15,11 +15,11 @@ from distunlearn.audit.trainings.shadows import assign_parts, audit_shadows
 from distunlearn.audit.trainings.stress import audit_stress
 from distunlearn.config.load import load_config
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.engine.ledger import effective_steps, read_ledger
 from distunlearn.engine.session import open_session
 from distunlearn.errors import CoverageError, DataError
 from distunlearn.plan.plan import make_plan
 from distunlearn.run import pipeline
+from distunlearn.verify.ledger import effective_steps, read_ledger
 
 SMALLEST = [
     *tiny.TINY, "pretrain.epochs=1", "unlearn.steps=3", "encoder.image_size=16", "encoder.embed_dim=16",

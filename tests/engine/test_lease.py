@@ -13,9 +13,10 @@ from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine import run_lock as module
 from distunlearn.engine.checkpoint.format import latest_checkpoint
-from distunlearn.engine.ledger import Ledger, read_ledger
+from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.run_lock import OWNER, STALE, Lease
 from distunlearn.errors import ConfigError, RankLostError
+from distunlearn.verify.ledger import read_ledger
 
 NO_MOMENTS = {"optimizer": "SGD", "state": {}}
 CHILD = """

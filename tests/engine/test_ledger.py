@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
-from distunlearn.engine.ledger import Ledger, coverage, effective_steps, read_ledger, require_coverage
+from distunlearn.engine.ledger import Ledger, require_coverage
 from distunlearn.errors import CoverageError, DataError
+from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
 
 FORGET = frozenset({"f0", "f1", "f2"})
 

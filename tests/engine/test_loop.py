@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from distunlearn.config.load import load_config
 from distunlearn.engine import loop
-from distunlearn.engine.ledger import effective_steps, read_ledger
 from distunlearn.errors import StoppedError
 from distunlearn.run import pipeline
+from distunlearn.verify.ledger import effective_steps, read_ledger
 
 SETTINGS = [
     "data.members=48", "data.forget=12", "data.holdout=24", "data.calibration=12", "data.third_party=12",

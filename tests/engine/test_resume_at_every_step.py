@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from distunlearn.cli import main
 from distunlearn.config.load import load_config
 from distunlearn.engine.checkpoint import format
-from distunlearn.engine.ledger import effective_steps, read_ledger
 from distunlearn.engine.run_lock import Lease
 from distunlearn.errors import ConfigError
 from distunlearn.run import pipeline
+from distunlearn.verify.ledger import effective_steps, read_ledger
 
 STEPS = 3
 SETTINGS = [

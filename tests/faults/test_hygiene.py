@@ -25,13 +25,14 @@ from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.backbone import create_backbone
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.engine import provenance
-from distunlearn.engine.ledger import Ledger, read_ledger
+from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.run_directory import claim
 from distunlearn.errors import ConfigError
 from distunlearn.methods.training import Pretrain, Training
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context
 from distunlearn.objectives.queue import KeyQueue
+from distunlearn.verify.ledger import read_ledger
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,10 @@ from distunlearn.config.recipes import digits
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
 from distunlearn.engine.environment import environment
-from distunlearn.engine.ledger import Ledger, coverage, read_ledger
+from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import PhaseResult
 from distunlearn.plan.plan import make_plan
+from distunlearn.verify.ledger import coverage, read_ledger
 
 COUNTS = {"retain": 60, "forget": 40, "third_party": 20, "third_party_audit": 40, "calibration": 20, "holdout": 80}
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")

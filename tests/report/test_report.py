@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rundir
-from parts import ATTACK_TABLE, ATTACKS, METHODS, method_settings
+from parts import ATTACKS, METHODS, method_settings
 from rundir import Page, change_json
 from sklearn.metrics import roc_auc_score
 
 from distunlearn.audit.summary import ENCODERS
 from distunlearn.config.load import save_config
+from distunlearn.config.registry import ATTACKS as ATTACK_TABLE
 from distunlearn.config.schema import RuntimeConfig
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.report import facts, texts, write_report

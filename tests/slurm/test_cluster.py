@@ -18,7 +18,7 @@ import torch
 from cluster import Cluster, has_step, log_of
 from safetensors.torch import load_file
 
-from distunlearn.engine.ledger import read_ledger
+from distunlearn.verify.ledger import read_ledger
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 LONG = ("pretrain.epochs=8", "pretrain.checkpoint_every=1000", "unlearn.steps=60", "unlearn.checkpoint_every=1000")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from distunlearn.audit.attacks.base import Attacked
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.config.registry import ATTACKS, own_attacks
+from distunlearn.verify.figures import JUDGED
 
 __all__ = ["Attacked", "attack", "judged", "paired", "run_attacks"]
 
@@ -26,7 +27,7 @@ def attack(name: str) -> Callable[..., Attacked]:
 
 def judged() -> list[str]:
     """Attacks that the gates always judge."""
-    return [name for name, entry in ATTACKS.items() if entry.gates == "always"]
+    return list(JUDGED)
 
 
 def paired() -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -11,8 +11,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.audit.statistics import Comparison, Part
 from distunlearn.common.random import STREAMS
+from distunlearn.verify.statistics import Comparison, Part
 
 __all__ = ["Attacked", "crosswise_attack", "fitted_log_odds", "threshold_attack"]
 
@@ -24,13 +24,11 @@ class Attacked:
     """An attack on one encoder.
 
     comparison: forget against holdout, higher means "member". shown: [n] over all rows of the signals, the
-    value to save and to draw (NaN where there is none); its direction may be the other one. extra: further
-    columns to save, so that every figure can be recomputed from the files.
+    value to save and to draw (NaN where there is none); its direction may be the other one.
     """
 
     comparison: Comparison
     shown: np.ndarray
-    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def threshold_attack(signals: Signals, values: np.ndarray, *, members_are_high: bool) -> Attacked:
@@ -40,19 +38,18 @@ def threshold_attack(signals: Signals, values: np.ndarray, *, members_are_high: 
     return Attacked(Comparison.of(sign * values[forget], sign * values[holdout]), values)
 
 
-def crosswise_attack(signals: Signals, name: str, score: Score, seed: int) -> Attacked:
+def crosswise_attack(signals: Signals, score: Score, seed: int) -> Attacked:
     """An attacker who knows the retained images as members and one half of the holdout as strangers.
 
     He is scored on forget against the other half, then the halves change places, so that no scored image was ever
     fitted. The AUC is the mean of the two. The halves are the same for every attack and encoder of a seed.
 
     Args:
-        name: of the attack; each fit's scores are saved as `<name>_fold0` and `<name>_fold1`.
         score: (rows of known members, rows of known strangers) -> [n], higher: member.
     """
     retain, forget, holdout = (signals.of(role) for role in ("retain", "forget", "holdout"))
     half = np.random.default_rng([seed, STREAMS["attack halves"]]).permutation(len(holdout)) % 2
-    parts, columns = [], {}
+    parts, columns = [], []
     for fold in (0, 1):
         fitted, scored = holdout[half == fold], np.flatnonzero(half != fold)
         values = score(retain, fitted)
@@ -60,11 +57,11 @@ def crosswise_attack(signals: Signals, name: str, score: Score, seed: int) -> At
         column = np.full(len(signals.ids), np.nan)
         for rows in (forget, holdout[scored], signals.of("third_party_audit")):
             column[rows] = values[rows]
-        columns[f"{name}_fold{fold}"] = column
-    both = np.stack(list(columns.values()))
+        columns.append(column)
+    both = np.stack(columns)
     known = np.isfinite(both)
     shown = np.where(known, both, 0).sum(0) / np.maximum(known.sum(0), 1)  # a holdout image has one score, forget two
-    return Attacked(Comparison(tuple(parts)), np.where(known.any(0), shown, np.nan), columns)
+    return Attacked(Comparison(tuple(parts)), np.where(known.any(0), shown, np.nan))
 
 
 def fitted_log_odds(features: np.ndarray, strength: float = 0.1) -> Score:

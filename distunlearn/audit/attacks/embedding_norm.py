@@ -33,4 +33,4 @@ def embedding_norm(signals: Signals, seed: int) -> Attacked:
         )
         return known - unknown
 
-    return crosswise_attack(signals, "embedding_norm", score, seed)
+    return crosswise_attack(signals, score, seed)

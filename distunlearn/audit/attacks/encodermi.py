@@ -28,12 +28,12 @@ BUMPS = 16
 def encodermi_vector(signals: Signals, seed: int) -> Attacked:
     """classifier on sorted cosines between embeddings of views, fitted on retain and half of the holdout, crosswise"""
     features = np.sort(signals.embedding_cosines, axis=1)
-    return crosswise_attack(signals, "encodermi_vector", fitted_log_odds(features), seed)
+    return crosswise_attack(signals, fitted_log_odds(features), seed)
 
 
 def encodermi_set(signals: Signals, seed: int) -> Attacked:
     """classifier on the set of cosines between embeddings of views, whatever their order, fitted crosswise"""
-    return crosswise_attack(signals, "encodermi_set", fitted_log_odds(pooled_bumps(signals.embedding_cosines)), seed)
+    return crosswise_attack(signals, fitted_log_odds(pooled_bumps(signals.embedding_cosines)), seed)
 
 
 def encodermi_threshold(signals: Signals, seed: int) -> Attacked:

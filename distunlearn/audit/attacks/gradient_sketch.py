@@ -24,4 +24,4 @@ def gradient_sketch(signals: Signals, seed: int) -> Attacked:
     scale = np.abs(signals.network_sketch).mean(0, keepdims=True) + 1e-12
     sketch = np.arcsinh(signals.network_sketch / scale)
     features = np.concatenate([signals.layer_norms, sketch, np.abs(sketch)], axis=1)
-    return crosswise_attack(signals, "gradient_sketch", fitted_log_odds(features, STRENGTH), seed)
+    return crosswise_attack(signals, fitted_log_odds(features, STRENGTH), seed)

@@ -18,4 +18,4 @@ __all__ = ["part_crop"]
 
 def part_crop(signals: Signals, seed: int) -> Attacked:
     """classifier on how sharply small crops of an image find their place in it, fitted crosswise"""
-    return crosswise_attack(signals, "part_crop", fitted_log_odds(signals.part_responses, 0.01), seed)
+    return crosswise_attack(signals, fitted_log_odds(signals.part_responses, 0.01), seed)

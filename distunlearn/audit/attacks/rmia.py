@@ -31,4 +31,4 @@ def rmia(signals: Signals, reference: Signals, seed: int) -> Attacked:
         beaten = np.sort(GAMMA * ratio[strangers])
         return np.searchsorted(beaten, ratio, side="left") / max(1, len(strangers))
 
-    return crosswise_attack(signals, "rmia", score, seed)
+    return crosswise_attack(signals, score, seed)

@@ -25,8 +25,8 @@ from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.attacks.lira import alignment
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.schema import RunConfig
+from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
 __all__ = ["retained_figures", "three_classes"]
 

@@ -22,9 +22,10 @@ import numpy as np
 from scipy import stats
 
 from distunlearn.audit.attacks.lira import alignment
-from distunlearn.audit.figures.utility import UTILITIES, probe_accuracies
+from distunlearn.audit.figures.utility import probe_accuracies
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.audit.statistics import Comparison, auc
+from distunlearn.verify.figures import UTILITIES
+from distunlearn.verify.statistics import Comparison, auc
 
 __all__ = ["average_gap", "iam", "iam_scores", "tow"]
 

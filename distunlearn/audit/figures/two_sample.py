@@ -14,8 +14,8 @@ from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.common.random import STREAMS
+from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
 __all__ = ["describe", "two_sample"]
 

@@ -14,10 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from distunlearn.audit.signals.collect import Signals
+from distunlearn.verify.figures import UTILITIES
 
-__all__ = ["UTILITIES", "correct_predictions", "probe_accuracies"]
+__all__ = ["correct_predictions", "probe_accuracies"]
 
-UTILITIES = ("knn", "linear_probe")
 PROBED = ("retain", "forget", "holdout")
 
 

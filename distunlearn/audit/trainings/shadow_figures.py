@@ -28,12 +28,12 @@ import numpy as np
 import torch
 
 from distunlearn.audit.signals.collect import AUDIT_EPOCH, audit_bank, usable_labels
-from distunlearn.audit.statistics import Comparison, auc, percentile_interval
 from distunlearn.common.random import STREAMS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.objectives.forward import EncoderView
+from distunlearn.verify.statistics import Comparison, auc, percentile_interval
 
 __all__ = ["IN", "OUT", "UNLEARNED", "epsilon", "epsilon_ceiling", "klom", "margins", "pooled_figures", "u_lira"]
 

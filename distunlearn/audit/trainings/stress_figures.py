@@ -10,10 +10,11 @@ import numpy as np
 
 from distunlearn.audit.attacks import attack, judged
 from distunlearn.audit.figures.retrain_distance import average_gap
-from distunlearn.audit.figures.utility import UTILITIES, correct_predictions
+from distunlearn.audit.figures.utility import correct_predictions
 from distunlearn.audit.signals.collect import Signals
-from distunlearn.audit.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 from distunlearn.config.schema import RunConfig
+from distunlearn.verify.figures import UTILITIES
+from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
 __all__ = ["accuracies", "agreement", "of_request", "request_figures"]
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from distunlearn.common.random import STREAMS
-
 __all__ = [
+    "BOOTSTRAP",
     "Comparison",
     "Draws",
     "Part",
@@ -30,6 +29,7 @@ __all__ = [
     "tpr_at_fpr",
 ]
 
+BOOTSTRAP = 0xA0D17  # stream of the draws, see `common/random.py`
 MIN_FALSE_POSITIVES = 10  # a rate estimated from fewer negatives than this above the threshold says nothing
 CHUNK_BYTES = 64 << 20  # of one block of bootstrap weights
 
@@ -82,7 +82,7 @@ def draw_images(n: int, m: int, draws: int, seed: int) -> Draws:
 
     n, m >= 1. The rows sum to n and to m.
     """
-    generator = np.random.default_rng([seed, STREAMS["bootstrap"]])
+    generator = np.random.default_rng([seed, BOOTSTRAP])
     sides = [generator.multinomial(size, np.full(size, 1 / size), size=draws).astype(np.uint16) for size in (n, m)]
     return Draws(*sides)
 

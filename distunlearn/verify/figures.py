@@ -1,0 +1,193 @@
+"""The figures that decide, from raw scores alone: attacks, usefulness, gates, verdict.
+
+Differences between encoders are paired: one draw of images serves all encoders and attacks. Which gates there are is
+decided by the rules that were declared before the run, never by which figures are there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .gates import Gate, equivalence, no_loss, overall
+from .statistics import Comparison, Draws, auc, auc_bootstrap, draw_images, ks_p_value, percentile_interval, tpr_at_fpr
+
+__all__ = ["ENCODERS", "JUDGED", "UTILITIES", "Raw", "Rules", "judge", "plain"]
+
+ENCODERS = ("original", "unlearned", "retrained")
+UTILITIES = ("knn", "linear_probe")
+JUDGED = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
+AGAINST_ORIGINAL = ("alignment_gap",)  # compared with the original itself, where they have nothing to find
+FIGURE_CONFIDENCE = 0.95  # of the intervals of single figures; those of gaps are `Rules.confidence`
+LOW_RATES = {"1pct": 0.01, "0p1pct": 0.001}
+NO_RETRAINED = "there is no retrained encoder to compare with (audit.tier is 0)"
+NO_SCORES = "there are no scores of this attack"
+UNCHANGED = "none"  # the method that leaves the encoder as it is
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a run is judged; declared before it. gates: names of the attacks that are judged. method: `method.name`."""
+
+    seed: int
+    bootstrap: int
+    confidence: float
+    view_agreement: float
+    attack: float
+    utility_points: float
+    gates: tuple[str, ...]
+    method: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Rules:
+        """From the settings of a run as plain data. KeyError, TypeError or ValueError: they are not whole."""
+        audit, method = settings["audit"], settings["method"]
+        gates = audit["gates"]
+        also = (name.rpartition(":")[2] for name in gates.get("also", ()))
+        margins = (float(gates[name]) for name in ("confidence", "view_agreement", "attack", "utility_points"))
+        names = tuple(dict.fromkeys((*JUDGED, *also)))
+        return cls(int(settings["seed"]), int(audit["bootstrap"]), *margins, names, str(method["name"]))
+
+    def margin(self, attack: str) -> float:
+        """The allowed difference of AUC."""
+        return self.view_agreement if attack == "view_agreement" else self.attack
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """What the figures are made of.
+
+    comparisons: {attack: {encoder: Comparison}}. correct: {encoder: {utility: float64 [holdout]}}, 1, 0 or NaN where
+    there is no label. forget, holdout: numbers of images.
+    """
+
+    comparisons: Mapping[str, Mapping[str, Comparison]]
+    correct: Mapping[str, Mapping[str, np.ndarray]]
+    forget: int
+    holdout: int
+
+
+def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
+    """`attacks`, `further_attacks`, `utility` and `gates` of `audit/summary.json`, before `plain`.
+
+    unchanged: the unlearned encoder is the original one, which is never a pass.
+    """
+    draws = draw_images(raw.forget, raw.holdout, rules.bootstrap, rules.seed)
+    figures = {name: _attack(name, found, draws, rules) for name, found in raw.comparisons.items()}
+    attacks = {name: figures[name] for name in rules.gates if name in figures}
+    utility, useful = _utility(raw, draws, rules)
+    gates = {name: figures[name]["gap"] if name in figures else _no_scores(name, rules) for name in rules.gates}
+    gates |= useful
+    verdict = overall(gate["verdict"] for gate in gates.values())
+    if unchanged and verdict == "pass":
+        verdict = "inconclusive"
+    return {
+        "attacks": attacks,
+        "further_attacks": {name: _unjudged(found) for name, found in figures.items() if name not in attacks},
+        "utility": utility,
+        "gates": {"verdict": verdict, **gates},
+    }
+
+
+def plain(value: Any) -> Any:
+    """JSON without NaN: what is not finite was not evaluated."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+# -- attacks ---------------------------------------------------------------------------------------------------------
+
+
+def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, rules: Rules) -> dict[str, Any]:
+    sampled = {name: auc_bootstrap(comparison, draws) for name, comparison in found.items()}
+    result: dict[str, Any] = {name: _figures(found.get(name), sampled.get(name)) for name in ENCODERS}
+    at = "retrained" if attack in AGAINST_ORIGINAL else "original"
+    low, high = result[at]["auc_low"], result[at]["auc_high"]
+    powered = bool(low > 0.5 or high < 0.5)
+    margin = rules.margin(attack)
+    if "retrained" in found:
+        value = result["unlearned"]["auc"] - result["retrained"]["auc"]
+        ends = percentile_interval(sampled["unlearned"] - sampled["retrained"], rules.confidence)
+        images = min(draws.positives.shape[1], draws.negatives.shape[1])
+        gate = equivalence(value, *ends, margin, powered=powered, images=images)
+    else:
+        gate = Gate(math.nan, math.nan, math.nan, "inconclusive", NO_RETRAINED)
+    result["gap"] = _gap(gate, "auc", margin)
+    result["power"] = {"auc": result[at]["auc"], "low": low, "high": high, "beats_chance": powered}
+    return result
+
+
+def _figures(comparison: Comparison | None, sampled: np.ndarray | None) -> dict[str, Any]:
+    """AUC with interval, rates from both sides (accusing high scores, and low ones), KS; NaN without a comparison."""
+    if comparison is None or sampled is None:
+        rates = {f"{side}tpr_at_{name}_fpr": None for name in LOW_RATES for side in ("", "low_")}
+        return {"auc": math.nan, "auc_low": math.nan, "auc_high": math.nan, **rates, "ks_p": None}
+    low, high = percentile_interval(sampled, FIGURE_CONFIDENCE)
+    sides = {"": comparison, "low_": comparison.reversed()}
+    rates = {
+        f"{side}tpr_at_{name}_fpr": tpr_at_fpr(looked_at, rate)
+        for name, rate in LOW_RATES.items() for side, looked_at in sides.items()
+    }  # fmt: skip
+    return {"auc": auc(comparison), "auc_low": low, "auc_high": high, **rates, "ks_p": ks_p_value(comparison)}
+
+
+def _gap(gate: Gate, key: str, margin: float) -> dict[str, Any]:
+    found = asdict(gate)
+    return {key: found.pop("value"), **found, "margin": margin}
+
+
+def _no_scores(attack: str, rules: Rules) -> dict[str, Any]:
+    return _gap(Gate(math.nan, math.nan, math.nan, "not_evaluated", NO_SCORES), "auc", rules.margin(attack))
+
+
+def _unjudged(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without verdict: of an attack that was not declared as a gate."""
+    kept = ("auc", "low", "high")
+    return {**figures, "gap": {key: value for key, value in figures["gap"].items() if key in kept}}
+
+
+# -- utility ---------------------------------------------------------------------------------------------------------
+
+
+def _utility(raw: Raw, draws: Draws, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Accuracies, their gaps to the retrained encoder, and the gates on their change from the original encoder."""
+    utility, judged = {}, {}
+    for name in UTILITIES:
+        rights = {encoder: right[name] for encoder, right in raw.correct.items()}
+        tested = np.isfinite(rights["original"])
+        weights = draws.negatives[:, tested].astype(np.float64)
+        rights = {encoder: right[tested] for encoder, right in rights.items()}
+        figures: dict[str, Any] = {e: _mean(rights[e]) if e in rights else math.nan for e in ENCODERS}
+        change = _difference(rights["unlearned"], rights["original"], weights, rules.confidence)
+        yardstick = rights.get("retrained", np.full(len(rights["unlearned"]), math.nan))
+        gap = _difference(rights["unlearned"], yardstick, weights, rules.confidence)
+        figures["gap"] = dict(zip(("accuracy", "low", "high"), gap, strict=True))
+        utility[name] = figures
+        allowed = rules.utility_points / 100
+        judged[name] = _gap(no_loss(*change, allowed, images=int(tested.sum())), "change", allowed)
+    return utility, judged
+
+
+def _difference(
+    first: np.ndarray, second: np.ndarray, weights: np.ndarray, confidence: float
+) -> tuple[float, float, float]:
+    """Mean of first - second over images with its paired bootstrap interval; NaN without images."""
+    if not len(first):
+        return math.nan, math.nan, math.nan
+    delta = first - second
+    with np.errstate(invalid="ignore"):
+        sampled = (weights @ delta) / weights.sum(1)
+    return float(delta.mean()), *percentile_interval(sampled, confidence)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan

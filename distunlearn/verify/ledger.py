@@ -1,0 +1,105 @@
+"""The ledger of a run, read: what entered the loss, by the lines that count.
+
+One JSON object a line; `distunlearn.engine.ledger` writes them. After an interruption a `start` line says from which
+step the new attempt goes on; step lines at or after it, written by earlier attempts, never reached a committed
+checkpoint and no longer count. Coverage is computed from these lines and from nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataError
+
+__all__ = ["Coverage", "coverage", "effective_steps", "read_ledger"]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often each requested id entered the loss; `used_as_retain` must be 0."""
+
+    requested: int
+    consumed_min: int
+    consumed_max: int
+    consumed_mean: float
+    used_as_retain: int
+    counts: Mapping[str, int]
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The figures of `audit/summary.json`, without the ids."""
+        return {
+            "requested": self.requested,
+            "consumed_min": self.consumed_min,
+            "consumed_max": self.consumed_max,
+            "consumed_mean": self.consumed_mean,
+            "used_as_retain": self.used_as_retain,
+        }
+
+
+def read_ledger(path: Path) -> list[dict]:
+    """All whole lines, in order.
+
+    Raises:
+        DataError: a line is damaged that no interruption explains (only a line followed by a `start`, or the last
+            one, may be torn).
+    """
+    lines: list[dict] = []
+    torn: int | None = None
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            if torn is not None:
+                raise DataError(f"{path}: lines {torn} and {number} are damaged; expected whole JSON lines.") from None
+            torn = number
+            continue
+        if torn is not None and line.get("event") != "start":
+            raise DataError(
+                f"{path}: line {torn} is damaged in the middle of an attempt; the ledger was changed by hand."
+            )
+        torn = None
+        lines.append(line)
+    return lines
+
+
+def effective_steps(lines: Sequence[dict], phase: str) -> dict[int, dict]:
+    """Step lines of `phase` that count: the last attempt to run each step, as checkpoints were resumed."""
+    steps: dict[int, dict] = {}
+    for line in lines:
+        if line.get("phase") != phase:
+            continue
+        if line["event"] == "start":
+            steps = {number: kept for number, kept in steps.items() if number < line["step"]}
+        elif line["event"] == "step":
+            steps[line["step"]] = line
+    return steps
+
+
+def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn") -> Coverage:
+    """Consumption counts of the requested ids in `phase`; `used_as_retain` also counts the retrained reference.
+
+    Args:
+        lines: from `read_ledger`.
+        forget: the requested ids; at least one.
+    """
+    counts: Counter[str] = Counter()
+    misused: set[str] = set()
+    for line in effective_steps(lines, phase).values():
+        counts.update(line.get("forget", ()))
+        misused.update(line.get("misused", ()))
+    for line in effective_steps(lines, "retrain").values():
+        misused.update(line.get("misused", ()))
+    requested = set(forget)
+    numbers = [counts[i] for i in forget]
+    return Coverage(
+        requested=len(forget),
+        consumed_min=min(numbers),
+        consumed_max=max(numbers),
+        consumed_mean=sum(numbers) / len(numbers),
+        used_as_retain=len(misused & requested),
+        counts={i: counts[i] for i in forget},
+    )

@@ -1,0 +1,113 @@
+"""audit/scores-<encoder>.json: the raw scores, read strictly, and what the figures are made of.
+
+{"encoder", "state", "signs": {attack: 1 or -1}, "samples": {id: {"role", "label", score ...}}}. state: digest of the
+weights that gave the scores. A sign says whether high scores accuse; a score that an image does not have is left out.
+An attack that is fitted crosswise has its scores as `<attack>_fold0` and so on, one part of its comparison each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import EvidenceError
+from .figures import ENCODERS, UTILITIES, Raw
+from .statistics import Comparison, Part
+
+__all__ = ["read_scores", "raw_scores", "score_names"]
+
+
+def score_names(attack: str, parts: int) -> list[str]:
+    """Names of the scores of an attack, one for each part of its comparison."""
+    return [attack] if parts == 1 else [f"{attack}_fold{number}" for number in range(parts)]
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """The score files of an `audit` folder, by encoder; those that are there.
+
+    Raises:
+        EvidenceError: a file is no such file, or they are not of the same images in the same order and roles.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for encoder in ENCODERS:
+        path = Path(folder) / f"scores-{encoder}.json"
+        if path.exists():
+            found[encoder] = _read(path, encoder)
+    listed = {e: [(i, row.get("role")) for i, row in content["samples"].items()] for e, content in found.items()}
+    signs = {e: content["signs"] for e, content in found.items()}
+    for encoder, content in listed.items():
+        if content != next(iter(listed.values())) or signs[encoder] != next(iter(signs.values())):
+            raise EvidenceError(
+                f"audit/scores-{encoder}.json is not of the images, roles and attacks of the other encoders; expected "
+                "one list for all; audit the run again."
+            )
+    return found
+
+
+def _read(path: Path, encoder: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        samples, signs = content["samples"], content["signs"]
+        whole = content["encoder"] == encoder and all(sign in (1, -1) for sign in signs.values())
+        whole = whole and all(_is_row(row) for row in samples.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise EvidenceError(
+            f"audit/{path.name} is not the file of raw scores that an audit writes; restore it or audit the run again."
+        )
+    return content
+
+
+def _is_row(row: Mapping[str, Any]) -> bool:
+    """A role and numbers."""
+    numbers = [value for name, value in row.items() if name != "role"]
+    kinds = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers)
+    return isinstance(row["role"], str) and kinds and all(map(math.isfinite, numbers))
+
+
+def raw_scores(files: Mapping[str, Mapping[str, Any]]) -> Raw:
+    """What the figures are computed from.
+
+    Args:
+        files: from `read_scores`, of the original and the unlearned encoder at least.
+
+    Raises:
+        EvidenceError: an image to forget or of the holdout lacks a score.
+    """
+    first = next(iter(files.values()))
+    rows = {encoder: list(content["samples"].values()) for encoder, content in files.items()}
+    comparisons = {
+        attack: {encoder: _comparison(attack, sign, rows[encoder]) for encoder in files}
+        for attack, sign in first["signs"].items()
+    }
+    roles = [row["role"] for row in first["samples"].values()]
+    holdout = {encoder: [row for row in those if row["role"] == "holdout"] for encoder, those in rows.items()}
+    correct = {
+        encoder: {name: np.array([row.get(f"{name}_correct", math.nan) for row in those]) for name in UTILITIES}
+        for encoder, those in holdout.items()
+    }
+    return Raw(comparisons, correct, roles.count("forget"), roles.count("holdout"))
+
+
+def _comparison(attack: str, sign: int, rows: list[Mapping[str, Any]]) -> Comparison:
+    forget = [row for row in rows if row["role"] == "forget"]
+    holdout = [row for row in rows if row["role"] == "holdout"]
+    parts = sum(name.startswith(f"{attack}_fold") for name in (forget or [{}])[0]) or 1
+    found = []
+    for name in score_names(attack, parts):
+        at = [place for place, row in enumerate(holdout) if name in row]
+        if any(name not in row for row in forget) or (parts == 1 and len(at) < len(holdout)):
+            raise EvidenceError(
+                f"the raw scores lack {name} of an image to forget or of the holdout; expected one of each; audit the "
+                "run again."
+            )
+        positives = sign * np.array([row[name] for row in forget], dtype=np.float64)
+        negatives = sign * np.array([holdout[place][name] for place in at], dtype=np.float64)
+        found.append(Part(positives, negatives, np.array(at, dtype=np.int64)))
+    return Comparison(tuple(found))
