@@ -159,7 +159,7 @@ def _gradients(backend: Backend) -> dict[str, Any]:
     Where a backend keeps gradients out of sight (ZeRO) there is nothing to tell.
     """
     square, broken = 0.0, []
-    for name, parameter in backend.model.named_parameters() if backend.model is not None else ():
+    for name, parameter in backend.model.named_parameters() if backend.is_prepared else ():
         if parameter.grad is None:
             continue
         gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad

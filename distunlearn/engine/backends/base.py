@@ -37,13 +37,17 @@ class Backend:
 
     channels_last = True  # on a GPU; not where weights are flattened or cut up
 
+    # Between `prepare` and `release`:
+    model: nn.Module  # as the methods see it, with the names of the plain encoder
+    optimizer: torch.optim.Optimizer
+
     def __init__(self, cfg: RunConfig, world: World) -> None:
         self.cfg, self.world, self.device = cfg, world, world.device
         self._forget()
 
     def _forget(self) -> None:
-        self.model: nn.Module | None = None  # as the methods see it, with the names of the plain encoder
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("optimizer", None)
         self._undo: list[Callable[[], None]] = []
         self.clip = 0.0
         self._norm: float | None = None
@@ -51,7 +55,7 @@ class Backend:
     @property
     def is_prepared(self) -> bool:
         """True between `prepare` and `release`."""
-        return self.model is not None
+        return "model" in self.__dict__
 
     # -- preparing -----------------------------------------------------------------------------------------------
 
@@ -93,7 +97,6 @@ class Backend:
 
     def _wrap(self) -> Callable[[Tensor], Any]:
         """Spread `self.model` and `self.optimizer`; returns what runs the forward."""
-        assert self.model is not None
         return self.model
 
     def _in_precision(self, module: Callable[[Tensor], Any]) -> Forward:
