@@ -18,10 +18,11 @@ from typing import Any
 
 from forgetting_requests import write_request
 
-from distunlearn.config.load import digest, load_config
+from distunlearn.config.load import load_config
 from distunlearn.config.recipes import SMALL_RESNET, SMALL_VIT
 from distunlearn.config.registry import METHOD
 from distunlearn.config.schema import EncoderConfig, RunConfig
+from distunlearn.config.shape import digest
 from distunlearn.data.prepare.forget_list import list_sha256
 from distunlearn.data.prepare.roles import is_list
 from distunlearn.encoders.model import build_model

@@ -23,8 +23,9 @@ from torch import nn
 from distunlearn.common import plugins
 from distunlearn.common.files import write_atomic
 from distunlearn.config.checks import HANDED_OVER
-from distunlearn.config.load import known_keys, load_config
+from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import known_keys
 from distunlearn.data.manifest.manifest import Manifest, has_manifest
 from distunlearn.data.prepare.roles import forget_facts
 from distunlearn.data.prepare.write_shards import write_shards

@@ -31,8 +31,6 @@ from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import normalise
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
-__all__ = ["Relearned", "relearn", "relearning_figures"]
-
 CANDIDATES = 256  # of each kind
 BATCH = 32  # of each kind
 MEASURED_EPOCH, TRAINED_EPOCH = (VIEW_EPOCHS[f"relearning, {kind}"][0] for kind in ("measured", "trained"))

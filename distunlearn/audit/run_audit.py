@@ -17,12 +17,9 @@ from distunlearn.audit.relearn import Relearned, relearn
 from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_key
 from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
 from distunlearn.audit.summary import summarise, write_audit
-from distunlearn.engine import phases
-from distunlearn.engine.session import Session
+from distunlearn.engine.session import DONE, Session, load_trained
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.verify.ledger import coverage, read_ledger
-
-__all__ = ["collect_evidence"]
 
 
 def collect_evidence(
@@ -38,10 +35,10 @@ def collect_evidence(
     relearned: dict[str, Relearned] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        if name == "retrained" and cfg.audit.tier == 0 and not (folder / phases.DONE).exists():
+        if name == "retrained" and cfg.audit.tier == 0 and not (folder / DONE).exists():
             continue
         session.telemetry.note("audit", f"attacking the {name} encoder")
-        trained = phases.load_trained(folder, session)
+        trained = load_trained(folder, session)
         facts[name] = trained.facts
         encoder = encoder_view(session, trained)
         signals[name] = _signals(session, name, encoder, trained.facts["state_sha256"])

@@ -25,10 +25,8 @@ from distunlearn.audit.signals.collect import Signals
 from distunlearn.common.files import write_json
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import plain as plain_settings
-from distunlearn.verify.figures import ENCODERS, Raw, Rules, judge, plain
+from distunlearn.verify.figures import Raw, Rules, judge, plain
 from distunlearn.verify.statistics import auc
-
-__all__ = ["ENCODERS", "load_scores", "summarise", "write_audit"]
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import tyro
 
-__all__ = ["Config", "Out", "Overrides", "Recipe", "RunDir"]
-
 Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="run directory; made if it does not exist")]
 Config = Annotated[
     Path | None,

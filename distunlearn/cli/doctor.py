@@ -13,12 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distunlearn.engine.environment import _failure, _shorten, environment, redact
+from distunlearn.engine.environment import _failure, _shorten, environment
 
 if TYPE_CHECKING:
     from distunlearn.config.schema import RunConfig
-
-__all__ = ["doctor_text", "environment", "launch_text", "redact"]
 
 OLDEST_TORCH = (2, 11)
 

@@ -13,8 +13,6 @@ from distunlearn.common.launcher import announced_rank, is_main
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError, DistunlearnError, LaunchError, RankLostError, StoppedError
 
-__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "complain", "ended", "leave"]
-
 EXIT_INTERNAL = 70
 EXIT_STOPPED = 75
 

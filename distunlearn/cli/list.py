@@ -9,8 +9,6 @@ from typing import Any
 from distunlearn.config import registry
 from distunlearn.errors import ConfigError
 
-__all__ = ["KINDS", "catalog_text"]
-
 
 def _first_line(thing: Any) -> str:
     """First sentence of what documents `thing`: its own docstring, or its module's."""

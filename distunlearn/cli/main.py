@@ -21,7 +21,7 @@ import tyro
 
 from distunlearn import __version__
 from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, RunDir
-from distunlearn.cli.exit import EXIT_INTERNAL, EXIT_STOPPED, ended
+from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main as _is_main
@@ -31,8 +31,6 @@ from distunlearn.run.slurm import Job, script, submit
 
 if TYPE_CHECKING:
     from distunlearn.config.schema import RunConfig
-
-__all__ = ["EXIT_INTERNAL", "EXIT_STOPPED", "main"]
 
 # torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
 
@@ -66,7 +64,8 @@ class Prepare:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.config.load import SOURCES, load_source
+        from distunlearn.config.checks import SOURCES
+        from distunlearn.config.load import load_source
 
         if not _is_main():
             return 0

@@ -14,8 +14,6 @@ from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 from distunlearn.run.slurm import Job, script, submit
 
-__all__ = ["Sweep"]
-
 Methods = Annotated[str, tyro.conf.arg(metavar="[A,B,...]", help="list of the methods to search")]
 Seeds = Annotated[str, tyro.conf.arg(metavar="[N,N,...]", help="list of the seeds of the reports")]
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from distunlearn.errors import DataError
 
-__all__ = ["HashingFile", "file_sha256", "replacing", "sync_path", "write_atomic", "write_json"]
-
 
 def file_sha256(path: str | Path) -> str:
     """sha256 of a file, hexadecimal, read in pieces; DataError if it cannot be read."""

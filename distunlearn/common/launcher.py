@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["announced_rank", "is_main"]
-
 
 def announced_rank() -> int:
     """RANK of this process; 0 without a launcher, or where RANK is not a number."""

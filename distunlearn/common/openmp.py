@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["sleep_when_idle"]
-
 WORK = 1 << 16  # elements a thread, so that every thread of the second team is made
 _done = False
 

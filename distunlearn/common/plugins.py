@@ -32,8 +32,6 @@ from typing import Any, NamedTuple
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
-__all__ = ["DOTTED", "Outside", "OBJECT", "loaded", "name_of", "names", "origin", "remember", "resolve"]
-
 PACKAGE = __name__.split(".")[0]
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from distunlearn.verify.statistics import BOOTSTRAP
 
-__all__ = ["GAMMA", "MIX_1", "MIX_2", "PHILOX", "STREAMS", "VIEW_EPOCHS", "finalise"]
-
 # SplitMix64: increment and multipliers of Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 # OOPSLA 2014, figure 15.
 GAMMA = 0x9E3779B97F4A7C15

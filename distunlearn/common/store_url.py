@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["DRIVERS", "scheme_of", "url_problem"]
-
 # Scheme -> the package that fsspec needs for it.
 DRIVERS: dict[str, str | None] = {
     "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp", "file": None,

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from distunlearn.common.files import replacing
 
-__all__ = ["write_tensors"]
-
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Atomic, synced safetensors file; tensors are cloned so that shared storage is legal."""

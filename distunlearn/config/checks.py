@@ -29,8 +29,6 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import marked
 from distunlearn.verify.figures import JUDGED
 
-__all__ = ["HANDED_OVER", "SHARDED", "SOURCES", "SOURCE_GROUP", "cross_checks", "forget_is_file"]
-
 SOURCES = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset")
 SOURCE_GROUP = "distunlearn.sources"  # of entry points
 HANDED_OVER = "dataset"  # the source of shards that were made of Python's datasets

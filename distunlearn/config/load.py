@@ -28,24 +28,15 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import Path as Key
 from distunlearn.config.shape import (
     canonical,
-    digest,
-    field_diff,
     get,
-    known_keys,
     marks,
     parts,
     plain,
-    settings,
     shape,
     validate,
 )
 from distunlearn.config.yaml import dump_yaml, parse_scalar, read_yaml
 from distunlearn.errors import ConfigError
-
-__all__ = [
-    "SOURCES", "cross_checks", "digest", "dump_config", "field_diff", "known_keys", "load_config", "load_source",
-    "save_config", "settings",
-]  # fmt: skip
 
 KEY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 

@@ -13,8 +13,6 @@ from dataclasses import replace
 from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, settings_of, switched
 from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig, UnlearnConfig, ViewsConfig
 
-__all__ = ["RECIPES", "digits"]
-
 SMALL_RESNET = EncoderConfig(
     name="resnet18",
     image_size=32,

@@ -15,27 +15,6 @@ from typing import Any, NamedTuple
 from distunlearn.common import plugins
 from distunlearn.errors import ConfigError
 
-__all__ = [
-    "ATTACKS",
-    "ATTACK_GROUP",
-    "EVALUATOR",
-    "KINDS",
-    "METHOD",
-    "OBJECTIVE",
-    "STRESS_TESTS",
-    "Kind",
-    "find",
-    "fitting",
-    "kept",
-    "names",
-    "nearest",
-    "own_attacks",
-    "owners",
-    "settings_class",
-    "settings_of",
-    "switched",
-]
-
 
 class Kind(NamedTuple):
     """A kind of part.

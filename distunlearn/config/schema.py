@@ -26,23 +26,6 @@ from pydantic_core import PydanticCustomError
 from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, Kind, settings_class, settings_of
 from distunlearn.errors import ConfigError
 
-__all__ = [
-    "AuditConfig",
-    "CheckpointConfig",
-    "ConstraintConfig",
-    "DataConfig",
-    "EncoderConfig",
-    "GatesConfig",
-    "MethodConfig",
-    "ObjectiveConfig",
-    "Pattern",
-    "PretrainConfig",
-    "RunConfig",
-    "RuntimeConfig",
-    "UnlearnConfig",
-    "ViewsConfig",
-]
-
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -19,25 +19,6 @@ from distunlearn.config import registry
 from distunlearn.config.registry import KINDS, Kind
 from distunlearn.config.schema import RunConfig
 
-__all__ = [
-    "Path",
-    "Shape",
-    "canonical",
-    "digest",
-    "field_diff",
-    "get",
-    "known_keys",
-    "marked",
-    "marks",
-    "part_keys",
-    "parts",
-    "plain",
-    "settings",
-    "shape",
-    "validate",
-    "without_effect",
-]
-
 Path = tuple[str, ...]  # a key, split at its dots
 
 

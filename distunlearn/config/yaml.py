@@ -27,8 +27,6 @@ from ruamel.yaml.resolver import BaseResolver, implicit_resolvers
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
-__all__ = ["MAX_BYTES", "dump_yaml", "parse_scalar", "parse_yaml", "read_yaml"]
-
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 _OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")

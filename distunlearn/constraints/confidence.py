@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["entropy_confidence", "hinge_confidence"]
-
 
 def hinge_confidence(c: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
     """mean_i max(0, c_i - threshold): only samples above the threshold are pushed down.

@@ -20,8 +20,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureMemory"]
-
 
 class FeatureMemory:
     """Two sets of features of at most `steps` past steps, newest first, as they came (not scaled).

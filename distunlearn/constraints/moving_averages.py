@@ -15,8 +15,6 @@ from torch import Tensor
 
 from distunlearn.errors import NumericsError
 
-__all__ = ["PhiSwitch", "RunningSpread"]
-
 
 class RunningSpread:
     """sigma_T: standard deviation of each feature over the third-party samples, averaged over steps.

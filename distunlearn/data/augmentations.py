@@ -31,8 +31,6 @@ from distunlearn.common.random import GAMMA, MIX_1, MIX_2, finalise
 from distunlearn.config.schema import ViewsConfig
 from distunlearn.errors import ConfigError
 
-__all__ = ["id_hashes", "make_view", "plain_view", "uniforms"]
-
 # One draw each per view, whatever is switched on: turning one operation on leaves the draws of the others alone.
 _DRAWS = (
     "area", "aspect", "centre_x", "centre_y", "angle", "flip",

@@ -28,8 +28,6 @@ from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Samp
 from distunlearn.data.sources.tar_index import key_of
 from distunlearn.errors import DataError
 
-__all__ = ["Purged", "ids_digest", "plan_purge", "purge_shards", "purged_before"]
-
 _END = 2 * tarfile.BLOCKSIZE  # zeros that end an archive
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_CWD = -100

@@ -18,8 +18,6 @@ import torch
 
 from distunlearn.common.random import GAMMA, finalise
 
-__all__ = ["Batch", "Cycle", "concat_batches", "permutation", "random_words", "rank_slice"]
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:

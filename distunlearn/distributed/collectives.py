@@ -24,21 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = [
-    "RingPass",
-    "all_gather_detached",
-    "all_gather_uneven",
-    "all_gather_with_grad",
-    "all_reduce_mean",
-    "gather_ids",
-    "gather_sizes",
-    "get_rank",
-    "get_world",
-    "mean_scale",
-    "sum_over_ranks",
-]
-
-
 # torch 2.14 renames the function and warns at every use of the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

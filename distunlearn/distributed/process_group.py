@@ -21,8 +21,6 @@ from distunlearn.distributed.rendezvous import meet, number, watch_launcher
 from distunlearn.distributed.world import World
 from distunlearn.errors import ConfigError, RankLostError
 
-__all__ = ["join", "lost_rank", "wait_for_all"]
-
 # What gloo says where another process has gone; it has no error class of its own.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 

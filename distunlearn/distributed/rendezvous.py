@@ -21,8 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from distunlearn.errors import LaunchError, RankLostError
 
-__all__ = ["meet", "number", "watch_launcher"]
-
 ORPHANED = 600.0  # seconds for a process whose launcher is gone to stop by itself
 ADVICE = "start the processes by torchrun or `accelerate launch`, or export all of these variables"
 

@@ -29,8 +29,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
 from distunlearn.errors import ConfigError
 
-__all__ = ["SyncBatchNorm", "convert"]
-
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

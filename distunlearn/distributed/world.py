@@ -16,8 +16,6 @@ from torch import Tensor
 from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
 from distunlearn.errors import DistunlearnError, RankLostError
 
-__all__ = ["World"]
-
 T = TypeVar("T")
 
 

@@ -22,8 +22,6 @@ from distunlearn.encoders.own_module import create_own, embedding_size, is_own
 from distunlearn.encoders.timm_names import check_name, is_resnet
 from distunlearn.errors import EncoderError
 
-__all__ = ["create_args", "create_backbone", "embed_dim", "input_size"]
-
 # Arguments of timm.create_model that have a setting of their own, and those that would fetch weights or
 # return something other than one embedding per image.
 SETTINGS = {

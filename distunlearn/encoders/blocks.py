@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["blocks", "replace_forward", "shard_units"]
-
 REPEATED = ("blocks", "layers", "stages")  # containers of repeated parts
 RESNET_STAGE = re.compile(r"layer\d+")
 

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Reading", "match_names"]
-
 # Keys under which a checkpoint keeps weights, best first where two fit equally well.
 CONTAINERS = (
     "state_dict",

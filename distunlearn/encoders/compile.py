@@ -18,8 +18,6 @@ from torch import nn
 
 from distunlearn.errors import ConfigError
 
-__all__ = ["COMPILER", "compiled", "require_compiler"]
-
 COMPILER = "inductor"  # the compiler's backend, as torch.compile names it
 
 

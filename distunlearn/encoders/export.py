@@ -16,8 +16,6 @@ from distunlearn.encoders.backbone import create_args, embed_dim, input_size
 from distunlearn.encoders.own_module import is_own
 from distunlearn.encoders.weights import check_finite
 
-__all__ = ["export_backbone"]
-
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 

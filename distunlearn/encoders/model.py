@@ -20,8 +20,6 @@ from distunlearn.config.schema import ObjectiveConfig, RunConfig
 from distunlearn.encoders.backbone import create_backbone, embed_dim, input_size
 from distunlearn.errors import EncoderError
 
-__all__ = ["ContrastiveModel", "EncoderOutput", "Head", "MomentumEncoder", "batchnorm_mode", "build_model"]
-
 
 class EncoderOutput(NamedTuple):
     """What one forward gives; a tuple of tensors, so that every wrapper finds the tensors in it.

@@ -22,8 +22,6 @@ from distunlearn.common.text import printable
 from distunlearn.config.schema import EncoderConfig
 from distunlearn.errors import EncoderError
 
-__all__ = ["create_own", "embedding_size", "hand_over", "is_own", "locate", "without_reset"]
-
 GROUP = "distunlearn.encoders"
 
 

@@ -10,8 +10,6 @@ import timm
 from distunlearn.common.text import printable
 from distunlearn.errors import EncoderError
 
-__all__ = ["check_name", "is_resnet", "list_encoders"]
-
 RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")  # the pattern by which configs are checked
 VIT = re.compile(r"^(?:vit|deit)_")
 UNFIT = frozenset(

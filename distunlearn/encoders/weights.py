@@ -17,8 +17,6 @@ from distunlearn.common.text import printable
 from distunlearn.encoders.checkpoint_names import Reading, match_names
 from distunlearn.errors import EncoderError, NumericsError
 
-__all__ = ["check_finite", "load_backbone"]
-
 PICKLES = (".pth", ".pt", ".bin")
 FIRST = 10  # names shown of a longer list
 COUNTER = "num_batches_tracked"  # absent from checkpoints of before 2018; only a cumulative average reads it

@@ -14,9 +14,6 @@ from typing import Any
 from distunlearn import __version__
 from distunlearn.common.text import printable
 
-__all__ = ["PACKAGES", "environment", "redact"]
-
-
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "scikit-learn", "transformers",
     "safetensors", "numpy", "scipy", "pillow", "pydantic", "ruamel.yaml", "tyro", "rich", "tensorboard", "matplotlib",

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from distunlearn.errors import ConfigError
 
-__all__ = ["POINTS", "VARIABLE", "poison", "poison_gradient", "reach"]
-
 VARIABLE = "DISTUNLEARN_FAULT"
 ACTIONS = ("kill", "raise", "sleep", "stop", "nan", "inf", "skip")
 POINTS = (

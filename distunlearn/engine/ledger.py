@@ -17,8 +17,6 @@ from pathlib import Path
 from distunlearn.errors import CoverageError
 from distunlearn.verify.ledger import Coverage
 
-__all__ = ["Ledger", "require_coverage"]
-
 
 class Ledger:
     """Writer; only the main rank writes. Lines are flushed at once and synced to disk with each checkpoint."""

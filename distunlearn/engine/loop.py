@@ -37,8 +37,6 @@ from distunlearn.errors import DataError, RankLostError, StoppedError
 from distunlearn.methods.base import Method
 from distunlearn.objectives.forward import Context
 
-__all__ = ["Phase", "PhaseResult", "train_phase"]
-
 REPLACED = "replaced"  # figure, and name in the ledger, of images that cannot be decoded
 
 

@@ -25,8 +25,6 @@ from distunlearn.engine.progress import PROGRESS_INTERVAL, Progress
 from distunlearn.engine.trackers import Trackers
 from distunlearn.errors import DataError
 
-__all__ = ["METRICS", "Telemetry", "new_attempt", "read_metrics"]
-
 METRICS = "metrics.jsonl"
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: written as text
 

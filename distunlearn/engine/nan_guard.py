@@ -28,8 +28,6 @@ from distunlearn.errors import NumericsError
 from distunlearn.methods.base import StepOutput
 from distunlearn.objectives.forward import Context
 
-__all__ = ["NumericsGuard", "Place"]
-
 NAMES = 20  # parameters that are named
 
 

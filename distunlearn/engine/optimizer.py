@@ -8,8 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-__all__ = ["learning_rate", "make_optimizer"]
-
 
 def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """`adamw`, or `sgd` with momentum 0.9; weight decay only on matrices and kernels, as is usual in the field.

@@ -25,7 +25,7 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
 from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.loading.stream import RoleFeeder
-from distunlearn.data.prepare.roles import ROLES
+from distunlearn.data.manifest.records import ROLES
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_backbone
@@ -40,9 +40,6 @@ from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context
 from distunlearn.verify.ledger import coverage, read_ledger
-
-__all__ = ["Session", "Trained", "is_done", "load_trained", "pretrain", "retrain", "unlearn"]
-
 
 # -- digests ---------------------------------------------------------------------------------------------------------
 

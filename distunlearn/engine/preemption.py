@@ -17,8 +17,6 @@ from typing import Any
 from distunlearn.distributed.world import World
 from distunlearn.errors import RankLostError
 
-__all__ = ["SIGNALS", "STOP_FILE", "StopRequest"]
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "stop"
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any
 
-__all__ = ["PROGRESS_INTERVAL", "Progress", "duration"]
-
 PROGRESS_INTERVAL = 10.0  # seconds between plain lines
 
 

@@ -25,8 +25,6 @@ from distunlearn.engine.ledger import Ledger
 from distunlearn.errors import ConfigError, RankLostError
 from distunlearn.verify.ledger import read_ledger
 
-__all__ = ["code_digest", "code_line", "require_one_run", "require_same_code"]
-
 SHOWN = 5
 
 

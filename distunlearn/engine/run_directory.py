@@ -25,18 +25,6 @@ from distunlearn.engine.provenance import require_one_run
 from distunlearn.engine.run_lock import Lease
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = [
-    "RunDirectory",
-    "claim",
-    "find_manifest",
-    "open_run_directory",
-    "refuse_other_settings",
-    "saved_config",
-    "shards_folder",
-    "shards_remote",
-    "verified_manifest",
-]
-
 
 def shards_folder(cfg: RunConfig, out: Path) -> Path:
     """Where the shards of a run lie."""

@@ -26,8 +26,6 @@ from typing import Any
 
 from distunlearn.errors import ConfigError, RankLostError
 
-__all__ = ["OWNER", "RENEWED", "STALE", "Lease"]
-
 OWNER = "owner.json"
 RENEWED = 15.0  # seconds
 STALE = 120.0  # seconds

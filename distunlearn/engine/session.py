@@ -38,18 +38,6 @@ from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = [
-    "CALIBRATION_LIMIT",
-    "DONE",
-    "STATE",
-    "Session",
-    "Trained",
-    "is_done",
-    "load_trained",
-    "open_session",
-    "scratch",
-]
-
 
 @contextmanager
 def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:

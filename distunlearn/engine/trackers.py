@@ -15,8 +15,6 @@ from typing import Any
 
 from distunlearn.errors import ConfigError
 
-__all__ = ["PROJECT", "Trackers", "require_trackers"]
-
 PROJECT = "distunlearn"
 
 

@@ -36,8 +36,6 @@ from distunlearn.common.text import printable
 from distunlearn.distributed.process_group import lost_rank
 from distunlearn.errors import RankLostError
 
-__all__ = ["WATCH", "Watch"]
-
 WATCH = "watch"
 INTERVAL = 15.0  # seconds between two looks, at most
 GRACE = 10.0  # seconds for the other processes to come to the same conclusion, at most

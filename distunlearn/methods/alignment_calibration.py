@@ -31,8 +31,6 @@ from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank
 from distunlearn.objectives.forward import Context, embed, image_mean
 
-__all__ = ["AlignmentCalibration"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentCalibrationConfig(MethodConfig):

@@ -24,8 +24,6 @@ from distunlearn.methods.search_space import Space
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.forward import Context
 
-__all__ = ["NEEDS", "Method", "StepOutput", "method_class", "missing", "refuse_missing"]
-
 NEEDS = {
     "retain": "images to retain",
     "forget": "images to forget",

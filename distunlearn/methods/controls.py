@@ -10,8 +10,6 @@ from distunlearn.data.schedule import Batch
 from distunlearn.methods.base import Method, StepOutput
 from distunlearn.objectives.forward import Context
 
-__all__ = ["Nothing", "RandomInit"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class NothingConfig(MethodConfig):

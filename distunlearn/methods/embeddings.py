@@ -13,8 +13,6 @@ from distunlearn.data.schedule import Batch
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import normalise
 
-__all__ = ["apart", "directions", "original_directions"]
-
 
 def directions(ctx: Context, batch: Batch) -> Tensor:
     """Unit embeddings of the online views, with graph, [V, n, E]."""

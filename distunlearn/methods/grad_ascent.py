@@ -24,8 +24,6 @@ from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import retain_bank
 from distunlearn.objectives.forward import Context, embed, image_mean
 
-__all__ = ["GradAscent", "require_bounded"]
-
 
 def require_bounded(ctx: Context, name: str, level: float, bound: float) -> None:
     """Raises NumericsError where the forget loss, which ascent drives up without end, passes method.ascent_bound."""

@@ -25,8 +25,6 @@ from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.forward import Context, image_mean
 from distunlearn.objectives.memory_bank import normalise
 
-__all__ = ["HeldOutDistillation", "followed"]
-
 
 def followed(forget: Tensor, strangers: Tensor) -> Tensor:
     """For each image [V, n, E] the views [V, n, E] of the stranger [V, m, E] whose mean direction is nearest."""

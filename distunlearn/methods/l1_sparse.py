@@ -21,8 +21,6 @@ from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import Finetune
 from distunlearn.objectives.forward import Context
 
-__all__ = ["L1Sparse"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class L1SparseConfig(MethodConfig):

@@ -10,8 +10,6 @@ from distunlearn.distributed.collectives import all_gather_detached, all_gather_
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 
-__all__ = ["mixed_branches", "row_losses", "with_other_partners"]
-
 
 def mixed_branches(ctx: Context, retain: Batch, forget: Batch) -> Branches:
     """Both batches in one forward with batch statistics: this rank's retain rows first, then its forget rows."""

@@ -24,8 +24,6 @@ from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue
 from distunlearn.objectives.forward import Context, image_mean
 
-__all__ = ["NegGrad"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class NegGradConfig(MethodConfig):

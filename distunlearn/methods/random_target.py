@@ -26,8 +26,6 @@ from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.forward import Context, image_mean
 from distunlearn.objectives.memory_bank import normalise
 
-__all__ = ["RandomTarget"]
-
 TARGETS = 256  # retain images whose places are given away
 
 

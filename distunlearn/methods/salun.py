@@ -26,8 +26,6 @@ from distunlearn.methods.search_space import Choice
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["SalUn", "largest"]
-
 
 def largest(gradients: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """bool masks by name: True at the round(share * all) elements, and at least one, that are largest in size."""

@@ -25,8 +25,6 @@ from distunlearn.methods.search_space import Choice, Log
 from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.forward import Context, image_mean
 
-__all__ = ["Scrub"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScrubConfig(MethodConfig):

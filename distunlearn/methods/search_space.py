@@ -9,8 +9,6 @@ from itertools import product
 
 import numpy as np
 
-__all__ = ["Choice", "Log", "Space", "grid", "random"]
-
 DIGITS = 4  # of a drawn number: enough for a setting, and the same text on every machine
 
 

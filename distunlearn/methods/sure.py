@@ -31,8 +31,6 @@ from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, task_loss
 from distunlearn.objectives.forward import Context, image_mean
 
-__all__ = ["Critic", "Sure", "domain_losses", "reverse"]
-
 
 class _Reverse(torch.autograd.Function):
     @staticmethod

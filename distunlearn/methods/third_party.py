@@ -64,8 +64,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed, image_mean
 from distunlearn.objectives.memory_bank import Bank, normalise
 
-__all__ = ["ThirdParty"]
-
 CALIBRATION_EPOCH = VIEW_EPOCHS["calibration"][0]  # far from any training epoch: calibration sees views of its own
 CALIBRATION_DRAWS = 4  # sketches, view pairs and banks averaged into Phi*
 PERMUTATIONS = 499

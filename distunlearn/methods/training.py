@@ -23,8 +23,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["Finetune", "Pretrain", "Retrain", "Training", "enqueue", "retain_bank", "task_loss"]
-
 
 def task_loss(ctx: Context, batch: Batch) -> tuple[Tensor, Branches]:
     """L_task of one batch with batch statistics, and the branches, whose keys become the bank."""

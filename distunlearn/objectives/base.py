@@ -26,16 +26,6 @@ from distunlearn.objectives.memory_bank import (
     pair_logits,
 )
 
-__all__ = [
-    "Branches",
-    "Contrastive",
-    "ContrastiveConfig",
-    "MomentumConfig",
-    "MomentumObjective",
-    "Objective",
-    "objective_class",
-]
-
 
 class Branches(NamedTuple):
     """Everything an objective needs of one batch, by online branch.

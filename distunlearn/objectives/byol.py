@@ -21,8 +21,6 @@ from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.memory_bank import Bank, normalise
 
-__all__ = ["BYOL"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class BYOLConfig(MomentumConfig):

@@ -19,8 +19,6 @@ from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, Momentum
 from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = ["Context", "EncoderView", "Network", "embed", "encode", "image_mean", "random_views", "view_pair"]
-
 Network = Callable[[Tensor], EncoderOutput]  # images [n, C, S, S] -> their outputs
 
 

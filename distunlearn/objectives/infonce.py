@@ -30,8 +30,6 @@ from distunlearn.distributed.collectives import all_gather_detached, all_gather_
 from distunlearn.objectives.memory_bank import full_precision
 from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns, TiledInfoNCE, tile_size
 
-__all__ = ["Form", "choose_form", "infonce"]
-
 Form = Literal["plain", "tiled", "ring"]
 
 

@@ -34,19 +34,6 @@ from torch.nn.functional import softplus
 from distunlearn.distributed.collectives import all_gather_uneven, gather_ids
 from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns, SoftmaxMean, tile_size
 
-__all__ = [
-    "Bank",
-    "bank_delta",
-    "bank_density",
-    "bank_infonce",
-    "confidence",
-    "full_precision",
-    "normalise",
-    "pair_logits",
-    "query_infonce",
-    "through_normalisation",
-]
-
 # |z| is taken as sqrt(|z|^2 + EPS^2): smooth, so that an output of exactly zero has finite derivatives of
 # all orders, and invisible at double precision as soon as |z| > 1.
 EPS = 1e-8

@@ -26,8 +26,6 @@ from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.memory_bank import Bank, normalise, query_infonce
 
-__all__ = ["MoCo"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig(MomentumConfig):

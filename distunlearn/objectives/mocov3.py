@@ -23,8 +23,6 @@ from distunlearn.objectives.infonce import infonce
 from distunlearn.objectives.memory_bank import Bank, normalise
 from distunlearn.objectives.tiled_softmax import Columns
 
-__all__ = ["MoCoV3"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoV3Config(MomentumConfig):

@@ -15,8 +15,6 @@ from torch import Tensor
 from distunlearn.errors import ConfigError, NumericsError
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["EMPTY_ID", "KeyQueue"]
-
 # Id of an empty slot. Whether a slot counts is decided by `valid` alone, so an image whose hash were this
 # very number would still be handled correctly.
 EMPTY_ID = torch.iinfo(torch.int64).min

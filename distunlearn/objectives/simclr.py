@@ -31,8 +31,6 @@ from distunlearn.objectives.memory_bank import (
 )
 from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns
 
-__all__ = ["SimCLR", "nt_xent"]
-
 
 def nt_xent(
     output: Tensor, temperature: float | Tensor, budget: int = DEFAULT_BUDGET, form: Form | None = None

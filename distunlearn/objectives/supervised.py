@@ -25,8 +25,6 @@ from distunlearn.errors import DataError
 from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["Supervised"]
-
 
 def _logits(b: Branches) -> Tensor:
     assert b.output.shape[0] == Supervised.branches, "supervised has 2 online branches"

@@ -29,8 +29,6 @@ from torch.autograd.function import once_differentiable
 
 from distunlearn.distributed.collectives import RingPass, get_rank
 
-__all__ = ["DEFAULT_BUDGET", "Columns", "SoftmaxMean", "TiledInfoNCE", "tile_size"]
-
 DEFAULT_BUDGET = 1 << 30  # bytes that one copy of the similarities of this rank's queries may take
 
 TILE_BYTES = 4 << 20  # of one tile, at most: fits the caches of a CPU core

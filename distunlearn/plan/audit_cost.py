@@ -9,8 +9,6 @@ from distunlearn.audit.trainings.stress import COPIES, FEWEST_CLASSES, stress_na
 from distunlearn.config.schema import RunConfig
 from distunlearn.engine.phases import pretrain_steps
 
-__all__ = ["audit_trainings"]
-
 Trainings = tuple[list[int], int]  # images of every training from random weights; how many unlearnings
 
 

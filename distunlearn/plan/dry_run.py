@@ -33,8 +33,6 @@ from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context
 from distunlearn.objectives.queue import KeyQueue
 
-__all__ = ["Counted", "LiveBytes", "NotFollowed", "count_training"]
-
 TINY = 1e-30  # what a number that nobody computed counts as
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
 from distunlearn.common.files import write_json
 from distunlearn.common.text import printable
-from distunlearn.config.load import digest
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import digest
 from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.prepare.selection import request_facts
@@ -29,8 +29,6 @@ from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
 from distunlearn.plan.dry_run import NotFollowed, count_training
-
-__all__ = ["make_plan", "write_plan"]
 
 MIB = 1 << 20
 

@@ -22,8 +22,6 @@ from distunlearn.common.text import printable
 from distunlearn.config.yaml import read_yaml
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["ENCODER_NAMES", "RunFiles", "Scores", "load_run", "number", "tree"]
-
 ENCODER_NAMES = ("original", "unlearned", "retrained")
 MAX_NODES = 20_000  # values kept of one settings or summary file
 MAX_DEPTH = 12

@@ -12,11 +12,6 @@ from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
 from distunlearn.report.formatting import interval, p_value, percent, signed, text
 from distunlearn.report.texts import ATTACKS, ENCODERS, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 
-__all__ = [
-    "attack_names", "attack_table", "controls", "distances", "further_table", "gates", "headline", "two_sample",
-    "retained_table", "stress_table", "utility", "verdict",
-]  # fmt: skip
-
 MAX_ROWS = 40  # attacks that the report has no words for
 DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5}
 DECLARED = ("pass", "fail", "inconclusive")

@@ -11,8 +11,6 @@ from distunlearn.report.data import RunFiles, number, tree
 from distunlearn.report.formatting import percent, seconds, text, whole
 from distunlearn.report.texts import NOT_EVALUATED, ROLES, SOURCES
 
-__all__ = ["cost", "coverage", "provenance", "request"]
-
 CLASS = re.compile(r"class:(-?\d{1,9})")
 PATH_KEYS = frozenset({"root", "shards", "store", "store_cache", "third_party_root", "checkpoint", "forget", "reuse"})
 HIDDEN_PATH = "(a path, not shown)"

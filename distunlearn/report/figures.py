@@ -19,9 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-__all__ = ["COLOURS", "bars", "data_uri", "density_limits", "density_panel", "dots", "forest_axis", "forest_row"]
-__all__ += ["roc_panel"]
-
 COLOURS = {"original": "#D55E00", "unlearned": "#0072B2", "retrained": "#3d3d3d"}
 VERDICT_COLOURS = {"pass": "#00695c", "fail": "#a63a00", "inconclusive": "#7a5c00"}
 INK, MUTED, GRID, BAND = "#2b2f33", "#5f666d", "#e3e6e8", "#dcecea"

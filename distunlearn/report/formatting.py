@@ -5,8 +5,6 @@ from __future__ import annotations
 from distunlearn.engine.progress import duration
 from distunlearn.report.texts import NOT_EVALUATED
 
-__all__ = ["interval", "p_value", "percent", "seconds", "signed", "text", "whole"]
-
 
 def text(value: float | None, digits: int = 3) -> str:
     """A fixed number of digits and a real minus sign; never a minus before zero.

@@ -17,8 +17,6 @@ from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, load_run, number
 
-__all__ = ["REPORT", "render", "roc_curve", "write_report"]
-
 REPORT = "report.html"
 SHOWN_ROLES = ("forget", "third_party_audit", "holdout")
 LOG_SCALE = frozenset({"gradient_norm_network", "gradient_norm_head"})

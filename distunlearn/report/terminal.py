@@ -12,8 +12,6 @@ from distunlearn.report import evidence, facts
 from distunlearn.report.data import load_run
 from distunlearn.report.render import REPORT
 
-__all__ = ["ending"]
-
 WIDTH = 120  # of a log; a terminal wraps what is longer
 NEXT = {
     "pass": "Next: `distunlearn purge {folder}` lists the forgotten images in the shards; --apply deletes them.",

@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ATTACKS",
-    "ENCODERS",
-    "LIMITS",
-    "NOT_EVALUATED",
-    "ROLES",
-    "SOURCES",
-    "STRESS",
-    "UTILITY",
-    "VERDICTS",
-    "attack_words",
-]
-
 NOT_EVALUATED = "not evaluated"
 
 ENCODERS = {

@@ -30,8 +30,6 @@ from distunlearn.methods import method_class
 from distunlearn.methods.training import Pretrain
 from distunlearn.objectives.base import objective_class
 
-__all__ = ["check_launch", "sample_problems"]
-
 STEPS = 2
 LARGE = 100.0  # for a gradient that every usual clipping would cut
 RATE = 1e-3

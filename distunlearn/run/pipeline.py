@@ -27,8 +27,6 @@ from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report import write_report
 from distunlearn.run.prepare import describe, make_shards
 
-__all__ = ["audit", "begin", "prepare", "pretrain", "report", "run", "unlearn"]
-
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
 

@@ -14,8 +14,6 @@ from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.engine.progress import Progress
 
-__all__ = ["describe", "index_folder", "make_shards", "shards_progress"]
-
 QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a tenth of that
 
 

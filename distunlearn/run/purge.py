@@ -10,8 +10,6 @@ from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_
 from distunlearn.engine.run_directory import saved_config, shards_folder, shards_remote
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["purge"]
-
 
 def purge(run_dir: Path, apply: bool = False) -> dict:
     """Take the images that the run forgot out of its shards; without `apply` only say what would happen.

@@ -25,8 +25,6 @@ from pathlib import Path
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
-__all__ = ["Job", "script", "submit"]
-
 _WORD = re.compile(r"[A-Za-z0-9_.,:@/+=*&|-]+")
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 _ARRAY = re.compile(r"[0-9][0-9,:-]*(%\d+)?")

@@ -10,8 +10,6 @@ from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.errors import DataError
 from distunlearn.verify.ledger import effective_steps, read_ledger
 
-__all__ = ["run_status"]
-
 FOLDERS = {"pretrain": "original", "unlearn": ".", "retrain": "retrained"}
 
 

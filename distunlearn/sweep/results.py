@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["average_gap", "choose", "facts", "gaps", "page", "strongest"]
-
 
 def strongest(summary: Mapping[str, Any], count: int) -> list[str]:
     """The `count` attacks whose AUC on the original encoder is farthest from 0.5, strongest first."""

@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.common.files import write_atomic
-from distunlearn.config.load import digest, load_config, save_config
+from distunlearn.config.load import load_config, save_config
 from distunlearn.config.registry import METHOD, find, names
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import digest
 from distunlearn.data.prepare.roles import assign_roles
 from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.sources import open_sources
@@ -40,11 +41,6 @@ from distunlearn.errors import ConfigError, DataError, DistunlearnError, Numeric
 from distunlearn.methods.search_space import grid, random
 from distunlearn.run import pipeline
 from distunlearn.sweep.results import average_gap, choose, facts, gaps, page, strongest
-
-__all__ = [
-    "STAGES", "Search", "Task", "open_stages", "pending", "plan_stage", "prepare_sweep", "run_sweep", "run_task",
-    "write_chosen", "write_results",
-]  # fmt: skip
 
 STAGES = ("bases", "trials", "reports")
 ENDED = (0, 6, 7)  # codes of a run with an audit; the verdict is no failure of a trial

@@ -5,8 +5,6 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "DistunlearnError", "EvidenceError"]
-
 
 class DistunlearnError(Exception):
     """Base of all errors with a one-sentence message; exit code 70 (internal) unless narrowed.

@@ -16,8 +16,6 @@ import numpy as np
 from .gates import Gate, equivalence, no_loss, overall
 from .statistics import Comparison, Draws, auc, auc_bootstrap, draw_images, ks_p_value, percentile_interval, tpr_at_fpr
 
-__all__ = ["ENCODERS", "JUDGED", "UTILITIES", "Raw", "Rules", "judge", "plain"]
-
 ENCODERS = ("original", "unlearned", "retrained")
 UTILITIES = ("knn", "linear_probe")
 JUDGED = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")

@@ -12,8 +12,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["FEWEST", "MIN_IMAGES", "Gate", "equivalence", "no_loss", "overall"]
-
 MIN_IMAGES = 20  # an interval from fewer images is too narrow to show that a difference is small
 FEWEST = 5  # from so few no interval means anything: only direction and size are told
 

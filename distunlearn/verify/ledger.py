@@ -15,8 +15,6 @@ from pathlib import Path
 
 from .errors import DataError
 
-__all__ = ["Coverage", "coverage", "effective_steps", "read_ledger"]
-
 
 @dataclass(frozen=True)
 class Coverage:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-__all__ = ["inclusion", "is_consistent", "is_included", "consistency", "leaf_hash", "root"]
-
 
 def leaf_hash(leaf: bytes) -> bytes:
     """The hash of an entry."""

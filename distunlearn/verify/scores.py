@@ -19,8 +19,6 @@ from .errors import EvidenceError
 from .figures import ENCODERS, UTILITIES, Raw
 from .statistics import Comparison, Part
 
-__all__ = ["read_scores", "raw_scores", "score_names"]
-
 
 def score_names(attack: str, parts: int) -> list[str]:
     """Names of the scores of an attack, one for each part of its comparison."""

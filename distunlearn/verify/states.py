@@ -18,8 +18,6 @@ import rfc8785
 from .errors import EvidenceError
 from .merkle import leaf_hash, root
 
-__all__ = ["BACKBONE", "Tensor", "export_digests", "read_tensors", "require_same_backbone", "state_digest"]
-
 BACKBONE = "model.backbone."  # names of the exported weights within a state
 EXPORTED = ("config.json", "model.safetensors")
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8,

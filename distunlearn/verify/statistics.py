@@ -16,19 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-__all__ = [
-    "BOOTSTRAP",
-    "Comparison",
-    "Draws",
-    "Part",
-    "auc",
-    "auc_bootstrap",
-    "draw_images",
-    "ks_p_value",
-    "percentile_interval",
-    "tpr_at_fpr",
-]
-
 BOOTSTRAP = 0xA0D17  # stream of the draws, see `common/random.py`
 MIN_FALSE_POSITIVES = 10  # a rate estimated from fewer negatives than this above the threshold says nothing
 CHUNK_BYTES = 64 << 20  # of one block of bootstrap weights

@@ -16,7 +16,7 @@ from distunlearn.audit.relearn import relearn, relearning_figures
 from distunlearn.audit.signals.collect import collect_signals, encoder_view
 from distunlearn.config.load import load_config
 from distunlearn.engine import phases
-from distunlearn.engine.session import open_session
+from distunlearn.engine.session import load_trained, open_session
 from distunlearn.run import pipeline
 from distunlearn.verify.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 
@@ -40,7 +40,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory):
         phases.pretrain(session)
         phases.retrain(session)
         for name in ("original", "retrained"):
-            encoder = encoder_view(session, phases.load_trained(out / name, session))
+            encoder = encoder_view(session, load_trained(out / name, session))
             before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
             signals[name] = collect_signals(encoder, session.store, session.manifest, cfg)
             curves[name] = relearn(encoder, session.store, session.manifest, cfg, 8)

@@ -12,8 +12,9 @@ from sklearn.metrics import roc_auc_score
 from synthetic import make_signals
 
 from distunlearn.audit import summarise, write_audit
-from distunlearn.audit.summary import ENCODERS, load_scores
+from distunlearn.audit.summary import load_scores
 from distunlearn.config.schema import AuditConfig, GatesConfig, RunConfig
+from distunlearn.verify.figures import ENCODERS
 
 CFG = RunConfig(
     audit=AuditConfig(bootstrap=400, gates=GatesConfig(view_agreement=0.1, attack=0.12, utility_points=8.0))

@@ -15,10 +15,10 @@ import pytest
 from distunlearn.config import load as loading
 from distunlearn.config import recipes, yaml
 from distunlearn.config.checks import cross_checks
-from distunlearn.config.load import digest, dump_config, field_diff, known_keys, load_config, save_config
+from distunlearn.config.load import dump_config, load_config, save_config
 from distunlearn.config.registry import KINDS, METHOD, OBJECTIVE, settings_of
 from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig
-from distunlearn.config.shape import part_keys
+from distunlearn.config.shape import digest, field_diff, known_keys, part_keys
 from distunlearn.errors import ConfigError
 
 

@@ -5,7 +5,8 @@ import collections
 import pytest
 
 from distunlearn.config.schema import DataConfig
-from distunlearn.data.prepare.roles import ROLES, assign_roles
+from distunlearn.data.manifest.records import ROLES
+from distunlearn.data.prepare.roles import assign_roles
 from distunlearn.errors import ConfigError, DataError
 
 SAMPLES = [(f"s/{i:03d}", i % 5) for i in range(100)]

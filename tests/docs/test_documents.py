@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distunlearn.config.load import known_keys
 from distunlearn.config.recipes import RECIPES
+from distunlearn.config.shape import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -19,9 +19,10 @@ import numpy as np
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.summary import summarise, write_audit
 from distunlearn.common.files import write_json
-from distunlearn.config.load import digest, save_config
+from distunlearn.config.load import save_config
 from distunlearn.config.recipes import digits
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.shape import digest
 from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
 from distunlearn.engine.environment import environment
 from distunlearn.engine.ledger import Ledger

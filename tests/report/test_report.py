@@ -17,7 +17,6 @@ from parts import ATTACKS, METHODS, method_settings
 from rundir import Page, change_json
 from sklearn.metrics import roc_auc_score
 
-from distunlearn.audit.summary import ENCODERS
 from distunlearn.config.load import save_config
 from distunlearn.config.registry import ATTACKS as ATTACK_TABLE
 from distunlearn.config.schema import RuntimeConfig
@@ -25,6 +24,7 @@ from distunlearn.errors import ConfigError, DataError
 from distunlearn.report import facts, texts, write_report
 from distunlearn.report.data import load_run
 from distunlearn.report.render import render, roc_curve
+from distunlearn.verify.figures import ENCODERS
 
 CASES = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}
 HOSTILE = (

@@ -14,8 +14,6 @@ from __future__ import annotations
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["alignment_gap"]
-
 
 def alignment_gap(signals: Signals, reference: Signals, seed: int) -> Attacked:
     """how much less an image's views agree than in the original encoder"""

@@ -11,8 +11,6 @@ from __future__ import annotations
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["bank_loss"]
-
 
 def bank_loss(signals: Signals, seed: int) -> Attacked:
     """training loss of the image against a bank of retain keys, sign turned"""

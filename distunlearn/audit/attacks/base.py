@@ -14,8 +14,6 @@ from distunlearn.audit.signals.collect import Signals
 from distunlearn.common.random import STREAMS
 from distunlearn.verify.statistics import Comparison, Part
 
-__all__ = ["Attacked", "crosswise_attack", "fitted_log_odds", "threshold_attack"]
-
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows of members, rows of strangers -> scores of all rows
 
 

@@ -15,8 +15,6 @@ from scipy import stats
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["embedding_norm"]
-
 TINY = 1e-12
 
 

@@ -20,8 +20,6 @@ import numpy as np
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack, fitted_log_odds, threshold_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["encodermi_set", "encodermi_threshold", "encodermi_vector"]
-
 BUMPS = 16
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["gradient_norm_head", "gradient_norm_network"]
-
 
 def gradient_norm_network(signals: Signals, seed: int) -> Attacked:
     """norm of the loss gradient over all weights of the network"""

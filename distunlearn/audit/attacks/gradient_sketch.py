@@ -14,8 +14,6 @@ import numpy as np
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack, fitted_log_odds
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["gradient_sketch"]
-
 STRENGTH = 0.01  # many features, few images
 
 

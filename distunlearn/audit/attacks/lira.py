@@ -19,8 +19,6 @@ import numpy as np
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["alignment", "alignment_likelihood", "lira_alignment"]
-
 
 def lira_alignment(signals: Signals, reference: Signals, seed: int) -> Attacked:
     """agreement of views beyond that in the retrained encoder (SSLMem, offline LiRA with one reference)"""

@@ -13,8 +13,6 @@ from __future__ import annotations
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack, fitted_log_odds
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["part_crop"]
-
 
 def part_crop(signals: Signals, seed: int) -> Attacked:
     """classifier on how sharply small crops of an image find their place in it, fitted crosswise"""

@@ -16,8 +16,6 @@ import numpy as np
 from distunlearn.audit.attacks.base import Attacked, crosswise_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["rmia"]
-
 GAMMA = 1.0
 A = 0.3
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 from distunlearn.audit.attacks.base import Attacked, threshold_attack
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["view_agreement"]
-
 
 def view_agreement(signals: Signals, seed: int) -> Attacked:
     """mean cosine between the head's outputs for an image's views (threshold form of EncoderMI)"""

@@ -28,8 +28,6 @@ from distunlearn.audit.signals.collect import Signals
 from distunlearn.config.schema import RunConfig
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
-__all__ = ["retained_figures", "three_classes"]
-
 CONFIDENCE = 0.95
 FOLDS = 5
 CLASSES = ("retain", "forget", "holdout")

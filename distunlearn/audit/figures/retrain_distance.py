@@ -27,8 +27,6 @@ from distunlearn.audit.signals.collect import Signals
 from distunlearn.verify.figures import UTILITIES
 from distunlearn.verify.statistics import Comparison, auc
 
-__all__ = ["average_gap", "iam", "iam_scores", "tow"]
-
 ALPHAS = 100
 
 

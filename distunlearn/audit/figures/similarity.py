@@ -15,8 +15,6 @@ import numpy as np
 
 from distunlearn.audit.signals.collect import Signals
 
-__all__ = ["linear_cka", "similarities"]
-
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
     """CKA in [0, 1] of [n, E] against [n, E'], in float64; NaN where one side does not vary or n < 2."""

@@ -17,8 +17,6 @@ from distunlearn.audit.signals.collect import Signals
 from distunlearn.common.random import STREAMS
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
-__all__ = ["describe", "two_sample"]
-
 FOLDS = 5
 PERMUTATIONS = 499
 TINY = 1e-12

@@ -16,8 +16,6 @@ from sklearn.preprocessing import StandardScaler
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.verify.figures import UTILITIES
 
-__all__ = ["correct_predictions", "probe_accuracies"]
-
 PROBED = ("retain", "forget", "holdout")
 
 

@@ -23,8 +23,6 @@ from distunlearn.common.files import replacing
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 
-__all__ = ["SHARED", "keep_signals", "kept_signals", "signals_key"]
-
 SHARED = ("original", "retrained")
 
 

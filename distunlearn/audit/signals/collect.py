@@ -31,17 +31,6 @@ from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = [
-    "AUDITED",
-    "AUDIT_EPOCH",
-    "Signals",
-    "audit_bank",
-    "collect_signals",
-    "encoder_view",
-    "sampled",
-    "usable_labels",
-]
-
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")
 AUDIT_EPOCH = VIEW_EPOCHS["audit"][0]  # views that no training and no calibration has seen
 PER_ROLE = 10_000  # audited images of a role; a role with more is sampled, the same way for every encoder

@@ -20,8 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distunlearn.encoders.model import ContrastiveModel
 
-__all__ = ["network_gradient_norms"]
-
 CHUNK_BYTES = 256 << 20  # of per-sample gradients held at a time by a CPU
 GPU_SHARE = 8  # a GPU: this part of its memory
 CHUNK_IMAGES = 64

@@ -24,8 +24,6 @@ from distunlearn.common.random import STREAMS
 from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.encoders.model import ContrastiveModel
 
-__all__ = ["SKETCH_SIZE", "followed_layers", "network_sketches"]
-
 SIDE = 8  # rows and columns of a layer's sketch
 SKETCH_SIZE = SIDE * SIDE
 FLOOR = 1e-12

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.data.augmentations import uniforms
 
-__all__ = ["crop_boxes", "part_responses"]
-
 MIN_PLACES = 4
 SCALE = (0.08, 0.2)  # share of the image's area that a crop keeps, as in the paper
 CROP_EPOCH = VIEW_EPOCHS["part crops"][0]

@@ -35,8 +35,6 @@ from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.verify.statistics import Comparison, auc, percentile_interval
 
-__all__ = ["IN", "OUT", "UNLEARNED", "epsilon", "epsilon_ceiling", "klom", "margins", "pooled_figures", "u_lira"]
-
 IN, OUT, UNLEARNED = 0, 1, 2
 BINS, CLIP, ADDED = 20, 100.0, 1e-5
 DELTA, EPSILON_CAP, BUCKET = 1e-5, 50.0, 0.5

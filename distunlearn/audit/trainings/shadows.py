@@ -27,10 +27,8 @@ from distunlearn.common.random import STREAMS
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine import phases
 from distunlearn.engine.phases import check_coverage
-from distunlearn.engine.session import Session
+from distunlearn.engine.session import Session, load_trained
 from distunlearn.errors import DataError
-
-__all__ = ["assign_parts", "audit_shadows", "shadow_manifest"]
 
 SHADOW_SEED = 10_007  # a prime, so that shadows share no seed with the runs of neighbouring seeds
 ROLE_OF = {IN: "retain", OUT: "holdout", UNLEARNED: "forget"}
@@ -84,7 +82,7 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             phases.unlearn(shadow)
             check_coverage(shadow)
             if session.world.is_main:
-                trained = phases.load_trained(shadow.out, shadow)
+                trained = load_trained(shadow.out, shadow)
                 encoder = encoder_view(session, trained)  # the run's views and bank: shadows differ by weights only
                 measured.append(margins(encoder, session.store, session.manifest, ids, cfg.audit.views))
         session.world.barrier()

@@ -35,13 +35,8 @@ from distunlearn.data.manifest.records import UNUSED
 from distunlearn.data.schedule import permutation
 from distunlearn.engine import phases
 from distunlearn.engine.phases import check_coverage
-from distunlearn.engine.session import Session
+from distunlearn.engine.session import Session, load_trained
 from distunlearn.errors import DataError
-
-__all__ = [
-    "COPIES", "FEWEST", "FEWEST_CLASSES", "TESTS", "audit_stress", "check_count", "largest_request", "stress_names",
-    "thirds",
-]  # fmt: skip
 
 COPIES = (1, 2, 4)  # of a canary; the first is the image itself
 PARTS = 3
@@ -246,7 +241,7 @@ def _request(
 
 def _look(session: Session, folder: Path, manifest: Manifest | None = None, nested: Session | None = None) -> Signals:
     """What an attacker sees of an encoder, with the run's own views. nested: whose store has the images."""
-    encoder = encoder_view(session, phases.load_trained(folder, session))
+    encoder = encoder_view(session, load_trained(folder, session))
     store = (nested or session).store
     return collect_signals(encoder, store, manifest or session.manifest, session.cfg)
 

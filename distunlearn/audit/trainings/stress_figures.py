@@ -16,8 +16,6 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.verify.figures import UTILITIES
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
-__all__ = ["accuracies", "agreement", "of_request", "request_figures"]
-
 CONFIDENCE = 0.95
 
 

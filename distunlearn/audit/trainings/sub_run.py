@@ -14,10 +14,7 @@ from pathlib import Path
 from distunlearn.data.loading.image_store import open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.ledger import Ledger
-from distunlearn.engine.phases import check_coverage
 from distunlearn.engine.session import Session
-
-__all__ = ["check_coverage", "nested_session", "with_copies", "with_roles"]
 
 
 def with_roles(manifest: Manifest, roles: Mapping[str, str]) -> Manifest:

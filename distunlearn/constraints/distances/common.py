@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_samples", "pairwise", "shared_normals", "widen"]
-
 
 def check_samples(x: Tensor, y: Tensor) -> None:
     """Raises ValueError unless x is [n, k] and y [m, k] with n, m >= 2."""

@@ -32,8 +32,6 @@ from torch import Tensor
 from distunlearn.constraints.distances.common import check_samples, pairwise
 from distunlearn.constraints.distances.mmd import mmd_distance
 
-__all__ = ["DISTANCES", "Distance", "energy_distance", "permutation_test", "surrogate", "value_and_cotangent"]
-
 
 class Distance(Protocol):
     """A distance of two samples [n, k] and [m, k], a scalar, differentiable in the first.

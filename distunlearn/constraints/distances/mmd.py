@@ -30,8 +30,6 @@ from torch import Tensor
 from distunlearn.common.random import PHILOX
 from distunlearn.constraints.distances.common import check_samples, shared_normals, widen
 
-__all__ = ["median_bandwidth", "mmd_distance"]
-
 NUM_FREQUENCIES = 512  # standard error of a kernel value: at most (2 * 512)^(-1/2) = 0.03
 
 _STREAM = PHILOX["mmd"]  # keeps these random numbers apart from all others of the same seed

@@ -31,27 +31,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, view_pair
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = [
-    "Constrained",
-    "Differences",
-    "DifferencesConfig",
-    "Evaluator",
-    "LayersConfig",
-    "Features",
-    "SketchedConfig",
-    "StepCheck",
-    "evaluator_class",
-    "grad_wanted",
-    "joined",
-    "mean_loss",
-    "reuse_targets",
-    "shared",
-    "signed_copies",
-    "unused_layer",
-    "views_by_pair",
-    "without_graph",
-]
-
 CHECKED_CHANGE = 0.05  # a finite difference that changes by more than this with half the step is not to be trusted
 CALIBRATION_CHUNK = 256  # images of one first pass over a whole role
 

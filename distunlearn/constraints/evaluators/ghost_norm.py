@@ -41,8 +41,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["GhostNorm"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class GhostNormConfig(LayersConfig, DifferencesConfig):

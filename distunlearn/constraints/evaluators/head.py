@@ -14,8 +14,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["LastLayer"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LastLayerConfig(SketchedConfig):

@@ -39,8 +39,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["InputGP"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class InputGPConfig(DifferencesConfig):

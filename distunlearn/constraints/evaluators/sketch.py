@@ -52,8 +52,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["DoubleBackward", "Sketch", "describe", "draw_probes"]
-
 
 def draw_probes(settings: ProbesConfig, ctx: Context, draw: int) -> ProbeSet:
     """The probes of one step on the layers that the settings choose.

@@ -37,8 +37,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["Sliced", "direction"]
-
 _DIRECTION_STREAM = PHILOX["sliced"]
 
 

@@ -32,8 +32,6 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-__all__ = ["FirstPass", "Measured", "constrained", "first_pass", "second_pass"]
-
 
 class Measured(NamedTuple):
     """What a first pass gives: values [n, ...] by sample, what else the evaluator keeps, branches by pair of views."""

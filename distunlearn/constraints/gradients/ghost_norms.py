@@ -36,8 +36,6 @@ from distunlearn.constraints.gradients.inplace_ops import MovedRows, added_to, c
 from distunlearn.constraints.gradients.probes import Layer
 from distunlearn.encoders.activation_checkpointing import recomputing
 
-__all__ = ["GhostGradients", "Recorder"]
-
 
 def columns(layer: Layer, x: Tensor) -> Tensor:
     """What the weight is multiplied with, [R, T, p]: tokens, or patches of a convolution's input."""

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["MovedRows", "added_to", "constant_conv2d", "moved_rows", "product_added_to", "reduced_rows"]
-
 HALF = (torch.float16, torch.bfloat16)
 
 

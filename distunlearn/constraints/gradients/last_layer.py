@@ -28,8 +28,6 @@ from distunlearn.common.device import on_device
 from distunlearn.common.random import PHILOX
 from distunlearn.objectives.memory_bank import full_precision
 
-__all__ = ["NORM_FLOOR", "HeadGradients", "gradient_features", "head_gradients", "sketch_matrices"]
-
 NORM_FLOOR = 1e-6  # gradient norms below this read as this in the logarithm, and pull nothing
 
 _SKETCH_STREAM = PHILOX["sketch"]  # keeps the sketch's random numbers apart from all others of the same seed

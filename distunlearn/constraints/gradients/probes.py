@@ -45,8 +45,6 @@ from distunlearn.constraints.gradients.inplace_ops import (
 )
 from distunlearn.errors import ConfigError
 
-__all__ = ["ProbeSet", "probed_layers"]
-
 _PROBE_STREAM = PHILOX["probes"]  # keeps these random numbers apart from all others of the same seed
 
 DRAWING = 4  # threads that draw for a GPU

@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["shared_pattern"]
-
 
 @contextmanager
 def shared_pattern(model: nn.Module, count: int, total: int) -> Iterator[None]:

@@ -13,8 +13,6 @@ from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources.decode import decode_square
 from distunlearn.errors import UndecodableError
 
-__all__ = ["ImageDataset"]
-
 
 class ImageDataset(Dataset[Tensor]):
     """uint8 images [C, S, S] by sample id; any torch DataLoader takes it, with a sampler that gives ids.

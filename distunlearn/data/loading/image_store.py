@@ -14,8 +14,6 @@ from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import DataError
 
-__all__ = ["ImageStore", "open_store"]
-
 PIECE = 32  # most images that are decoded at once outside of a batch
 
 

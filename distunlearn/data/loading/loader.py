@@ -37,8 +37,6 @@ from distunlearn.data.sources.decode import find_decoder
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import DataError
 
-__all__ = ["Decoded", "Loader"]
-
 PATIENCE = 300.0  # seconds without any progress after which a worker counts as lost
 _POLL = 2.0  # seconds between two looks at the workers while one is waited for
 

@@ -19,8 +19,6 @@ from distunlearn.data.storage.object_store_cache import ShardCache, check_sizes
 from distunlearn.data.storage.retry import Counts, patiently, reason
 from distunlearn.errors import DataError
 
-__all__ = ["Counts", "Reader", "runs"]
-
 GAP = 16 << 10  # bytes between two images that are read along rather than asked for twice
 LONGEST = 8 << 20  # bytes of one read
 OPEN_SHARDS = 32  # kept open by one reader

@@ -26,8 +26,6 @@ from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
 from distunlearn.errors import DataError
 
-__all__ = ["Batches", "RoleFeeder", "epoch_order"]
-
 BLOCK_SHARDS = 8  # shards shuffled together
 
 

@@ -8,8 +8,6 @@ from distunlearn.common.text import printable
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.errors import CoverageError, DataError
 
-__all__ = ["Undecodable"]
-
 SHOWN = 5  # ids in a message
 
 

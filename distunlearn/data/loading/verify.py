@@ -15,8 +15,6 @@ from distunlearn.data.manifest.manifest import SUMMARY, Manifest, Sample
 from distunlearn.data.sources.tar_index import walk_tar
 from distunlearn.errors import DataError
 
-__all__ = ["check_digest", "check_shard_size", "read_sample", "verify_shards"]
-
 _FIX = "run prepare again"
 
 

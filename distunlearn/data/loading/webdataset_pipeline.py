@@ -23,8 +23,6 @@ from distunlearn.data.manifest.records import CODES
 from distunlearn.data.sources.tar_index import IMAGE_KINDS
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["CheckedShards", "checked_samples", "webdataset"]
-
 Record = dict[str, Any]
 
 

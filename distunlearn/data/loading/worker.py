@@ -21,8 +21,6 @@ from distunlearn.data.loading.dataset import ImageDataset
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import DataError
 
-__all__ = ["GO_ON", "IGNORED", "PID", "PLACE", "Answer", "Task", "begin_worker"]
-
 PLACE = 256  # bytes in which a worker notes its process id and, before it turns to an image, its id
 PID = 8  # of them, of the process id
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

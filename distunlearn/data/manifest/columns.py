@@ -20,8 +20,6 @@ from distunlearn.data.manifest.ids import WINDOW, IdTable, numbers, refused, tex
 from distunlearn.data.manifest.records import CODES, SUMMARY, Shard
 from distunlearn.errors import DataError
 
-__all__ = ["NO_LABEL", "Columns", "Row"]
-
 NO_LABEL = -(2**31)
 _NAMES = pa.large_string()
 SCHEMA = pa.schema(

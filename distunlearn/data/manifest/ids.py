@@ -20,8 +20,6 @@ import pyarrow.compute as pc
 
 from distunlearn.errors import DataError
 
-__all__ = ["IdList", "IdTable", "check_id", "hash_ids", "normal_id", "numbers", "refused", "texts"]
-
 _MAX_ID = 1_024  # characters
 # Control characters, and line or paragraph separators: they would break logs, manifests and reports.
 _UNPRINTABLE = {"Cc", "Zl", "Zp", "Cs"}

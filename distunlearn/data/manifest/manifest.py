@@ -24,7 +24,6 @@ from distunlearn.data.manifest.records import (
     CODES,
     ROLES,
     SUMMARY,
-    UNUSED,
     VERSION,
     Sample,
     Shard,
@@ -35,17 +34,6 @@ from distunlearn.errors import DataError
 
 if TYPE_CHECKING:
     from distunlearn.data.manifest.records import Remote
-
-__all__ = [
-    "MANIFEST",
-    "SUMMARY",
-    "UNUSED",
-    "Manifest",
-    "Sample",
-    "Shard",
-    "check_shard_name",
-    "has_manifest",
-]
 
 MANIFEST = "manifest.arrow"
 SMALL = 200_000  # samples up to which they are kept as Python objects

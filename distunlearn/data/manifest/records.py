@@ -10,19 +10,6 @@ from typing import Any
 
 from distunlearn.errors import DataError
 
-__all__ = [
-    "CODES",
-    "ROLES",
-    "Remote",
-    "SUMMARY",
-    "UNUSED",
-    "VERSION",
-    "Sample",
-    "Shard",
-    "check_shard_name",
-    "read_summary",
-]
-
 SUMMARY = "summary.json"
 ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout")
 UNUSED = "unused"  # in shards that were indexed as they are: samples that have no role

@@ -24,8 +24,6 @@ from distunlearn.data.prepare.forget_list import some
 from distunlearn.data.sources.decode import check_header
 from distunlearn.errors import DataError
 
-__all__ = ["Copies", "exact_copies", "near_copies", "perceptual_hash", "settle_copies"]
-
 _SIDE, _LOW = 32, 8
 _PIECE = 1 << 20  # pairs compared at a time
 

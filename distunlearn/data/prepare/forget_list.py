@@ -23,8 +23,6 @@ import numpy as np
 from distunlearn.data.manifest.ids import WINDOW, IdTable, check_id, hash_ids, normal_id
 from distunlearn.errors import DataError
 
-__all__ = ["Resolved", "check_id", "list_sha256", "read_ids", "resolve_list", "some"]
-
 _MAX_LINE = 65_536  # bytes; an id is a short relative name
 _LISTED_ROLES = ("forget", "retain")
 LOOKED_UP = 4 * WINDOW  # ids that are held as texts and looked up together

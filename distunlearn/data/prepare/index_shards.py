@@ -35,8 +35,6 @@ from distunlearn.data.storage.object_store import ObjectStore
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["index_shards", "role_codes"]
-
 _WORK = ".index.partial"
 _STAMPS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "Last-Modified", "LastModified", "mtime")
 _NAMED = 100  # undecodable images that are named; all of them are counted

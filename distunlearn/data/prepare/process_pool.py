@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 
 from distunlearn.errors import DataError
 
-__all__ = ["num_workers", "run_jobs"]
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 

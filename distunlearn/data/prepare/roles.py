@@ -15,12 +15,9 @@ from typing import Any
 
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.ids import IdTable
-from distunlearn.data.manifest.records import ROLES
 from distunlearn.data.prepare.forget_list import resolve_list, some
 from distunlearn.data.schedule import permutation
 from distunlearn.errors import ConfigError, DataError
-
-__all__ = ["ROLES", "Drawn", "assign_roles", "deal", "draw_roles", "forget_facts", "is_list"]
 
 _MIN_RETAIN = 2  # a contrastive loss compares at least two images
 _Samples = Sequence[tuple[str, int | None]]

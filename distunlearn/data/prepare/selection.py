@@ -18,8 +18,6 @@ from distunlearn.data.prepare.roles import assign_roles, is_list
 from distunlearn.data.sources.sources import open_sources
 from distunlearn.errors import DataError
 
-__all__ = ["check_list", "check_selection", "request_facts"]
-
 
 def check_list(cfg: DataConfig, manifest: Manifest) -> None:
     """DataError if the list of ids was edited since the shards were made. A list that is gone is not missed."""

@@ -39,8 +39,6 @@ from distunlearn.data.sources.sources import Source, open_sources
 from distunlearn.data.sources.tar_index import read_tar
 from distunlearn.errors import DataError
 
-__all__ = ["Progress", "duplicate_facts", "prepare_shards", "write_shards"]
-
 _GROUPS = {
     "members": ("retain", "forget"),
     "third_party": ("third_party", "third_party_audit"),

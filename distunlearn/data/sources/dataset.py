@@ -27,8 +27,6 @@ from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.decode import check_header, decode_image
 from distunlearn.errors import DataError
 
-__all__ = ["PARTS", "DatasetSource", "fixed_roles", "selection_digest"]
-
 PARTS = {  # what a user hands over, and the roles that are drawn from it, the last of which takes what is left
     "retain": ("retain",),
     "forget": ("forget",),

@@ -23,8 +23,6 @@ from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugi
 
 from distunlearn.errors import UndecodableError
 
-__all__ = ["check_header", "decode_image", "decode_square", "find_decoder", "to_square"]
-
 # The plugin classes themselves, not Image.open: no other format is ever tried and PIL's own, laxer size limit
 # (a warning) does not get in the way of ours.
 _OPENERS = {

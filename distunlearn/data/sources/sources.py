@@ -35,8 +35,6 @@ from distunlearn.data.sources.decode import check_header, decode_image
 from distunlearn.data.sources.tar_index import Member, read_tar
 from distunlearn.errors import ConfigError, DataError, DistunlearnError
 
-__all__ = ["ArraySource", "FolderSource", "ShardSource", "Source", "open_source", "open_sources"]
-
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _MAX_IDX_BYTES = 1 << 30

@@ -18,8 +18,6 @@ from typing import BinaryIO
 from distunlearn.data.manifest.ids import check_id
 from distunlearn.errors import DataError
 
-__all__ = ["IMAGE_KINDS", "Member", "TarSample", "key_of", "read_tar", "walk_tar"]
-
 IMAGE_KINDS = ("png", "jpg", "jpeg", "webp")
 MAX_MEMBER = 1 << 30  # bytes; no image, label or caption is larger
 _MAX_TEXT = 1 << 20  # bytes of a .json or .cls

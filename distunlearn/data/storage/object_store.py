@@ -21,8 +21,6 @@ from distunlearn.common.text import printable
 from distunlearn.data.storage.retry import Counts, is_transient, patiently, reason, status_of
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["FIX", "ObjectStore", "Span"]
-
 AT_ONCE = 32  # requests under way at once, in one process
 TIMEOUT = 30.0  # seconds for an answer; with the usual retries a worker still answers within its own limit
 SLOWEST = 1 << 20  # bytes a second that a store is given more time for

@@ -22,8 +22,6 @@ from distunlearn.data.storage.object_store import FIX, ObjectStore
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["ShardCache", "check_sizes", "verify_objects"]
-
 STALE = 3600.0  # seconds after which a copy that is still incomplete belongs to nobody
 _PARTIAL = ".partial"
 

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 from distunlearn.common.text import printable
 from distunlearn.errors import DataError
 
-__all__ = ["Counts", "is_transient", "patiently", "reason", "status_of"]
-
 Wanted = TypeVar("Wanted")
 FIRST_WAIT = 0.25  # seconds before a failed read is repeated; doubled each time
 _BUSY = {408, 425, 429}  # HTTP: request timeout, too early, too many requests

@@ -26,8 +26,6 @@ from distunlearn.encoders.model import EncoderOutput, MomentumEncoder
 from distunlearn.engine.backends.optimizer_state import entries_of, nested, spread_state
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, whole
 
-__all__ = ["Backend"]
-
 Forward = Callable[[Tensor], EncoderOutput]
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_ and of DeepSpeed alike
 

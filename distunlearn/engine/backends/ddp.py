@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from distunlearn.engine.backends.base import Backend
 from distunlearn.errors import ConfigError
 
-__all__ = ["DDP"]
-
 
 class DDP(Backend):
     """Weights and optimizer are whole on every rank, so that saving, clipping and norms are those of `single`."""

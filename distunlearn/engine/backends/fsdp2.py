@@ -25,8 +25,6 @@ from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, part
 from distunlearn.errors import ConfigError, DataError
 
-__all__ = ["FSDP2"]
-
 
 class FSDP2(Backend):
     """Parameters are DTensors split along their first dimension; buffers are whole on every rank."""

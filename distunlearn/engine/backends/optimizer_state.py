@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from distunlearn.engine.backends.tensor_shards import Stored
 from distunlearn.errors import DataError
 
-__all__ = ["check_state", "counter", "entries_of", "is_per_weight", "nested", "spread_state"]
-
 
 def entries_of(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from distunlearn.errors import DataError
 
-__all__ = ["Piece", "Stored", "StoredTensor", "part", "whole"]
-
 
 @dataclass(frozen=True)
 class Piece:

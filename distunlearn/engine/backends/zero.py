@@ -26,8 +26,6 @@ from distunlearn.engine.backends.optimizer_state import check_state, counter, is
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, part, whole
 from distunlearn.errors import ConfigError, DataError, NumericsError
 
-__all__ = ["Zero", "zero_config"]
-
 PERSISTENT = 100_000  # ZeRO-3: smaller parameters stay gathered between uses; their optimizer state is sharded
 
 

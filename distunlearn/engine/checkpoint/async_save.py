@@ -46,8 +46,6 @@ from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.preemption import StopRequest
 from distunlearn.errors import DataError, DistunlearnError, NumericsError, RankLostError
 
-__all__ = ["Saver", "agreed_checkpoint"]
-
 LARGE = 64 * 2**20  # weights above which `auto` shards (float32: 256 MiB, and twice that for AdamW)
 PATIENCE = 600.0  # seconds the main rank waits for the parts of the others
 

@@ -33,11 +33,6 @@ if TYPE_CHECKING:  # torch is not loaded for a look at the folders
 
     from distunlearn.engine.backends.tensor_shards import Stored
 
-__all__ = [
-    "Checkpoint", "begin", "candidates", "commit", "exposed", "latest_checkpoint", "none_verifies", "read_commit",
-    "verified",
-]  # fmt: skip
-
 FORMAT = 2
 KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
 STEP = re.compile(r"step-\d{8}")

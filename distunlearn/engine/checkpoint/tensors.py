@@ -17,8 +17,6 @@ from distunlearn.engine.backends.optimizer_state import nested
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, StoredTensor, whole
 from distunlearn.errors import DataError
 
-__all__ = ["OPTIMIZER", "optimizer_state", "read_state", "whole_tensors", "write_pieces"]
-
 OPTIMIZER = "optimizer."
 
 
