@@ -69,17 +69,11 @@ MEANINGS = {
     "unlearn.retain_batch": "retained images of a step",
     "unlearn.forget_batch": "images to forget of a step",
     "unlearn.third_party_batch": "third-party images of a step",
-    "unlearn.warmup": "share of the steps",
-    "unlearn.clip": "largest gradient norm; 0: no clipping",
     "method.name": "how to forget (`distunlearn list methods`)",
     "constraint.distance": "two-sample distance; both are unbiased",
     "constraint.evaluator": "how per-sample gradients are reached: see the [method page](method.md)",
     "audit.bootstrap": "draws behind every interval",
 }
-for _group in ("pretrain", "unlearn"):
-    MEANINGS[f"{_group}.optimizer"] = "optimizer"
-    MEANINGS[f"{_group}.lr"] = "largest learning rate, after the warm-up"
-    MEANINGS[f"{_group}.weight_decay"] = "weight decay"
 
 BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
@@ -131,8 +125,10 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 def summary(cls: type) -> str:
     """The docstring on one line."""
     text = " ".join((inspect.getdoc(cls) or "").split())
-    return text.replace("roles: see docs/glossary.md", "roles: see the [glossary](glossary.md)").replace(
-        "(docs/method.md)", "(see the [method page](method.md))"
+    return (
+        text.replace("roles: see docs/glossary.md", "roles: see the [glossary](glossary.md)")
+        .replace("(docs/method.md)", "(see the [method page](method.md))")
+        .replace("(docs/optimizers.md)", "(see [optimizers](optimizers.md))")
     )
 
 

@@ -35,6 +35,7 @@ HANDED_OVER = "dataset"  # the source of shards that were made of Python's datas
 ROOTLESS = ("digits", "fashion_mnist")  # sources that know where their files are
 ID_FILES = (".txt", ".csv", ".jsonl")
 CHECKPOINT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+FLAT = ("zero1", "zero2", "zero3")  # backends whose optimizer sees no single weight
 SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
 RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
@@ -42,7 +43,7 @@ RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _parts, _audit)
+    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _optimizers, _parts, _audit)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     problems.extend(_shares(cfg, world))
@@ -166,6 +167,17 @@ def _views(cfg: RunConfig) -> Iterator[str]:
         value = getattr(cfg.views, name)
         if value:
             yield f"views.{name}={value} needs colour, but encoder.in_chans is 1; set it to 0 or use 3 channels"
+
+
+def _optimizers(cfg: RunConfig) -> Iterator[str]:
+    for key, settings in (("pretrain", cfg.pretrain), ("unlearn", cfg.unlearn)):
+        if settings.optimizer == "lars" and cfg.backend in FLAT:
+            yield (
+                f"{key}.optimizer=lars needs the norm of every weight, but backend={cfg.backend} steps flat parts that "
+                "hold pieces of many weights; set backend=fsdp2 or ddp"
+            )
+        if settings.nesterov and (settings.optimizer == "adamw" or not settings.momentum):
+            yield f"{key}.nesterov=true needs momentum above 0 and optimizer sgd or lars; set {key}.nesterov=false"
 
 
 def _parts(cfg: RunConfig) -> Iterator[str]:

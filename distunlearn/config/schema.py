@@ -162,38 +162,46 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class OptimizerConfig:
+    """How weights are stepped: what both trainings share (docs/optimizers.md)."""
+
+    __pydantic_config__ = STRICT
+
+    accumulate: PositiveInt = 1  # micro-batches a step: parts of the batch with losses of their own, less memory
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # lars: not with zero1, zero2 and zero3
+    lr: PositiveFloat = 1e-3  # largest learning rate, after the warm-up; a cosine leads from it to 0
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"  # linear: lr x batch / 256; sqrt: lr x root of batch / 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd and lars
+    nesterov: bool = False  # of sgd and lars
+    trust: PositiveFloat = 1e-3  # of lars: length of a weight's step at rate 1, relative to the weight
+    weight_decay: NonNegativeFloat = 1e-4  # of matrices and kernels: see decay_all
+    decay_all: bool = False  # decay (and lars: adapt) biases, norms, position embeddings and class tokens too
+    warmup: Share = 0.05  # share of the steps in which the rate grows linearly; 0: none
+    clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping, the same on every backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(OptimizerConfig):
     """Training of the original and, by the very same recipe, of the retrained encoder."""
 
     __pydantic_config__ = STRICT
 
     epochs: PositiveInt = 300
     batch: PositiveInt = 128  # images per global batch (two views each)
-    accumulate: PositiveInt = 1  # micro-batches a step: parts of the batch with losses of their own, less memory
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 2e-3
-    weight_decay: NonNegativeFloat = 1e-4
-    warmup: Share = 0.05  # share of the steps
-    clip: NonNegativeFloat = 0.0  # largest gradient norm; 0: no clipping, the same on every backend
+    lr: PositiveFloat = 2e-3  # largest learning rate, after the warm-up; a cosine leads from it to 0
     checkpoint_every: Annotated[PositiveInt, FREE] = 200  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnConfig:
+class UnlearnConfig(OptimizerConfig):
     """The fine-tuning that forgets: global batches per step, in images."""
 
     __pydantic_config__ = STRICT
 
     steps: PositiveInt = 150
-    retain_batch: PositiveInt = 128
+    retain_batch: PositiveInt = 128  # images to keep; the batch that lr_scaling goes by
     forget_batch: Annotated[int, Field(ge=2)] = 50
     third_party_batch: Annotated[int, Field(ge=2)] = 50
-    accumulate: PositiveInt = 1  # micro-batches a step, each with a part of all three batches
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 1e-3
-    weight_decay: NonNegativeFloat = 1e-4
-    warmup: Share = 0.05
-    clip: NonNegativeFloat = 0.0
     checkpoint_every: Annotated[PositiveInt, FREE] = 50  # steps
 
 

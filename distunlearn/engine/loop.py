@@ -30,7 +30,7 @@ from distunlearn.engine.checkpoint.format import Checkpoint
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.nan_guard import NumericsGuard, Place
-from distunlearn.engine.optimizer import learning_rate
+from distunlearn.engine.optimizer import learning_rate, peak_rate
 from distunlearn.engine.preemption import StopRequest
 from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError, RankLostError, StoppedError
@@ -206,7 +206,7 @@ class _Runner:
     def _step(self, step: int) -> dict[str, float]:
         phase, ctx, backend = self.phase, self.ctx, self.backend
         ctx.step = step
-        rate = ctx.rate = learning_rate(step, phase.steps, phase.optim.lr, phase.optim.warmup)
+        rate = ctx.rate = learning_rate(step, phase.steps, peak_rate(phase.optim), phase.optim.warmup)
         backend.set_learning_rate(rate)
         parts = [self._micro_batch(step, micro, rate) for micro in range(phase.optim.accumulate)]
         self._at("gradient norm", step)

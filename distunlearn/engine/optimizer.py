@@ -1,31 +1,57 @@
-"""Optimizers and the learning-rate schedule, by name from the config."""
+"""Optimizers, which weights they decay, and the learning-rate schedule, from the settings of a training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
+from timm.optim import Lars, param_groups_weight_decay
 from torch import nn
 
+from distunlearn.config.schema import OptimizerConfig, PretrainConfig, UnlearnConfig
 
-def make_optimizer(name: str, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """`adamw`, or `sgd` with momentum 0.9; weight decay only on matrices and kernels, as is usual in the field.
+SCALED_FROM = 256  # images of the batch at which scaled rates are stated (Goyal et al., arXiv 1706.02677)
 
-    AdamW is fused: one pass over the weights in place of ten, a quarter of the time on a CPU. SGD is not: torch 2.14
-    cannot shard its fused kernel, which FSDP2 would need.
+
+def make_optimizer(settings: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the trained weights of `model`, at the unscaled rate.
+
+    Biases, norms and what the backbone's `no_weight_decay` names (position embeddings, tokens) do not decay, and LARS
+    steps them as SGD does, unless `decay_all`. AdamW is fused: one pass over the weights in place of ten, a quarter of
+    the time on a CPU. SGD is not: torch 2.14 cannot shard its fused kernel, which FSDP2 would need.
     """
-    params = [p for p in params if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    groups = _groups(settings, model)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    heavy = {"lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, **heavy)
+    return Lars(groups, trust_coeff=settings.trust, **heavy)
+
+
+def _groups(settings: OptimizerConfig, model: nn.Module) -> list[dict]:
+    """Groups of timm, and whether LARS adapts them. Which weights are excluded does not depend on how much decays."""
+    if settings.decay_all:
+        found = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 1.0}]
+    else:
+        backbone = getattr(model, "backbone", None)
+        named = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+        found = param_groups_weight_decay(model, 1.0, no_weight_decay_list=[f"backbone.{name}" for name in named])
+    return [
+        {
+            "params": group["params"],
+            "weight_decay": group["weight_decay"] * settings.weight_decay,
+            "always_adapt": group["weight_decay"] > 0,  # read by LARS: also where `weight_decay` is 0
+        }
+        for group in found
     ]
-    groups = [group for group in groups if group["params"]]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    raise ValueError(f"optimizer is {name!r}; expected adamw or sgd")
+
+
+def peak_rate(settings: PretrainConfig | UnlearnConfig) -> float:
+    """The largest learning rate: `lr`, scaled by the images of the global batch (unlearning: of its retain batch)."""
+    images = settings.batch if isinstance(settings, PretrainConfig) else settings.retain_batch
+    ratio = images / SCALED_FROM
+    return settings.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[settings.lr_scaling]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -142,7 +142,7 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
         facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
     else:
         optim = cfg.unlearn if method.steps == "unlearn" else cfg.pretrain
-        optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
+        optimizer = make_optimizer(optim, model)
         forward = backend.prepare(model, optimizer, clip=optim.clip)
         momentum = trained.momentum.to(backend.device) if trained.momentum else None
         if momentum is not None:

@@ -161,8 +161,11 @@ class _Run:
         trained, objective = hollow(model), make_objective(cfg.objective)
         if momentum is not None:
             momentum.model = hollow(momentum.model)
-        optimizer = make_optimizer(self.optim.optimizer, trained.parameters(), self.optim.lr, self.optim.weight_decay)
+        optimizer = make_optimizer(self.optim, trained)
         forward = self.backend.prepare(trained, optimizer, clip=self.optim.clip)
+        for parameter in trained.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self.backend.step()  # from the second step on there are moments beside the activations
         original = None
         if "teacher" in method.needs_for(cfg):
             original = hollow(model).eval().requires_grad_(False)

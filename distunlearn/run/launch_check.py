@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from distunlearn.common.text import printable
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import OptimizerConfig, RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest, has_manifest
@@ -154,7 +154,7 @@ def _one_step(cfg: RunConfig, backend: Backend) -> tuple[float, float]:
     """Length of the change of the weights by one step of plain descent over the learning rate, and gradient norm."""
     classes = 2 if objective_class(cfg).head == "classifier" else None
     model = build_model(cfg, classes).to(backend.device)
-    optimizer = make_optimizer("sgd", model.parameters(), RATE, 0.0)
+    optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=RATE, weight_decay=0.0), model)
     forward = backend.prepare(model, optimizer, clip=0.0)
     names = [name for name, _ in model.named_parameters()]
     before = backend.full_state()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from toys import share, snapshot, update_error
 
-from distunlearn.config.schema import EncoderConfig, RunConfig, RuntimeConfig, UnlearnConfig
+from distunlearn.config.schema import EncoderConfig, OptimizerConfig, RunConfig, RuntimeConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import get_world
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
@@ -281,7 +281,7 @@ def plain(case: Case, precision: str = "float32", steps: int = 4, nudge: int | N
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + EPSILON / 2 * torch.randn(p.shape, generator=generator))
-    optimizer = make_optimizer("sgd", model.parameters(), lr=case.rate, weight_decay=0.0)
+    optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=case.rate, weight_decay=0.0), model)
     momentum, queue = parts_of(case, model, precision)
 
     def forward(pixels: torch.Tensor) -> EncoderOutput:
@@ -312,7 +312,7 @@ def sharded(case: Case, kind: str, precision: str = "float32", steps: int = 4) -
     momentum, queue = parts_of(case, model, precision)
     if momentum is not None:
         momentum.model = backend.synchronise(momentum.model)
-    optimizer = make_optimizer("sgd", model.parameters(), lr=case.rate, weight_decay=0.0)
+    optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=case.rate, weight_decay=0.0), model)
     forward = backend.prepare(model, optimizer, 0.0)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue,

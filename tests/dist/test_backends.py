@@ -29,6 +29,8 @@ pytestmark = pytest.mark.slow
 SHARDED = ("fsdp2", "zero1", "zero2", "zero3")
 BACKENDS = ("ddp", *SHARDED)
 CASES = [("conv", 8), ("conv", 7), ("vit", 8), ("vit", 7), ("frozen", 8)]  # 7: 3 images on one rank, 4 on the other
+OPTIMIZERS = {kind: ("sgd", "adamw", *(["lars"] if kind in ("ddp", "fsdp2") else [])) for kind in BACKENDS}
+STEPPED = [(kind, optimizer) for kind, known in OPTIMIZERS.items() for optimizer in known]
 CLIP = 0.5
 PARTS = 3  # micro-batches
 CLOSE = 3e-5  # float32, relative to the update
@@ -40,11 +42,12 @@ def opened(kind: str, **changes):
 
 
 def train(
-    backend, name: str, count: int, *, steps: int = 4, clip: float = 0.0, wrong: float = 1.0, parts: int = 1
-) -> dict:
-    """`steps` SGD steps of `parts` micro-batches; every state on the way, as plain data."""
+    backend, name: str, count: int, *, steps: int = 4, clip: float = 0.0, wrong: float = 1.0, parts: int = 1,
+    optimizer: str = "sgd",
+) -> dict:  # fmt: skip
+    """`steps` steps of `parts` micro-batches; every state on the way, as plain data."""
     model = build(name).to(backend.device)
-    forward = backend.prepare(model, optimizer_of(model), clip)
+    forward = backend.prepare(model, optimizer_of(model, optimizer), clip)
     momentum = MomentumEncoder(build(name))
     states, norms = [backend.full_state()], []
     for step in range(steps):
@@ -182,7 +185,9 @@ def main(folder: Path, kind: str) -> None:
         found["after them"] = train(backend, "conv", 8, steps=1)
         found["factor W"] = train(backend, "conv", 8, steps=1, wrong=backend.world.size)
         found["own statistics"] = train(opened(kind, sync_batchnorm=False), "conv", 8, steps=1)
-        found |= {optimizer: resume(kind, optimizer) for optimizer in ("sgd", "adamw")}
+        found |= {optimizer: resume(kind, optimizer) for optimizer in OPTIMIZERS[kind]}
+        for optimizer in set(OPTIMIZERS[kind]) - {"sgd", "adamw"}:
+            found[f"vit by {optimizer}"] = train(backend, "vit", 7, optimizer=optimizer)
         found["bf16"] = half(kind)
         found["unproven"] = unproven(kind)
     torch.save(found, folder / f"rank-{backend.world.rank}.pt")
@@ -203,8 +208,8 @@ def ranks_of(tmp_path_factory):
     return found
 
 
-def check_parity(found: dict, name: str, count: int, clip: float = 0.0) -> None:
-    expected = reference(name, count=count, clip=clip)
+def check_parity(found: dict, name: str, count: int, clip: float = 0.0, optimizer: str = "sgd") -> None:
+    expected = reference(name, count=count, clip=clip, optimizer=optimizer)
     start = expected.states[0]
     for step in (1, 4):
         error = update_error(found["states"][step], expected.states[step], start)
@@ -256,6 +261,14 @@ def test_clipping_is_the_same_everywhere(ranks_of, kind):
     assert update_error(free.states[1], clipped.states[1], clipped.states[0]) > 0.1  # the clip did something
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_lars_has_the_norms_of_whole_weights(ranks_of, kind):
+    for rank in ranks_of(kind):
+        check_parity(rank["vit by lars"], "vit", 7, optimizer="lars")
+    lars, plain = (reference("vit", count=7, optimizer=name) for name in ("lars", "sgd"))
+    assert update_error(plain.states[1], lars.states[1], lars.states[0]) > 0.1  # the norms did something
+
+
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_micro_batches_add_up_to_the_mean_of_their_gradients(ranks_of, kind):
     for rank in ranks_of(kind):
@@ -302,8 +315,7 @@ def test_a_backend_that_spreads_nothing_is_refused(ranks_of, kind):
         assert "\n" not in message and message.endswith(".")
 
 
-@pytest.mark.parametrize("optimizer", ("sgd", "adamw"))
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize(("kind", "optimizer"), STEPPED)
 def test_a_step_after_loading_is_the_step_that_would_have_been(ranks_of, kind, optimizer):
     ranks = ranks_of(kind)
     for rank in ranks:
@@ -315,8 +327,7 @@ def test_a_step_after_loading_is_the_step_that_would_have_been(ranks_of, kind, o
         assert all(torch.equal(t, ranks[0][optimizer]["straight"][n]) for n, t in found["straight"].items())
 
 
-@pytest.mark.parametrize("optimizer", ("sgd", "adamw"))
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize(("kind", "optimizer"), STEPPED)
 def test_optimizer_state_is_whole_named_and_the_same_for_every_backend(ranks_of, kind, optimizer):
     expected = resume("single", optimizer)["optimizer"]
     assert set(expected["state"]) == {name for name, _ in build("conv").named_parameters()}

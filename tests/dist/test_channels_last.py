@@ -35,7 +35,7 @@ def forced(monkeypatch):
 def trained() -> tuple[dict[str, torch.Tensor], Backend]:
     torch.manual_seed(0)
     model, backend = build_model(CFG, None), open_backend(CFG)
-    forward = backend.prepare(model, make_optimizer("adamw", model.parameters(), 1e-3, 1e-4), clip=0)
+    forward = backend.prepare(model, make_optimizer(CFG.pretrain, model), clip=0)
     momentum = MomentumEncoder(model)
     for _ in range(3):
         images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -90,7 +90,7 @@ def train_as_rank_0(world: int) -> None:
         assert (made.world.rank, made.world.size) == (0, world)
         model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64))
         whole = sum(p.numel() for p in model.parameters())
-        optimizer = make_optimizer("adamw", model.parameters(), lr=1e-3, weight_decay=0.1)
+        optimizer = make_optimizer(made.cfg.pretrain, model)
         forward = made.prepare(model, optimizer, 1.0)
         for _ in range(2):
             with made.micro_batch(last=backend != "ddp"):  # DDP's reducer wants a future that the fake group lacks

@@ -23,7 +23,7 @@ from processes import launch
 from toys import share, snapshot, update_error
 
 from distunlearn.config.registry import METHOD, fitting
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import OptimizerConfig, RunConfig
 from distunlearn.data.augmentations import id_hashes
 from distunlearn.distributed.collectives import get_rank, get_world
 from distunlearn.encoders.model import MomentumEncoder
@@ -107,7 +107,7 @@ def plain(name: str, objective: str, dtype: torch.dtype) -> dict:
     """In one process without any part of the backends."""
     cfg = config(name, objective, "single")
     model, original, momentum, queue = contents(objective, warm(objective), dtype, cfg)
-    optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=1e-2)
+    optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=RATE, weight_decay=1e-2), model)
     ctx = Context(cfg, make_objective(cfg.objective), model, model, torch.device("cpu"), momentum, queue, original)
     method = METHODS[name](cfg)
 
@@ -131,7 +131,7 @@ def spread(name: str, objective: str, kind: str, weights: dict, *, adjusted: boo
     model, original, momentum, queue = contents(objective, weights, dtype, cfg)
     if momentum is not None:
         momentum.model = backend.synchronise(momentum.model)
-    optimizer = make_optimizer("sgd", model.parameters(), lr=RATE, weight_decay=1e-2)
+    optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=RATE, weight_decay=1e-2), model)
     forward = backend.prepare(model, optimizer, 0.0)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue, original,

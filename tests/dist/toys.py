@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distunlearn.config.schema import OptimizerConfig
 from distunlearn.distributed.collectives import gather_sizes, get_rank, get_world, mean_scale
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode
 from distunlearn.engine.optimizer import make_optimizer
@@ -82,7 +83,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 def optimizer_of(model: nn.Module, name: str = "sgd") -> torch.optim.Optimizer:
     """With two parameter groups, as every training of the package has."""
-    return make_optimizer(name, model.parameters(), lr=1.0, weight_decay=1e-2)
+    return make_optimizer(OptimizerConfig(optimizer=name, lr=1.0, weight_decay=1e-2, trust=0.5), model)
 
 
 def share(count: int) -> slice:

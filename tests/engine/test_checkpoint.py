@@ -12,11 +12,12 @@ import pytest
 import torch
 from whole_checkpoint import save_checkpoint
 
+from distunlearn.config.schema import OptimizerConfig
 from distunlearn.engine.backends.tensor_shards import Piece, StoredTensor, part, whole
 from distunlearn.engine.checkpoint import format as module
 from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_checkpoint
 from distunlearn.engine.checkpoint.tensors import write_pieces
-from distunlearn.engine.optimizer import learning_rate, make_optimizer
+from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.errors import DataError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_format_2"
@@ -169,7 +170,7 @@ def test_the_committed_checkpoint_is_read(layout):
     found = checkpoint.optimizer()
     assert found["optimizer"] == "AdamW" and found["state"].keys() == {"weight", "bias"}
     layer = torch.nn.Linear(3, 2)
-    optimizer = make_optimizer("adamw", layer.parameters(), 0.1, 0.5)
+    optimizer = make_optimizer(OptimizerConfig(lr=0.1, weight_decay=0.5), layer)
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     for name, value in layer.named_parameters():  # the keys of torch's own AdamW
@@ -253,23 +254,3 @@ def test_pieces_that_leave_a_gap_or_overlap_are_refused(pieces):
     StoredTensor("w", (2, 3), [(4, 2, read), (0, 4, read)])  # control: in any order
     with pytest.raises(DataError, match="do not make up a tensor of shape"):
         StoredTensor("w", (2, 3), [(start, count, read) for start, count in pieces])
-
-
-# -- the optimizer ---------------------------------------------------------------------------------------------------
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[-1] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-
-
-def test_weight_decay_spares_vectors():
-    layer = torch.nn.Linear(3, 2)
-    groups = make_optimizer("adamw", layer.parameters(), 0.1, 0.5).param_groups
-    assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
-        (0.5, [(2, 3)]),
-        (0.0, [(2,)]),
-    ]

@@ -52,7 +52,7 @@ def really(cfg: RunConfig, method: Method, steps: int) -> Counted:
         queue = KeyQueue(cfg.objective.queue_size, cfg.objective.output_dim) if objective.uses_queue else None
         if queue is not None:  # as training leaves it
             queue.push(torch.nn.functional.normalize(torch.randn(20, cfg.objective.output_dim)), torch.arange(20))
-        optimizer = make_optimizer(optim.optimizer, model.parameters(), optim.lr, optim.weight_decay)
+        optimizer = make_optimizer(optim, model)
         ctx = Context(cfg, objective, model, model, torch.device("cpu"), momentum, queue, accumulate=optim.accumulate)
         if "teacher" in method.needs_for(cfg):
             ctx.original = build_model(cfg, 3).eval().requires_grad_(False)
@@ -111,6 +111,24 @@ def test_pretraining_micro_batches_and_a_second_phase():
     compare(cfg, Pretrain)
     compare(cfg, METHODS["scrub"], steps=cfg.unlearn.steps)
     compare(replace(cfg, unlearn=replace(cfg.unlearn, accumulate=2)), METHODS["scrub"])
+
+
+def test_moments_are_beside_the_activations():
+    """Of a weight AdamW keeps two numbers, SGD and LARS with momentum one, and without momentum none."""
+    cfg, model = config("finetune"), build_model(config("finetune"), 3)
+    settings = {
+        "adamw": {}, "sgd": {"optimizer": "sgd"}, "lars": {"optimizer": "lars"},
+        "none": {"optimizer": "sgd", "momentum": 0.0},
+    }  # fmt: skip
+    peak = {
+        name: count_training(
+            replace(cfg, unlearn=replace(cfg.unlearn, **changes)), METHODS["finetune"](cfg), model, STEPS, COUNTS
+        ).peak_bytes
+        for name, changes in settings.items()
+    }
+    weights = sum(p.nbytes for p in model.parameters())
+    found = {name: (bytes - peak["none"]) / weights for name, bytes in peak.items()}
+    assert found == pytest.approx({"adamw": 2, "sgd": 1, "lars": 1, "none": 0}, abs=0.02)
 
 
 def test_control_a_larger_batch_takes_more_memory_and_more_images():
