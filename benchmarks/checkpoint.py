@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from constraint_step import Bench
 
-from distunlearn.config.schema import CheckpointConfig, EncoderConfig, RuntimeConfig
+from distunlearn.config.schema import CheckpointConfig, EncoderConfig, OptimizerConfig, RuntimeConfig
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.checkpoint.async_save import Saver
 from distunlearn.engine.checkpoint.format import latest_checkpoint
@@ -58,7 +58,7 @@ class Subject:
         bench = Bench(encoder, retain)
         cfg = dataclasses.replace(bench.cfg, runtime=RuntimeConfig(threads=1))
         self.backend = open_backend(cfg)
-        optimizer = make_optimizer("adamw", bench.model.parameters(), 1e-4, 1e-4)
+        optimizer = make_optimizer(OptimizerConfig(lr=1e-4), bench.model)
         self.backend.prepare(bench.model, optimizer, clip=0.0)
         gradients = bench.step("plain")
 

@@ -43,7 +43,7 @@ class Peer(abc.ABC):
         parameters = [p for module in self.modules() for p in module.parameters()]
         rates = {"lr": cfg.pretrain.lr, "weight_decay": cfg.pretrain.weight_decay}
         self.optimizer = (
-            make_optimizer("adamw", parameters, **rates)
+            make_optimizer(cfg.pretrain, nn.ModuleList(self.modules()))
             if optimizer == "ours"
             else torch.optim.AdamW(parameters, **rates)
         )
