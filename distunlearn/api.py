@@ -281,7 +281,7 @@ def _encoder_settings(
                 "the encoder has no reset_parameters; give factory=, which makes one."
             )
         found |= {"audit.tier": 0} if kept else {}
-    elif Path(str(encoder)).suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    elif Path(str(encoder)).is_file():
         found["encoder.checkpoint"] = str(encoder)
         if "encoder.name" not in asked:
             raise ConfigError(

@@ -131,7 +131,9 @@ class EncoderConfig:
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1], that the encoder wants subtracted; null: 0.5
     std: tuple[PositiveFloat, ...] | None = None  # by which it wants the difference divided; null: 0.5
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
-    checkpoint: Annotated[str | None, CHECKPOINT] = None  # .safetensors or .pth (weights only): the original encoder
+    checkpoint: Annotated[str | None, CHECKPOINT] = None  # safetensors or torch.save: weights of the original encoder
+    prefix: str | None = None  # what stands before the backbone's names in it; null: found
+    ignore: tuple[str, ...] = ()  # patterns of its names that may be left out although they belong inside the backbone
 
 
 @dataclass(frozen=True, kw_only=True)

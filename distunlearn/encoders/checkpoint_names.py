@@ -1,192 +1,192 @@
-"""Names in foreign checkpoints: which part is the backbone, and what its tensors are called in timm.
+"""Which tensors of a foreign checkpoint are the backbone's, and what they are called in timm.
 
-Training scripts wrap a backbone in other modules (`module.encoder_q.conv1.weight`) and store it beside heads,
-queues and optimizer state. `match_names` finds the reading under which most names are the backbone's.
+Training scripts keep a backbone inside other modules (`state_dict.module.encoder_q.conv1.weight`), beside heads,
+queues, moving averages and optimizer state. No list of such names is kept here: a prefix is one of the backbone's if
+the tensors below it have, in one of the dialects, all of its names and shapes, and none that belongs inside it is left.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-# Keys under which a checkpoint keeps weights, best first where two fit equally well.
-CONTAINERS = (
-    "state_dict",
-    "model",
-    "model_state",
-    "model_state_dict",
-    "state_dict_ema",
-    "model_ema",
-    "net",
-    "network",
-    "encoder",
-    "backbone",
-    "teacher",
-    "student",
-    "params",
-    "weights",
-    "module",
-)
-# Modules that wrap a backbone, best first where two fit equally well: the online copy before the momentum copy.
-WRAPPERS = (
-    "module",
-    "_orig_mod",
-    "model",
-    "net",
-    "network",
-    "backbone",
-    "encoder",
-    "trunk",
-    "feature_extractor",
-    "encoder_q",
-    "base_encoder",
-    "online_encoder",
-    "online_network",
-    "visual",
-    "student",
-    "teacher",
-    "momentum_encoder",
-    "encoder_k",
-    "target_encoder",
-    "target_network",
-)
-# First names of what is not the backbone and may be left out.
-HEADS = frozenset(
-    {
-        "fc",
-        "head",
-        "heads",
-        "head_dist",
-        "classifier",
-        "projector",
-        "projection",
-        "projection_head",
-        "proj_head",
-        "contrastive_head",
-        "mlp_head",
-        "predictor",
-        "prediction_head",
-        "prototypes",
-        "online_predictor",
-    }
-)
-OTHERS = frozenset(
-    {
-        "queue",
-        "queue_ptr",
-        "queue_ids",
-        "momentum_encoder",
-        "encoder_k",
-        "target_encoder",
-        "target_network",
-        "momentum_projector",
-        "teacher",
-        "teacher_head",
-        "student_head",
-        "criterion",
-        "loss",
-    }
-)
-MAX_DEPTH = 4  # containers in containers, wrappers in wrappers
+from distunlearn.encoders.dialects import DIALECTS, timm_filter
 
-TORCHVISION_VIT = (
-    (r"class_token", "cls_token"),
-    (r"conv_proj\.", "patch_embed.proj."),
-    (r"encoder\.pos_embedding", "pos_embed"),
-    (r"encoder\.ln\.", "norm."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_1\.", r"blocks.\1.norm1."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_2\.", r"blocks.\1.norm2."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_", r"blocks.\1.attn.qkv."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)\.", r"blocks.\1.mlp.fc1."),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)\.", r"blocks.\1.mlp.fc2."),
-)
+COUNTER = "num_batches_tracked"  # absent from checkpoints of before 2018; only a cumulative average reads it
+WRAPPERS = re.compile(r"\b(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # of torch, anywhere
+# Copies that follow another one: a momentum encoder's, an exponential average's.
+MOVING = re.compile(r"momentum|target|(?:^|[._])(?:ema|key)(?:[._]|$)|_(?:k|ema)(?:[._]|$)")
+DEPTH = 8  # mappings in mappings
+PARTS = 24  # of a dotted name
+TENSORS = 200_000
+LARGEST = 4  # times the backbone's size, of a tensor that is looked at
+PREFIXES = 32  # tried in every dialect
 
 
 class Reading(NamedTuple):
-    """One way to read a checkpoint: tensors by the backbone's names, what was left out, and how it was read."""
+    """One way to read a checkpoint as a backbone.
 
+    prefix: in front of the backbone's names, with the keys of the mappings that hold them; "" or with a dot at the end.
+    dialect: by whose names. state: by timm's names, those of the backbone alone. fitting: how many of the backbone's
+    tensors are there in the right shape, counters of BatchNorm not counted. missing: names that are not there; misfits:
+    those there with another shape. inside: names that belong inside the backbone, which has none of them. outside: all
+    other names of the file.
+    """
+
+    prefix: str
+    dialect: str
     state: dict[str, Tensor]
-    dropped: list[str]  # names in the file, of heads and other copies
-    container: str  # where in the file, "" at the top
-    prefix: str  # stripped from every name
-    torchvision: bool  # names were mapped from torchvision's ViT
-    unknown: list[str]  # names outside `prefix` that belong to nothing known
+    fitting: int
+    missing: list[str]
+    misfits: list[str]
+    inside: list[str]
+    outside: list[str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the backbone, all of it and nothing else."""
+        return not (self.missing or self.misfits or self.inside)
 
 
-def match_names(checkpoint: Mapping[str, Any], expected: frozenset[str]) -> Reading | None:
-    """The reading that finds most of the `expected` names; None where the checkpoint holds no tensors at all."""
-    best: tuple[tuple[int, int, int], Reading] | None = None
-    for rank, (container, tensors) in enumerate(_containers(checkpoint)):
-        for prefix in _prefixes(tensors):
-            reading = _read(tensors, expected, container, prefix)
-            score = (len(expected & reading.state.keys()), -rank, -_prefix_rank(prefix))
-            if best is None or score > best[0]:
-                best = score, reading
-    return None if best is None else best[1]
+def flatten(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor below string keys, by its dotted name; names of torch's own wrappers are taken out.
 
+    Each mapping is visited once, at most DEPTH deep; names too long for a module and tensors past TENSORS are left out.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
 
-def _containers(
-    checkpoint: Mapping[str, Any], path: str = "", depth: int = 0
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    tensors = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor) and isinstance(name, str)}
-    if tensors:
-        yield path, tensors
-    if depth < MAX_DEPTH:
-        for name in CONTAINERS:
-            inner = checkpoint.get(name)
-            if isinstance(inner, Mapping):
-                yield from _containers(inner, f"{path}.{name}" if path else name, depth + 1)
+    def visit(mapping: Mapping[Any, Any], path: str, depth: int) -> None:
+        if id(mapping) in seen or depth > DEPTH:
+            return
+        seen.add(id(mapping))
+        for key, value in mapping.items():
+            if not isinstance(key, str) or len(path) + len(key) > 500 or len(found) >= TENSORS:
+                continue
+            name = f"{path}{key}"
+            if isinstance(value, Tensor) and name.count(".") < PARTS:
+                found[WRAPPERS.sub("", name)] = value
+            elif isinstance(value, Mapping):
+                visit(value, f"{name}.", depth + 1)
 
-
-def _prefixes(names: Mapping[str, Any]) -> set[str]:
-    """Every chain of wrapper modules that some name starts with, and none."""
-    found = {""}
-    for name in names:
-        prefix = ""
-        for part in name.split(".")[:MAX_DEPTH]:
-            if part not in WRAPPERS:
-                break
-            prefix += f"{part}."
-            found.add(prefix)
+    visit(content, "", 0)
     return found
 
 
-def _prefix_rank(prefix: str) -> int:
-    return sum(1 + WRAPPERS.index(part) for part in prefix.split(".") if part)
+def whole_readings(
+    tensors: Mapping[str, Tensor], backbone: nn.Module, *, prefix: str | None = None, ignore: Sequence[str] = ()
+) -> list[Reading]:
+    """Every reading that is the whole backbone, the one to take first; none: the best of the others alone.
+
+    Args:
+        prefix: take only what stands under it, with or without the keys of mappings; None: any.
+        ignore: patterns (`*` and `?`) of names in the file that may be left out although they belong inside.
+    """
+    found = [
+        _read(tensors, backbone, candidate, dialect, ignore)
+        for candidate in _prefixes(tensors, backbone, prefix)
+        for dialect in DIALECTS
+    ]
+    readings = [reading for reading in found if reading is not None]
+    whole = [reading for reading in readings if reading.is_whole]
+    if not whole:
+        return [best_reading(readings)] if readings else []
+    # timm's filter finds some prefixes by itself; what it read is below the longer one.
+    unique = {r.prefix: r for r in reversed(whole)}
+    for prefix in sorted(unique, key=len):
+        longer = [r for p, r in unique.items() if p != prefix and p.startswith(prefix)]
+        if any(value is r.state[name] for r in longer for name, value in unique[prefix].state.items()):
+            del unique[prefix]
+    place = {reading.prefix: -1 for reading in unique.values()}
+    for number, name in enumerate(tensors):
+        for prefix in [p for p, at in place.items() if at < 0 and name.startswith(p)]:
+            place[prefix] = number
+    return sorted(unique.values(), key=lambda r: (_precedence(r.prefix), place[r.prefix]))
 
 
-def _read(tensors: Mapping[str, Tensor], expected: frozenset[str], container: str, prefix: str) -> Reading:
-    inside = {name[len(prefix) :]: name for name in tensors if name.startswith(prefix)}
-    torchvision = "conv_proj.weight" in inside and "conv_proj.weight" not in expected
-    state: dict[str, Tensor] = {}
-    dropped: list[str] = []
-    for name, original in inside.items():
-        ours = _from_torchvision(name) if torchvision else name
-        if ours not in expected and ours.split(".")[0] in (HEADS if prefix else HEADS | OTHERS):
-            dropped.append(original)
-        else:
-            state[ours] = tensors[original]
+def best_reading(readings: Sequence[Reading]) -> Reading:
+    """The one with most of the backbone, and the least that does not belong there."""
+    return max(readings, key=lambda r: (r.fitting, -len(r.missing), -len(r.inside), -_precedence(r.prefix)))
+
+
+def _precedence(prefix: str) -> int:
+    """Which of several copies the users of a training script take: the trained one before its moving average, and of
+    teacher and student, as in DINO, the teacher."""
+    return 2 if MOVING.search(prefix) else int("student" in prefix)
+
+
+def _prefixes(tensors: Mapping[str, Tensor], backbone: nn.Module, wanted: str | None) -> list[str]:
+    """Candidates: dotted prefixes with at least half as many tensors below them as the backbone has."""
+    own = sum(not name.endswith(COUNTER) for name in backbone.state_dict())
+    below: Counter[str] = Counter()
+    for name in tensors:
+        if not name.endswith(COUNTER):
+            below.update(_beginnings(name))
+    if wanted is not None:
+        ending = f".{wanted.strip('.')}."
+        return [prefix for prefix in below if f".{prefix}".endswith(ending)][:PREFIXES] if wanted.strip(".") else [""]
+    enough = [prefix for prefix, count in below.items() if 2 * count >= own]
+    return sorted(enough, key=lambda prefix: (below[prefix], -len(prefix)))[:PREFIXES] or [""]
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    yield ""
+    at = name.find(".")
+    while at >= 0:
+        yield name[: at + 1]
+        at = name.find(".", at + 1)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], backbone: nn.Module, prefix: str, dialect: str, ignore: Sequence[str]
+) -> Reading | None:
+    own = backbone.state_dict()
+    most = LARGEST * sum(
+        tensor.numel() for tensor in own.values()
+    )  # what follows must not enlarge a view of one number
+    names = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix) and t.numel() <= most}
+    state = DIALECTS[dialect](names, backbone)
+    if state is None:
+        return None
+    if not _fits(own, state) or any(_belongs(backbone, name) for name in state if name not in own):
+        state = timm_filter(state, backbone)
+    left = [name for name in state if name not in own]
+    inside = [n for n in left if _belongs(backbone, n) and not any(fnmatchcase(f"{prefix}{n}", i) for i in ignore)]
+    required = [name for name in own if not name.endswith(COUNTER)]
+    taken = {name: state[name] for name in own if name in state}
     outside = [name for name in tensors if not name.startswith(prefix)]
-    unknown = [name for name in outside if not _is_other(name)]
-    dropped += [name for name in outside if _is_other(name)]
-    return Reading(state, dropped, container, prefix, torchvision, unknown)
+    outside += [f"{prefix}{name}" for name in left if f"{prefix}{name}" in tensors and name not in inside]
+    return Reading(
+        prefix, dialect, taken,
+        fitting=sum(name in taken and taken[name].shape == own[name].shape for name in required),
+        missing=[name for name in required if name not in taken],
+        misfits=[name for name in required if name in taken and taken[name].shape != own[name].shape],
+        inside=inside, outside=outside,
+    )  # fmt: skip
 
 
-def _is_other(name: str) -> bool:
-    """Whether a tensor outside the backbone is a head, a queue or another copy."""
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in ("module", "_orig_mod", "model", "net", "network"):
-        parts = parts[1:]
-    return parts[0] in HEADS | OTHERS
+def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    return all(name in state and state[name].shape == own[name].shape for name in own if not name.endswith(COUNTER))
 
 
-def _from_torchvision(name: str) -> str:
-    for pattern, ours in TORCHVISION_VIT:
-        mapped, count = re.subn(rf"^{pattern}", ours, name)
-        if count:
-            return mapped
-    return name
+def _belongs(backbone: nn.Module, name: str) -> bool:
+    """Whether a name that the backbone lacks is one of its parts all the same, and no classifier that was cut off."""
+    classifier = getattr(backbone, "pretrained_cfg", None) and backbone.pretrained_cfg.get("classifier") or ()
+    heads = ("fc", "head", "head_dist", "classifier", *((classifier,) if isinstance(classifier, str) else classifier))
+    if name.endswith(COUNTER) or any(name.startswith(f"{h}.") and _has_no_weights(backbone, h) for h in heads):
+        return False
+    first = name.partition(".")[0]
+    parts = (backbone._modules, backbone._parameters, backbone._buffers)
+    return any(first in part for part in parts) or vars(backbone).get(first, 0) is None  # None: it could have had one
+
+
+def _has_no_weights(backbone: nn.Module, path: str) -> bool:
+    try:
+        return not any(True for _ in backbone.get_submodule(path).parameters())
+    except AttributeError:
+        return True

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distunlearn.common.text import printable
-from distunlearn.encoders.checkpoint_names import Reading, match_names
+from distunlearn.config.schema import EncoderConfig
+from distunlearn.encoders.checkpoint_file import read_checkpoint, shown
+from distunlearn.encoders.checkpoint_names import COUNTER, Reading, flatten, whole_readings
 from distunlearn.errors import EncoderError, NumericsError
 
-PICKLES = (".pth", ".pt", ".bin")
 FIRST = 10  # names shown of a longer list
-COUNTER = "num_batches_tracked"  # absent from checkpoints of before 2018; only a cumulative average reads it
+STEM = "conv1.weight"  # of ResNets
+
+
+class Loaded(NamedTuple):
+    """What was done: sentences for the log, how the backbone was read, its other copies, and all tensors by name."""
+
+    notes: list[str]
+    reading: Reading
+    copies: list[Reading]
+    tensors: dict[str, Tensor]
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -32,19 +38,22 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
         )
 
 
-def load_backbone(backbone: nn.Module, path: str | Path, *, in_chans: int | None = None) -> list[str]:
-    """Load a checkpoint of another program into a timm backbone, all tensors or none.
+def load_backbone(
+    backbone: nn.Module,
+    path: str | Path,
+    *,
+    in_chans: int | None = None,
+    prefix: str | None = None,
+    ignore: Sequence[str] = (),
+) -> Loaded:
+    """Load a checkpoint of another program into a backbone, all tensors or none.
 
     Args:
         backbone: as `create_backbone` makes it.
-        path: .safetensors, or .pth, .pt, .bin, which are read with `weights_only=True` and never otherwise. Weights
-            may lie at the top or under a usual key, with the names of usual wrappers in front; torchvision's ViT
-            names are mapped. Heads, queues and momentum copies are left out.
+        path: a file of safetensors or of torch.save, whatever its ending; see `read_checkpoint`.
         in_chans: 1 allows a first convolution for 3 channels to be summed to 1, which is exact for grey images;
             None: strict.
-
-    Returns:
-        What was stripped, mapped, left out or converted, one sentence each, for the log.
+        prefix, ignore: see `whole_readings`.
 
     Raises:
         EncoderError: a file that is missing, damaged, unsafe, or does not fit; the backbone is unchanged.
@@ -52,89 +61,60 @@ def load_backbone(backbone: nn.Module, path: str | Path, *, in_chans: int | None
     """
     path = Path(path)
     own = backbone.state_dict()
-    reading = match_names(_read_file(path), frozenset(own))
-    if reading is None:
+    tensors = flatten(read_checkpoint(path))
+    readings = whole_readings(tensors, backbone, prefix=prefix, ignore=ignore)
+    if not readings or not tensors:
+        what = f"under encoder.prefix={printable(prefix)}" if tensors else "by names"
         raise EncoderError(
-            f"{_shown(path)} holds no tensors where weights are usually kept, expected a state dict; "
-            "save the encoder's state_dict() and use that file."
+            f"{shown(path)} holds no tensors {what}, expected a state dict; save the encoder's state_dict() and use "
+            "that file, or set encoder.prefix to what stands before its names."
         )
-    notes = _describe(reading)
+    reading, *copies = readings
     state = dict(reading.state)
-    notes += _grey_input(backbone, state, in_chans)
-    notes += _missing_counters(own, state)
-    _check_fit(path, own, state, reading.unknown)
-    notes += _widened(own, state)
+    notes = _describe(reading, copies)
+    grey = _grey_input(backbone, state, in_chans)
+    _check_fit(path, own, state, reading)
+    notes += grey + _resampled(tensors, reading, own) + _missing_counters(own, state) + _widened(own, state)
     state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
     _check_values(path, state)
     backbone.load_state_dict(state)
-    return notes
+    return Loaded(notes, reading, copies, tensors)
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
-    """The file's content as a mapping."""
-    if not path.is_file():
-        raise EncoderError(f"encoder.checkpoint {_shown(path)} is not a file; expected weights; check the path.")
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        try:
-            tensors = load_file(path)
-            _refuse_duplicates(path)
-            return tensors
-        except (SafetensorError, OSError, ValueError) as error:
-            raise EncoderError(
-                f"{_shown(path)} is no complete safetensors file ({printable(error)}); expected header and data to "
-                "agree; copy the file again."
-            ) from error
-    if suffix not in PICKLES:
-        raise EncoderError(
-            f"encoder.checkpoint {_shown(path)} ends in {suffix!r}, expected .safetensors, {', '.join(PICKLES)}; "
-            "convert it to safetensors."
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise EncoderError(
-            f"{_shown(path)} is damaged or holds Python objects besides tensors, which could run code and are never "
-            "loaded; expected tensors only; have its owner save a state_dict, best as .safetensors."
-        ) from error
-    except Exception as error:  # a damaged archive fails in many ways
-        raise EncoderError(
-            f"{_shown(path)} cannot be read ({type(error).__name__}: {printable(error)}), expected a file written by "
-            "torch.save; copy the file again."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise EncoderError(
-            f"{_shown(path)} holds a {type(content).__name__}, expected a state dict; "
-            "save the encoder's state_dict() and use that file."
-        )
-    return content
+def load_checkpoint(backbone: nn.Module, encoder: EncoderConfig) -> Loaded:
+    """`load_backbone` of `encoder.checkpoint`, as the settings say."""
+    assert encoder.checkpoint is not None, "there is a checkpoint"
+    return load_backbone(
+        backbone, encoder.checkpoint, in_chans=encoder.in_chans, prefix=encoder.prefix, ignore=encoder.ignore
+    )
 
 
-def _refuse_duplicates(path: Path) -> None:
-    """ValueError where a (valid) header names a tensor twice: two readers could then see different weights."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name occurs twice in its header")
-        return found
-
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        json.loads(file.read(length), object_pairs_hook=unique)
-
-
-def _describe(reading: Reading) -> list[str]:
+def _describe(reading: Reading, copies: Sequence[Reading]) -> list[str]:
     notes = []
-    if reading.container:
-        notes.append(f"Weights were taken from {printable(reading.container)} in the checkpoint.")
     if reading.prefix:
-        notes.append(f"The prefix {printable(reading.prefix)} was stripped.")
-    if reading.torchvision:
-        notes.append("Names of torchvision's ViT were mapped to timm's.")
-    if reading.dropped:
-        notes.append(f"{len(reading.dropped)} tensors outside the backbone were left out: {_names(reading.dropped)}.")
+        notes.append(f"The backbone was read from below {printable(reading.prefix)} in the checkpoint.")
+    if copies:
+        others = ", ".join(printable(copy.prefix) or "the top" for copy in copies)
+        notes.append(f"Copies below {others} were not taken; encoder.prefix chooses another one.")
+    if reading.dialect != "timm":
+        notes.append(f"Its names, of {reading.dialect}, were mapped to timm's.")
+    if "CLIP" in reading.dialect or reading.dialect == "open_clip":
+        notes.append("A file does not say which GELU a CLIP has: OpenAI's need an encoder.name with quickgelu.")
+    outside = [name for name in reading.outside if not any(c.prefix and name.startswith(c.prefix) for c in copies)]
+    if outside:
+        notes.append(f"The backbone fits; {len(outside)} tensors outside it were left out: {_names(outside)}.")
     return notes
+
+
+def _resampled(tensors: Mapping[str, Tensor], reading: Reading, own: Mapping[str, Tensor]) -> list[str]:
+    """timm fits position embeddings of another image size, and patch embeddings of another patch size."""
+    found = [
+        f"{name} from {list(tensors[f'{reading.prefix}{name}'].shape)} to {list(own[name].shape)}"
+        for name in reading.state
+        if f"{reading.prefix}{name}" in tensors and name in ("pos_embed", "patch_embed.proj.weight")
+        and tensors[f"{reading.prefix}{name}"].shape != own[name].shape
+    ]  # fmt: skip
+    return [f"timm resampled {' and '.join(found)}."] if found else []
 
 
 def _grey_input(backbone: nn.Module, state: dict[str, Tensor], in_chans: int | None) -> list[str]:
@@ -159,28 +139,51 @@ def _missing_counters(own: Mapping[str, Tensor], state: dict[str, Tensor]) -> li
     return [f"{len(missing)} BatchNorm counters are not in the checkpoint and were set to 0."] if missing else []
 
 
-def _check_fit(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor], unknown: list[str]) -> None:
+def _check_fit(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor], reading: Reading) -> None:
     """Names, shapes and kinds of all tensors, before any of them is converted."""
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in [*state, *unknown] if name not in own]
-    for name, ours in own.items():
-        theirs = state.get(name)
-        if theirs is None:
-            continue
-        if theirs.shape != ours.shape:
-            problems.append(f"{name} is {list(theirs.shape)} instead of {list(ours.shape)}")
-        elif theirs.layout != torch.strided or theirs.is_quantized or theirs.is_meta:
+    problems = [f"missing {name}" for name in reading.missing]
+    problems += [
+        f"{name} is {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own if name in state and state[name].shape != own[name].shape
+    ]  # fmt: skip
+    for name, theirs in state.items():
+        if theirs.layout != torch.strided or theirs.is_quantized or theirs.is_meta:
             problems.append(f"{name} is no plain tensor")
-        elif theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex():
-            problems.append(f"{name} is {theirs.dtype} instead of {ours.dtype}")
-    if problems:
-        shown = "; ".join(printable(problem) for problem in problems[:FIRST])
-        more = f"; {len(problems) - FIRST} more" if len(problems) > FIRST else ""
-        raise EncoderError(
-            f"{_shown(path)} does not fit the encoder in {len(problems)} places ({shown}{more}), expected its very "
-            "tensors; set encoder.name, encoder.args, encoder.stem, encoder.in_chans and encoder.image_size to the "
-            "checkpoint's."
+        elif theirs.is_floating_point() != own[name].is_floating_point() or theirs.is_complex():
+            problems.append(f"{name} is {theirs.dtype} instead of {own[name].dtype}")
+    if not problems and not reading.inside:
+        return
+    listed = [*problems, *(f"unexpected {name}" for name in reading.inside)]
+    listing = "; ".join(printable(problem) for problem in listed[:FIRST])
+    more = f"; {len(listed) - FIRST} more" if len(listed) > FIRST else ""
+    where = f" below {printable(reading.prefix)}" if reading.prefix else ""
+    raise EncoderError(
+        f"{shown(path)} does not fit the encoder{where} in {len(listed)} places ({listing}{more}), expected its very "
+        f"tensors; {_advice(own, state, reading, problems)}"
+    )
+
+
+def _advice(own: Mapping[str, Tensor], state: Mapping[str, Tensor], reading: Reading, problems: Sequence[str]) -> str:
+    if not problems:
+        return (
+            "all of the encoder's are there, and the others would be lost in silence: set encoder.name and "
+            "encoder.args to the larger model, or encoder.ignore to a pattern of names that may be left out."
         )
+    if STEM in state and STEM in own and state[STEM].shape[2:] == (3, 3) and own[STEM].shape[2:] == (7, 7):
+        return (
+            "this is a ResNet with the small stem for CIFAR: set encoder.name=distunlearn.encoders.cifar:resnet, "
+            "encoder.args={name: resnet18} (or another ResNet) and encoder.stem=standard."
+        )
+    if reading.fitting == 0:
+        first = [name for name in reading.outside or list(state)][:3]
+        return (
+            f"none of its names is known (it begins with {_names(first)}): set encoder.name to the checkpoint's model, "
+            "encoder.prefix to what stands before its names, or save it from timm's model."
+        )
+    return (
+        "set encoder.name, encoder.args, encoder.stem, encoder.in_chans and encoder.image_size to the checkpoint's, or "
+        "encoder.prefix to another part of it."
+    )
 
 
 def _widened(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -193,11 +196,11 @@ def _check_values(path: Path, state: Mapping[str, Tensor]) -> None:
     try:
         check_finite(state)
     except NumericsError as error:
-        raise NumericsError(f"{_shown(path)} cannot be used: {error}") from None
+        raise NumericsError(f"{shown(path)} cannot be used: {error}") from None
     zero = [name for name, t in state.items() if t.dim() > 1 and name.endswith(".weight") and not t.any()]
     if zero:
         raise EncoderError(
-            f"{len(zero)} weights in {_shown(path)} are all zero ({_names(zero, 5)}), expected trained weights; "
+            f"{len(zero)} weights in {shown(path)} are all zero ({_names(zero, 5)}), expected trained weights; "
             "copy the file again or use another checkpoint."
         )
 
@@ -205,7 +208,3 @@ def _check_values(path: Path, state: Mapping[str, Tensor]) -> None:
 def _names(names: list[str], first: int = FIRST) -> str:
     more = f" and {len(names) - first} more" if len(names) > first else ""
     return ", ".join(printable(name) for name in names[:first]) + more
-
-
-def _shown(path: Path) -> str:
-    return repr(printable(path))

@@ -28,7 +28,7 @@ from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.records import ROLES
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
-from distunlearn.encoders.weights import check_finite, load_backbone
+from distunlearn.encoders.weights import check_finite, load_checkpoint
 from distunlearn.engine import fault_injection
 from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
@@ -212,8 +212,7 @@ def _start(session: Session, name: str) -> Trained:
     trained, cfg = scratch(session, name), session.cfg
     if name != "pretrain" or cfg.encoder.checkpoint is None:
         return trained
-    notes = load_backbone(trained.model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
-    for note in notes:
+    for note in load_checkpoint(trained.model.backbone, cfg.encoder).notes:
         session.telemetry.note(name, note)
     trained.model.freeze_backbone()
     if trained.momentum is not None:

@@ -16,7 +16,7 @@ from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.prepare.selection import request_facts
 from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.model import ContrastiveModel, build_model
-from distunlearn.encoders.weights import load_backbone
+from distunlearn.encoders.weights import load_checkpoint
 from distunlearn.engine.phases import pretrain_steps
 from distunlearn.engine.run_directory import verified_manifest
 from distunlearn.errors import (
@@ -109,7 +109,7 @@ def _model(cfg: RunConfig, classes: int) -> ContrastiveModel:
     """The encoder with its heads, and the checkpoint tried on it."""
     model = build_model(cfg, classes if objective_class(cfg).head == "classifier" else None)
     if cfg.encoder.checkpoint is not None:
-        load_backbone(model.backbone, cfg.encoder.checkpoint, in_chans=cfg.encoder.in_chans)
+        load_checkpoint(model.backbone, cfg.encoder)
     if cfg.audit.part_crops and not hasattr(model.backbone, "forward_intermediates"):
         raise ConfigError(
             f"audit.part_crops needs feature maps, which {cfg.encoder.name} does not give; set audit.part_crops=0."

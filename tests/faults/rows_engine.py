@@ -107,7 +107,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     "E04": (
         "prefixes are mapped and logged; missing, unknown and misshapen weights are refused by name",
         [f"{WEIGHTS}::test_known_prefixes_are_stripped_and_logged",
-         f"{WEIGHTS}::test_what_is_neither_backbone_nor_head_is_refused_with_the_first_ten"],
+         f"{WEIGHTS}::test_what_belongs_inside_or_is_missing_is_refused_with_the_first_ten"],
     ),
     "E05": (
         "NaN, infinity, all zeros, overflow in weights: refused by name",
