@@ -18,7 +18,7 @@ import functools
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
@@ -144,6 +144,10 @@ class ObjectiveConfig:
 
     name: str
 
+    if TYPE_CHECKING:  # keys of the part that `name` names
+
+        def __getattr__(self, key: str) -> Any: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
@@ -217,6 +221,10 @@ class MethodConfig:
     loss_bound: PositiveFloat | None = None  # stop (exit 4) when the size of the loss passes it; null: no bound
     embedding_bound: PositiveFloat | None = None  # stop (exit 4) when the norm of an embedding passes it
 
+    if TYPE_CHECKING:  # keys of the part that `name` names
+
+        def __getattr__(self, key: str) -> Any: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintConfig:
@@ -230,6 +238,10 @@ class ConstraintConfig:
     spread_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running estimate of the third-party's spread
     phi_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # running mean that switches the term
     memory_steps: NonNegativeInt = 0  # past steps whose samples the gradient of Phi is taken against too: less noise
+
+    if TYPE_CHECKING:  # keys of the part that `evaluator` names
+
+        def __getattr__(self, key: str) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class StepOutput:
     """
 
     loss: Tensor
-    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
     consumed: dict[str, list[str]] = field(default_factory=dict)
 
 

@@ -55,7 +55,7 @@ class Branches(NamedTuple):
         """The same branches for some of the images: a slice, or an index or mask tensor over n."""
         by_branch = ("output", "hidden", "target", "embedding", "target_embedding")
         return Branches(
-            **{
+            **{  # type: ignore[arg-type]
                 name: None if value is None else value[:, which] if name in by_branch else value[which]
                 for name, value in self._asdict().items()
             }
@@ -112,6 +112,7 @@ class Objective(ABC):
     uses_labels: ClassVar[bool] = False
     views: ClassVar[int] = 2
     branches: ClassVar[int] = 2
+    temperature: float  # of objectives with `ContrastiveConfig`
 
     def __init__(self, settings: ObjectiveConfig) -> None:
         self.settings = settings

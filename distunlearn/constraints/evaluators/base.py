@@ -51,7 +51,7 @@ class Constrained(NamedTuple):
     term: Tensor
     forget: list[Branches]
     third: list[Branches]
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | Tensor]
     places: list[Tensor]
 
 
