@@ -179,7 +179,7 @@ def unlearn(
     checkpoint = None if given is None or given.template is None else folder / "encoder.safetensors"
 
     def write_inputs() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and given is not None and given.template is not None:
             _keep_weights(given.template, checkpoint)
         _make_shards(_resolve(recipe, asked), folder, data, roles, left_out)
 

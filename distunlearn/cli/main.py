@@ -310,8 +310,8 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
 def _parse(args: list[str]) -> Any:
     """The verb that `args` ask for; SystemExit for --help and for usage errors, which tyro explains."""
     verbs = tuple(Annotated[verb, tyro.conf.subcommand(name=name)] for name, verb in NAMES.items())
-    return tyro.cli(
-        Union[verbs],  # type: ignore[arg-type]  # noqa: UP007  (a union made at run time has no X | Y form)
+    return tyro.cli(  # type: ignore[call-overload]
+        Union[verbs],  # noqa: UP007  (a union made at run time has no X | Y form)
         prog="distunlearn",
         description="Make a contrastive image encoder forget images, on one process or many, and show the evidence.",
         args=args,

@@ -114,7 +114,7 @@ def name_of(part: Any) -> str:
     file = getattr(module, "__file__", None)
     name = f"{OBJECT}{path.rpartition('.')[2]}"
     with contextlib.suppress(AttributeError):
-        if file is not None and functools.reduce(getattr, path.split("."), module) is part:
+        if module is not None and file is not None and functools.reduce(getattr, path.split("."), module) is part:
             inside = "." in module.__name__ or hasattr(module, "__path__") or not file.endswith(".py")
             name = f"{module.__name__ if inside else Path(file).resolve()}:{path}"
     _GIVEN[name] = part
@@ -140,7 +140,7 @@ def remember(thing: Any) -> None:
     module = sys.modules.get(getattr(thing, "__module__", None) or "")
     file = getattr(module, "__file__", None)
     top = module.__name__.split(".")[0] if module is not None else PACKAGE
-    if file is None or top in (PACKAGE, "torch") or not Path(file).is_file():
+    if module is None or file is None or top in (PACKAGE, "torch") or not Path(file).is_file():
         return
     if module.__name__ != top or not file.endswith(".py"):
         _installed_at(top)
@@ -237,11 +237,12 @@ def _checked(found: Any, base: type | str | None, shown: str) -> Any:
     if isinstance(base, str):
         module, _, attribute = base.partition(":")
         base = getattr(importlib.import_module(module), attribute)
+    assert isinstance(base, type)
     expected = f"{base.__module__}.{base.__qualname__}"
     if not isinstance(found, type) or not issubclass(found, base):
         raise ConfigError(f"{shown} is no subclass of {expected}; derive the class from it.")
     if inspect.isabstract(found):
-        lacking = ", ".join(sorted(found.__abstractmethods__))
+        lacking = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise ConfigError(f"{shown} does not define {lacking}, which {expected} leaves to it; define it.")
     return found
 

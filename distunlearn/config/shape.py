@@ -91,7 +91,7 @@ def shape(parts: tuple[tuple[str, type], ...]) -> Shape:
         for field in dataclasses.fields(cls):
             path = (*at, field.name)
             kind = dict(parts).get(field.name, hints[field.name]) if not at else hints[field.name]
-            if dataclasses.is_dataclass(kind):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 shape.sections[path] = kind
                 walk(kind, path)
             else:
@@ -106,7 +106,7 @@ def marks(annotation: Any) -> dict[str, Any]:
     if typing.get_origin(annotation) is not typing.Annotated:
         return {}
     infos = [info for info in typing.get_args(annotation)[1:] if isinstance(info, FieldInfo)]
-    return {key: value for info in infos for key, value in (info.json_schema_extra or {}).items()}
+    return {key: value for info in infos for key, value in (info.json_schema_extra or {}).items()}  # type: ignore[union-attr]
 
 
 def plain(part: Any) -> dict[str, Any]:

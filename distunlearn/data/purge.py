@@ -253,12 +253,12 @@ def _prove(made: Manifest, old: Manifest, gone: set[str]) -> None:
 
 def _ids_in(path: Path) -> set[str]:
     """Ids that a tar file names: in its json members, and as the keys of its samples."""
-    found = set()
+    found: set[Any] = set()
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             found.add(key_of(member.name)[0])
             if member.name.endswith(".json"):
-                content = json.loads(tar.extractfile(member).read())
+                content = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
                 found.add(content.get("id") if isinstance(content, dict) else None)
     return found
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distunlearn.errors import CoverageError
 from distunlearn.verify.ledger import Coverage
@@ -83,7 +84,7 @@ class Ledger:
         """What a checkpoint keeps of the first `size` bytes: `bytes` and `sha256`."""
         return {"bytes": size, "sha256": _sha256(self.path, size)}
 
-    def begins_with(self, head: Mapping[str, object]) -> bool:
+    def begins_with(self, head: Mapping[str, Any]) -> bool:
         """Whether the ledger still begins with what `head` was made of."""
         size = head["bytes"]
         return self.path.stat().st_size >= size and _sha256(self.path, size) == head["sha256"]

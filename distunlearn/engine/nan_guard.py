@@ -169,7 +169,7 @@ def _gradients(backend: Backend) -> dict[str, Any]:
     return {"norm": math.sqrt(square), "not_finite": len(broken), "names": broken[:NAMES]}
 
 
-def _figures(part: Mapping[str, float]) -> dict[str, Any]:
+def _figures(part: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(float(value)) for name, value in part.items()}
 
 

@@ -146,7 +146,7 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
         forward = backend.prepare(model, optimizer, clip=optim.clip)
         momentum = trained.momentum.to(backend.device) if trained.momentum else None
         if momentum is not None:
-            momentum.model = backend.synchronise(momentum.model)
+            momentum.model = backend.synchronise(momentum.model)  # type: ignore[assignment]
         ctx = Context(
             cfg=cfg,
             objective=make_objective(cfg.objective),
@@ -163,7 +163,7 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
         )
         feeders = _feeders(session, method, optim.accumulate)
         images = next(iter(feeders.values())).cycle.num_ids
-        total = optim.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
+        total = cfg.unlearn.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
         phase = Phase(
             name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
             sample=session.sample, forget_ids=frozenset(session.manifest.ids("forget")), digest=digest,

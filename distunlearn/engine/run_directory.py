@@ -127,7 +127,7 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
     require_one_run(world, cfg, manifest)
     lease = world.on_main(lambda: _begin(cfg, out))
     try:
-        yield RunDirectory(out, manifest, lease and lease.check, lease and lease.release)
+        yield RunDirectory(out, manifest, lease.check if lease else None, lease.release if lease else None)
     finally:
         if lease is not None:
             lease.release()

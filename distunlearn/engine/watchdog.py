@@ -200,7 +200,7 @@ class Watch:
 
     def _publish(self, **more: Any) -> None:
         mark = self._mark
-        stack = list(_stack(sys._current_frames().get(self._main)))
+        stack = list(_stack(sys._current_frames().get(self._main or 0)))
         report = {
             "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "count": mark.count,
             "phase": mark.phase, "step": mark.step, "place": mark.place, "age": 0.0, "sequence": _sequence(),
@@ -259,7 +259,7 @@ def _sequence() -> int:
     if not dist.is_available() or not dist.is_initialized():
         return -1
     with contextlib.suppress(Exception):  # of torch's own, without a promise
-        return int(dist.distributed_c10d._get_default_group()._get_sequence_number_for_group())
+        return int(dist.distributed_c10d._get_default_group()._get_sequence_number_for_group())  # type: ignore[attr-defined]
     return -1
 
 

@@ -45,7 +45,7 @@ class RandomInit(Nothing):
     """Fresh weights in place of the encoder."""
 
     name = "random_init"
-    Config = RandomInitConfig
+    Config = RandomInitConfig  # type: ignore[assignment]
     summary = "random weights: the utility gate must fail it"
     report = "random weights in place of the encoder (a control that must not pass)"
     begins = "scratch"

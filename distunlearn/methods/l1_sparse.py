@@ -34,7 +34,7 @@ class L1Sparse(Finetune):
     """See the module's text."""
 
     name = "l1_sparse"
-    Config = L1SparseConfig
+    Config = L1SparseConfig  # type: ignore[assignment]
     summary = "fine-tuning on retain samples while weights shrink to zero"
     report = "fine-tuning on the retained images only while small weights vanish (a reference, not a full method)"
     space = {**Finetune.space, "method.l1_weight": Log(0.01, 3.0)}

@@ -51,7 +51,7 @@ class SalUn(RandomTarget):
     Config = SalUnConfig
     summary = "random targets, learned by the weights that forget samples move"
     report = "moving the forgotten images to random places, by the weights alone that matter to them"
-    needs = ("retain", "forget", "teacher", "original_gradients")
+    needs = ("retain", "forget", "teacher", "original_gradients")  # type: ignore[assignment]
     space = {**RandomTarget.space, "method.mask_share": Choice((0.1, 0.3, 0.5, 0.7))}
 
     def __init__(self, cfg: RunConfig) -> None:

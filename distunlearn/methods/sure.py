@@ -103,7 +103,8 @@ class Critic:
         self._saved = {key: value.clone() for key, value in state.items()}
 
     def _restore(self) -> None:
-        weights, memory = {}, {}
+        weights: dict[str, Tensor] = {}
+        memory: dict[int, dict[str, Tensor]] = {}
         for key, value in self._saved.items():
             kind, _, rest = key.partition(".")
             if kind == "net":

@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -143,7 +143,9 @@ class ThirdParty(Method[ThirdPartyConfig]):
         if ctx.objective.uses_labels:
             self._label_by_original(ctx, third, calibration)
             third, calibration = self._labelled(ctx, third), self._labelled(ctx, calibration)
-        confidences, phis, p_values = [], {"gradient": [], "output": []}, {}
+        confidences: list[Tensor] = []
+        phis: dict[str, list[Tensor]] = {"gradient": [], "output": []}
+        p_values: dict[str, float] = {}
         for draw in range(CALIBRATION_DRAWS):
             epoch = CALIBRATION_EPOCH + draw
             with torch.no_grad():
@@ -339,7 +341,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         sizes = gather_sizes(forget.shape[0], forget.device)
         scaled = scale(forget)
         whole = all_gather_detached(forget, sizes), all_gather_uneven(third)
-        draw = {"seed": self.cfg.seed, "step": ctx.draw}
+        draw: dict[str, Any] = {"seed": self.cfg.seed, "step": ctx.draw}
         if memory.steps:
             with torch.no_grad():
                 phi = self.distance(*map(scale, whole), **draw)

@@ -84,7 +84,7 @@ class Pretrain(Training):
     guarantee = "none"
     begins = "scratch"
     steps = "pretrain"
-    needs = ()
+    needs = ()  # type: ignore[assignment]
     feeder = "members"
 
     def batch_sizes(self) -> Mapping[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def random_views(
     """The views of these numbers of every image, float [n, C, S, S] each; arguments as of `make_view`."""
     if isinstance(images, FakeTensor):  # a plan follows shapes; there are no pixels to crop
         return [images.new_empty(images.shape, dtype=torch.float32) for _ in views]
-    key = {"seed": seed, "epochs": epochs, "ids": ids, "compiled": compiled}
+    key: dict[str, Any] = {"seed": seed, "epochs": epochs, "ids": ids, "compiled": compiled}
     return [make_view(images, settings, view=view, **key) for view in views]
 
 
@@ -100,7 +101,7 @@ def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     images = on_device(batch.images, ctx.device)
     compiled = ctx.cfg.runtime.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
     views = (2 * pair, 2 * pair + 1)
-    key = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
+    key: dict[str, Any] = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
     return random_views(images, ctx.cfg.views, views=views, compiled=compiled, **key)
 
 
@@ -214,7 +215,7 @@ class EncoderView:
     def views(self, ids: Sequence[str], images: Tensor, epoch: int, count: int) -> list[Tensor]:
         """The first `count` views of an epoch, float [n, C, S, S] each. images: uint8 [n, C, S, S], anywhere."""
         epochs = np.full(len(ids), epoch, dtype=np.int64)
-        key = {"seed": self.seed, "epochs": epochs, "ids": ids}
+        key: dict[str, Any] = {"seed": self.seed, "epochs": epochs, "ids": ids}
         return random_views(images.to(self.device), self.settings, views=range(count), **key)
 
     def branches(

@@ -133,7 +133,7 @@ def bank_infonce(
     """l of the module's formula, symmetric in a and b. u_a, u_b: [..., n, D] normalised. Returns [..., n] >= 0."""
     if _exceeds(u_a, bank, budget):
         sides = ((u_a, u_b), (u_b, u_a))
-        return sum(query_infonce(u, partner, bank, query_ids, budget) for u, partner in sides) / 2
+        return sum(query_infonce(u, partner, bank, query_ids, budget) for u, partner in sides) / 2  # type: ignore[return-value]
     logits_a = pair_logits(u_a, u_b, bank, query_ids)
     logits_b = pair_logits(u_b, u_a, bank, query_ids)
     positive = logits_a[..., :1]  # one number for both sides, subtracted before the exponentials as above
@@ -146,7 +146,7 @@ def confidence(
     """Probability in (0, 1] of finding the partner among the bank, averaged over both directions. [..., n]."""
     if _exceeds(u_a, bank, budget):
         sides = ((u_a, u_b), (u_b, u_a))
-        return sum((-_margin(u, partner, bank, query_ids, budget)[0]).sigmoid() for u, partner in sides) / 2
+        return sum((-_margin(u, partner, bank, query_ids, budget)[0]).sigmoid() for u, partner in sides) / 2  # type: ignore[return-value]
     p_a = pair_logits(u_a, u_b, bank, query_ids).softmax(-1)
     p_b = pair_logits(u_b, u_a, bank, query_ids).softmax(-1)
     return (p_a[..., 0] + p_b[..., 0]) / 2

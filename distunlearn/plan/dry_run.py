@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
             return _any_value(args[0])
         found = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.any and isinstance(found, FakeTensor):
-            found.nothing = True  # code asks `any` for what is wrong
+            found.nothing = True  # type: ignore[attr-defined]  # code asks `any` for what is wrong
         for value in tree_leaves(found):
             if isinstance(value, Tensor):
                 self.see(value)

@@ -58,7 +58,7 @@ def _row(
     given, reason = gate.get("verdict"), gate.get("reason")
     shown = given if given in DECLARED and None not in found else "not_evaluated"
     judged = {"verdict": shown, "word": VERDICTS[shown][0], "reason": reason if isinstance(reason, str) else ""}
-    if shown == "pass" and not (band[0] <= low and high <= band[1]):
+    if shown == "pass" and (low is None or high is None or not (band[0] <= low and high <= band[1])):
         judged = _refused("the audit file says pass, but the interval is not inside the allowed band")
     return judged | {
         "title": title,

@@ -28,7 +28,7 @@ def request(run: RunFiles) -> dict[str, Any]:
     copies = number(run.shards, "info", "forget_with_copy_in_retain")
     return {
         "count": whole(requested if requested is not None else counts.get("forget")),
-        "members": whole(None if None in members else sum(members)),
+        "members": whole(None if None in members else sum(m or 0 for m in members)),
         "source": SOURCES.get(source, source),
         "chosen": _chosen(data.get("forget"), run.config.get("seed")),
         "third_party": SOURCES.get(third, third) if isinstance(third, str) else "the same source as the members",

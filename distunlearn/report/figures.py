@@ -12,6 +12,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ VERDICT_COLOURS = {"pass": "#00695c", "fail": "#a63a00", "inconclusive": "#7a5c0
 INK, MUTED, GRID, BAND = "#2b2f33", "#5f666d", "#e3e6e8", "#dcecea"
 FONTS = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "distunlearn",
     "svg.fonttype": "none",  # text stays text: sharp, small, and set in the reader's own font
     "font.family": ["DejaVu Sans"],  # shipped with matplotlib: the same measurements everywhere

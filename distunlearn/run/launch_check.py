@@ -51,7 +51,7 @@ def check_launch(cfg: RunConfig, out: Path) -> tuple[list[str], list[str]]:
     lines, problems = _processes(backend)
     folder = shards_folder(cfg, out)
     manifest = Manifest.load(folder, shards_remote(cfg)) if has_manifest(folder) else None
-    if not all(backend.world.gather_objects(manifest is not None)):
+    if not all(backend.world.gather_objects(manifest is not None)) or manifest is None:
         lines.append(f"samples: not checked, for not every process finds shards in {printable(folder)}; run prepare")
     else:
         require_one_run(backend.world, cfg, manifest)

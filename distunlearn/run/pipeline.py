@@ -42,9 +42,9 @@ def prepare(cfg: RunConfig, out: str | Path) -> str:
 
 def pretrain(cfg: RunConfig, out: str | Path, planned: dict | None = None) -> None:
     """Train the original encoder on retain and forget samples. planned: what `begin` found, to be kept."""
-    with open_session(cfg, out) as session:
+    with open_session(cfg, Path(out)) as session:
         if planned is not None:
-            session.world.on_main(lambda: write_plan(planned, out))
+            session.world.on_main(lambda: write_plan(planned, Path(out)))
         phases.pretrain(session)
 
 
@@ -54,7 +54,7 @@ def unlearn(cfg: RunConfig, out: str | Path) -> None:
     Raises:
         CoverageError: a forget sample never entered the loss of a method that forgets, or entered it as retain.
     """
-    with open_session(cfg, out) as session:
+    with open_session(cfg, Path(out)) as session:
         phases.unlearn(session)
         check_coverage(session)
 
@@ -70,6 +70,7 @@ def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:
     Raises:
         CoverageError: as `unlearn`; evidence about a run that missed images would mislead.
     """
+    run_dir = Path(run_dir)
     cfg = cfg or saved_config(run_dir)
     with open_session(cfg, run_dir) as session:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about

@@ -32,7 +32,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     phases = {name: _phase(folder / where, name, lines) for name, where in FOLDERS.items()}
     summary = _json(folder / "audit" / "summary.json")
     jobs = folder / "slurm" / "jobs.jsonl"
-    found = {
+    found: dict[str, Any] = {
         "phases": phases,
         "audit": {"verdict": summary["gates"]["verdict"], "coverage": summary["coverage"]} if summary else None,
         "report": (folder / "report.html").exists(),

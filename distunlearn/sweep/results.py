@@ -41,7 +41,7 @@ def gaps(summary: Mapping[str, Any], attacks: Sequence[str]) -> dict[str, float 
 def average_gap(found: Mapping[str, float | None]) -> float | None:
     """The mean of all gaps; None where one of them was not evaluated, or there are none."""
     values = list(found.values())
-    return None if not values or any(v is None for v in values) else sum(values) / len(values)
+    return None if not values or any(v is None for v in values) else sum(v or 0.0 for v in values) / len(values)
 
 
 def facts(run_dir: Path) -> dict[str, Any]:

@@ -115,9 +115,9 @@ def _check(cfg: RunConfig, sweep: Search) -> None:
             problems.append(f"--methods: {error}")
     if len(set(sweep.methods)) < len(sweep.methods):
         problems.append("--methods names a method twice; the budget is the same for all")
-    for option, value in (("--trials", sweep.trials), ("--attacks", sweep.attacks)):
-        if value < 1:
-            problems.append(f"{option} is {value}, expected at least 1")
+    for option, number in (("--trials", sweep.trials), ("--attacks", sweep.attacks)):
+        if number < 1:
+            problems.append(f"{option} is {number}, expected at least 1")
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         problems.append("--seeds is empty or names a seed twice")
     if sweep.validation_seed in sweep.seeds:
@@ -371,7 +371,7 @@ def write_results(out: Path) -> Path:
             "settings": picked["settings"] if picked else {}, "trial": picked["index"] if picked else None,
             "validation": score(picked) if picked else None, "default": score(own[0]),
             "tried": len(own), "failed": sum(score(t) is None for t in own),
-            "scores": scores, "score": sum(scores) / len(scores) if scores and None not in scores else None,
+            "scores": scores, "score": sum(scores) / len(scores) if scores and None not in scores else None,  # type: ignore[arg-type]
             "share": sum(shares) / len(shares) if shares else None,
             "gaps": [gaps(r["figures"], attacks) if r["figures"] else None for r in told],
             "verdicts": [r["figures"]["verdict"] if r["figures"] else None for r in told],

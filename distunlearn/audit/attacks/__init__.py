@@ -44,7 +44,7 @@ def run_attacks(signals: Mapping[str, Signals], seed: int, also: Iterable[str] =
     found = {}
     for name, entry in ATTACKS.items():
         run = attack(name)
-        if entry.reference in signals:
+        if entry.reference is not None and entry.reference in signals:
             found[name] = {e: run(s, signals[entry.reference], seed) for e, s in signals.items()}
         elif entry.reference is None and (
             name != "part_crop" or all(s.part_responses.shape[1] for s in signals.values())

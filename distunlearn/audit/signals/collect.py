@@ -98,7 +98,7 @@ def collect_signals(encoder: EncoderView, store: ImageStore, manifest: Manifest,
     chosen = [(i, role) for role, those in ids.items() for i in those]
     parts = [_signals(encoder, cfg.audit, chunk, store, manifest, bank) for chunk in _chunks(chosen)]
     joined = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Signals)}
-    signals = Signals(**joined)
+    signals = Signals(**joined)  # type: ignore[arg-type]
     _require_finite(signals)
     return signals
 

@@ -9,6 +9,7 @@ Shapes: n = images, N = crops, L = places, E = channels of the map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ def _cut(images: Tensor, boxes: np.ndarray) -> Tensor:
 
 def _maps(backbone: nn.Module, images: Tensor) -> Tensor:
     """[n, E, L]: the last feature map with enough places, without class tokens."""
-    stages = backbone.forward_intermediates(images, norm=True, output_fmt="NCHW", intermediates_only=True)
+    look: Any = backbone.forward_intermediates
+    stages = look(images, norm=True, output_fmt="NCHW", intermediates_only=True)
     for stage in reversed(stages):
         if stage.shape[2] * stage.shape[3] >= MIN_PLACES:
             return stage.flatten(2)

@@ -39,13 +39,13 @@ class LastLayer(Evaluator[LastLayerConfig]):
         pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
         count = len(forget)
         forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
-        compared = [self._described(ctx, part, bank, ctx.projection) for part in (forget_part, third_part)]
+        own, others = (self._described(ctx, part, bank, ctx.projection) for part in (forget_part, third_part))
 
         def pull(phi: Tensor, term: Tensor) -> Constrained:
             places = [place for b in forget_part for place in (b.output, b.hidden)]
             return Constrained(phi, term, forget_part, third_part, {}, places)
 
-        return Features(*compared, pull)
+        return Features(own, others, pull)
 
     def _pairs(self, ctx: Context, batch: Batch) -> list[Branches]:
         return [embed(ctx, batch, batchnorm="eval", pair=pair) for pair in range(self.settings.view_pairs)]

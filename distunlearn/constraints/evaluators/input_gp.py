@@ -70,7 +70,10 @@ class InputGP(Differences):
         pairs = [embed(ctx, batch, batchnorm="eval", views=views) for views in viewed]
         sizes = gather_sizes(count, ctx.device)
         scale = mean_scale(sizes) / len(pairs)
-        penalty, term, places, wholes, halves = 0.0, 0.0, [], [], []
+        penalty = term = torch.zeros((), device=ctx.device)
+        places: list[Tensor] = []
+        wholes: list[Tensor] = []
+        halves: list[Tensor] = []
         for pair in range(len(pairs)):
             views = self._interpolates(ctx, viewed[pair], count, pair, sum(sizes[: ctx.rank]))
             slopes, along, first = self._slopes(ctx, forget, bank, pair, views)
@@ -87,8 +90,8 @@ class InputGP(Differences):
                 halves.append(2 * excess * half)
         metrics = self.check.compare(ctx, torch.cat(wholes), torch.cat(halves)) if wholes else {}
         phi = all_reduce_mean(penalty)
-        parts = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
-        return Constrained(phi, term + (phi - term).detach(), *parts, metrics, places)
+        forgotten, others = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
+        return Constrained(phi, term + (phi - term).detach(), forgotten, others, metrics, places)
 
     def _interpolates(self, ctx: Context, views: list[Tensor], count: int, pair: int, first: int) -> list[Tensor]:
         """Both views of every x_i, [n, C, S, S], from those of n = `count` forgotten images and of third-party images

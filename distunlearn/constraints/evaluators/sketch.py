@@ -199,9 +199,9 @@ class DoubleBackward(_Probing):
         batch = concat_batches(forget, third)
         sketches, pairs = self._sketches(ctx, batch, bank, probes, views_by_pair(ctx, batch), exact=True)
         own = sketches[:count]
-        parts = [[b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None))]
+        forgotten, others = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
 
         def pull(phi: Tensor, term: Tensor) -> Constrained:
-            return Constrained(phi, term, *parts, {}, [own])
+            return Constrained(phi, term, forgotten, others, {}, [own])
 
         return Features(describe(own), describe(sketches[count:]), pull)

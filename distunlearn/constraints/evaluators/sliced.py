@@ -73,7 +73,7 @@ class Sliced(Differences):
 
     def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.describe`; without graph, and a part of the batch at a time."""
-        probes, found = draw_probes(self.settings, ctx, draw), []
+        probes, found = draw_probes(self.settings, ctx, draw), []  # type: ignore[arg-type]
         core = direction(probes, ctx.cfg.seed, draw)
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
@@ -85,7 +85,7 @@ class Sliced(Differences):
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
         """See `Evaluator.features`."""
-        count, probes = len(forget), draw_probes(self.settings, ctx, ctx.projection)
+        count, probes = len(forget), draw_probes(self.settings, ctx, ctx.projection)  # type: ignore[arg-type]
         core = direction(probes, ctx.cfg.seed, ctx.projection)
         shown = self._shown(ctx, concat_batches(forget, third), count, probes, core, self.rho)
         values, both = self._values(ctx, shown, count, bank, self.rho)

@@ -56,7 +56,7 @@ class FirstPass(NamedTuple):
     own: Tensor
     others: Tensor
     kept: Any
-    count: int
+    count: int  # type: ignore[assignment]
     shown: Batch
     viewed: list[list[Tensor]]
     seen: list[Branches]

@@ -41,7 +41,7 @@ def columns(layer: Layer, x: Tensor) -> Tensor:
     """What the weight is multiplied with, [R, T, p]: tokens, or patches of a convolution's input."""
     if isinstance(layer, nn.Linear):
         return x.reshape(x.shape[0], -1, layer.in_features)
-    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)  # type: ignore[arg-type]
 
 
 def tokens(layer: Layer, y: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def _factors(layer: Layer, inputs: list[Tensor], deltas: list[Tensor], count: in
     side = [
         torch.cat([x.reshape(-1, count * x.shape[1], *x.shape[2:]) for x in parts]) for parts in (inputs, deltas)
     ]  # [V, n * C, H, W]: the samples are groups of channels, whose own weight gradient is G_i
-    matrix = nn.grad.conv2d_weight(
+    matrix = nn.grad.conv2d_weight(  # type: ignore[attr-defined]
         side[0], (count * d, *weight[1:]), side[1], layer.stride, layer.padding, layer.dilation, groups=count
     )
     return _Whole(layer, matrix.view(count, *weight))

@@ -169,5 +169,6 @@ class _ConstantConv2d(torch.autograd.Function):
             return (None,) * 6
         (weight,) = ctx.saved_tensors
         shape, dtype = ctx.x
-        found = nn.grad.conv2d_input(shape, weight.to(grad.dtype), grad, *ctx.geometry)  # autocast may have narrowed
+        kernel = weight.to(grad.dtype)  # autocast may have narrowed
+        found = nn.grad.conv2d_input(shape, kernel, grad, *ctx.geometry)  # type: ignore[attr-defined]
         return found.to(dtype), *[None] * 5

@@ -113,7 +113,7 @@ class ProbeSet:
             if isinstance(layer, nn.Linear):
                 width, shape = layer.out_features, (k_in, layer.in_features)
             else:
-                width, shape = layer.out_channels, (k_in, layer.in_channels, *layer.kernel_size)
+                width, shape = layer.out_channels, (k_in, layer.in_channels, *layer.kernel_size)  # type: ignore[assignment]
             drawn += [(generator, shape, k_in**0.5), (generator, (width, k_out), k_out**0.5)]
         moved = _at_once(drawn, torch.device(device), dtype)
         self.ins = moved[0::2]  # A, [k_in, p] or [k_in, C, kernel]
@@ -175,7 +175,8 @@ class ProbeSet:
         """
         handles = []
         for index, layer in enumerate(self.layers.values()):
-            then, found = make(index), []
+            then = make(index)
+            found: list[Tensor] = []
 
             def before(layer: Layer, args: tuple[Tensor, ...], index: int = index, found: list = found) -> tuple:
                 x = _narrowed(args[0])

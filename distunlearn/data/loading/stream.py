@@ -39,7 +39,7 @@ class _Order(Sequence[str]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, position: int) -> str:
+    def __getitem__(self, position: int) -> str:  # type: ignore[override]
         return self._ids[int(self._order[position])]
 
 

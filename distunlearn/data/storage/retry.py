@@ -55,7 +55,7 @@ def patiently(
     for attempt in itertools.count():
         failed = []
         for place, answer in zip(left, ask([wanted[place] for place in left]), strict=True):
-            if not isinstance(answer, BaseException):
+            if not isinstance(answer, Exception):
                 found[place] = answer
             elif attempt < retries and is_transient(answer):
                 failed.append(place)

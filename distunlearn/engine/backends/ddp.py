@@ -18,6 +18,7 @@ from distunlearn.errors import ConfigError
 class DDP(Backend):
     """Weights and optimizer are whole on every rank, so that saving, clipping and norms are those of `single`."""
 
+    _module: Any
     _accelerator: Accelerator | None = None  # of the process: accelerate allows one configuration of it
 
     def _wrap(self) -> Callable[[Tensor], Any]:
@@ -37,7 +38,7 @@ class DDP(Backend):
 
     def _forget(self) -> None:
         super()._forget()
-        self._module: Any = None
+        self._module = None
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """See `Backend.micro_batch`; DDP averages what has gathered in the last backward."""

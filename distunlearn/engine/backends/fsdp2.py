@@ -146,6 +146,7 @@ class FSDP2(Backend):
                 f"the checkpoint holds a weight of shape {tuple(value.shape)}, expected {tuple(parameter.shape)}; "
                 "resume with the encoder it was written with."
             )
+        assert isinstance(parameter, DTensor)
         mine = parameter.to_local()
         local = part(value, self._start(parameter), mine.numel()).to(mine.device, copy=True).view(mine.shape)
         return DTensor.from_local(

@@ -216,7 +216,7 @@ class Zero(Backend):
         for name, parameter in self._named.items():
             start, count = self._mine(parameter)
             mine = parameter.ds_tensor.flatten()[:count]
-            mine.copy_(change(name, mine, lambda t, at=slice(start, start + count): t.flatten()[at]))
+            mine.copy_(change(name, mine, lambda t, at=slice(start, start + count): t.flatten()[at]))  # type: ignore[misc]
             if parameter.data.numel() == parameter.ds_numel:  # gathered: smaller than PERSISTENT
                 parameter.data.copy_(change(name, parameter.data, lambda t: t))
 
