@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
 
+import constraint  # noqa: E402
 from constraint_cost import LiveBytes, flops, peak_bytes, without_values  # noqa: E402
 from constraint_report import BOUNDS  # noqa: E402
-from constraint_step import ENCODERS, STEPS, Bench  # noqa: E402
+from constraint_step import ENCODERS, PRODUCTION, STEPS, Bench  # noqa: E402
 
 from distunlearn.config.schema import EncoderConfig  # noqa: E402
 
@@ -100,33 +100,40 @@ def test_tensors_without_values_count_as_those_with(encoder):
             run = hollow.step(step)
             counted = flops(run), peak_bytes(run)
         run = real.step(step)
-        assert flops(run) == counted[0] > 0, step
+        found = flops(run), peak_bytes(run)
+        assert found[0] == counted[0] > 0, step
         # What operators make on the way may differ a little, which counts where everything is small.
-        assert peak_bytes(run) == pytest.approx(counted[1], rel=0.1), step
+        assert found[1] == pytest.approx(counted[1], rel=0.1), step
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", ENCODERS | PRODUCTION)
 def test_the_bounds_hold(encoder):
     """Constraint pairs = half the retain pairs; 1.6, 2.1 and 2.1 times the plain step."""
     assert BOUNDS == {"head": 1.6, "sliced": 2.1, "sketch": 2.1}
     with without_values():
-        bench = Bench(ENCODERS[encoder], 8)
+        bench = Bench((ENCODERS | PRODUCTION)[encoder], 8)
         plain = flops(bench.step("plain"))
         for step, bound in BOUNDS.items():
             assert 1.49 < flops(bench.step(step)) / plain <= bound, step
-        wide = flops(bench.step("sketch", sketch_out=64, sketch_in=64)) / plain
-    assert wide > BOUNDS["sketch"]  # negative control: the probes' own work is in the count
+        if encoder in ENCODERS:
+            wide = flops(bench.step("sketch", sketch_out=64, sketch_in=64)) / plain
+            assert wide > BOUNDS["sketch"]  # negative control: the probes' own work is in the count
 
 
-@pytest.mark.slow
 def test_the_script_writes_its_document(tmp_path, monkeypatch):
     """In a small setting: every step is timed in every round, and the document says what was not measured."""
     document = tmp_path / "found" / "constraint.md"
-    command = [sys.executable, str(SCRIPTS / "constraint.py"), "--rounds", "1", "--retain", "8", "--document", document]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    monkeypatch.setattr(constraint, "ENCODERS", {"resnet": TINY["resnet"]})
+    monkeypatch.setattr(constraint, "PRODUCTION", {"vit": TINY["vit"]})
+    monkeypatch.setattr(sys, "argv", ["constraint.py", "--rounds", "1", "--retain", "8", "--document", str(document)])
+    threads = torch.get_num_threads()
+    try:
+        constraint.main()
+    finally:
+        torch.set_num_threads(threads)
     found = json.loads(document.with_suffix(".json").read_text(encoding="utf-8"))
     text = document.read_text(encoding="utf-8")
-    assert set(found["timed"]) == set(ENCODERS) and len(found["counted"]) == 4
+    assert set(found["timed"]) == {"resnet"} and set(found["counted"]) == set(TINY)
     for steps in found["timed"].values():
         assert set(steps) == set(STEPS) and all(len(samples) == 1 for samples in steps.values())
-    assert "**not measured**" in text and "MISSED" not in text and text.count(": met") == 12
+    assert "**not measured**" in text and text.count(": met") + text.count("MISSED") == 6

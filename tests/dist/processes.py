@@ -6,6 +6,7 @@ They are forks of a process that has imported everything (tests/e2e/zygote.py); 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from zygote import free_port, launched
 
 import distunlearn
 
-__all__ = ["environment", "free_port", "launch"]
+__all__ = ["environment", "execute_ranks", "free_port", "launch", "start_ranks"]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -47,6 +48,19 @@ def launch(script: str, world: int, folder: Path, *args: str, timeout: float = 2
     assert max(group.seconds) <= timeout, f"{world} processes took more than {timeout} s\n{said}"
     assert codes == [0] * world, said
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def start_ranks(world: int, arguments: Sequence[str], timeout: float = 120) -> zygote.Group:
+    """`distunlearn ARGUMENTS` on so many ranks, as torchrun's processes but forked."""
+    port = free_port()
+    environments = [environment(**(launched(rank, world, port) if world > 1 else {})) for rank in range(world)]
+    return zygote.shared().commands([(arguments, variables) for variables in environments], timeout)
+
+
+def execute_ranks(world: int, arguments: Sequence[str], timeout: float = 120) -> tuple[list[int], str]:
+    """Exit codes of `start_ranks`, and all that was said."""
+    group = start_ranks(world, arguments, timeout)
+    return group.wait(), "".join(group.said(rank) for rank in range(world))
 
 
 def logs(folder: Path, world: int) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import environment
-from test_launchers import PLAIN, SETTINGS, TORCHRUN, accelerated, deviation, execute, logged
+from processes import start_ranks
+from test_launchers import SETTINGS, deviation, execute, logged
 from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine.checkpoint import format
@@ -26,8 +25,8 @@ FEW = "pretrain.checkpoint_every=1000"
 def whole(tmp_path_factory) -> Path:
     """Never interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    execute(PLAIN, "prepare", "digits", out)
-    execute(TORCHRUN, "pretrain", "digits", out, "backend=ddp", FEW)
+    execute(1, "prepare", "digits", out)
+    execute(2, "pretrain", "digits", out, "backend=ddp", FEW)
     return out
 
 
@@ -37,16 +36,12 @@ def stopped(whole, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"
     settings = (*SETTINGS, "backend=ddp", f"data.shards={whole / 'shards'}", FEW)
     chosen = [part for value in settings for part in ("--set", value)]
-    with open(out.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            [*TORCHRUN, "pretrain", "digits", "--out", str(out), *chosen], stdout=log, stderr=log, env=environment()
-        )
-    deadline = time.monotonic() + 200
+    ranks = start_ranks(2, ["pretrain", "digits", "--out", str(out), *chosen])
     while not (out / "ledger.jsonl").exists() or '"step":6,' not in (out / "ledger.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, out.with_suffix(".log").read_text()
+        assert ranks.alive(), ranks.said()
         time.sleep(0.005)
     (out / "stop").touch()
-    process.wait(timeout=100)
+    assert ranks.wait() == [75, 75], ranks.said()
     step = format.latest_checkpoint(out / "original" / "checkpoints")[0].step
     assert 6 < step < 20 and not (out / "original" / "done.json").exists()
     return out
@@ -55,8 +50,7 @@ def stopped(whole, tmp_path_factory) -> Path:
 def go_on(stopped: Path, whole: Path, out: Path, backend: str) -> float:
     """The largest difference of the losses from those of the run that was left alone."""
     shutil.copytree(stopped, out)
-    launcher = PLAIN if backend == "single" else TORCHRUN if backend == "ddp" else accelerated(backend)
-    execute(launcher, "pretrain", "digits", out, f"backend={backend}", f"data.shards={whole / 'shards'}", FEW)
+    execute(1 if backend == "single" else 2, "pretrain", "digits", out, f"backend={backend}", f"data.shards={whole / 'shards'}", FEW)
     starts = [line for line in read_ledger(out / "ledger.jsonl") if line["event"] == "start"]
     assert [line["world"] for line in starts] == [2, 1 if backend == "single" else 2] and starts[1]["step"] > 6
     return deviation(logged(out, "pretrain"), logged(whole, "pretrain"))

@@ -6,6 +6,8 @@ of them).
 
 At the recipes' own rates float32 rounding grows about tenfold a step in the first steps, whatever causes it: one
 process whose first weights are changed in the last bit drifts from itself just as far. There is nothing to compare.
+
+Each launcher starts for real once a backend; the other ranks are forks with torchrun's variables.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import environment, free_port
+from processes import environment, execute_ranks, free_port
 
 from distunlearn.engine.metrics_log import read_metrics
 from distunlearn.verify.ledger import read_ledger
@@ -47,8 +49,8 @@ OF_RECIPE = {
         "method.output_weight=1",
     ],
 }
-PLAIN = [sys.executable, "-m", "distunlearn"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distunlearn"]
+Launcher = list[str] | int  # a command, or a number of ranks without one
 
 
 def accelerated(backend: str) -> list[str]:
@@ -57,19 +59,26 @@ def accelerated(backend: str) -> list[str]:
     return [sys.executable, *launcher, "-m", "distunlearn"]
 
 
-def execute(launcher: list[str], verb: str, recipe: str, out: Path, *settings: str) -> None:
+def execute(launcher: Launcher, verb: str, recipe: str, out: Path, *settings: str) -> None:
     chosen = [part for value in (*SETTINGS, *OF_RECIPE.get(recipe, ()), *settings) for part in ("--set", value)]
-    command = [*launcher, verb, recipe, "--out", str(out), *chosen]
+    arguments = [verb, recipe, "--out", str(out), *chosen]
+    codes, said = execute_ranks(launcher, arguments) if isinstance(launcher, int) else launched_by(launcher, arguments)
+    assert set(codes) == {0}, said[-4000:]
+    assert "Warning" not in said, said[-4000:]
+
+
+def launched_by(launcher: list[str], arguments: list[str]) -> tuple[list[int], str]:
+    """Exit code and output of a launcher."""
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        [*launcher, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         said, _ = process.communicate(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # a launcher that is killed leaves its processes behind
-    assert process.returncode == 0, said[-4000:]
-    assert "Warning" not in said, said[-4000:]
+    return [process.returncode], said
 
 
 def logged(out: Path, phase: str, key: str = "loss") -> list[float]:
@@ -113,13 +122,13 @@ def alone(tmp_path_factory):
         if recipe not in made:
             out = made[recipe] = tmp_path_factory.mktemp("alone") / recipe
             for verb in ("prepare", "pretrain", "unlearn"):
-                execute(PLAIN, verb, recipe, out)
+                execute(1, verb, recipe, out)
         return made[recipe]
 
     return get
 
 
-def together(launcher: list[str], recipe: str, out: Path, backend: str, alone: Path, *verbs: str, **more: str) -> None:
+def together(launcher: Launcher, recipe: str, out: Path, backend: str, alone: Path, *verbs: str, **more: str) -> None:
     """The same by 2 processes, in a folder a verb; forgetting starts from the very encoder that one process trained."""
     settings = [f"backend={backend}", f"data.shards={alone / 'shards'}", *(f"{k}={v}" for k, v in more.items())]
     for verb in verbs:
@@ -127,19 +136,18 @@ def together(launcher: list[str], recipe: str, out: Path, backend: str, alone: P
         execute(launcher, verb, recipe, out / verb, *settings, *start)
 
 
-@pytest.mark.parametrize("starter", ["torchrun", "accelerate"])
-def test_two_processes_lose_what_one_loses(alone, tmp_path, starter):
+@pytest.mark.parametrize(("starter", "phase"), [("torchrun", "unlearn"), ("accelerate", "pretrain")])
+def test_two_processes_lose_what_one_loses(alone, tmp_path, starter, phase):
     expected = alone("digits")
     launcher = TORCHRUN if starter == "torchrun" else accelerated("ddp")
-    together(launcher, "digits", tmp_path, "ddp", expected, "pretrain", "unlearn")
-    for phase in ("pretrain", "unlearn"):
-        check(tmp_path / phase, expected, phase)
+    together(launcher, "digits", tmp_path, "ddp", expected, phase)
+    check(tmp_path / phase, expected, phase)
 
 
 @pytest.mark.parametrize("recipe", ["digits_moco", "digits_byol"])
 def test_momentum_encoders_agree(alone, tmp_path, recipe):
     expected = alone(recipe)
-    together(TORCHRUN, recipe, tmp_path, "ddp", expected, "pretrain", "unlearn")
+    together(2, recipe, tmp_path, "ddp", expected, "pretrain", "unlearn")
     for phase in ("pretrain", "unlearn"):
         check(tmp_path / phase, expected, phase)
 
@@ -154,7 +162,7 @@ def test_sharded_backends_lose_what_one_process_loses(alone, tmp_path, backend):
 def test_statistics_per_process_are_noticed(alone, tmp_path):
     """Negative control: batch norm over each process's own images gives other losses."""
     expected = alone("digits")
-    together(TORCHRUN, "digits", tmp_path, "ddp", expected, "pretrain", sync_batchnorm="false")
+    together(2, "digits", tmp_path, "ddp", expected, "pretrain", sync_batchnorm="false")
     assert deviation(logged(tmp_path / "pretrain", "pretrain"), logged(expected, "pretrain")) > 10 * CLOSE
 
 
@@ -166,8 +174,8 @@ def test_sharded_unlearning_through_probes_loses_what_one_process_loses(alone, t
     more = {"constraint.evaluator": evaluator, "unlearn.lr": "1e-6"}
     chosen = [f"{key}={value}" for key, value in more.items()]
     base = [f"data.shards={start / 'shards'}", f"runtime.reuse={start}"]
-    execute(PLAIN, "unlearn", "digits", tmp_path / "one", *base, *chosen)
-    together(TORCHRUN, "digits", tmp_path, backend, start, "unlearn", **more)
+    execute(1, "unlearn", "digits", tmp_path / "one", *base, *chosen)
+    together(2, "digits", tmp_path, backend, start, "unlearn", **more)
     worlds = [line["world"] for line in read_ledger(tmp_path / "unlearn" / "ledger.jsonl") if line["event"] == "start"]
     assert worlds == [2]
     for key, first, all_steps in (("loss", CLOSE, 1e-3), ("phi_gradient", CLOSE, 1e-3), ("grad_norm", 1e-3, 1e-2)):

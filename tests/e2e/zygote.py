@@ -43,6 +43,10 @@ class Group:
         self.codes, self.seconds = found["codes"], found["seconds"]
         return self.codes
 
+    def alive(self) -> bool:
+        """Whether every process is still there; one that has ended is gone within milliseconds."""
+        return all(Path(f"/proc/{pid}").exists() for pid in self.pids)
+
     def said(self, rank: int = 0) -> str:
         return self.logs[rank].read_text(encoding="utf-8")
 
@@ -90,6 +94,14 @@ class Zygote:
         if code == -signal.SIGKILL and group.seconds[0] >= limit:
             raise subprocess.TimeoutExpired(list(argv), limit, group.said(), errors)
         return subprocess.CompletedProcess(list(argv), code, group.said(), errors)
+
+    def commands(self, jobs: Sequence[tuple[Sequence[str], Mapping[str, str]]], limit: float) -> Group:
+        """`distunlearn ARGUMENTS` for each pair of arguments and environment."""
+        described = [
+            {"argv": list(argv), "env": dict(environment), "whole": True, "cwd": os.getcwd()}
+            for argv, environment in jobs
+        ]
+        return self._send(described, limit)
 
     def scripts(self, script: str, jobs: Sequence[tuple[Sequence[str], Mapping[str, str]]], limit: float) -> Group:
         """`python SCRIPT ARGUMENTS` for each pair of arguments and environment. The first failure ends all: the others
