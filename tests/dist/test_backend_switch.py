@@ -50,7 +50,15 @@ def stopped(whole, tmp_path_factory) -> Path:
 def go_on(stopped: Path, whole: Path, out: Path, backend: str) -> float:
     """The largest difference of the losses from those of the run that was left alone."""
     shutil.copytree(stopped, out)
-    execute(1 if backend == "single" else 2, "pretrain", "digits", out, f"backend={backend}", f"data.shards={whole / 'shards'}", FEW)
+    execute(
+        1 if backend == "single" else 2,
+        "pretrain",
+        "digits",
+        out,
+        f"backend={backend}",
+        f"data.shards={whole / 'shards'}",
+        FEW,
+    )
     starts = [line for line in read_ledger(out / "ledger.jsonl") if line["event"] == "start"]
     assert [line["world"] for line in starts] == [2, 1 if backend == "single" else 2] and starts[1]["step"] > 6
     return deviation(logged(out, "pretrain"), logged(whole, "pretrain"))

@@ -1,9 +1,10 @@
 """The whole loss of `third_party`, every evaluator, on 2 processes of every backend against plain torch in one process.
 
-By default three backends with every evaluator on one of the two encoders in turn, in the sharpest precision; all
-backends, encoders and precisions, on 2 and on 4 processes: pytest -m matrix tests/dist. The ranks run this file as a
-script; one start per backend does everything that the tests below look at. Shares are uneven (2 and 3 forgotten
-images), calibration included, and the constraint outweighs the utility.
+By default one evaluator and the memory of past steps on three backends, in the sharpest precision, and one in float32:
+test_matrix.py has every evaluator on every backend. All backends, encoders, evaluators and precisions, on 2 and on 4
+processes: pytest -m matrix tests/dist. The ranks run this file as a script; one start per backend does everything that
+the tests below look at. Shares are uneven (2 and 3 forgotten images), calibration included, and the constraint
+outweighs the utility.
 """
 
 from __future__ import annotations
@@ -38,13 +39,11 @@ WITH_MEMORY = [("resnet", "head" + MEMORY), ("vit", "sketch" + MEMORY)]
 
 
 def cases(backend: str, which: str) -> list[tuple[str, str]]:
-    """which: "every" pair of encoder and evaluator, or "some": each evaluator, encoders and backends in turn."""
+    """which: "every" pair of encoder and evaluator, or "some": the sketch, encoders and backends in turn."""
+    if which == "some":
+        return [([*ENCODERS][BACKENDS.index(backend) % 2], "sketch"), *WITH_MEMORY]
     fitting = [name for name in EVALUATORS if name != "double_backward" or backend not in SHARDED]
-    if which == "every":
-        return [(e, n) for e in ENCODERS for n in fitting] + WITH_MEMORY
-    turn = [*ENCODERS]
-    own = [(turn[(number + BACKENDS.index(backend)) % 2], name) for number, name in enumerate(fitting)]
-    return own + WITH_MEMORY
+    return [(e, n) for e in ENCODERS for n in fitting] + WITH_MEMORY
 
 
 def runs(backend: str, which: str) -> list[tuple[str, str, str]]:
