@@ -5,7 +5,6 @@
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
     [ + anchor_weight     * mean over third-party views of 1 - cos(output and embedding, the original encoder's) ]
-    [ + distill_weight    * mean over retain views of 1 - cos(embedding, the original encoder's embedding) ]
 
 g_i is the gradient of the bank loss of sample i, averaged over `view_pairs` pairs of views (one pair is noisy, and
 hides how alike the gradients of a memorised image's views are), reached by one of `constraints/evaluators` (default:
@@ -85,7 +84,6 @@ class ThirdPartyConfig(MethodConfig):
     confidence_loss: Literal["hinge", "entropy"] = "hinge"  # form of that term
     confidence_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the original's confidence on calibration data
     anchor_weight: NonNegativeFloat = 0.0  # third-party images stay as the original encoder has them
-    distill_weight: NonNegativeFloat = 0.0  # stay near the original encoder's retain embeddings
     phi_target: Literal["calibrated", "zero"] = "calibrated"  # Phi*: third-party against calibration, or 0
 
 
@@ -122,8 +120,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
 
     @classmethod
     def needs_for(cls, cfg: RunConfig) -> tuple[str, ...]:
-        held = cfg.method.anchor_weight or cfg.method.distill_weight
-        return (*cls.needs, "teacher") if held else cls.needs
+        return (*cls.needs, "teacher") if cfg.method.anchor_weight else cls.needs
 
     @classmethod
     def problems(cls, cfg: RunConfig) -> Iterator[str]:
@@ -232,9 +229,6 @@ class ThirdParty(Method[ThirdPartyConfig]):
             + weights.output_weight * output_term
             + weights.confidence_weight * confidence_term
         )
-        if weights.distill_weight:
-            drift = self._drift(ctx, retain, retained)
-            total = total + weights.distill_weight * drift
         if weights.anchor_weight:
             moved = self._moved(ctx, third, found.third)
             total = total + weights.anchor_weight * moved
@@ -252,8 +246,6 @@ class ThirdParty(Method[ThirdPartyConfig]):
         }
         if pull is not None:
             metrics["constraint_gradient"] = pull
-        if weights.distill_weight:
-            metrics["drift"] = drift.detach()
         if weights.anchor_weight:
             metrics["third_party_drift"] = moved.detach()
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
@@ -277,12 +269,6 @@ class ThirdParty(Method[ThirdPartyConfig]):
                 "per-sample gradients vanish: raise objective.temperature or use an encoder that is not collapsed."
             )
         return norm
-
-    def _drift(self, ctx: Context, retain: Batch, retained: Branches) -> Tensor:
-        """How far the retain embeddings have turned from the original encoder's, on the same views; in [0, 2]."""
-        with torch.no_grad():
-            before = embed(ctx, retain, batchnorm="eval", network=ctx.original, momentum=False)
-        return image_mean(apart(normalise(retained.embedding), normalise(before.embedding)))
 
     def _moved(self, ctx: Context, third: Batch, pairs: list[Branches]) -> Tensor:
         """How far third-party outputs and embeddings have turned from the original encoder's, same views; in [0, 2]."""

@@ -57,7 +57,7 @@ def config(encoder: str, evaluator: str, objective: str) -> RunConfig:
         encoder=ENCODERS[encoder],
         objective=objective_settings(name=objective, hidden_dim=10, output_dim=6, temperature=0.5, queue_size=32),
         unlearn=UnlearnConfig(retain_batch=12, forget_batch=6, third_party_batch=8),
-        method=method_settings(distill_weight=0.0),
+        method=method_settings(),
         constraint=constraint_settings(evaluator=evaluator, sketch_out=3, sketch_in=2, check_every=1),
     )
 

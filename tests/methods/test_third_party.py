@@ -25,7 +25,7 @@ from distunlearn.objectives.forward import Context
 
 WEIGHTS = {
     "task_weight": 0.9, "gradient_weight": 1.3, "output_weight": 0.7, "confidence_weight": 0.4,
-    "anchor_weight": 0.5, "distill_weight": 0.6, "confidence_quantile": 0.2,
+    "anchor_weight": 0.5, "confidence_quantile": 0.2,
 }  # fmt: skip
 MEMORY, SPREAD, PHI, DRAWS = 2, 0.6, 0.7, 4
 FIRST_EPOCH = 1 << 32  # of the views that the calibration sees
@@ -255,13 +255,12 @@ def by_hand(hand, batches, step, spreads, switches, held, confidence, threshold)
         assert (c > threshold).any()
     else:
         lowered = torch.stack([uncertainty(seen.output, keys) for seen in pairs["third_party"]]).mean()
-    drift = (1 - torch.cosine_similarity(seen.embedding, original(hand, retain, 0).embedding, dim=-1)).mean()
     turned = []
     for pair, now in enumerate(pairs["third_party"]):
         before = original(hand, third, pair)
         turned += [1 - torch.cosine_similarity(now.output, before.output, dim=-1)]
         turned += [1 - torch.cosine_similarity(now.embedding, before.embedding, dim=-1)]
-    rest = 0.4 * lowered + 0.5 * torch.stack(turned).mean() + 0.6 * drift
+    rest = 0.4 * lowered + 0.5 * torch.stack(turned).mean()
     assert len(forget.ids) == 6
     return value + rest.detach(), total + rest
 

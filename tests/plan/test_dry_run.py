@@ -99,7 +99,7 @@ def test_every_method_is_planned_as_it_trains(name, objective):
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_every_evaluator_is_planned_with_its_step_checks(evaluator):
-    cfg = config("third_party", "moco", distill_weight=0.5)
+    cfg = config("third_party", "moco", anchor_weight=0.5)
     cfg = replace(cfg, constraint=constraint_settings(evaluator=evaluator, view_pairs=2))
     if hasattr(cfg.constraint, "check_every"):
         cfg = replace(cfg, constraint=replace(cfg.constraint, check_every=2))
