@@ -17,16 +17,13 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from distunlearn.common.text import printable
 from distunlearn.engine.progress import PROGRESS_INTERVAL, Progress
 from distunlearn.engine.trackers import Trackers
-from distunlearn.errors import DataError
 
 METRICS = "metrics.jsonl"
-NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: written as text
 
 
 class Telemetry:
@@ -116,9 +113,7 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _append(self, phase: str, line: str) -> None:
@@ -136,44 +131,6 @@ class Telemetry:
 def new_attempt() -> str:
     """Return a name for this start of the process: UTC time and process id, e.g. `20260131T120000Z-4711`."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
-
-
-def read_metrics(path: str | Path, *, superseded: bool = False) -> list[dict[str, Any]]:
-    """Read metrics.jsonl (the file or its run directory) in the order it was written.
-
-    A torn last line (the process was killed while writing) is left out. Rows that a resumed attempt
-    did again, that is whose step is not below a later row of another attempt of the same phase, are
-    left out too unless `superseded`. Raises DataError when any other line is damaged.
-    """
-    file = Path(path)
-    file = file / METRICS if file.is_dir() else file
-    if not file.exists():
-        return []
-    lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or torn
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            row["values"] = {key: _restore(value) for key, value in row["values"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise DataError(
-                f"line {number} of {printable(file)} is not a metrics row; restore the file or delete it."
-            ) from None
-        rows.append(row)
-    return rows if superseded else _current(rows)
-
-
-def _current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    first: dict[str, dict[Any, int]] = {}  # phase -> attempt -> lowest step seen in later rows
-    kept = []
-    for row in reversed(rows):
-        attempts = first.setdefault(row["phase"], {})
-        others = [step for attempt, step in attempts.items() if attempt != row.get("attempt")]
-        if not others or row["step"] < min(others):
-            kept.append(row)
-        attempt = row.get("attempt")
-        attempts[attempt] = min(row["step"], attempts.get(attempt, row["step"]))
-    return kept[::-1]
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -196,13 +153,8 @@ def _plain(value: Any) -> Any:
 
 
 def _jsonable(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return value
-
-
-def _restore(value: Any) -> Any:
-    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+    """JSON has no nan, inf and -inf: they are written as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _file_name(name: str) -> str:

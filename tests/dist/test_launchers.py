@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from metrics_file import read_metrics
 from processes import environment, execute_ranks, free_port
 
-from distunlearn.engine.metrics_log import read_metrics
 from distunlearn.verify.ledger import read_ledger
 
 pytestmark = pytest.mark.slow

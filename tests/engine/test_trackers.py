@@ -10,11 +10,12 @@ import sys
 import pytest
 import tiny
 from accelerate import state, tracking
+from metrics_file import read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distunlearn.cli.main import main
 from distunlearn.config.load import load_config
-from distunlearn.engine.metrics_log import METRICS, Telemetry, read_metrics
+from distunlearn.engine.metrics_log import METRICS, Telemetry
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.errors import ConfigError
 

@@ -18,10 +18,10 @@ import pytest
 import tiny
 import torch
 from conftest import SMALL
+from metrics_file import read_metrics
 from safetensors.torch import load_file
 
 from distunlearn.engine import fault_injection
-from distunlearn.engine.metrics_log import read_metrics
 from distunlearn.errors import ConfigError
 
 FIRED = "fault injected: {} at {}, rank {}, {} step {}"
