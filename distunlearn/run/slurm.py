@@ -25,6 +25,7 @@ from pathlib import Path
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
+TEMPLATE = Path(__file__).with_name("job.sbatch")
 _WORD = re.compile(r"[A-Za-z0-9_.,:@/+=*&|-]+")
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 _ARRAY = re.compile(r"[0-9][0-9,:-]*(%\d+)?")
@@ -101,16 +102,17 @@ def script(
         arguments += ["--set", text]
     command = " ".join(shlex.quote(part) for part in (python, "-m", "distunlearn", *arguments))
     seeded = verb is not None or any(text.startswith("seed=") for text in overrides)
-    return _TEMPLATE.format(
-        directives="\n".join(f"#SBATCH {line}" for line in _directives(job)),
-        out=shlex.quote(str(Path(out).resolve())),
-        setup=f"source {shlex.quote(str(Path(job.setup).resolve()))}\n" if job.setup else "",
-        array='out="$out/$SLURM_ARRAY_TASK_ID"\n' if job.array else "",
-        seed=' --set "seed=$SLURM_ARRAY_TASK_ID"' if job.array and not seeded else "",
-        command=command,
-        container=f" --container-image={shlex.quote(job.container)}" if job.container else "",
-        requeues=job.requeues,
-    )
+    values = {
+        "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job)),
+        "out": shlex.quote(str(Path(out).resolve())),
+        "setup": f"source {shlex.quote(str(Path(job.setup).resolve()))}\n" if job.setup else "",
+        "array": 'out="$out/$SLURM_ARRAY_TASK_ID"\n' if job.array else "",
+        "seed": ' --set "seed=$SLURM_ARRAY_TASK_ID"' if job.array and not seeded else "",
+        "command": command,
+        "container": f" --container-image={shlex.quote(job.container)}" if job.container else "",
+        "requeues": str(job.requeues),
+    }
+    return re.sub(r"@(\w+)@", lambda place: values[place[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def submit(text: str, job: Job, out: Path) -> str:
@@ -150,73 +152,3 @@ def _directives(job: Job) -> list[str]:
                         ("constraint", "constraint"), ("array", "array")):  # fmt: skip
         lines += [f"--{option}={getattr(job, key)}"] if getattr(job, key) else []
     return lines
-
-
-_TEMPLATE = """\
-#!/bin/bash
-{directives}
-
-set -u
-out={out}
-{array}requeues={requeues}
-mkdir -p "$out"
-rm -f "$out/stop" # of an attempt that was killed before it could stop
-{setup}
-# Every process finds the others here: on the first node, which is this one where scontrol cannot say.
-# DISTUNLEARN_MASTER_ADDR is for nodes whose names do not resolve.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null | head -n 1)
-export MASTER_ADDR="${{DISTUNLEARN_MASTER_ADDR:-${{first:-$(hostname)}}}}"
-attempt=$((${{SLURM_RESTART_COUNT:-0}} + 1))
-export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 31 * attempt) % 20000)) # an orphan may still hold the last one
-
-steps() {{ # trained so far: attempts that add none are not repeated
-    if [ -e "$out/ledger.jsonl" ]; then grep -c '"event":"step"' "$out/ledger.jsonl" || true; else echo 0; fi
-}}
-before=$(steps)
-# Every line of the log, which all attempts share, says whose it is; signals to the job do not end this helper.
-exec > >(trap '' USR1 TERM; exec sed -u "s/^/[$attempt] /") 2>&1
-lines=$!
-echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $before steps in the ledger"
-
-# USR1: the ranks agree on a step, save, and end with 75. One that is still starting ignores it and finds the file.
-# TERM: SLURM tells the ranks itself; the shell must only outlive them.
-pid=
-warned=0
-trap 'warned=1; touch "$out/stop"; [ -z "$pid" ] || kill -USR1 "$pid"' USR1
-trap ':' TERM
-
-# One task is one rank; when one has ended the others get a minute. The variables are the tasks' own: they must not be
-# expanded here, on the first node.
-srun --wait=60{container} bash -c '
-    trap "" USR1
-    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
-    exec "$@"' rank {command} --out "$out"{seed} &
-pid=$!
-code=0
-while kill -0 "$pid" 2> /dev/null; do
-    wait "$pid"
-    code=$?
-done
-rm -f "$out/stop"
-after=$(steps)
-echo "ended with $code, $after steps in the ledger"
-
-if [ "$code" -eq 75 ] && [ "$warned" -eq 1 ]; then
-    if [ "$after" -le "$before" ]; then
-        echo "not requeued: this attempt made no step; allow more time before the limit" >&2
-    elif [ "$attempt" -gt "$requeues" ]; then
-        echo "not requeued: $requeues requeues are used up; submit again to go on" >&2
-    else
-        if [ -n "${{SLURM_ARRAY_JOB_ID:-}}" ]; then
-            again="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
-        else
-            again=$SLURM_JOB_ID
-        fi
-        scontrol requeue "$again" || echo "scontrol cannot requeue job $again; submit again to go on" >&2
-    fi
-fi
-exec >&- 2>&-
-wait "$lines"
-exit $code
-"""
