@@ -27,6 +27,7 @@ from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.tensor_shards import whole
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
 from distunlearn.engine.checkpoint.format import Checkpoint
+from distunlearn.engine.checkpoint.tensors import optimizer_state, read_state
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.nan_guard import NumericsGuard, Place
@@ -337,13 +338,13 @@ class _Runner:
                 f"{checkpoint.folder} was written under another configuration (digest {facts['digest'][:12]}, now "
                 f"{self.phase.digest[:12]}); resume with the settings in run.yaml or use a new folder."
             )
-        state = checkpoint.state()
+        state = read_state(checkpoint)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): whole(v).clone() for k, v in state.items() if k.startswith(prefix)}
 
         self.backend.load_full_state({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        self.backend.load_optimizer_state(checkpoint.optimizer())
+        self.backend.load_optimizer_state(optimizer_state(checkpoint))
         if ctx.momentum is not None:
             ctx.momentum.load_state_dict(part("momentum."))
         if ctx.queue is not None:

@@ -20,7 +20,7 @@ from distunlearn.config.schema import CheckpointConfig
 from distunlearn.engine.backends.tensor_shards import whole
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
 from distunlearn.engine.checkpoint.format import latest_checkpoint
-from distunlearn.engine.checkpoint.tensors import OPTIMIZER
+from distunlearn.engine.checkpoint.tensors import OPTIMIZER, optimizer_state, read_state
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.preemption import StopRequest
 
@@ -64,10 +64,10 @@ def load(kind: str, folder: Path, writer: str) -> dict:
     backend, _, _ = prepared(kind, seed=5)
     ledger = Ledger(folder / "ledger-0.jsonl", is_main=False)
     checkpoint = agreed_checkpoint(folder / writer, backend.world, ledger, print)
-    state = {n.removeprefix("model."): t for n, t in checkpoint.state().items() if n.startswith("model.")}
+    state = {n.removeprefix("model."): t for n, t in read_state(checkpoint).items() if n.startswith("model.")}
     before = backend.full_state()
     backend.load_full_state(state)
-    backend.load_optimizer_state(checkpoint.optimizer())
+    backend.load_optimizer_state(optimizer_state(checkpoint))
     found = {"before": before, **held(backend)}
     backend.release()
     return found
@@ -112,9 +112,9 @@ def test_each_rank_wrote_a_part_and_one_process_reads_the_whole(ranks, writer):
     )
     weights = [files[f"optimizer-0000{rank}-of-00002.safetensors"]["bytes"] for rank in range(2)]
     assert min(weights) > 0.4 * sum(weights) or writer == "zero1"  # who cuts its groups, not its weights, in two
-    state = checkpoint.state()
+    state = read_state(checkpoint)
     own = {n.removeprefix("model."): whole(t) for n, t in state.items() if n.startswith("model.")}
-    assert same({"weights": own, "moments": checkpoint.optimizer()}, expected)
+    assert same({"weights": own, "moments": optimizer_state(checkpoint)}, expected)
     assert torch.equal(whole(state["momentum.w"]), torch.full((5,), 7.0))
     assert {n.split(".")[0] + "." for n in state} == {"model.", "momentum.", OPTIMIZER}
     alone = load("single", folder, writer)

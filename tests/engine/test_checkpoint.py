@@ -16,7 +16,7 @@ from distunlearn.config.schema import OptimizerConfig
 from distunlearn.engine.backends.tensor_shards import Piece, StoredTensor, part, whole
 from distunlearn.engine.checkpoint import format as module
 from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_checkpoint
-from distunlearn.engine.checkpoint.tensors import write_pieces
+from distunlearn.engine.checkpoint.tensors import optimizer_state, read_state, write_pieces
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.errors import DataError
 
@@ -43,8 +43,8 @@ def test_round_trip_and_retention(tmp_path):
         save(tmp_path, step, float(step))
     checkpoint, rejected = latest_checkpoint(tmp_path)
     assert (checkpoint.step, rejected, checkpoint.facts["digest"]) == (30, [], "d")
-    assert torch.equal(checkpoint.tensors()["model.w"], torch.full((3,), 30.0))
-    found = checkpoint.optimizer()
+    assert torch.equal(whole(read_state(checkpoint)["model.w"]), torch.full((3,), 30.0))
+    found = optimizer_state(checkpoint)
     assert found["optimizer"] == "AdamW" and found["state"].keys() == {"w"}
     assert found["state"]["w"]["step"] == 30 and torch.equal(found["state"]["w"]["exp_avg"], torch.full((3,), 30.0))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000020", "step-00000030"]
@@ -164,10 +164,10 @@ def test_the_committed_checkpoint_is_read(layout):
     checkpoint, rejected = latest_checkpoint(GOLDEN / layout)
     assert (checkpoint.step, rejected, checkpoint.facts["world"], checkpoint.facts["format"]) == (2, [], 2, FORMAT)
     assert len(checkpoint.facts["files"]) == (2 if layout == "whole" else 4)
-    state, expected = checkpoint.state(), golden()
+    state, expected = read_state(checkpoint), golden()
     assert state.keys() == expected.keys()
     assert all(torch.equal(whole(state[name]), value) for name, value in expected.items())
-    found = checkpoint.optimizer()
+    found = optimizer_state(checkpoint)
     assert found["optimizer"] == "AdamW" and found["state"].keys() == {"weight", "bias"}
     layer = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(OptimizerConfig(lr=0.1, weight_decay=0.5), layer)
@@ -221,7 +221,7 @@ def test_pieces_of_any_number_of_ranks_are_read_whole_and_in_parts(tmp_path):
         sharded(tmp_path, world, tensors, world)
         checkpoint, _ = latest_checkpoint(tmp_path)
         assert checkpoint.step == world and len(checkpoint.facts["files"]) == 2 * world
-        state = checkpoint.state()
+        state = read_state(checkpoint)
         assert state.keys() == tensors.keys()
         for name, value in tensors.items():
             assert state[name].shape == tuple(value.shape) and torch.equal(whole(state[name]), value)
@@ -229,7 +229,7 @@ def test_pieces_of_any_number_of_ranks_are_read_whole_and_in_parts(tmp_path):
             for start in range(value.numel() + 1):
                 for count in range(value.numel() + 1 - start):
                     assert torch.equal(part(state[name], start, count), flat[start : start + count])
-        assert torch.equal(whole(checkpoint.optimizer()["state"]["w"]["exp_avg"]), tensors["optimizer.w/exp_avg"])
+        assert torch.equal(whole(optimizer_state(checkpoint)["state"]["w"]["exp_avg"]), tensors["optimizer.w/exp_avg"])
 
 
 def test_a_rank_file_of_another_step_or_none_at_all_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from distunlearn.engine.checkpoint import async_save as module
 from distunlearn.engine.checkpoint import format, tensors
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
 from distunlearn.engine.checkpoint.format import latest_checkpoint
+from distunlearn.engine.checkpoint.tensors import read_state
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.preemption import StopRequest
 from distunlearn.errors import DataError, NumericsError, RankLostError
@@ -71,7 +72,7 @@ class Training:
         if checkpoint is None:
             return None
         assert not rejected
-        everything = [module_whole(value).flatten() for value in checkpoint.state().values()]
+        everything = [module_whole(value).flatten() for value in read_state(checkpoint).values()]
         assert [len(part) for part in everything].count(1000) == 2
         return checkpoint.step, set(torch.cat(everything).tolist())
 

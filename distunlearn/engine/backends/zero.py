@@ -65,7 +65,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     # It calls functions of torch.distributed that newer versions of torch rename.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
-        import deepspeed
         import deepspeed.ops
     except ImportError as error:
         raise ConfigError(
@@ -140,7 +139,6 @@ class Zero(Backend):
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
     def release(self) -> None:
-        """See `Backend.release`."""
         if self._engine is not None:
             self._engine.destroy()
         super().release()
@@ -149,7 +147,6 @@ class Zero(Backend):
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """See `Backend.micro_batch`."""
         self._engine.set_gradient_accumulation_boundary(last)
         yield
         if not last:
@@ -228,7 +225,6 @@ class Zero(Backend):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def weights(self, sharded: bool = False) -> Iterator[Piece]:
-        """See `Backend.weights`."""
         if sharded and self.stage == 3:
             for name, parameter in self.model.named_parameters():
                 start, count = self._mine(parameter)
@@ -242,7 +238,6 @@ class Zero(Backend):
                 yield from super().weights(sharded)
 
     def moments(self, sharded: bool = False) -> Iterator[Piece]:
-        """See `Backend.moments`."""
         entries = self.optimizer.state.get(self._flats()[0]) or {}  # empty before the first step
         for name, parameter in self._named.items():
             for key, value in entries.items():
@@ -258,7 +253,6 @@ class Zero(Backend):
                     yield Piece(f"{name}/{key}", self._whole_entry(parameter, key), shape)
 
     def load_full_state(self, state: Mapping[str, Stored]) -> None:
-        """See `Backend.load_full_state`."""
         if self.stage < 3:
             super().load_full_state(state)
         else:
@@ -279,7 +273,6 @@ class Zero(Backend):
         self.model.load_state_dict({n: whole(t) for n, t in state.items() if n not in weights}, strict=False)
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """See `Backend.load_optimizer_state`."""
         shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self._named.items()}
         check_state(state, self.optimizer, shapes)
         saved = state["state"]

@@ -22,16 +22,10 @@ import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distunlearn.common.files import file_sha256, sync_path, write_json
 from distunlearn.errors import DataError
-
-if TYPE_CHECKING:  # torch is not loaded for a look at the folders
-    from torch import Tensor
-
-    from distunlearn.engine.backends.tensor_shards import Stored
 
 FORMAT = 2
 KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
@@ -41,33 +35,11 @@ PLAIN = re.compile(r"[\w-][\w.-]*")  # a name in this folder, never a path
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: `step` is the next step to run."""
+    """A verified checkpoint: `step` is the next step to run. What is in it: `tensors`."""
 
     folder: Path
     step: int
     facts: dict[str, Any]
-
-    def state(self) -> dict[str, Stored]:
-        """Everything under its name (`model.`, `momentum.`, `queue.`, `method.`, `optimizer.`), read when used.
-
-        Raises:
-            DataError: a file cannot be read, or pieces do not make up their tensor.
-        """
-        return self._tensors().read_state(self.folder, self.facts["files"])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All but the optimizer, whole, on the CPU."""
-        return self._tensors().whole_tensors(self.state())
-
-    def optimizer(self) -> dict[str, Any]:
-        """The optimizer's state, as `backends.optimizer_state` describes it."""
-        return self._tensors().optimizer_state(self.state(), self.facts["optimizer"])
-
-    @staticmethod
-    def _tensors() -> ModuleType:
-        from distunlearn.engine.checkpoint import tensors  # not for who only asks which checkpoints there are
-
-        return tensors
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distunlearn.common.files import file_sha256, sync_path
 from distunlearn.engine.backends.optimizer_state import nested
-from distunlearn.engine.backends.tensor_shards import Piece, Stored, StoredTensor, whole
+from distunlearn.engine.backends.tensor_shards import Piece, Stored, StoredTensor
+from distunlearn.engine.checkpoint.format import Checkpoint
 from distunlearn.errors import DataError
 
 OPTIMIZER = "optimizer."
@@ -45,22 +46,23 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int, world: int, s
     return files
 
 
-def read_state(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
-    """See `Checkpoint.state`; `files` of the checkpoint in `folder`."""
+def read_state(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Everything under its name (`model.`, `momentum.`, `queue.`, `method.`, `optimizer.`), read when used.
+
+    Raises:
+        DataError: a file cannot be read, or pieces do not make up their tensor.
+    """
+    folder = checkpoint.folder
     try:
-        return _index([folder / name for name in sorted(files) if name.endswith(".safetensors")])
+        return _index([folder / name for name in sorted(checkpoint.facts["files"]) if name.endswith(".safetensors")])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} cannot be read ({error}); delete it to use the one before.") from None
 
 
-def whole_tensors(state: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """See `Checkpoint.tensors`."""
-    return {name: whole(value) for name, value in state.items() if not name.startswith(OPTIMIZER)}
-
-
-def optimizer_state(state: Mapping[str, Stored], kind: str) -> dict[str, Any]:
-    """See `Checkpoint.optimizer`; kind: class of the optimizer."""
-    return nested(kind, ((n.removeprefix(OPTIMIZER), t) for n, t in state.items() if n.startswith(OPTIMIZER)))
+def optimizer_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The optimizer's part of `read_state`, as `backends.optimizer_state` describes it."""
+    entries = ((n.removeprefix(OPTIMIZER), t) for n, t in read_state(checkpoint).items() if n.startswith(OPTIMIZER))
+    return nested(checkpoint.facts["optimizer"], entries)
 
 
 def _index(paths: Sequence[Path]) -> dict[str, Stored]:
