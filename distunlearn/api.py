@@ -12,6 +12,7 @@ The verbs of the command line are functions here: `prepare`, `pretrain`, `unlear
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = [
     "unlearn", "unlearn_config",
 ]  # fmt: skip
 
+WEIGHTS = "encoder.safetensors"  # that a module was handed over with
 LARGEST = 512  # pixels a side up to which the first image's own size is taken for that of the encoder's input
 # Batches of the recipe that shrink to the images that there are, unless they were asked for.
 BATCHES = (("pretrain.batch", "members"), ("unlearn.retain_batch", "retain"), ("unlearn.forget_batch", "forget"),
@@ -162,7 +164,6 @@ def unlearn(
     Raises:
         ConfigError, DataError and the other errors of `distunlearn.errors`: as the command line ends with.
     """
-    folder = Path(out)
     asked = _flat(settings) | _named("objective", objective) | _named("method", method)
     asked |= {} if steps is None else {"unlearn.steps": steps}
     given = None if isinstance(encoder, (str, Path)) else _Given.of(encoder, factory)
@@ -176,17 +177,10 @@ def unlearn(
     first = _resolve(recipe, asked)
     roles, left_out = fixed_roles(data, first.data, first.seed, [key.removeprefix("data.") for key in asked])
     asked = _sizes(first, roles, asked) | asked
-    checkpoint = None if given is None or given.template is None else folder / "encoder.safetensors"
-
-    def write_inputs() -> None:
-        if checkpoint is not None and given is not None and given.template is not None:
-            _keep_weights(given.template, checkpoint)
-        _make_shards(_resolve(recipe, asked), folder, data, roles, left_out)
-
-    open_backend(first).world.on_main(write_inputs)
-    if checkpoint is not None:
-        asked["encoder.checkpoint"] = str(checkpoint)
-    cfg = _resolve(recipe, asked)
+    folder, template = Path(out), None if given is None else given.template
+    inputs = functools.partial(_write_inputs, _resolve(recipe, asked), folder, template, data, roles, left_out)
+    open_backend(first).world.on_main(inputs)
+    cfg = _resolve(recipe, asked if template is None else asked | {"encoder.checkpoint": str(folder / WEIGHTS)})
     pretrain(cfg, folder, pipeline.begin(cfg, folder))
     unlearn_config(cfg, folder)
     return Run(folder, given)
@@ -323,9 +317,13 @@ def _keep_weights(module: nn.Module, path: Path) -> None:
     write_atomic(path, content)
 
 
-def _make_shards(
-    cfg: RunConfig, out: Path, data: DatasetSource, roles: Mapping[str, str], left_out: Mapping[str, int]
-) -> None:
+def _write_inputs(
+    cfg: RunConfig, out: Path, template: nn.Module | None, data: DatasetSource, roles: Mapping[str, str],
+    left_out: Mapping[str, int],
+) -> None:  # fmt: skip
+    """The weights of an encoder that is a module, and the shards."""
+    if template is not None:
+        _keep_weights(template, out / WEIGHTS)
     folder, digest = shards_folder(cfg, out), selection_digest(data, roles)
     if has_manifest(folder):
         if Manifest.load(folder).info.get(HANDED_OVER, {}).get("sha256") != digest:

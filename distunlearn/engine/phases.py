@@ -24,8 +24,11 @@ from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
 from distunlearn.data.augmentations import id_hashes
+from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder
+from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import ROLES
+from distunlearn.distributed.world import World
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_checkpoint
@@ -161,7 +164,7 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
             plain_forward=backend.plain_forward(),
             note=functools.partial(session.telemetry.note, name),
         )
-        feeders = _feeders(session, method, optim.accumulate)
+        feeders = make_feeders(method, optim.accumulate, session.store, session.manifest, backend.world)
         images = next(iter(feeders.values())).cycle.num_ids
         total = cfg.unlearn.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
         phase = Phase(
@@ -236,22 +239,16 @@ FEEDER_ROLES = {
 }
 
 
-def _feeders(session: Session, method: Method, accumulate: int) -> dict[str, RoleFeeder]:
+def make_feeders(
+    method: Method, accumulate: int, store: ImageStore, manifest: Manifest, world: World
+) -> dict[str, RoleFeeder]:
     """One feeder per batch the method asks for.
 
     They serve micro-batches: number step * accumulate + m holds the m-th part of the rows that the step's batch has.
     """
-    cfg, backend = session.cfg, session.backend
+    share = {"seed": method.cfg.seed, "rank": world.rank, "world": world.size}
     return {
-        name: RoleFeeder(
-            session.store,
-            session.manifest,
-            FEEDER_ROLES[name],
-            seed=cfg.seed,
-            batch=size // accumulate,
-            rank=backend.world.rank,
-            world=backend.world.size,
-        )
+        name: RoleFeeder(store, manifest, FEEDER_ROLES[name], batch=size // accumulate, **share)
         for name, size in method.batch_sizes().items()
     }
 

@@ -47,7 +47,7 @@ class Lease:
         self._ended = threading.Event()
         job = os.environ.get("SLURM_JOB_ID")
         self.owner: dict[str, Any] = {
-            "token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()),
+            "token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()),
             "job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")) if job else None,
             "time": round(time.time(), 3),
         }  # fmt: skip
@@ -94,7 +94,7 @@ class Lease:
         if before["job"] is not None and before["job"] == self.owner["job"]:
             return False  # SLURM runs a job once at a time
         if before["host"] == self.owner["host"]:
-            return before["pid"] == os.getpid() or _born(before["pid"]) == before["born"] is not None
+            return before["pid"] == os.getpid() or born(before["pid"]) == before["born"] is not None
         probe = self._folder / f".{OWNER}.now.{self.owner['token']}"
         probe.touch()  # the file server's own clock
         try:
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None  # nobody's, or not a claim
 
 
-def _born(pid: int) -> int | None:
+def born(pid: int) -> int | None:
     """When the process started, in the kernel's ticks: a number used again is another process. None: there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

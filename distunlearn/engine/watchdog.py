@@ -27,13 +27,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
 from distunlearn.common.text import printable
 from distunlearn.distributed.process_group import lost_rank
+from distunlearn.engine.run_lock import born
 from distunlearn.errors import RankLostError
 
 WATCH = "watch"
@@ -92,9 +93,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._ended.set()
         self._thread.join()
         if error is None or getattr(error, "agreed", False):
@@ -237,7 +236,7 @@ class Watch:
                     return f"rank {rank} failed ({report['error']})"
                 if rank != self.rank and "verdict" in report:
                     return f"rank {rank} ended the run: {report['verdict'].rstrip('.')}"
-            gone = [n for n, r in reports.items() if r["host"] == socket.gethostname() and not _exists(r["pid"])]
+            gone = [n for n, r in reports.items() if r["host"] == socket.gethostname() and born(r["pid"]) is None]
             if gone:
                 return f"rank {gone[0]} is gone (process {reports[gone[0]]['pid']}, without a word)"
             if time.monotonic() > end:
@@ -274,11 +273,3 @@ def _place(report: dict[str, Any]) -> str:
 
 def _who(report: dict[str, Any] | None) -> str:
     return "" if report is None else f" (process {report['pid']} on {report['host']}, last in {_place(report)})"
-
-
-def _exists(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"

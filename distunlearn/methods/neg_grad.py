@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distunlearn.config.schema import MethodConfig, NonNegativeFloat, PositiveFloat
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean, gather_sizes, mean_scale
 from distunlearn.methods.base import Method, StepOutput
-from distunlearn.methods.grad_ascent import require_bounded
+from distunlearn.methods.grad_ascent import GradAscentConfig, require_bounded
 from distunlearn.methods.mixed_batch import mixed_branches, row_losses
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue
@@ -26,12 +25,10 @@ from distunlearn.objectives.forward import Context, image_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class NegGradConfig(MethodConfig):
+class NegGradConfig(GradAscentConfig):
     """The climb and where it ends."""
 
     name: str = "neg_grad"
-    ascent_weight: NonNegativeFloat = 1.0  # of the forget loss that is climbed
-    ascent_bound: PositiveFloat = 50.0  # stop (exit 4) when that loss passes this
 
 
 class NegGrad(Method[NegGradConfig]):

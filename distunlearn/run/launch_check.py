@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,10 +23,10 @@ from distunlearn.data.manifest.manifest import Manifest, has_manifest
 from distunlearn.encoders.model import build_model
 from distunlearn.engine.backends import Backend, open_backend
 from distunlearn.engine.optimizer import make_optimizer
-from distunlearn.engine.phases import FEEDER_ROLES
+from distunlearn.engine.phases import make_feeders
 from distunlearn.engine.provenance import require_one_run
 from distunlearn.engine.run_directory import shards_folder, shards_remote
-from distunlearn.methods import method_class
+from distunlearn.methods import Method, method_class
 from distunlearn.methods.training import Pretrain
 from distunlearn.objectives.base import objective_class
 
@@ -92,18 +92,13 @@ def _feeders(cfg: RunConfig, manifest: Manifest, backend: Backend) -> Iterator[t
     """Those of pretraining and of the method, by name."""
     store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, 0, cfg.data.max_pixels)
     method = method_class(cfg)(cfg)
-    jobs: list[tuple[str, Mapping[str, int], int]] = [
-        ("pretrain", Pretrain(cfg).batch_sizes(), cfg.pretrain.accumulate)
-    ]
+    trainings: list[tuple[str, Method, int]] = [("pretrain", Pretrain(cfg), cfg.pretrain.accumulate)]
     if method.steps != "none":
         accumulate = cfg.unlearn.accumulate if method.steps == "unlearn" else cfg.pretrain.accumulate
-        jobs.append(("unlearn", method.batch_sizes(), accumulate))
-    for phase, sizes, accumulate in jobs:
-        for name, size in sizes.items():
-            yield f"{phase}/{name}", RoleFeeder(
-                store, manifest, FEEDER_ROLES[name], seed=cfg.seed, batch=size // accumulate, rank=backend.world.rank,
-                world=backend.world.size,
-            )  # fmt: skip
+        trainings.append(("unlearn", method, accumulate))
+    for phase, by, accumulate in trainings:
+        for name, feeder in make_feeders(by, accumulate, store, manifest, backend.world).items():
+            yield f"{phase}/{name}", feeder
 
 
 def _samples(cfg: RunConfig, manifest: Manifest, backend: Backend) -> tuple[list[str], list[str]]:

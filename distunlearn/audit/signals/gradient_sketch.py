@@ -18,28 +18,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distunlearn.common.random import STREAMS
-from distunlearn.constraints.gradients.probes import ProbeSet
+from distunlearn.constraints.gradients.probes import ProbeSet, can_follow, plain_layers
 from distunlearn.encoders.model import ContrastiveModel
 
 SIDE = 8  # rows and columns of a layer's sketch
-SKETCH_SIZE = SIDE * SIDE
 FLOOR = 1e-12
-
-
-def followed_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and convolutional layers that probes can follow, by name."""
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
-    for name, layer in model.named_modules():
-        own = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
-        odd = isinstance(layer, nn.Conv2d) and (
-            layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-        )
-        if own and not odd:
-            found[name] = layer
-    return found
 
 
 def network_sketches(
@@ -53,7 +39,7 @@ def network_sketches(
     """
     assert not model.training, "per-sample gradients are those of evaluation mode"
     weight = next(model.parameters())
-    layers = followed_layers(model)
+    layers = {name: layer for name, layer in plain_layers(model).items() if can_follow(layer)}
     probes = ProbeSet(layers, SIDE, SIDE, seed, 0, device=weight.device, dtype=weight.dtype)
     leaves = probes.leaves(count)
     rows = torch.arange(count, device=weight.device).repeat(branches)

@@ -67,7 +67,6 @@ class GhostNorm(Differences):
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
-        """See `Evaluator.features`."""
 
         def measure(batch: Batch, viewed: list[list[Tensor]], lasting: bool) -> Measured:
             kept = 0 if lasting else len(forget)  # of third-party images only norms are needed

@@ -35,7 +35,6 @@ class LastLayer(Evaluator[LastLayerConfig]):
         return self._described(ctx, pairs, bank, draw), pairs
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
-        """See `Evaluator.features`."""
         pairs = self._pairs(ctx, concat_batches(forget, third))  # one code path for both
         count = len(forget)
         forget_part, third_part = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))

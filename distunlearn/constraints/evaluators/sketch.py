@@ -142,7 +142,6 @@ class Sketch(_Probing, Differences):
     steps = {"fp32": 5e-4, "bf16": 7e-3}
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
-        """See `Evaluator.features`."""
         probes = draw_probes(self.settings, ctx, ctx.projection)
 
         def measure(batch: Batch, viewed: list[list[Tensor]], lasting: bool) -> Measured:
@@ -194,7 +193,6 @@ class DoubleBackward(_Probing):
             )
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
-        """See `Evaluator.features`."""
         probes, count = draw_probes(self.settings, ctx, ctx.projection), len(forget)
         batch = concat_batches(forget, third)
         sketches, pairs = self._sketches(ctx, batch, bank, probes, views_by_pair(ctx, batch), exact=True)

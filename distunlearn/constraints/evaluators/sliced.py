@@ -84,7 +84,6 @@ class Sliced(Differences):
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
-        """See `Evaluator.features`."""
         count, probes = len(forget), draw_probes(self.settings, ctx, ctx.projection)  # type: ignore[arg-type]
         core = direction(probes, ctx.cfg.seed, ctx.projection)
         shown = self._shown(ctx, concat_batches(forget, third), count, probes, core, self.rho)

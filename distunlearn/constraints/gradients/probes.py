@@ -52,6 +52,19 @@ DRAWING = 4  # threads that draw for a GPU
 Layer = nn.Linear | nn.Conv2d
 
 
+def plain_layers(model: nn.Module) -> dict[str, Layer]:
+    """Linear and convolutional layers that compute what their class does, by name."""
+    plain = (nn.Linear.forward, nn.Conv2d.forward)
+    return {name: layer for name, layer in model.named_modules() if type(layer).forward in plain}
+
+
+def can_follow(layer: Layer) -> bool:
+    """Whether probes can follow a layer: it is no convolution that is grouped or padded with something else than 0."""
+    if isinstance(layer, nn.Linear):
+        return True
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
 def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Layer]:
     """Trained linear and convolutional layers of `model` whose name the regular expression finds, by name; None: all.
 
@@ -61,20 +74,18 @@ def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Lay
     Raises:
         ConfigError: no layer is found, or one that probes cannot follow (grouped, or not padded with zeros).
     """
-    found: dict[str, Layer] = {}
-    for name, layer in model.named_modules():
-        own = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
-        if own and layer.weight.requires_grad and re.search(pattern or "", name):
-            found[name] = layer
+    found = {
+        name: layer
+        for name, layer in plain_layers(model).items()
+        if layer.weight.requires_grad and re.search(pattern or "", name)
+    }
     if not found:
         raise ConfigError(
             f"constraint.layers={pattern} finds no trained nn.Linear or nn.Conv2d of the encoder; expected part of a "
             "layer's name; set it to null for all layers."
         )
     for name, layer in found.items():
-        if isinstance(layer, nn.Conv2d) and (
-            layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-        ):
+        if not can_follow(layer):
             raise ConfigError(
                 f"the convolution {name} is grouped or not padded by a number of zeros, which per-sample probes cannot "
                 "follow; choose other layers by constraint.layers, or set constraint.evaluator=head."

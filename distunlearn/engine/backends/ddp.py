@@ -55,7 +55,6 @@ class DDP(Backend):
             )
 
     def release(self) -> None:
-        """See `Backend.release`."""
         if DDP._accelerator is not None:
             DDP._accelerator.free_memory()
         super().release()

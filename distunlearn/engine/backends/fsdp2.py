@@ -81,7 +81,6 @@ class FSDP2(Backend):
         return float(sum_over_ranks(square).sqrt())
 
     def step(self) -> None:
-        """See `Backend.step`."""
         self._reshard()
         super().step()
 
@@ -104,12 +103,10 @@ class FSDP2(Backend):
         momentum.update_from({n: self._whole(p.detach()) for n, p in model.named_parameters()}, m)
 
     def weights(self, sharded: bool = False) -> Iterator[Piece]:
-        """See `Backend.weights`."""
         self._reshard()
         yield from super().weights(sharded)
 
     def moments(self, sharded: bool = False) -> Iterator[Piece]:
-        """See `Backend.moments`."""
         self._reshard()
         yield from super().moments(sharded)
 
@@ -120,13 +117,11 @@ class FSDP2(Backend):
             yield Piece(name, value.to_local().flatten(), tuple(value.shape), self._start(value))
 
     def load_full_state(self, state: Mapping[str, Stored]) -> None:
-        """See `Backend.load_full_state`."""
         self._reshard()
         sharded = dict(self.model.named_parameters())
         super().load_full_state({n: self._place(t, sharded[n]) if n in sharded else t for n, t in state.items()})
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """See `Backend.load_optimizer_state`."""
         self._reshard()
         super().load_optimizer_state(state)
 
