@@ -29,7 +29,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from distunlearn.common.files import write_atomic
+from distunlearn.common.files import write_atomic, write_json
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.registry import METHOD, find, names
 from distunlearn.config.schema import RunConfig
@@ -101,7 +101,7 @@ def prepare_sweep(cfg: RunConfig, sweep: Search, out: Path) -> None:
     save_config(cfg, out / "settings.yaml")
     if ids:
         write_atomic(out / "validation_ids.txt", "\n".join(ids) + "\n")
-    _write(path, plain)
+    write_json(path, plain)
 
 
 def _check(cfg: RunConfig, sweep: Search) -> None:
@@ -165,7 +165,7 @@ def plan_stage(out: Path, stage: str) -> list[Task]:
         overrides = (*fixed, f"method.name={method}", *(f"{key}={value}" for key, value in settings.items()))
         resolved = load_config(None, out / "settings.yaml", list(overrides), world=1)
         tasks.append(Task(index, method, settings, overrides, _digest(resolved)))
-    _write(out / f"{stage}.json", [dataclasses.asdict(task) for task in tasks])
+    write_json(out / f"{stage}.json", [dataclasses.asdict(task) for task in tasks])
     return tasks
 
 
@@ -300,7 +300,7 @@ def run_task(folder: Path, extra: Sequence[str] = ()) -> None:
     figures = facts(folder) if code in ENDED else None
     seconds = round(time.monotonic() - clock, 3)
     result = {"stage": stage, **found, "code": code, "error": error, "seconds": seconds, "figures": figures}
-    _write(folder.parent / f"{folder.name}.json", result)
+    write_json(folder.parent / f"{folder.name}.json", result)
     if stage == "trials":
         _drop_weights(folder)
 
@@ -347,7 +347,8 @@ def _chosen(out: Path, what: Mapping[str, Any]) -> dict[str, Mapping[str, Any] |
 def write_chosen(out: Path) -> Path:
     """chosen.json, {method: {key: value}} of all methods with a choice, from the results of all trials; its path."""
     chosen = _chosen(out, _read(out / "sweep.json"))
-    _write(out / "chosen.json", {method: trial["settings"] for method, trial in chosen.items() if trial is not None})
+    settings = {method: trial["settings"] for method, trial in chosen.items() if trial is not None}
+    write_json(out / "chosen.json", settings)
     return out / "chosen.json"
 
 
@@ -380,16 +381,10 @@ def write_results(out: Path) -> Path:
         **what, "attacks": attacks, "utilities": list(bases[0]["figures"]["utility"]),
         "validation_images": bases[0]["figures"]["coverage"]["requested"], "methods": methods,
     }  # fmt: skip
-    _write(out / "results.json", results)
+    write_json(out / "results.json", results)
     write_atomic(out / "results.md", page(results))
     return out / "results.md"
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
