@@ -26,7 +26,7 @@ from distunlearn.config.shape import digest
 from distunlearn.data.prepare.forget_list import list_sha256
 from distunlearn.data.prepare.roles import is_list
 from distunlearn.encoders.model import build_model
-from distunlearn.methods import method_class
+from distunlearn.methods.base import method_class
 from distunlearn.plan.dry_run import count_training
 from distunlearn.plan.plan import make_plan
 

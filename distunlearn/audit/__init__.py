@@ -11,10 +11,3 @@
 | `summary` | all of it, as audit/summary.json and raw scores |
 | `run_audit` | the audit of a run directory, by tier |
 """
-
-from __future__ import annotations
-
-from distunlearn.audit.signals.collect import Signals, collect_signals
-from distunlearn.audit.summary import summarise, write_audit
-
-__all__ = ["Signals", "collect_signals", "summarise", "write_audit"]

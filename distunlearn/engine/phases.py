@@ -38,7 +38,7 @@ from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
 from distunlearn.engine.session import DONE, STATE, Session, Trained, is_done, load_trained, scratch
-from distunlearn.methods import Method, method_class, refuse_missing
+from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context

@@ -2,9 +2,3 @@
 
 Their names are in `config/registry.py`; a module is imported when its method is asked for.
 """
-
-from __future__ import annotations
-
-from distunlearn.methods.base import Method, StepOutput, method_class, missing, refuse_missing
-
-__all__ = ["Method", "StepOutput", "method_class", "missing", "refuse_missing"]

@@ -24,7 +24,7 @@ from distunlearn.errors import (
     DataError,
     DistunlearnError,
 )
-from distunlearn.methods import Method, method_class, refuse_missing
+from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings

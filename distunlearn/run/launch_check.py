@@ -26,7 +26,7 @@ from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.phases import make_feeders
 from distunlearn.engine.provenance import require_one_run
 from distunlearn.engine.run_directory import shards_folder, shards_remote
-from distunlearn.methods import Method, method_class
+from distunlearn.methods.base import Method, method_class
 from distunlearn.methods.training import Pretrain
 from distunlearn.objectives.base import objective_class
 

@@ -11,8 +11,7 @@ from parts import ATTACKS
 from sklearn.metrics import roc_auc_score
 from synthetic import make_signals
 
-from distunlearn.audit import summarise, write_audit
-from distunlearn.audit.summary import load_scores
+from distunlearn.audit.summary import load_scores, summarise, write_audit
 from distunlearn.config.schema import AuditConfig, GatesConfig, RunConfig
 from distunlearn.verify.figures import ENCODERS
 

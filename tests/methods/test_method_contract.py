@@ -19,7 +19,7 @@ from parts import METHODS, TRAINED
 from test_method_losses import ALL_OBJECTIVES, BATCHES, config, context, gradients
 
 from distunlearn.data.augmentations import id_hashes
-from distunlearn.methods import missing
+from distunlearn.methods.base import missing
 
 COUNTS = {**SIZES, "holdout": 5}
 

@@ -20,7 +20,7 @@ from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import ConfigError, NumericsError
-from distunlearn.methods import Method, missing, refuse_missing
+from distunlearn.methods.base import Method, missing, refuse_missing
 from distunlearn.methods.held_out_distillation import followed
 from distunlearn.methods.salun import largest
 from distunlearn.objectives import KeyQueue, make_objective

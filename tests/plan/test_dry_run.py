@@ -19,7 +19,7 @@ from distunlearn.config.load import load_config  # noqa: E402
 from distunlearn.config.schema import RunConfig  # noqa: E402
 from distunlearn.encoders.model import MomentumEncoder, build_model  # noqa: E402
 from distunlearn.engine.optimizer import make_optimizer  # noqa: E402
-from distunlearn.methods import Method, missing  # noqa: E402
+from distunlearn.methods.base import Method, missing  # noqa: E402
 from distunlearn.methods.training import Pretrain  # noqa: E402
 from distunlearn.objectives import KeyQueue, make_objective  # noqa: E402
 from distunlearn.objectives.forward import Context  # noqa: E402
