@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distunlearn.audit.attacks import judged
 from distunlearn.audit.figures.utility import UTILITIES
 from distunlearn.audit.summary import load_scores
 from distunlearn.config.load import load_config
+from distunlearn.verify.figures import JUDGED
 from distunlearn.verify.gates import equivalence, no_loss
 from distunlearn.verify.statistics import Comparison, Part, auc, auc_bootstrap, draw_images, percentile_interval
 
@@ -93,7 +93,7 @@ def pooled(runs: list[Run]) -> list[dict]:
     ]
     drawn = [draw_images(*size, draws, r.seed) for size, r in zip(sizes, runs, strict=True)]
     rows = []
-    for attack in judged():
+    for attack in JUDGED:
         margin = gates.view_agreement if attack == "view_agreement" else gates.attack
         values, sampled, levels = [], [], []
         for found, weights in zip(scores, drawn, strict=True):

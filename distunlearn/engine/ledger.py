@@ -25,7 +25,7 @@ class Ledger:
     def __init__(self, path: Path, *, is_main: bool = True, may_write: Callable[[], None] | None = None) -> None:
         """may_write: asked before every line; raises where the directory belongs to another attempt."""
         self.path = Path(path)
-        self.may_write = may_write or _always
+        self.may_write = may_write or (lambda: None)
         self._file = None
         if is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,10 +103,6 @@ class Ledger:
         line["time"] = round(time.time(), 3)
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._file.flush()
-
-
-def _always() -> None:
-    pass
 
 
 def _sha256(path: Path, size: int) -> str:

@@ -23,10 +23,6 @@ from distunlearn.objectives.queue import KeyQueue
 Network = Callable[[Tensor], EncoderOutput]  # images [n, C, S, S] -> their outputs
 
 
-def _silent(text: str) -> None:
-    """Default `note` callback: discards the message."""
-
-
 @dataclass
 class Context:
     """All that a method may use at a step. `forward` is the wrapped encoder, `model` the plain one.
@@ -51,7 +47,7 @@ class Context:
     accumulate: int = 1
     images: int = 0  # images passed through an encoder by this rank: every view, every extra forward
     plain_forward: Network | None = None
-    note: Callable[[str], None] = _silent  # one line for people
+    note: Callable[[str], None] = lambda text: None  # one line for people
 
     @property
     def first_pass(self) -> Network:

@@ -14,25 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from distunlearn.audit.attacks.base import Attacked
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.config.registry import ATTACKS, own_attacks
-from distunlearn.verify.figures import JUDGED
 
-__all__ = ["Attacked", "attack", "judged", "paired", "run_attacks"]
+__all__ = ["Attacked", "attack", "run_attacks"]
 
 
 def attack(name: str) -> Callable[..., Attacked]:
     """The attack called `name`: a function of signals (a paired one: of two encoders' signals) and a seed."""
     module, _, function = ATTACKS[name].place.partition(":")
     return getattr(importlib.import_module(module), function)
-
-
-def judged() -> list[str]:
-    """Attacks that the gates always judge."""
-    return list(JUDGED)
-
-
-def paired() -> list[str]:
-    """Attacks that look at a second encoder too."""
-    return [name for name, entry in ATTACKS.items() if entry.reference]
 
 
 def run_attacks(signals: Mapping[str, Signals], seed: int, also: Iterable[str] = ()) -> dict[str, dict[str, Attacked]]:

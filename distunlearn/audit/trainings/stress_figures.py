@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from distunlearn.audit.attacks import attack, judged
+from distunlearn.audit.attacks import attack
 from distunlearn.audit.figures.retrain_distance import average_gap
 from distunlearn.audit.figures.utility import correct_predictions
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.config.schema import RunConfig
-from distunlearn.verify.figures import UTILITIES
+from distunlearn.verify.figures import JUDGED, UTILITIES
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
 
 CONFIDENCE = 0.95
@@ -41,7 +41,7 @@ def request_figures(
     draws = draw_images(images["forget"], images["holdout"], cfg.audit.bootstrap, cfg.seed)
     compared: dict[str, dict[str, Comparison]] = {}
     attacks = {}
-    for name in judged():
+    for name in JUDGED:
         compared[name] = {encoder: attack(name)(s, cfg.seed).comparison for encoder, s in signals.items()}
         sampled = {encoder: auc_bootstrap(comparison, draws) for encoder, comparison in compared[name].items()}
         aucs = {encoder: auc(comparison) for encoder, comparison in compared[name].items()}
