@@ -94,7 +94,7 @@ def resolve(folder: Path) -> dict:
     manifest = Manifest.load(folder)
     loaded, cpu_loaded = time.perf_counter(), time.process_time()
     after_load = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = resolve_list(folder / "list.txt", manifest.columns.ids)
+    found = resolve_list(folder / "list.txt", manifest.columns.ids, allow_missing=True)
     ended, cpu_ended = time.perf_counter(), time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for row in found.forget[:: max(1, len(found.forget) // 100)].tolist():  # each hundredth is what it should be

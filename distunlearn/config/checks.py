@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ SOURCES = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefold
 SOURCE_GROUP = "distunlearn.sources"  # of entry points
 HANDED_OVER = "dataset"  # the source of shards that were made of Python's datasets
 ROOTLESS = ("digits", "fashion_mnist")  # sources that know where their files are
-ID_FILES = (".txt", ".csv", ".jsonl")
+ID_FILES = (".txt", ".csv", ".tsv", ".jsonl")
 FLAT = ("zero1", "zero2", "zero3")  # backends whose optimizer sees no single weight
 SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
@@ -75,15 +75,22 @@ def _sources(cfg: RunConfig) -> Iterator[str]:
         yield f"data.source is {data.source!r}, which is no source; {nearest(data.source, SOURCES)}"
     elif data.source in SOURCES and data.source not in ROOTLESS and not data.root and not data.shards:
         yield f"data.source={data.source} needs data.root, the folder that holds it"
-    other = data.third_party_source
-    if other is None:
-        if data.third_party_root is not None:
-            yield "data.third_party_root is set without data.third_party_source; set both or neither"
-        return
-    if not _is_source(other):
-        yield f"data.third_party_source is {other!r}, which is no source; {nearest(other, SOURCES)}"
-    elif other in SOURCES and other not in ROOTLESS and not data.third_party_root and not data.shards:
-        yield f"data.third_party_source={other} needs data.third_party_root, the folder that holds it"
+    if data.third_party_source is None and data.third_party_root is not None:
+        yield "data.third_party_root is set without data.third_party_source; set both or neither"
+    for key in ("third_party", "holdout"):
+        other, root = getattr(data, f"{key}_source"), getattr(data, f"{key}_root")
+        if other is None:
+            continue
+        if not _is_source(other):
+            yield f"data.{key}_source is {other!r}, which is no source; {nearest(other, SOURCES)}"
+        elif other in SOURCES and other not in ROOTLESS and not root and not data.shards:
+            yield f"data.{key}_source={other} needs data.{key}_root, the folder that holds it"
+    named = data.holdout_source or data.holdout_root or forget_is_file(data.forget) or data.source == HANDED_OVER
+    if cfg.encoder.checkpoint is not None and not named:
+        yield (
+            "encoder.checkpoint was trained elsewhere, so images it never saw must be named, or the audit would take "
+            "training images for non-members; set data.holdout_root (or data.holdout_source), or give a list with roles"
+        )
 
 
 def _is_source(name: str) -> bool:
@@ -112,32 +119,42 @@ def _forget(cfg: RunConfig) -> Iterator[str]:
         if not 0 < forget < 1:
             yield f"data.forget is {forget}, expected a share between 0 and 1 or a whole number of images"
     elif forget.startswith("class:"):
-        if not re.fullmatch(r"class:\d{1,9}", forget):
-            yield f"data.forget is {forget!r}, expected class: and the number of a class, such as class:3"
+        if not forget.removeprefix("class:").strip():
+            yield f"data.forget is {forget!r}, expected class: and the name or number of a class, such as class:3"
     elif not forget.lower().endswith(ID_FILES):
-        yield f"data.forget is {forget!r}, expected a count, a share, class:N or a file of ids ({', '.join(ID_FILES)})"
+        endings = ", ".join(ID_FILES)
+        yield f"data.forget is {forget!r}, expected a count, a share, class:NAME or a file of ids ({endings})"
+    if not forget_is_file(forget) and (cfg.data.forget_column is not None or cfg.data.forget_by != "id"):
+        yield "data.forget_column and data.forget_by are of a list, but data.forget names none; unset them"
 
 
 def _sizes(cfg: RunConfig) -> Iterator[str]:
-    """A batch larger than its role would hold an image twice, and no image is its own negative."""
-    data, retain = cfg.data, None
+    """What the numbers in the settings say before images are counted."""
+    data = cfg.data
+    counts = {"third_party": data.third_party}
     if data.members is not None and isinstance(data.forget, int) and 0 < data.forget < data.members:
-        retain = data.members - data.forget
-    if data.members is not None and cfg.pretrain.batch > data.members:
-        yield f"pretrain.batch={cfg.pretrain.batch} is larger than data.members={data.members}; lower the batch"
-    if retain is not None and cfg.unlearn.retain_batch > retain:
-        yield (
-            f"unlearn.retain_batch={cfg.unlearn.retain_batch} is larger than the {retain} images to retain "
-            "(data.members less data.forget); lower the batch"
-        )
-    if cfg.unlearn.third_party_batch > data.third_party:
-        yield (
-            f"unlearn.third_party_batch={cfg.unlearn.third_party_batch} is larger than "
-            f"data.third_party={data.third_party}; lower the batch"
-        )
+        counts |= {"forget": data.forget, "retain": data.members - data.forget}
+    elif data.members is not None:
+        counts |= {"members": data.members}
+    yield from batch_problems(cfg, counts)
     for key, size in (("pretrain.batch", cfg.pretrain.batch), ("unlearn.retain_batch", cfg.unlearn.retain_batch)):
         if size < 2:
             yield f"{key} is {size}, expected at least 2: a contrastive loss compares images with one another"
+
+
+def batch_problems(cfg: RunConfig, counts: Mapping[str, int]) -> Iterator[str]:
+    """Batches larger than their roles: they would hold an image twice, and no image is its own negative.
+
+    counts: images by role, as far as they are known; `members` where only these are.
+    """
+    members = counts.get("members", counts.get("retain", 0) + counts.get("forget", 0))
+    for key, batch, size, of in (
+        ("pretrain.batch", cfg.pretrain.batch, members, f"data.members={members}"),
+        ("unlearn.retain_batch", cfg.unlearn.retain_batch, counts.get("retain"), "the {} images to retain"),
+        ("unlearn.third_party_batch", cfg.unlearn.third_party_batch, counts.get("third_party"), "data.third_party={}"),
+    ):
+        if size and batch > size:
+            yield f"{key}={batch} is larger than {of.format(size)}; lower the batch"
 
 
 def _encoder(cfg: RunConfig) -> Iterator[str]:

@@ -94,7 +94,9 @@ class DataConfig:
     store_cache: Place = None  # local folder for copies of the store's shards; None: images are read by ranges
     store_cache_mib: LocalMib = 51_200  # of those copies, of all processes of a machine; the longest unused go first
     members: PositiveInt | None = 700  # images the original encoder is trained on; None: all that are left over
-    forget: int | float | str = 200  # a count, a share in (0, 1), "class:N", or a file of ids (.txt .csv .jsonl)
+    forget: int | float | str = 200  # a count, a share in (0, 1), "class:NAME", or a list (.txt .csv .tsv .jsonl)
+    forget_column: str | None = None  # of the list, that names the images; None: the one with a usual name
+    forget_by: Literal["id", "url", "key", "sha256"] = "id"  # what the list names images by
     allow_missing: bool = False  # leave out listed ids that the source does not have (recorded), instead of refusing
     max_forget_share: PartShare = 0.5  # largest share of the members that may be forgotten
     copies: Literal["refuse", "forget", "keep"] = "refuse"  # retain images with the very bytes of a forget image
@@ -103,7 +105,9 @@ class DataConfig:
     calibration: PositiveInt = 150
     third_party: PositiveInt = 200
     third_party_audit: PositiveInt = 147
-    third_party_source: str | None = None  # None: the members' own source
+    holdout_source: str | None = None  # of all non-members; None: data.source, in holdout_root if that is set
+    holdout_root: Place = None  # folder of images the encoder never saw; needed with encoder.checkpoint, or list roles
+    third_party_source: str | None = None  # None: the non-members' own source
     third_party_root: Place = None
     samples_per_shard: PositiveInt = 256
     prepare_workers: SpeedInt = 0  # processes that write shards; 0: one a core for large sets, else this one

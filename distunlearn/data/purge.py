@@ -12,10 +12,10 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from typing import Any
 from distunlearn.common.files import file_sha256, sync_path
 from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Sample, Shard
-from distunlearn.data.sources.tar_index import key_of
+from distunlearn.data.sources.tar_index import group_samples, read_tar
 from distunlearn.errors import DataError
 
 _END = 2 * tarfile.BLOCKSIZE  # zeros that end an archive
@@ -197,16 +197,20 @@ def _link(source: Path, target: Path) -> None:
 def _rewrite(source: Path, target: Path, gone: set[int]) -> dict[int, int]:
     """Copy a tar file without the samples whose image data starts at one of `gone`; returns {old: new} data offsets.
 
-    A sample is a run of members of one key (name up to the first dot of its last part), as webdataset groups them.
+    With them go the AppleDouble files (`._x.jpg`) of their members.
     """
     with tarfile.open(source, "r:") as tar:
         members = tar.getmembers()
-    keys = [key_of(member.name)[0] for member in members]
-    dropped = {key for key, member in zip(keys, members, strict=True) if member.offset_data in gone}
+    files = ((member.name, member) for member in members if member.isreg())
+    dropped: set[str] = set()
+    for _, parts in group_samples(files, source.name, Counter()):
+        if any(member.offset_data in gone for member in parts.values()):
+            dropped.update(member.name for member in parts.values())
     moved: dict[int, int] = {}
     with source.open("rb") as old, target.open("wb") as new:
-        for key, member in zip(keys, members, strict=True):
-            if key in dropped:
+        for member in members:
+            folder, slash, last = member.name.rpartition("/")
+            if member.name in dropped or f"{folder}{slash}{last.removeprefix('._')}" in dropped:
                 continue
             moved[member.offset_data] = new.tell() + member.offset_data - member.offset
             old.seek(member.offset)
@@ -253,14 +257,8 @@ def _prove(made: Manifest, old: Manifest, gone: set[str]) -> None:
 
 def _ids_in(path: Path) -> set[str]:
     """Ids that a tar file names: in its json members, and as the keys of its samples."""
-    found: set[Any] = set()
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            found.add(key_of(member.name)[0])
-            if member.name.endswith(".json"):
-                content = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
-                found.add(content.get("id") if isinstance(content, dict) else None)
-    return found
+    shard = path.name.removesuffix(".tar")
+    return {name for sample in read_tar(path) for name in (sample.key, sample.id, f"{shard}/{sample.id}")}
 
 
 def _exchange(work: Path, folder: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
+from distunlearn.config.checks import batch_problems
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import field_diff, marked
@@ -89,6 +90,13 @@ def refuse_other_settings(cfg: RunConfig, out: Path) -> None:
         raise ConfigError(f"{out} belongs to a run with other settings ({shown}); choose another --out.")
 
 
+def refuse_large_batches(cfg: RunConfig, counts: Mapping[str, int]) -> None:
+    """ConfigError if a batch is larger than its role turned out to be. counts: images by role."""
+    problems = list(batch_problems(cfg, counts))
+    if problems:
+        raise ConfigError(f"{'; '.join(problems)}.")
+
+
 def claim(cfg: RunConfig, out: Path) -> None:
     """The run directory belongs to one config: write it, or refuse another."""
     refuse_other_settings(cfg, out)
@@ -124,6 +132,7 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
         RankLostError: the ranks do not run the same.
     """
     manifest = verified_manifest(cfg, out) or Manifest.load(shards_folder(cfg, out))  # which says that there is none
+    refuse_large_batches(cfg, manifest.count_roles())
     require_one_run(world, cfg, manifest)
     lease = world.on_main(lambda: _begin(cfg, out))
     try:
@@ -171,6 +180,11 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
         raise DataError(
             f"{manifest.folder} holds shards from which {manifest.info['purged']['images']} forgotten images were "
             "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
+        )
+    if cfg.encoder.checkpoint is not None and manifest.info.get("non_members") == "drawn":
+        raise ConfigError(
+            f"encoder.checkpoint was trained elsewhere, but the non-members in {manifest.folder} were drawn among "
+            "images that it may have seen; prepare shards anew with data.holdout_root, or with a list that gives roles."
         )
     check_list(cfg.data, manifest)
     key = (str(manifest.folder), manifest.place, manifest.fingerprint, cfg.data.verify)

@@ -12,13 +12,12 @@ from distunlearn.common.text import printable
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import digest
 from distunlearn.data.manifest.columns import NO_LABEL
-from distunlearn.data.prepare.roles import draw_roles
+from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.selection import request_facts
-from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.model import ContrastiveModel, build_model
 from distunlearn.encoders.weights import load_checkpoint
 from distunlearn.engine.phases import pretrain_steps
-from distunlearn.engine.run_directory import verified_manifest
+from distunlearn.engine.run_directory import refuse_large_batches, verified_manifest
 from distunlearn.errors import (
     ConfigError,
     DataError,
@@ -55,12 +54,13 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         problems.append(error)
     model: ContrastiveModel | None = None
     try:
-        model = _model(cfg, len(classes) or 2)
+        model = _model(cfg, max(classes, default=1) + 1)
     except DistunlearnError as error:
         problems.append(error)
     if counts:
         try:
             refuse_missing(cfg, counts)
+            refuse_large_batches(cfg, counts)
             _check_schedule(cfg, counts)
             _check_stress(cfg, counts)
         except DistunlearnError as error:
@@ -80,7 +80,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "objective": cfg.objective.name,
         "roles": dict(counts),
         "request": facts,
-        "encoder": _encoder(cfg, model, len(classes) or 2),
+        "encoder": _encoder(cfg, model, max(classes, default=1) + 1),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),
         "coverage": _coverage(cfg, counts),
@@ -96,11 +96,10 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
         found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
         found.pop(NO_LABEL, None)
         return Counter(manifest.count_roles()), found, request_facts(manifest.info)
-    members, guest = open_sources(cfg.data)
-    drawn = draw_roles(members.samples, cfg.data, cfg.seed, None if guest is None else guest.samples)
+    opened, drawn = open_and_draw(cfg.data, cfg.seed, cfg.encoder.checkpoint is not None)
     roles = drawn.roles
     labels = Counter(
-        label for i, label in members.samples if label is not None and roles.get(i) in ("retain", "forget")
+        label for i, label in opened.members.samples if label is not None and roles.get(i) in ("retain", "forget")
     )
     return Counter(roles.values()), labels, request_facts(drawn.facts)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distunlearn.common.text import printable
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.index_shards import index_shards
@@ -20,13 +21,14 @@ QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a te
 def make_shards(cfg: RunConfig, folder: Path) -> Manifest:
     """Sources to shards, a manifest and a summary in `folder`."""
     with shards_progress("prepare") as progress:
-        return prepare_shards(cfg.data, cfg.seed, folder, progress=progress)
+        foreign = cfg.encoder.checkpoint is not None
+        return prepare_shards(cfg.data, cfg.seed, folder, progress=progress, foreign=foreign)
 
 
 def index_folder(cfg: RunConfig, folder: Path) -> Manifest:
     """A manifest and a summary for WebDataset shards that exist, written beside them."""
     with shards_progress("index", "shards") as progress:
-        return index_shards(cfg.data, cfg.seed, folder, progress)
+        return index_shards(cfg.data, cfg.seed, folder, progress, foreign=cfg.encoder.checkpoint is not None)
 
 
 def describe(manifest: Manifest) -> str:
@@ -36,8 +38,23 @@ def describe(manifest: Manifest) -> str:
     text = f"{len(manifest)} images in {len(manifest.shard_files)} shards: {roles}; {copies} retained exact copies"
     if near:
         text += f", {near['retain']} retained near-copies of {near['forget']} images to forget"
-    missing = manifest.info.get("forget_list", {}).get("missing", 0)
-    return text + (f"; {missing} listed ids left out, which the source lacks" if missing else "")
+    info = manifest.info
+    listed = info.get("forget_list", {})
+    if listed.get("understood"):
+        text += f"; the list was read as {printable(listed['understood'])}"
+    if listed.get("missing"):
+        text += f"; {listed['missing']} listed ids left out, which the source lacks"
+    for key, words in (
+        ("dropped_copies", "dropped, for they have the bytes of a member or of another role"),
+        ("near_copies_of_members", "near-copies of members"),
+        ("skipped_files", "files are no images"),
+        ("left_out", "in the shards left out"),
+    ):
+        if info.get(key):
+            counts = ", ".join(f"{count} {name}" for name, count in list(info[key].items())[:10])
+            text += f"; {printable(counts)}: {words}"
+    bad = info.get("undecodable", 0)
+    return text + (f"; {bad} images that cannot be decoded" if bad else "")
 
 
 @contextmanager

@@ -34,9 +34,8 @@ from distunlearn.config.load import load_config, save_config
 from distunlearn.config.registry import METHOD, find, names
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import digest
-from distunlearn.data.prepare.roles import assign_roles
+from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.schedule import permutation
-from distunlearn.data.sources.sources import open_sources
 from distunlearn.errors import ConfigError, DataError, DistunlearnError, NumericsError, RankLostError, StoppedError
 from distunlearn.methods.search_space import grid, random
 from distunlearn.run import pipeline
@@ -133,19 +132,18 @@ def _validation_forget(cfg: RunConfig, sweep: Search) -> tuple[Any, list[str]]:
     """What the validation forgets: another class where the reports forget one, else as many ids of images that no
     report forgets.
     """
-    members, guest = open_sources(cfg.data)
+    foreign = cfg.encoder.checkpoint is not None
+    drawn = {seed: open_and_draw(cfg.data, seed, foreign) for seed in sweep.seeds}
+    members = drawn[sweep.seeds[0]][0].members
     if isinstance(cfg.data.forget, str) and cfg.data.forget.startswith("class:"):
         labels = sorted({label for _, label in members.samples if label is not None})
-        own = int(cfg.data.forget.removeprefix("class:"))
+        asked = cfg.data.forget.removeprefix("class:")
+        own = members.classes.index(asked) if asked in members.classes else int(asked)
         others = [label for label in labels if label > own] + [label for label in labels if label < own]
         if not others:
             raise DataError(f"data.forget={cfg.data.forget} leaves no other class to choose settings on.")
-        return f"class:{others[0]}", []
-    strangers = None if guest is None else guest.samples
-    reported = [
-        {i for i, role in assign_roles(members.samples, cfg.data, seed, strangers).items() if role == "forget"}
-        for seed in sweep.seeds
-    ]
+        return f"class:{members.classes[others[0]] if members.classes else others[0]}", []
+    reported = [{i for i, role in found.roles.items() if role == "forget"} for _, found in drawn.values()]
     pool = [sample_id for sample_id, _ in members.samples if not any(sample_id in ids for ids in reported)]
     count = len(reported[0])
     if len(pool) < count:

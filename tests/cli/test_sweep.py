@@ -14,8 +14,7 @@ from parts import METHODS
 from distunlearn.cli.main import main
 from distunlearn.config.load import load_config
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.prepare.roles import assign_roles
-from distunlearn.data.sources.sources import open_sources
+from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.errors import ConfigError, DataError, StoppedError
 from distunlearn.methods.search_space import Choice, Log, grid, random
 from distunlearn.sweep import sweep as sweeping
@@ -94,7 +93,7 @@ def test_what_cannot_be_tuned_runs_once(tmp_path):
 
 def forgotten(out: Path, overrides) -> set[str]:
     cfg = load_config(None, out / "settings.yaml", list(overrides))
-    roles = assign_roles(open_sources(cfg.data)[0].samples, cfg.data, cfg.seed)
+    roles = open_and_draw(cfg.data, cfg.seed)[1].roles
     return {i for i, role in roles.items() if role == "forget"}
 
 

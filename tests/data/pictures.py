@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ class Pictures:
     name: str = "pictures"
     classes: tuple[str, ...] = ("a", "b", "c")
     labels_known: bool = True
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def stamp(self, sample_id: str) -> str:
         return sample_id

@@ -187,7 +187,7 @@ def test_imagefolder_sorts_labels_and_counts_what_it_skips(tmp_path):
     (tmp_path / "dog" / "notes.txt").write_text("x")
     source = open_source("imagefolder", str(tmp_path), LIMIT)
     assert source.samples == [("cat/deep/a.PNG", 0), ("dog/a.jpeg", 1), ("dog/b.png", 1)]
-    assert source.classes == ["cat", "dog"] and source.skipped == 1 and source.labels_known
+    assert source.classes == ["cat", "dog"] and dict(source.skipped) == {".txt": 1} and source.labels_known
     assert source.read("dog/a.jpeg")[1] == "jpg"
     assert source.read("dog/b.png") == ((tmp_path / "dog" / "b.png").read_bytes(), "png")
 
@@ -233,16 +233,17 @@ def test_two_sources_keep_their_ids_apart(tmp_path):
         third_party_source="imagefolder",
         third_party_root=str(tmp_path / "two"),
     )
-    members, guest = open_sources(cfg)
+    opened = open_sources(cfg)
+    members, guest = opened.members, opened.third_party
     assert members.samples == [("a/x.png", 0)] and guest.samples == [("third_party/a/x.png", 0)]
     assert guest.read("third_party/a/x.png")[0] == (tmp_path / "two" / "a" / "x.png").read_bytes()
     write_png(tmp_path / "one" / "third_party" / "a" / "x.png", 1)
-    with pytest.raises(DataError, match="Both sources have an image with the id 'third_party/a/x.png'"):
+    with pytest.raises(DataError, match="Two sources have an image with the id 'third_party/a/x.png'"):
         open_sources(cfg)
 
 
 def test_members_cannot_be_strangers_to_themselves(tmp_path):
-    with pytest.raises(ConfigError, match="the members' own images"):
+    with pytest.raises(ConfigError, match="the very images of the members"):
         open_sources(DataConfig(third_party_source="digits"))
     write_png(tmp_path / "a" / "x.png")
     os.symlink(tmp_path, tmp_path.parent / f"{tmp_path.name}-link")
@@ -252,5 +253,5 @@ def test_members_cannot_be_strangers_to_themselves(tmp_path):
         third_party_source="imagefolder",
         third_party_root=str(tmp_path.parent / f"{tmp_path.name}-link"),
     )
-    with pytest.raises(ConfigError, match="the members' own images"):
+    with pytest.raises(ConfigError, match="the very images of the members"):
         open_sources(cfg)

@@ -42,7 +42,7 @@ def test_one_single_image_is_forgotten_and_the_verdict_is_inconclusive(first, tm
 def test_a_foreign_checkpoint_is_the_original_encoder(first, tmp_path, recipe):
     checkpoint = first / "export/model.safetensors"
     out = tmp_path / "run"
-    done = tiny.run(out, f"encoder.checkpoint={checkpoint}", recipe=recipe)
+    done = tiny.run(out, f"encoder.checkpoint={checkpoint}", tiny.named_roles(tmp_path), recipe=recipe)
     assert done.returncode in ENDED, done.stderr[-3000:]
     given = load_file(checkpoint)
     original, unlearned, retrained = (

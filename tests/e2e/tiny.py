@@ -31,6 +31,15 @@ TINY = [
 ]
 
 
+def named_roles(folder: Path, forget: int = 24, non_members: int = 120) -> str:
+    """The setting of a list of digits to forget and of images that a foreign encoder never saw."""
+    rows = [f"digits/{n:06d},forget" for n in range(forget)]
+    rows += [f"digits/{n:06d},non_member" for n in range(900, 900 + non_members)]
+    path = folder / "roles.csv"
+    path.write_text("id,role\n" + "\n".join(rows) + "\n")
+    return f"data.forget={path}"
+
+
 def settings(*extra: str) -> list[str]:
     """`--set` arguments of a tiny run; later values win."""
     return [part for value in (*TINY, *extra) for part in ("--set", value)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -144,8 +145,26 @@ def test_a_good_checkpoint_is_accepted(tmp_path, capsys):
     """Negative control of the three below."""
     path = tmp_path / "encoder.safetensors"
     save_file(backbone_weights(), path)
-    assert main(arguments(tmp_path / "run", f"encoder.checkpoint={path}", verb="plan")) == 0
+    assert (
+        main(arguments(tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), verb="plan"))
+        == 0
+    )
     capsys.readouterr()
+
+
+def test_a_checkpoint_needs_non_members_that_are_named(tmp_path, capsys):
+    """Drawn among the images it was trained on they would be no non-members."""
+    path = tmp_path / "encoder.safetensors"
+    save_file(backbone_weights(), path)
+    assert "data.holdout_root" in refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", code=2)
+    (tmp_path / "ids.txt").write_text("digits/000001\ndigits/000002\n")  # a list, but without such roles
+    unnamed = (f"encoder.checkpoint={path}", f"data.forget={tmp_path / 'ids.txt'}", "unlearn.steps=20")
+    for verb in ("plan", "prepare", "run"):
+        assert "names no images that it never saw" in refused(capsys, tmp_path / "run", *unnamed, code=2, verb=verb)
+    assert main(arguments(tmp_path / "run", unnamed[1], "unlearn.steps=20", verb="prepare")) == 0
+    capsys.readouterr()
+    for verb in ("plan", "pretrain"):  # shards that were made without the checkpoint
+        assert "were drawn among" in refused(capsys, tmp_path / "run", *unnamed, code=2, verb=verb)
 
 
 def test_nan_in_the_checkpoint(tmp_path, capsys):
@@ -155,7 +174,9 @@ def test_nan_in_the_checkpoint(tmp_path, capsys):
     weights[name].view(-1)[3] = float("nan")
     path = tmp_path / "encoder.safetensors"
     save_file(weights, path)
-    assert name in refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", code=4)
+    assert name in refused(
+        capsys, tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), code=4
+    )
 
 
 class _Touch:
@@ -169,10 +190,10 @@ class _Touch:
 def test_malicious_pickle_as_checkpoint(tmp_path, capsys):
     marker, path = tmp_path / "executed", tmp_path / "encoder.pth"
     path.write_bytes(pickle.dumps({"state_dict": _Touch(marker)}))
-    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", code=2)
+    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), code=2)
     assert not marker.exists()
     torch.save({"weight": torch.zeros(2), "extra": _Touch(marker)}, path)
-    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", code=2)
+    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), code=2)
     assert not marker.exists()
     pickle.loads(pickle.dumps(_Touch(marker)))
     assert marker.exists()  # the payload does fire where a pickle is loaded carelessly

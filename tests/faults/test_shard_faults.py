@@ -96,7 +96,7 @@ def test_s01_is_found_by_whoever_reads_the_shard_even_where_digests_are_not_aske
     broken_header(run, 7)
     manifest = Manifest.load(run / "shards")
     verify_shards(manifest, deep=False)  # sizes are as they were
-    with pytest.raises(DataError, match=r"members-000001.tar .number 8 of 20. has another or a partial sample"):
+    with pytest.raises(DataError, match="members-000001.tar gave 7 samples; expected 20"):
         list(webdataset(manifest, ROLES))
 
 
@@ -185,9 +185,6 @@ FIRST = sample(0)
 HOSTILE = {
     "member twice": ([*FIRST, ("000000000.jpg", jpeg(5))], "'000000000.jpg' is in it twice"),
     "sample in two places": ([*FIRST[:2], *sample(1), FIRST[2]], "'000000000.txt' lies apart"),
-    "no extension": ([*FIRST, ("README", b"x")], "'README' has no extension"),
-    "hidden file": ([*FIRST, (".jpg", jpeg(6))], "'.jpg' has no extension"),
-    "no image": ([*FIRST, ("000000009.txt", b"x")], "'000000009' has 0 images"),
     "two images": ([*FIRST, ("000000000.png", b"x")], "'000000000' has 2 images"),
     "climbs": (sample(1, "../../etc/cron.d/x"), "absolute or climbs"),
     "absolute": (sample(1, "/etc/x"), "absolute or climbs"),
@@ -195,11 +192,10 @@ HOSTILE = {
     "hard link": ([*FIRST, link("1.jpg", tarfile.LNKTYPE, "000000000.jpg")], "a hard link '1.jpg'"),
     "device": ([*FIRST, link("1.jpg", tarfile.CHRTYPE)], "a device '1.jpg'"),
     "pipe": ([*FIRST, link("1.jpg", tarfile.FIFOTYPE)], "a device '1.jpg'"),
-    "folder": ([link("pictures", tarfile.DIRTYPE), *FIRST], "a folder 'pictures'"),
     "sparse": ([*FIRST, link("1.jpg", tarfile.GNUTYPE_SPARSE)], "'1.jpg' is in it; expected plain files"),
     "claims 2 GB": ([*FIRST, link("1.jpg", tarfile.REGTYPE, size=2 << 30)], "claims 2147483648 bytes"),
     "claims more than there is": ([*FIRST, link("1.jpg", tarfile.REGTYPE, size=1 << 20)], "no whole tar file"),
-    "class in words": ([*FIRST, ("000000000.cls", b"cat")], "the class 'cat'"),
+    "class of many words": ([*FIRST, ("000000000.cls", b"cat" * 99)], "a class of 297 characters"),
     "json that is none": ([("1.jpg", jpeg(1)), ("1.json", b"{")], "not JSON"),
     "nothing": ([], "holds no sample"),
 }
@@ -227,10 +223,12 @@ def test_s05_one_key_in_two_shards(tmp_path, capsys):
     write_tar(folder / "00002.tar", sample(7))
     with tarfile.open(paths[0]) as tar:
         assert "000000007.jpg" in tar.getnames()  # the fault
-    assert "'000000007'" in refusal(capsys, index(folder), tmp_path)
-    write_tar(folder / "00002.tar", sample(99, "caf\u00e9"))
-    write_tar(folder / "00003.tar", sample(98, "cafe\u0301"))
-    assert "'caf" in refusal(capsys, index(folder), tmp_path)  # one id in two Unicode forms
+    write_tar(folder / "00003.tar", sample(99, "caf\u00e9"))
+    write_tar(folder / "00004.tar", sample(98, "cafe\u0301"))  # one key in two Unicode forms
+    assert main(index(folder)) == 0
+    ids = {s.id: s.shard for s in Manifest.load(folder).samples}
+    assert ids["00000/000000007"] == "00000.tar" and ids["00002/000000007"] == "00002.tar"
+    assert ids["00003/caf\u00e9"] == "00003.tar" and ids["00004/cafe\u0301"] == "00004.tar"
 
 
 @pytest.mark.parametrize("damage", ["header", "truncated", "gzip", "html", "empty"])
@@ -314,8 +312,9 @@ BAD = {
     "truncated png": encoded(PICTURE, "PNG")[:-30],
     "zero bytes": b"",
     "html": b"<html></html>",
-    "gif": encoded(PICTURE, "GIF"),
-    "tiff": encoded(PICTURE, "TIFF"),
+    "truncated gif": encoded(PICTURE, "GIF")[:60],
+    "truncated tiff": encoded(PICTURE, "TIFF")[:100],
+    "icon": encoded(PICTURE, "ICO"),
     "pdf": b"%PDF-1.4\n%%EOF\n",
     "fits": b"SIMPLE  =                    T" + bytes(2850),
     "16-bit grey": encoded(Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10)), "PNG"),

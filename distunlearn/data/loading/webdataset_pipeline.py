@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from webdataset.compat import FluidInterface
 from distunlearn.data.loading.verify import check_digest, check_shard_size
 from distunlearn.data.manifest.manifest import Manifest, Sample
 from distunlearn.data.manifest.records import CODES
-from distunlearn.data.sources.tar_index import IMAGE_KINDS
+from distunlearn.data.sources.tar_index import IMAGE_KINDS, group_samples
 from distunlearn.errors import ConfigError, DataError
 
 Record = dict[str, Any]
@@ -33,7 +34,7 @@ class CheckedShards(wds.DataPipeline, FluidInterface):
 def webdataset(manifest: Manifest | str | Path, role: str | Sequence[str]) -> CheckedShards:
     """The images of one role or of several, each once an epoch, as webdataset hands out samples.
 
-    A sample has the image's bytes under its extension (png, jpg, jpeg or webp), `cls` (if its class is known) and
+    A sample has the image's bytes under its extension (png, jpg ...), `cls` (if its class is known) and
     `json` as bytes, and `__key__`, `__url__` (path of the shard), `__id__`, `__role__`. Other members of shards made by
     others are left out. Shards are dealt to ranks and, among these, to the workers of a DataLoader.
 
@@ -81,11 +82,12 @@ def checked_samples(manifest: Manifest, shard: str) -> Iterator[tuple[Sample, st
     with path.open("rb") as handle:
         stream = _HashingReader(handle)
         try:
-            for record in _records(stream, str(path)):
+            for record in _records(stream, shard, str(path)):
                 found += 1
                 if found <= len(expected):
                     sample = expected[found - 1]
-                    yield sample, _check(record, sample, f"{shard} (number {found} of {len(expected)})"), record
+                    where = f"{shard} (number {found} of {len(expected)})"
+                    yield sample, _check(manifest, record, sample, where), record
         except DataError:
             raise
         except Exception as error:  # tarfile and webdataset raise many kinds on damaged bytes
@@ -103,17 +105,21 @@ def checked_samples(manifest: Manifest, shard: str) -> Iterator[tuple[Sample, st
         raise DataError(f"The shard {shard} does not have the sha256 of the manifest; run prepare again.")
 
 
-def _check(record: Record, sample: Sample, where: str) -> str:
+def _check(manifest: Manifest, record: Record, sample: Sample, where: str) -> str:
     """The extension of the image, after its id, digest and label were compared with the manifest."""
-    kind = next((kind for kind in IMAGE_KINDS if kind in record), None)
-    if kind is None or _record_id(record) != sample.id:
+    kind = next(kind for kind in IMAGE_KINDS if kind in record)
+    own = _record_id(record)
+    if sample.id not in (own, f"{sample.shard.removesuffix('.tar')}/{own}"):
         raise DataError(
             f"The shard {where} has another or a partial sample where {sample.id!r} is expected; run prepare again."
         )
     check_digest(sample, record[kind])
-    label = int(record["cls"]) if "cls" in record else None
-    if label != sample.label:
-        raise DataError(f"The shard {where} has the class {label}, the manifest {sample.label}; run prepare again.")
+    label = record["cls"].decode().strip() if "cls" in record else ""
+    known = None if sample.label is None else str(sample.label)
+    if known is not None and manifest.info.get("indexed"):  # numbered as they occur in the shards of others
+        known = manifest.info["classes"][int(known)]
+    if (None if label in ("", "-1") else label) != known:
+        raise DataError(f"The shard {where} has the class {label!r}, the manifest {known!r}; run prepare again.")
     return kind
 
 
@@ -136,15 +142,17 @@ class _HashingReader:
         return self._digest.hexdigest()
 
 
-def _records(stream: _HashingReader, url: str) -> Iterator[Record]:
-    """webdataset's own tar and grouping stages over a file we opened.
+def _records(stream: _HashingReader, shard: str, url: str) -> Iterator[Record]:
+    """webdataset's own tar stage over a file we opened, grouped as `read_tar` groups it.
 
     Not its WebDataset class: that takes URLs (`pipe:` runs a command), may be redirected to a stale cache by an
     environment variable, and leaves files open.
     """
     strict = wds.handlers.reraise_exception
     members = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}], handler=strict)
-    return wds.tariterators.group_by_keys(members, handler=strict)
+    named = ((member["fname"], member["data"]) for member in members if member)  # an empty one ends the shard
+    for key, parts in group_samples(named, shard, Counter()):
+        yield {"__key__": key, "__url__": url, **parts}
 
 
 def _record_id(record: Record) -> str:

@@ -1,7 +1,8 @@
 """Images that are there twice: exact copies by digest, near-copies by a perceptual hash.
 
 A forgotten image whose copy stays among the retained ones is not forgotten. Exact copies are refused, forgotten too, or
-kept, as `data.copies` says; near-copies (re-encoded, resized) are counted.
+kept, as `data.copies` says. An image with the bytes of a member is no non-member and loses its role. Near-copies
+(re-encoded, resized) are counted.
 
 The perceptual hash is the usual one of 64 bits: the image in grey at 32 x 32, its discrete cosine transform, of that
 the 8 x 8 lowest frequencies, each above the median of all but the first or not (Zauner, "Implementation and
@@ -11,53 +12,45 @@ simple images (digits, icons) share hashes without being copies: a count is a hi
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.fft import dctn
 
 from distunlearn.data.prepare.forget_list import some
-from distunlearn.data.sources.decode import check_header
-from distunlearn.errors import DataError
+from distunlearn.data.sources.decode import open_image
+from distunlearn.errors import DataError, UndecodableError
 
 _SIDE, _LOW = 32, 8
 _PIECE = 1 << 20  # pairs compared at a time
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Exact copies of images to forget.
+def exact_copies(sha256: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of the first with the bytes of one of the second, rows of those of the second).
 
-    forget: rows of images to forget that have a copy among the retained. retain: rows of those copies. elsewhere: how
-    many images of other roles are copies, which makes strangers or held-out images out of what was trained on.
+    sha256: uint8 [n, 32]. first, second: rows, int64.
     """
-
-    forget: np.ndarray
-    retain: np.ndarray
-    elsewhere: int
-
-
-def exact_copies(sha256: np.ndarray, forget: np.ndarray, retain: np.ndarray) -> Copies:
-    """Find images with the same bytes. sha256: uint8 [n, 32]; forget, retain: bool [n]."""
     keys = np.ascontiguousarray(sha256).view("<u8")[:, 0]  # 8 of the 32 bytes to find, all of them to decide
-    gone = np.flatnonzero(forget)
-    wanted = {sha256[row].tobytes(): False for row in gone.tolist()}
-    retained, elsewhere = [], 0
-    for row in np.flatnonzero(np.isin(keys, keys[gone]) & ~forget).tolist():
-        digest = sha256[row].tobytes()
-        if digest not in wanted:
-            continue
-        if retain[row]:
-            wanted[digest] = True
-            retained.append(row)
-        else:
-            elsewhere += 1
-    with_copy = [row for row in gone.tolist() if wanted[sha256[row].tobytes()]]
-    return Copies(np.array(with_copy, dtype=np.int64), np.array(retained, dtype=np.int64), elsewhere)
+    first, second = first[np.isin(keys[first], keys[second])], second[np.isin(keys[second], keys[first])]
+    ours, theirs = ([sha256[row].tobytes() for row in rows.tolist()] for rows in (first, second))
+    common = set(ours) & set(theirs)
+    return tuple(rows[[digest in common for digest in digests]] if len(rows) else rows
+                 for rows, digests in ((first, ours), (second, theirs)))  # type: ignore[return-value]  # fmt: skip
+
+
+def drop_copies(sha256: np.ndarray, roles: np.ndarray, order: Sequence[Sequence[int]], unused: int) -> np.ndarray:
+    """Roles by which no image of a later group of `order` has the bytes of one of an earlier group: it is `unused`.
+
+    sha256: uint8 [n, 32]. roles: integers [n].
+    """
+    roles = roles.copy()
+    for place in range(1, len(order)):
+        earlier = np.flatnonzero(np.isin(roles, [code for group in order[:place] for code in group]))
+        later = np.flatnonzero(np.isin(roles, order[place]))
+        roles[exact_copies(sha256, later, earlier)[0]] = unused
+    return roles
 
 
 def settle_copies(
@@ -72,24 +65,19 @@ def settle_copies(
     Raises:
         DataError: there are copies and the policy is to refuse them.
     """
-    found = exact_copies(sha256, roles == forget, roles == retain)
-    facts = {
-        "forget_with_copy_in_retain": len(found.forget),
-        "copies_in_retain": len(found.retain),
-        "copies_in_other_roles": found.elsewhere,
-        "copies_policy": policy,
-    }
-    if not len(found.retain) or policy == "keep":
+    gone, kept = exact_copies(sha256, np.flatnonzero(roles == forget), np.flatnonzero(roles == retain))
+    facts = {"forget_with_copy_in_retain": len(gone), "copies_in_retain": len(kept), "copies_policy": policy}
+    if not len(kept) or policy == "keep":
         return roles, facts
     if policy == "refuse":
-        named = some([ids[int(row)] for row in found.forget[:6]], len(found.forget))
+        named = some([ids[int(row)] for row in gone[:6]], len(gone))
         raise DataError(
-            f"Of the images to forget, {named} have {len(found.retain)} exact copies among the images to retain, such "
-            f"as {ids[int(found.retain[0])]!r}; set data.copies=forget to forget those too, or data.copies=keep to "
+            f"Of the images to forget, {named} have {len(kept)} exact copies among the images to retain, such "
+            f"as {ids[int(kept[0])]!r}; set data.copies=forget to forget those too, or data.copies=keep to "
             "keep them and have it recorded."
         )
     roles = roles.copy()
-    roles[found.retain] = forget
+    roles[kept] = forget
     return roles, facts
 
 
@@ -99,16 +87,16 @@ def perceptual_hash(data: bytes, sample_id: str, max_pixels: int) -> int:
     Raises:
         DataError: as `decode.check_header`, or the image cannot be decoded.
     """
-    kind = check_header(data, sample_id, max_pixels)
+    image = open_image(data, sample_id, max_pixels)
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         image.draft("L", (2 * _SIDE, 2 * _SIDE))  # JPEG only: decodes at a fraction of the size
         image.load()
+        image = ImageOps.exif_transpose(image)
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGBA").convert("RGB")
         small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     except Exception as error:  # hostile bytes, see decode
-        raise DataError(f"The image {sample_id!r} ({kind}) cannot be decoded; replace the file.") from error
+        raise UndecodableError(f"The image {sample_id!r} cannot be decoded; replace the file.") from error
     low = dctn(np.asarray(small, dtype=np.float64))[:_LOW, :_LOW].ravel()
     bits = low > np.median(low[1:]) + 1e-6  # a flat image has no frequencies: rounding must not draw its bits
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

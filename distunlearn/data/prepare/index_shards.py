@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 
 from distunlearn.common.files import file_sha256, write_atomic
 from distunlearn.config.schema import DataConfig
-from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
+from distunlearn.data.manifest.columns import NO_LABEL, Columns
 from distunlearn.data.manifest.manifest import Manifest, Shard, check_shard_name, has_manifest
 from distunlearn.data.manifest.records import CODE, UNUSED, Remote
 from distunlearn.data.prepare.duplicates import perceptual_hash
@@ -29,8 +30,9 @@ from distunlearn.data.prepare.process_pool import num_workers, run_jobs
 from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.prepare.write_shards import Progress, duplicate_facts
 from distunlearn.data.sources.decode import check_header
-from distunlearn.data.sources.sources import tar_names
-from distunlearn.data.sources.tar_index import read_tar
+from distunlearn.data.sources.image_folder import left_out
+from distunlearn.data.sources.tar_folder import other_files, tar_names
+from distunlearn.data.sources.tar_index import number_labels, read_tar, unique_ids
 from distunlearn.data.storage.object_store import ObjectStore
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import ConfigError, DataError
@@ -46,9 +48,12 @@ class _Shared:
     max_pixels: int
     hashes: bool
     remote: Remote | None
+    by: str
 
 
-def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progress | None = None) -> Manifest:
+def index_shards(
+    cfg: DataConfig, seed: int, folder: str | Path, progress: Progress | None = None, *, foreign: bool = False
+) -> Manifest:
     """Read all shards of a folder once, draw the roles, and write manifest and summary beside the shards.
 
     Shards that lie in an object store (`cfg.store`) are fetched into the folder one at a time, for as long as they are
@@ -56,15 +61,18 @@ def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progr
 
     Args:
         cfg: sizes of the roles, what to forget, policies; its source is not used.
-        progress: called with (shards read, shards in all).
+        progress: called with (shards read, shards in all). foreign: see `draw_roles`.
 
     Raises:
         DataError: `read_tar` refuses a shard, two samples have one id, roles or copies are refused, the folder has
             another manifest, cannot be written, or another index works on it; see also `ObjectStore.sizes`.
         ConfigError: a third-party source of its own is asked for.
     """
-    if cfg.third_party_source is not None:
-        raise ConfigError("data.third_party_source cannot be indexed with other shards; leave it out, or use prepare.")
+    if cfg.third_party_source is not None or cfg.holdout_source is not None or cfg.holdout_root is not None:
+        raise ConfigError(
+            "data.third_party_source and data.holdout_source cannot be indexed with other shards; use prepare, or name "
+            "the non-members by roles in a list."
+        )
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards or their manifest.")
@@ -73,17 +81,15 @@ def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progr
     listed = store.names(Counts()) if store else tar_names(folder)
     names = [check_shard_name(name) for name in listed]
     with _work_folder(folder) as work:
-        shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None, remote)
+        shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None, remote, cfg.forget_by)
         total = sum(store.sizes(names, Counts()) if store else ((folder / name).stat().st_size for name in names))
         workers = num_workers(cfg.prepare_workers, total >> 14, len(names))  # 16 KiB: a small image and its parts
-        pieces, files, hashes = [], {}, []
-        for number, (name, note) in enumerate(zip(names, run_jobs(_scan, shared, names, workers), strict=True)):
-            files[name] = Shard(note["bytes"], note["sha256"], len(note["samples"]))
-            pieces.append(Columns.build(_rows(number, note["samples"])))
-            hashes += [sample[5] for sample in note["samples"]]
+        found = _Found(other_files(folder))
+        for name, note in zip(names, run_jobs(_scan, shared, names, workers), strict=True):
+            found.add(name, note)
             if progress is not None:
-                progress(number + 1, len(names))
-        manifest = _manifest(cfg, seed, folder, Columns.join(pieces), files, hashes)
+                progress(len(found.files), len(names))
+        manifest = _manifest(cfg, seed, folder, found, foreign)
         if has_manifest(folder) and Manifest.load(folder).fingerprint != manifest.fingerprint:
             raise DataError(
                 f"{folder} has a manifest of another selection; remove manifest* and summary.json there first."
@@ -94,42 +100,87 @@ def index_shards(cfg: DataConfig, seed: int, folder: str | Path, progress: Progr
     return manifest
 
 
-def role_codes(columns: Columns, cfg: DataConfig, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """(roles uint8 [n] drawn among all samples of indexed shards, facts for the summary)."""
+class _Found:
+    """What was read of all shards so far."""
+
+    def __init__(self, skipped: Counter[str]) -> None:
+        self.skipped, self.left_out = skipped, Counter[str]()
+        self.files: dict[str, Shard] = {}
+        self.samples: list[list[Any]] = []
+        self.shards: list[str] = []
+
+    def add(self, name: str, note: dict[str, Any]) -> None:
+        self.files[name] = Shard(note["bytes"], note["sha256"], len(note["samples"]))
+        self.left_out.update(note["left_out"])
+        self.samples += note["samples"]
+        self.shards += [name] * len(note["samples"])
+
+    def columns(self) -> tuple[Columns, list[str]]:
+        """(one row a sample without a role yet, names of the classes by number)."""
+        number = {name: at for at, name in enumerate(self.files)}
+        named = [(shard, sample[0], sample[1]) for shard, sample in zip(self.shards, self.samples, strict=True)]
+        labels, classes = number_labels([sample[2] for sample in self.samples])
+        return Columns.build(
+            (sample_id, number[shard], sample[3], sample[4], bytes.fromhex(sample[5]), CODE[UNUSED],
+             NO_LABEL if label is None else label)
+            for sample_id, shard, sample, label in zip(unique_ids(named), self.shards, self.samples, labels,
+                                                       strict=True)
+        ), classes  # fmt: skip
+
+
+def role_codes(
+    columns: Columns,
+    cfg: DataConfig,
+    seed: int,
+    classes: Sequence[str],
+    names: Sequence[Sequence[str]] | None = None,
+    *,
+    foreign: bool = False,
+    skipped: str = "",
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(roles uint8 [n] drawn among all samples of indexed shards, facts for the summary). See `draw_roles`."""
     labels = (None if label == NO_LABEL else label for label in columns.label.tolist())
-    drawn = draw_roles(list(zip(columns.ids, labels, strict=True)), cfg, seed)
+    samples = list(zip(columns.ids, labels, strict=True))
+    drawn = draw_roles(samples, cfg, seed, names=names, classes=classes, foreign=foreign, skipped=skipped)
     unused = CODE[UNUSED]
     codes = (CODE[drawn.roles[i]] if i in drawn.roles else unused for i in columns.ids)
     return np.fromiter(codes, dtype=np.uint8, count=len(columns)), drawn.facts
 
 
-def _manifest(
-    cfg: DataConfig, seed: int, folder: Path, columns: Columns, files: dict[str, Shard], hashes: list[int | None]
-) -> Manifest:
-    twice = columns.ids.repeated()
-    if twice is not None:
-        raise DataError(f"Two samples in {folder} have the id {twice[0][:80]!r} (or {twice[1][:80]!r}); keep one.")
-    role, facts = role_codes(columns, cfg, seed)
+def _manifest(cfg: DataConfig, seed: int, folder: Path, scanned: _Found, foreign: bool) -> Manifest:
+    columns, classes = scanned.columns()
+    names = None
+    if cfg.forget_by != "id":
+        names = [[name for name in (sample[7], sample[5] if cfg.forget_by == "sha256" else None) if name]
+                 for sample in scanned.samples]  # fmt: skip
+    skipped = scanned.skipped + scanned.left_out
+    role, facts = role_codes(columns, cfg, seed, classes, names, foreign=foreign, skipped=left_out(skipped))
+    hashes = [sample[6] for sample in scanned.samples]
     known = np.array([value is not None for value in hashes], dtype=bool)
     words = np.array([value or 0 for value in hashes], dtype=np.uint64) if cfg.near_distance is not None else None
     role, found = duplicate_facts(replace(columns, role=role), words, cfg.copies, cfg.near_distance, known)
     bad = np.flatnonzero(~known)
     info = {
         "sources": ["webdataset"],
-        "classes": [],
+        "classes": classes,
         "labels_known": bool((columns.label != NO_LABEL).all()),
-        "skipped_files": 0,
+        "skipped_files": dict(scanned.skipped),
+        "left_out": dict(scanned.left_out),
         "indexed": True,
         "undecodable": len(bad),
         "undecodable_ids": columns.ids.at(bad[:_NAMED]),
         **found,
         **facts,
     }
-    return Manifest(folder, columns.with_roles(role), files, info)
+    return Manifest(folder, columns.with_roles(role), scanned.files, info)
 
 
 def _scan(shared: _Shared, name: str) -> dict[str, Any]:
-    """Samples, size and digest of one shard: [id, label, offset, length, sha256, perceptual hash] each."""
+    """Samples, size and digest of one shard.
+
+    A sample is [id, whether it is from its .json, class as written, offset, length, sha256, perceptual hash, by what a
+    list may name it].
+    """
     note_path = shared.folder / _WORK / f"{name}.note"
     plan = _plan(shared, name)
     with suppress(OSError, ValueError):
@@ -137,7 +188,9 @@ def _scan(shared: _Shared, name: str) -> dict[str, Any]:
         if known.get("plan") == plan:
             return known
     with _at_hand(shared, name) as path:
-        note = {"plan": plan, "samples": _samples(shared, path), "bytes": path.stat().st_size}
+        left: Counter[str] = Counter()
+        note = {"plan": plan, "samples": _samples(shared, path, left), "bytes": path.stat().st_size}
+        note["left_out"] = dict(left)
         note["sha256"] = file_sha256(path)
     write_atomic(note_path, json.dumps(note).encode())
     return note
@@ -157,7 +210,7 @@ def _plan(shared: _Shared, name: str) -> str:
         if not stamps:
             return ""
         stamp = ":".join([shared.remote.url, str(info["size"]), *stamps])
-    return f"{stamp}:{shared.hashes}:{shared.max_pixels}"
+    return f"{stamp}:{shared.hashes}:{shared.max_pixels}:{shared.by}"
 
 
 @contextmanager
@@ -176,9 +229,9 @@ def _at_hand(shared: _Shared, name: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _samples(shared: _Shared, path: Path) -> list[list[Any]]:
+def _samples(shared: _Shared, path: Path, left: Counter[str]) -> list[list[Any]]:
     samples: list[list[Any]] = []
-    found = read_tar(path)
+    found = read_tar(path, left)
     if not found:
         raise DataError(f"{path.name} holds no sample; remove it.")
     try:
@@ -187,7 +240,9 @@ def _samples(shared: _Shared, path: Path) -> list[list[Any]]:
                 data = os.pread(handle.fileno(), sample.image.size, sample.image.offset)
                 digest = hashlib.sha256(data).hexdigest()
                 near = _hash(shared, data, sample.id)
-                samples.append([sample.id, sample.label, sample.image.offset, len(data), digest, near])
+                named = {"key": sample.key, **sample.facts}.get(shared.by) if shared.by != "id" else None
+                samples.append([sample.id, sample.named, sample.label, sample.image.offset, len(data), digest, near,
+                                None if named is None else str(named)])  # fmt: skip
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the disk.") from error
     return samples
@@ -202,12 +257,6 @@ def _hash(shared: _Shared, data: bytes, sample_id: str) -> int | None:
     except DataError:
         return None
     return 0
-
-
-def _rows(number: int, samples: list[list[Any]]) -> Iterator[Row]:
-    for sample_id, label, offset, length, sha256, _ in samples:
-        known = NO_LABEL if label is None else label
-        yield sample_id, number, offset, length, bytes.fromhex(sha256), CODE[UNUSED], known
 
 
 @contextmanager

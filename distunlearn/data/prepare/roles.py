@@ -2,7 +2,8 @@
 
 Members (what the original encoder is trained on) are retain + forget. The forget part is a count, a
 share, a class or a list of ids. Holdout, calibration and both third-party roles are drawn from what is
-left; the third-party two come from another source when one is configured.
+left, from a source of non-members, or from those that the list names; the third-party two come from another source
+when one is configured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.ids import IdTable
-from distunlearn.data.prepare.forget_list import resolve_list, some
+from distunlearn.data.prepare.forget_list import LIST_ROLES, NON_MEMBER, resolve_list
 from distunlearn.data.schedule import permutation
 from distunlearn.errors import ConfigError, DataError
 
@@ -41,7 +42,18 @@ def assign_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Sa
     return draw_roles(samples, cfg, seed, third_party).roles
 
 
-def draw_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samples | None = None) -> Drawn:
+def draw_roles(
+    samples: _Samples,
+    cfg: DataConfig,
+    seed: int,
+    third_party: _Samples | None = None,
+    holdout: _Samples | None = None,
+    *,
+    names: Sequence[Collection[str]] | None = None,
+    classes: Sequence[str] = (),
+    skipped: str = "",
+    foreign: bool = False,
+) -> Drawn:
     """Draw the roles: a pure function of its arguments and of the list that `cfg.forget` names.
 
     Args:
@@ -50,47 +62,87 @@ def draw_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samp
         seed: decides every draw. The draw of the members does not depend on how forget is chosen by
             count, share or class; ids of a list are made members first.
         third_party: (id, label) of the third-party source; required if cfg.third_party_source is set.
+        holdout: (id, label) of the non-members' source; None: they are drawn from `samples`, or named by the list.
+        names: by what a list may mean each of `samples`, see `resolve_list`. classes: names of the labels.
+        skipped: what the source left out, for messages.
+        foreign: the encoder was trained elsewhere, so non-members must be named, not drawn.
 
     Raises:
         DataError: nothing to forget, nothing left to retain, more to forget than `cfg.max_forget_share` allows, unknown
             ids (unless `cfg.allow_missing`), an id to be both forgotten and retained, too few images.
-        ConfigError: a count or share that cannot be.
+        ConfigError: a count or share that cannot be; unnamed non-members of a foreign encoder.
     """
     assert (third_party is not None) == (cfg.third_party_source is not None), "third-party samples and config differ"
     labels = dict(samples)
-    listed, facts = _read_list(cfg, samples)
-    own = [("holdout", cfg.holdout), ("calibration", cfg.calibration)]
+    listed, facts = _read_list(cfg, samples, names, skipped)
+    named = {i: role for role in LIST_ROLES[2:] for i in listed.get(role, ())}
+    facts["non_members"] = "drawn" if holdout is None and not named else "named"
+    if foreign and facts["non_members"] == "drawn":
+        raise ConfigError(
+            f"encoder.checkpoint was trained elsewhere, but {cfg.forget} names no images that it never saw; set "
+            f"data.holdout_root (or data.holdout_source), or give images the role {NON_MEMBER} in the list."
+        )
+    outside = [("holdout", cfg.holdout), ("calibration", cfg.calibration)]
     strangers = [("third_party", cfg.third_party), ("third_party_audit", cfg.third_party_audit)]
     if third_party is None:
-        own += strangers
-    num_members = _count_members(len(labels), cfg, own)
+        outside += strangers
+    own = outside if facts["non_members"] == "drawn" else []
 
-    order = [samples[i][0] for i in permutation(len(samples), seed, "roles")]
     first = [*listed["forget"], *listed["retain"]]
+    num_members = _count_members(len(labels) - len(named), cfg, own)
     if len(first) > num_members:
         raise DataError(f"{cfg.forget} lists {len(first)} ids but data.members is {num_members}; raise data.members.")
+    order = [samples[i][0] for i in permutation(len(samples), seed, "roles")]
     first_set = set(first)
-    order = first + [sample_id for sample_id in order if sample_id not in first_set]
+    order = first + [i for i in order if i not in first_set and i not in named]
     members, rest = order[:num_members], order[num_members:]
 
-    forget = set(_choose_forget(members, labels, cfg, seed, listed["forget"]))
+    forget = set(_choose_forget(members, labels, cfg, seed, listed["forget"], classes))
     if not forget:
         raise DataError(
             f"There is nothing to forget: data.forget = {cfg.forget!r} selects none of the {num_members} members; "
             "select at least one image."
         )
-    facts |= forget_facts(members, labels, forget, cfg)
+    facts |= forget_facts(members, labels, forget, cfg, classes)
     roles = {sample_id: "forget" if sample_id in forget else "retain" for sample_id in members}
-    roles.update(deal(rest, own))
+    if own:
+        roles.update(deal(rest, own))
+    elif holdout is None or named:
+        roles.update(_deal_named(named, outside, seed, cfg))
+    if holdout is not None:
+        left = [share for share in outside if share[0] not in roles.values()]
+        roles.update(_draw_outside(holdout, left, seed, labels, "holdout", cfg.holdout_source or cfg.source))
     if third_party is not None:
-        roles.update(_draw_third_party(third_party, strangers, cfg, seed, labels))
+        roles.update(_draw_outside(third_party, strangers, seed, labels, "third_party", cfg.third_party_source))
     return Drawn(roles, facts)
 
 
+def _deal_named(named: Mapping[str, str], wanted: list[tuple[str, int]], seed: int, cfg: DataConfig) -> dict[str, str]:
+    """Roles of the non-members that a list names: the given one, else one of those that no image was given."""
+    free = [sample_id for sample_id, role in named.items() if role == NON_MEMBER]
+    given = {sample_id: role for sample_id, role in named.items() if role != NON_MEMBER}
+    if cfg.holdout_source is not None or cfg.holdout_root is not None:
+        wanted = wanted if free else []
+    open_roles = [share for share in wanted if share[0] not in given.values()]
+    needed = sum(count for _, count in open_roles)
+    if needed > len(free):
+        parts = " + ".join(f"{count} {role}" for role, count in open_roles)
+        raise DataError(
+            f"{cfg.forget} names {len(free)} images as {NON_MEMBER}, but {needed} are needed ({parts}); name more, or "
+            "lower data.*."
+        )
+    order = [free[i] for i in permutation(len(free), seed, "non-members")]
+    return given | deal(order, open_roles)
+
+
 def forget_facts(
-    members: Sequence[str], labels: Mapping[str, int | None], forget: Collection[str], cfg: DataConfig
+    members: Sequence[str],
+    labels: Mapping[str, int | None],
+    forget: Collection[str],
+    cfg: DataConfig,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Share of the members and whole classes that are to be forgotten.
+    """Share of the members and whole classes (by name, if they have names) that are to be forgotten.
 
     Raises:
         DataError: too little is left to retain, or the share is larger than `cfg.max_forget_share`.
@@ -106,7 +158,8 @@ def forget_facts(
             f"data.max_forget_share={cfg.max_forget_share:g} allows; forget fewer, or raise it if that is meant."
         )
     share = round(len(forget) / len(members), 6)
-    return {"forget_share": share, "whole_classes": _whole_classes(members, labels, forget)}
+    whole = _whole_classes(members, labels, forget)
+    return {"forget_share": share, "whole_classes": [classes[label] for label in whole] if classes else whole}
 
 
 def _count_members(available: int, cfg: DataConfig, own: list[tuple[str, int]]) -> int:
@@ -120,26 +173,18 @@ def _count_members(available: int, cfg: DataConfig, own: list[tuple[str, int]]) 
     return cfg.members or available - others
 
 
-def _read_list(cfg: DataConfig, samples: _Samples) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Ids of a list file as the source spells them, and its facts; empty for the other ways to say what to forget."""
+def _read_list(
+    cfg: DataConfig, samples: _Samples, names: Sequence[Collection[str]] | None, skipped: str
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Ids of a list file by role, as the source spells them, and its facts; empty for other ways to say it."""
     if not is_list(cfg.forget):
         return {"forget": [], "retain": []}, {}
     table = IdTable.of(sample_id for sample_id, _ in samples)
-    found = resolve_list(str(cfg.forget), table)
-    if found.num_missing and not cfg.allow_missing:
-        raise DataError(
-            f"{cfg.forget} lists {some(found.missing, found.num_missing)} which the source does not have"
-            f"{_near_miss(found.missing, samples)}; correct the list, or set data.allow_missing=true to leave such ids "
-            "out and have them recorded."
-        )
-    return {"forget": table.at(found.forget), "retain": table.at(found.retain)}, {"forget_list": found.facts()}
-
-
-def _near_miss(missing: Sequence[str], samples: _Samples) -> str:
-    """A hint for a list that was written on a system that does not tell upper from lower case."""
-    wanted = {sample_id.casefold() for sample_id in missing}
-    match = next((sample_id for sample_id, _ in samples if sample_id.casefold() in wanted), None)
-    return "" if match is None else f" (but {match[:80]!r} differs only in case)"
+    found = resolve_list(
+        str(cfg.forget), table, root=cfg.root, column=cfg.forget_column, by=cfg.forget_by, names=names,
+        allow_missing=cfg.allow_missing, skipped=skipped,
+    )  # fmt: skip
+    return {role: table.at(rows) for role, rows in found.rows.items()}, {"forget_list": found.facts()}
 
 
 def _whole_classes(members: Sequence[str], labels: Mapping[str, int | None], forget: Collection[str]) -> list[int]:
@@ -150,11 +195,16 @@ def _whole_classes(members: Sequence[str], labels: Mapping[str, int | None], for
 
 
 def _choose_forget(
-    members: list[str], labels: dict[str, int | None], cfg: DataConfig, seed: int, listed: list[str]
+    members: list[str],
+    labels: dict[str, int | None],
+    cfg: DataConfig,
+    seed: int,
+    listed: list[str],
+    classes: Sequence[str],
 ) -> Iterable[str]:
     forget = cfg.forget
     if isinstance(forget, str):
-        return _of_class(members, labels, forget) if forget.startswith("class:") else listed
+        return _of_class(members, labels, forget, classes) if forget.startswith("class:") else listed
     if isinstance(forget, float):
         if not 0 < forget < 1:
             raise ConfigError(f"data.forget is {forget}; expected a count or a share strictly between 0 and 1.")
@@ -167,14 +217,17 @@ def _choose_forget(
     return [members[i] for i in order]
 
 
-def _of_class(members: list[str], labels: dict[str, int | None], forget: str) -> list[str]:
-    match = re.fullmatch(r"class:(\d{1,9})", forget)
-    if match is None:
-        raise ConfigError(f"data.forget is {forget!r}; expected class:N with a class number, such as class:3.")
-    wanted = int(match.group(1))
+def _of_class(members: list[str], labels: dict[str, int | None], forget: str, classes: Sequence[str]) -> list[str]:
+    """Members of a class by its name, else by its number."""
+    asked = forget.removeprefix("class:")
     known = sorted({label for label in labels.values() if label is not None})
-    if wanted not in known:
-        found = f"classes {known[0]} to {known[-1]}" if known else "no labels"
+    if asked in classes:
+        wanted = classes.index(asked)
+    elif re.fullmatch(r"\d{1,9}", asked) and int(asked) in known:
+        wanted = int(asked)
+    else:
+        shown = [repr(name) for name in (classes or [f"class:{label}" for label in known])]
+        found = f"the classes {', '.join(shown[:10])}{', ...' if len(shown) > 10 else ''}" if known else "no labels"
         raise DataError(f"data.forget is {forget!r} but the source has {found}; nothing to forget.")
     return [sample_id for sample_id in members if labels[sample_id] == wanted]
 
@@ -189,15 +242,17 @@ def deal(order: list[str], shares: list[tuple[str, int]]) -> dict[str, str]:
     return dealt
 
 
-def _draw_third_party(
-    samples: _Samples, shares: list[tuple[str, int]], cfg: DataConfig, seed: int, taken: Collection[str]
+def _draw_outside(
+    samples: _Samples, shares: list[tuple[str, int]], seed: int, taken: Collection[str], key: str, source: str | None
 ) -> dict[str, str]:
+    """Roles of images of another source than the members'. key: of the settings that name it."""
     needed = sum(count for _, count in shares)
     if needed > len(samples):
+        parts = " + ".join(f"{count} {role}" for role, count in shares)
         raise DataError(
-            f"The third-party source {cfg.third_party_source} has {len(samples)} images but {needed} are needed "
-            f"({cfg.third_party} third_party + {cfg.third_party_audit} third_party_audit); lower data.third_party*."
+            f"The {key.replace('_', '-')} source {source} has {len(samples)} images but {needed} are needed ({parts}); "
+            f"lower data.{key}*."
         )
     assert not any(sample_id in taken for sample_id, _ in samples), "ids of two sources collide"
-    order = [samples[i][0] for i in permutation(len(samples), seed, "third_party")]
+    order = [samples[i][0] for i in permutation(len(samples), seed, key)]
     return deal(order, shares)

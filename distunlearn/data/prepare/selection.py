@@ -11,11 +11,12 @@ from distunlearn.config.checks import HANDED_OVER
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import CODE
-from distunlearn.data.prepare.duplicates import settle_copies
+from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.forget_list import list_sha256
 from distunlearn.data.prepare.index_shards import role_codes
-from distunlearn.data.prepare.roles import assign_roles, is_list
-from distunlearn.data.sources.sources import open_sources
+from distunlearn.data.prepare.roles import is_list
+from distunlearn.data.prepare.write_shards import settle_roles
+from distunlearn.data.sources.sources import ShardSource, names_by
 from distunlearn.errors import DataError
 
 
@@ -49,15 +50,20 @@ def _roles_now(cfg: DataConfig, seed: int, manifest: Manifest) -> bool:
     if manifest.info.get("indexed"):
         if cfg.source != "webdataset":
             return False
-        drawn, _ = role_codes(columns, cfg, seed)
+        names = None
+        if is_list(cfg.forget) and cfg.forget_by != "id":
+            if manifest.remote is not None:
+                return True  # the list is as it was, and what its entries name is in the store alone
+            names = names_by(ShardSource(manifest.folder, cfg.max_pixels), cfg.forget_by)
+        drawn, _ = role_codes(columns, cfg, seed, manifest.info["classes"], names)
     else:
-        members, guest = open_sources(cfg)
-        roles = assign_roles(members.samples, cfg, seed, None if guest is None else guest.samples)
+        _, found = open_and_draw(cfg, seed)
+        roles = {i: role for i, role in found.roles.items() if i not in set(manifest.info.get("undecodable_ids", ()))}
         if len(roles) != len(manifest) or any(sample_id not in roles for sample_id in columns.ids):
             return False
         drawn = np.fromiter((CODE[roles[i]] for i in columns.ids), dtype=np.uint8, count=len(manifest))
     policy = "forget" if cfg.copies == "forget" else "keep"  # what would be refused was refused when they were made
-    drawn, facts = settle_copies(columns.ids, columns.sha256, drawn, CODE["forget"], CODE["retain"], policy)
+    drawn, facts = settle_roles(columns, drawn, policy)
     if cfg.copies == "refuse" and facts["copies_in_retain"]:
         return False
     return bool((drawn == columns.role).all())
@@ -66,7 +72,8 @@ def _roles_now(cfg: DataConfig, seed: int, manifest: Manifest) -> bool:
 def request_facts(info: dict[str, Any]) -> dict[str, Any]:
     """What the summary of the shards, or the draw of the roles, says about the request: counts and digests, no ids."""
     names = ("forget_list", "forget_share", "whole_classes", "forget_with_copy_in_retain", "copies_in_retain",
-             "copies_in_other_roles", "copies_policy", "near_copies", "undecodable")  # fmt: skip
+             "dropped_copies", "copies_policy", "near_copies", "near_copies_of_members", "undecodable", "skipped_files",
+             "left_out", "non_members")  # fmt: skip
     facts = {name: info[name] for name in names if name in info}
     if "forget_list" in facts:
         facts["forget_list"] = {k: v for k, v in facts["forget_list"].items() if k != "missing_ids"}

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,20 +31,22 @@ from distunlearn.common.files import HashingFile, file_sha256, sync_path, write_
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
 from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Shard
-from distunlearn.data.manifest.records import CODE
-from distunlearn.data.prepare.duplicates import near_copies, perceptual_hash, settle_copies
+from distunlearn.data.manifest.records import CODE, UNUSED
+from distunlearn.data.prepare.draw import open_and_draw
+from distunlearn.data.prepare.duplicates import drop_copies, near_copies, perceptual_hash, settle_copies
 from distunlearn.data.prepare.process_pool import num_workers, run_jobs
-from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.schedule import permutation
-from distunlearn.data.sources.sources import Source, open_sources
+from distunlearn.data.sources.sources import Source
 from distunlearn.data.sources.tar_index import read_tar
-from distunlearn.errors import DataError
+from distunlearn.errors import DataError, UndecodableError
 
 _GROUPS = {
     "members": ("retain", "forget"),
     "third_party": ("third_party", "third_party_audit"),
     "reserve": ("calibration", "holdout"),
 }
+NON_MEMBERS = ("third_party", "calibration", "third_party_audit", "holdout")  # of equal bytes the first one stays
+_NAMED = 100  # undecodable images that are named at once; all of them are counted
 _OURS = (MANIFEST, SUMMARY)
 _OUR_SHARDS = re.compile(rf"({'|'.join(_GROUPS)})-\d{{6}}\.tar")
 Progress = Callable[[int, int], None]
@@ -69,16 +72,20 @@ class _Shared:
 
 
 def prepare_shards(
-    cfg: DataConfig, seed: int, folder: str | Path, *, replace: bool = False, progress: Progress | None = None
+    cfg: DataConfig,
+    seed: int,
+    folder: str | Path,
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
+    foreign: bool = False,
 ) -> Manifest:
-    """Sources to shards in one call: open, draw roles, write. See `write_shards`."""
-    members, guest = open_sources(cfg)
-    drawn = draw_roles(members.samples, cfg, seed, None if guest is None else guest.samples)
-    sources = [members] if guest is None else [members, guest]
+    """Sources to shards in one call: open, draw roles, write. See `write_shards`; foreign: see `draw_roles`."""
+    opened, drawn = open_and_draw(cfg, seed, foreign)
     return write_shards(
-        sources, drawn.roles, folder, cfg.samples_per_shard, seed=seed, replace=replace, progress=progress,
+        opened.all, drawn.roles, folder, cfg.samples_per_shard, seed=seed, replace=replace, progress=progress,
         workers=cfg.prepare_workers, copies=cfg.copies, near_distance=cfg.near_distance, max_pixels=cfg.max_pixels,
-        facts=drawn.facts,
+        max_undecodable=cfg.max_undecodable, facts=drawn.facts,
     )  # fmt: skip
 
 
@@ -95,6 +102,7 @@ def write_shards(
     copies: str = "keep",
     near_distance: int | None = None,
     max_pixels: int = 64_000_000,
+    max_undecodable: float = 0.0,
     facts: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write every image that has a role, the manifest and the summary; all of it or nothing.
@@ -110,10 +118,13 @@ def write_shards(
         copies: what to do with retained images that have the bytes of one to forget, see `copies.settle_copies`.
         near_distance: bits of a perceptual hash up to which an image is counted as a near-copy; None: no search.
         max_pixels: limit of the search for near-copies. facts: more for summary.json.
+        max_undecodable: share of a role's images that may be left out because they cannot be decoded; of those to
+            forget none may.
 
     Raises:
-        DataError: an image cannot be read, copies are refused, the folder holds other things or cannot be written, or
-            another prepare writes there. What a killed prepare left is kept for the next one, after an error nothing.
+        DataError: an image cannot be read, too many cannot be decoded (all of which are named), copies are refused, the
+            folder holds other things or cannot be written, or another prepare writes there. What a killed prepare left
+            is kept for the next one, after an error nothing.
     """
     folder = Path(folder)
     jobs = _plan(sources, roles, samples_per_shard, seed)
@@ -122,9 +133,11 @@ def write_shards(
             readers = [source.reader() if hasattr(source, "reader") else source for source in sources]
             shared = _Shared(readers, partial, max_pixels, near_distance is not None)
             processes = num_workers(workers, len(roles), len(jobs))
-            columns, files, hashes = _write_all(shared, jobs, roles, processes, progress)
+            columns, files, hashes, bad = _write_all(shared, jobs, roles, processes, progress)
+            refuse_undecodable(bad, roles, max_undecodable)
             role, found = duplicate_facts(columns, hashes, copies, near_distance)
-            info = {**_facts(sources), **found, **(facts or {})}
+            lost = {"undecodable": len(bad), "undecodable_ids": sorted(bad)} if bad else {}
+            info = {**_facts(sources), **found, **lost, **(facts or {})}
             manifest = Manifest(partial, columns.with_roles(role), files, info)
             for job in jobs:
                 _note(partial, job.name).unlink()
@@ -152,9 +165,15 @@ def duplicate_facts(
     Raises:
         DataError: exact copies of forgotten images among the retained, and the policy is to refuse them.
     """
-    role, facts = settle_copies(columns.ids, columns.sha256, columns.role, CODE["forget"], CODE["retain"], policy)
+    role, facts = settle_roles(columns, columns.role, policy)
     if near_distance is not None and hashes is not None:
         forget, retain = (np.flatnonzero((role == CODE[name]) & known) for name in ("forget", "retain"))
+        members = np.concatenate([forget, retain])
+        near_members = {}
+        for name in NON_MEMBERS:
+            rows = np.flatnonzero((role == CODE[name]) & known)
+            near_members[name] = int(near_copies(hashes[rows], hashes[members], near_distance)[0].sum())
+        facts["near_copies_of_members"] = {name: count for name, count in near_members.items() if count}
         near_forget, near_retain = near_copies(hashes[forget], hashes[retain], near_distance)
         facts["near_copies"] = {
             "distance": near_distance,
@@ -162,6 +181,33 @@ def duplicate_facts(
             "retain": int(near_retain.sum()),
         }
     return role, facts
+
+
+def settle_roles(columns: Columns, role: np.ndarray, policy: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """(roles after the policy, without non-members that have the bytes of a member or of another role; facts)."""
+    role, facts = settle_copies(columns.ids, columns.sha256, role, CODE["forget"], CODE["retain"], policy)
+    order = [(CODE["retain"], CODE["forget"]), *((CODE[name],) for name in NON_MEMBERS)]
+    settled = drop_copies(columns.sha256, role, order, CODE[UNUSED])
+    dropped = {name: int(((role == CODE[name]) & (settled != role)).sum()) for name in NON_MEMBERS}
+    facts["dropped_copies"] = {name: count for name, count in dropped.items() if count}
+    return settled, facts
+
+
+def refuse_undecodable(bad: Mapping[str, str], roles: Mapping[str, str], share: float) -> None:
+    """DataError naming all of them: one is to be forgotten, or they are more than this share of a role.
+
+    bad: {id: why}.
+    """
+    total, lost = Counter(roles.values()), Counter(roles[i] for i in bad)
+    if not lost["forget"] and all(count <= share * total[role] for role, count in lost.items()):
+        return
+    named = "; ".join(why.rstrip(".") for why in list(bad.values())[:_NAMED])
+    more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    forgotten = f", {lost['forget']} of them to be forgotten" if lost["forget"] else ""
+    raise DataError(
+        f"{len(bad)} images cannot be used{forgotten}: {named}{more}; correct or remove them all, or set "
+        f"data.max_undecodable (now {share:g}, of each role; of those to forget none may be lost)."
+    )
 
 
 def _plan(sources: Sequence[Source], roles: Mapping[str, str], samples_per_shard: int, seed: int) -> list[_Job]:
@@ -181,24 +227,27 @@ def _plan(sources: Sequence[Source], roles: Mapping[str, str], samples_per_shard
 
 def _write_all(
     shared: _Shared, jobs: Sequence[_Job], roles: Mapping[str, str], workers: int, progress: Progress | None
-) -> tuple[Columns, dict[str, Shard], np.ndarray | None]:
-    """All shards; their samples as columns, their sizes and digests, and the perceptual hashes."""
+) -> tuple[Columns, dict[str, Shard], np.ndarray | None, dict[str, str]]:
+    """All shards; their samples as columns, sizes and digests, perceptual hashes, and {id: why} that are left out."""
     files: dict[str, Shard] = {}
     pieces: list[Columns] = []
     hashes: list[int] = []
+    bad: dict[str, str] = {}
     done = 0
     for number, (job, note) in enumerate(zip(jobs, run_jobs(_write_shard, shared, jobs, workers), strict=True)):
-        files[job.name] = Shard(note["bytes"], note["sha256"], len(job.entries))
-        pieces.append(Columns.build(_rows(number, job, note["images"], roles)))
+        bad |= note["bad"]
+        files[job.name] = Shard(note["bytes"], note["sha256"], len(note["images"]))
+        pieces.append(Columns.build(_rows(number, job, note, roles)))
         hashes += [image[3] for image in note["images"]]
         done += len(job.entries)
         if progress is not None:
             progress(done, len(roles))
-    return Columns.join(pieces), files, np.array(hashes, dtype=np.uint64) if shared.hashes else None
+    return Columns.join(pieces), files, np.array(hashes, dtype=np.uint64) if shared.hashes else None, bad
 
 
-def _rows(number: int, job: _Job, images: list[list[Any]], roles: Mapping[str, str]) -> Iterator[Row]:
-    for (_, sample_id, label), (offset, length, sha256, _) in zip(job.entries, images, strict=True):
+def _rows(number: int, job: _Job, note: Mapping[str, Any], roles: Mapping[str, str]) -> Iterator[Row]:
+    good = [entry for entry in job.entries if entry[1] not in note["bad"]]
+    for (_, sample_id, label), (offset, length, sha256, _) in zip(good, note["images"], strict=True):
         known = NO_LABEL if label is None else label
         yield sample_id, number, offset, length, bytes.fromhex(sha256), CODE[roles[sample_id]], known
 
@@ -215,18 +264,25 @@ def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
         return note
     note_path.unlink(missing_ok=True)
     images: list[list[Any]] = []
+    bad: dict[str, str] = {}
     sink = HashingFile(path)
     with sink, TarWriter(sink, "", "", 0o644, compress=False, encoder=False, mtime=0) as tar:  # owner 0 without a name
         for number, (source, sample_id, label) in enumerate(job.entries, start=job.first):
-            data, kind = shared.readers[source].read(sample_id)
+            try:
+                data, kind = shared.readers[source].read(sample_id)
+                near = perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes else 0
+            except UndecodableError as error:
+                bad[sample_id] = str(error)
+                continue
             sample = {"__key__": f"{number:08d}", kind: data, "json": json.dumps({"id": sample_id}).encode()}
             tar.write(sample if label is None else sample | {"cls": str(label).encode()})
-            near = perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes else 0
             images.append([0, len(data), hashlib.sha256(data).hexdigest(), near])
-    for image, entry, sample in zip(images, job.entries, read_tar(path), strict=True):
-        assert (sample.id, sample.label, sample.image.size) == (*entry[1:], image[1]), f"{entry[1]!r} was not written"
+    good = [entry for entry in job.entries if entry[1] not in bad]
+    for image, (_, sample_id, label), sample in zip(images, good, read_tar(path), strict=True):
+        written = None if label is None else str(label)
+        assert (sample.id, sample.label, sample.image.size) == (sample_id, written, image[1]), f"{sample_id!r} is lost"
         image[0] = sample.image.offset  # where it lies is read, not reckoned
-    note = {"plan": plan, "bytes": sink.size, "sha256": sink.sha256(), "images": images}
+    note = {"plan": plan, "bytes": sink.size, "sha256": sink.sha256(), "images": images, "bad": bad}
     write_atomic(note_path, json.dumps(note).encode())
     return note
 
@@ -260,7 +316,7 @@ def _facts(sources: Sequence[Source]) -> dict[str, object]:
         "sources": [source.name for source in sources],
         "classes": list(sources[0].classes),
         "labels_known": sources[0].labels_known,
-        "skipped_files": sum(source.skipped for source in sources),
+        "skipped_files": dict(sum((Counter(source.skipped) for source in sources), Counter())),
     }
 
 

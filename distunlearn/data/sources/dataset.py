@@ -1,7 +1,7 @@
 """Map-style torch datasets as sources: whatever `dataset[i]` gives, its image is written without loss.
 
 An item is an image, a pair (image, label), or a dict with `image` and, where they are known, `label` and `id`. An image
-is encoded bytes (PNG, JPEG or WebP, kept as they are), a PIL image, a tensor [C, H, W] or [H, W], or an array [H, W, C]
+is encoded bytes (of a file, kept as they are), a PIL image, a tensor [C, H, W] or [H, W], or an array [H, W, C]
 or [H, W]; C is 1 or 3, values are uint8, or floats in [0, 1] (stored with 8 bits). A label is a whole number.
 
 Ids are those of the dataset (`dataset.ids`, or `id` of each item), else a prefix and the index: `forget/000012`.
@@ -25,6 +25,7 @@ from distunlearn.data.manifest.ids import check_id
 from distunlearn.data.prepare.roles import deal
 from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.decode import check_header, decode_image
+from distunlearn.data.sources.tar_index import number_labels
 from distunlearn.errors import DataError
 
 PARTS = {  # what a user hands over, and the roles that are drawn from it, the last of which takes what is left
@@ -56,7 +57,7 @@ class DatasetSource:
     def __init__(self, datasets: Mapping[str, Any], max_pixels: int, prefix: str = "") -> None:
         self.name = "dataset"
         self.classes: list[str] = []
-        self.skipped = 0
+        self.skipped: dict[str, int] = {}
         self.samples: list[tuple[str, int | None]] = []
         self.parts: dict[str, list[str]] = {}
         self._datasets = dict(datasets)
@@ -64,7 +65,10 @@ class DatasetSource:
         self._at: dict[str, tuple[_Part, str]] = {}
         for name, dataset in self._datasets.items():
             self.parts[name] = self._list(name, dataset, prefix)
-        self.labels_known = all(label is not None for _, label in self.samples)
+        labels, names = number_labels([label for _, label in self.samples])
+        self.classes = self.classes if names == [str(number) for number in range(len(names))] else names
+        self.samples = [(i, label) for (i, _), label in zip(self.samples, labels, strict=True)]
+        self.labels_known = None not in labels
 
     def _list(self, name: str, dataset: Any, prefix: str) -> list[str]:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):

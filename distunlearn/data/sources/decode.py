@@ -1,9 +1,9 @@
 """Untrusted image bytes -> uint8 tensors.
 
-PNG, JPEG and WebP only, recognised by content. The size is read from the header and checked before
-any pixel is decoded. Conversions, all deliberate: EXIF orientation is applied; transparency is laid
-over white; palette, CMYK and YCbCr become RGB; colour profiles are ignored; of an animation the first
-frame counts; 16-bit and floating-point greys are refused, because PIL would clip them silently.
+PNG, JPEG, WebP, BMP, TIFF, GIF and (with pillow-heif) HEIC only, recognised by content. The size is read from the
+header and checked before any pixel is decoded. Conversions, all deliberate: EXIF orientation is applied; transparency
+is laid over white; palette, CMYK and YCbCr become RGB; colour profiles are ignored; of an animation the first frame
+counts; 16-bit and floating-point greys are refused, because PIL would clip them silently.
 
 PIL decides what an image is. The pixels of plain colour JPEGs come from simplejpeg, where it is installed, or else from
 torchvision: both are faster and give the very same pixels. A comparison at first use makes sure of that on this
@@ -16,12 +16,29 @@ import io
 import struct
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from distunlearn.errors import UndecodableError
+
+# Endings of files that are images, each with the kind it promises; what a file is, its content says.
+SUFFIXES = {
+    "png": "png", "jpg": "jpg", "jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "webp": "webp", "bmp": "bmp", "dib": "bmp",
+    "tif": "tif", "tiff": "tif", "gif": "gif", "heic": "heic", "heif": "heic",
+}  # fmt: skip
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20  # of a compressed chunk, such as a colour profile; PIL's 1 MiB is too small
 
 # The plugin classes themselves, not Image.open: no other format is ever tried and PIL's own, laxer size limit
 # (a warning) does not get in the way of ours.
@@ -29,26 +46,38 @@ _OPENERS = {
     "png": PngImagePlugin.PngImageFile,
     "jpg": JpegImagePlugin.JpegImageFile,
     "webp": WebPImagePlugin.WebPImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tif": TiffImagePlugin.TiffImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "heic": lambda stream: _heif_opener()(stream),
 }
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _ORIENTATION = 0x0112  # EXIF tag; 1: as the viewer sees it
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2)}  # of the luma of JPEGs that need not be decoded by PIL: 4:4:4, 4:2:2, 4:2:0
 
 
 def check_header(data: bytes, sample_id: str, max_pixels: int) -> str:
-    """The format of an encoded image, "png", "jpg" or "webp", after a check of its size from the header.
+    """The format of an encoded image (a value of `SUFFIXES`), after a check of its size from the header.
 
     Raises:
         UndecodableError: another format, an unreadable header, no pixels, or width x height > max_pixels.
     """
     kind = _recognise(data, sample_id)
     try:
-        width, height = _HEADER_SIZES[kind](data)
+        width, height = _HEADER_SIZES[kind](data) if kind in _HEADER_SIZES else _OPENERS[kind](io.BytesIO(data)).size
+    except UndecodableError as error:
+        raise UndecodableError(f"The image {sample_id!r} {error}") from error
     except Exception as error:  # hostile bytes: the parsers raise anything from struct.error to SyntaxError
         raise UndecodableError(f"The image {sample_id!r} has a damaged {kind} header; replace the file.") from error
     _check_size(width, height, sample_id, max_pixels)
     return kind
+
+
+def open_image(data: bytes, sample_id: str, max_pixels: int) -> Image.Image:
+    """The image as PIL opens it: header read and size checked, no pixel decoded yet. Errors: see `check_header`."""
+    return _OPENERS[check_header(data, sample_id, max_pixels)](io.BytesIO(data))
 
 
 def decode_image(data: bytes, sample_id: str, max_pixels: int, channels: int) -> torch.Tensor:
@@ -217,9 +246,25 @@ def _recognise(data: bytes, sample_id: str) -> str:
         return "jpg"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[:2] == b"BM":
+        return "bmp"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "tif"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "heic"
     raise UndecodableError(
-        f"The image {sample_id!r} ({len(data)} bytes) is not PNG, JPEG or WebP; convert or remove it."
+        f"The image {sample_id!r} ({len(data)} bytes) is not PNG, JPEG, WebP, BMP, TIFF, GIF or HEIC; "
+        "convert or remove it."
     )
+
+
+def _heif_opener() -> Callable[[io.BytesIO], Image.Image]:
+    try:
+        return import_module("pillow_heif").HeifImageFile
+    except ImportError as error:
+        raise UndecodableError("is HEIC, which needs pillow-heif; install distunlearn[heif], or convert it.") from error
 
 
 def _check_size(width: int, height: int, sample_id: str, max_pixels: int) -> None:

@@ -5,20 +5,24 @@
   fashion_mnist/train-000123 and test-000123 (both parts are one pool, roles are drawn from it).
 * cifar10, cifar100: torchvision's root; nothing is downloaded, torchvision checks the MD5 sums; ids
   cifar10/train-000123 and test-000123. stl10: the same, its labelled train and test parts.
-* imagefolder: any folder, the first folder level is the class; the id is the path below the root, with /.
+* imagefolder: any folder, the first folder level is the class; the id is the path below the root, with /. Hidden files
+  and folders (`.x`, `@eaDir`, `__MACOSX`) are no images.
 * package.module:Name, path/to/file.py:Name: the user's own, see `open_source`; ids of a Dataset are Name/000123.
 * webdataset: a folder of tar files as img2dataset writes them (see `data.tars`); the class is that of `.cls`.
 """
 
 from __future__ import annotations
 
-import copy
 import gzip
+import hashlib
 import io
 import os
 import struct
 import warnings
 import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,14 +33,12 @@ from distunlearn.common import plugins
 from distunlearn.common.text import printable
 from distunlearn.config.checks import HANDED_OVER, SOURCE_GROUP, SOURCES
 from distunlearn.config.schema import DataConfig
-from distunlearn.data.manifest.ids import check_id
 from distunlearn.data.sources.dataset import DatasetSource
-from distunlearn.data.sources.decode import check_header, decode_image
-from distunlearn.data.sources.tar_index import Member, read_tar
+from distunlearn.data.sources.image_folder import FolderSource, without_list
+from distunlearn.data.sources.tar_folder import ShardSource
 from distunlearn.errors import ConfigError, DataError, DistunlearnError
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"  # Debian's dataset-fashion-mnist
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _MAX_IDX_BYTES = 1 << 30
 
 
@@ -44,7 +46,7 @@ class Source(Protocol):
     """A listed set of images.
 
     name: of the source. samples: (id, label or None), in a fixed order. labels_known: no label is None.
-    classes: names by label, may be empty. skipped: files that were not taken for images.
+    classes: names by label, may be empty. skipped: files that were not taken for images, by ending or cause.
     A source can be sent to another process. It may also have `stamp(sample_id)`, a short text that changes when the
     image does and costs less than reading it (DataError if it is gone), and `reader()`, a source that reads the same
     but lists nothing, so that little is sent.
@@ -54,10 +56,10 @@ class Source(Protocol):
     samples: list[tuple[str, int | None]]
     labels_known: bool
     classes: list[str]
-    skipped: int
+    skipped: Mapping[str, int]
 
     def read(self, sample_id: str) -> tuple[bytes, str]:
-        """(encoded image, "png" | "jpg" | "webp"); DataError if it cannot be read or decoded."""
+        """(encoded image, its kind, as "png"); DataError if it cannot be read, UndecodableError if not decoded."""
         ...
 
 
@@ -71,7 +73,7 @@ class ArraySource:
         self.name = name
         self.classes: list[str] = []
         self.labels_known = True
-        self.skipped = 0
+        self.skipped: Counter[str] = Counter()
         self.samples: list[tuple[str, int | None]] = []
         self._images: dict[str, np.ndarray] = {}
         for part, images, labels in parts:
@@ -91,147 +93,7 @@ class ArraySource:
         return f"{zlib.crc32(self._images[sample_id].tobytes()):08x}"
 
     def reader(self) -> ArraySource:
-        return _without_list(self)
-
-
-class FolderSource:
-    """PNG, JPEG and WebP files below a folder; the name of the first folder level is the class.
-
-    Images that lie directly in the root have no class; then no image may have one. Other files are
-    counted in `skipped`. Reading decodes each image once, so that a damaged one is found now.
-    """
-
-    def __init__(self, root: Path, max_pixels: int, prefix: str = "") -> None:
-        self.name = "imagefolder"
-        self.skipped = 0
-        self._root = root
-        self._prefix = prefix
-        self._max_pixels = max_pixels
-        paths = self._find(root)
-        if not paths:
-            raise DataError(f"The folder {root} holds no .png, .jpg or .webp images; check data.root.")
-        self.classes = sorted({path.split("/")[0] for path in paths if "/" in path})
-        self.labels_known = bool(self.classes)
-        loose = [path for path in paths if "/" not in path]
-        if loose and self.classes:
-            raise DataError(
-                f"{len(loose)} images such as {loose[0]!r} lie beside the class folders of {root}; "
-                "move each image into a class folder."
-            )
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.samples: list[tuple[str, int | None]] = [
-            (prefix + path, numbers[path.split("/")[0]] if self.classes else None) for path in paths
-        ]
-
-    def _find(self, root: Path) -> list[str]:
-        """Relative POSIX paths of the images, sorted; symbolic links are followed, loops refused."""
-        found: list[str] = []
-        seen: set[tuple[int, int]] = set()
-        for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_unreadable):
-            folders.sort()
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                raise DataError(f"The folder {folder!r} is reached twice by symbolic links; remove the link.")
-            seen.add((status.st_dev, status.st_ino))
-            for name in files:
-                if os.path.splitext(name)[1].lower() not in _IMAGE_SUFFIXES:
-                    self.skipped += 1
-                    continue
-                path = Path(folder, name).relative_to(root).as_posix()
-                check_id(path, f"The folder {root}")
-                found.append(path)
-        return sorted(found)
-
-    def read(self, sample_id: str) -> tuple[bytes, str]:
-        try:
-            data = (self._root / sample_id.removeprefix(self._prefix)).read_bytes()
-        except OSError as error:
-            raise DataError(f"The image {sample_id!r} cannot be read ({error.strerror or error}).") from error
-        return data, _checked(data, sample_id, self._max_pixels)
-
-    def stamp(self, sample_id: str) -> str:
-        return _stamp(self._root / sample_id.removeprefix(self._prefix), sample_id)
-
-    def reader(self) -> FolderSource:
-        return _without_list(self)
-
-
-class ShardSource:
-    """Existing WebDataset shards: all .tar files of a folder, every sample with one image.
-
-    Reading decodes each image once, so that a damaged one is found now. Other files are counted in `skipped`.
-
-    Raises:
-        DataError: there is no shard, `read_tar` refuses one, or two samples have one id.
-    """
-
-    def __init__(self, root: Path, max_pixels: int, prefix: str = "") -> None:
-        self.name = "webdataset"
-        self.classes: list[str] = []
-        self._root = root
-        self._max_pixels = max_pixels
-        self.samples: list[tuple[str, int | None]] = []
-        self._places: dict[str, tuple[str, Member]] = {}
-        names = tar_names(root)
-        self.skipped = sum(1 for entry in root.iterdir() if entry.is_file()) - len(names)
-        for name in names:
-            for sample in read_tar(root / name):
-                sample_id = prefix + sample.id
-                if sample_id in self._places:
-                    raise DataError(
-                        f"{name}: the id {sample.id[:80]!r} is in {self._places[sample_id][0]} too; ids must be unique."
-                    )
-                self.samples.append((sample_id, sample.label))
-                self._places[sample_id] = (name, sample.image)
-        self.labels_known = all(label is not None for _, label in self.samples)
-
-    def read(self, sample_id: str) -> tuple[bytes, str]:
-        name, member = self._places[sample_id]
-        try:
-            with (self._root / name).open("rb") as handle:
-                data = os.pread(handle.fileno(), member.size, member.offset)
-        except OSError as error:
-            raise DataError(f"The image {sample_id!r} of {name} cannot be read ({error.strerror or error}).") from error
-        return data, _checked(data, sample_id, self._max_pixels)
-
-    def stamp(self, sample_id: str) -> str:
-        name, member = self._places[sample_id]
-        return f"{_stamp(self._root / name, sample_id)}:{member.offset}"
-
-    def reader(self) -> ShardSource:
-        return _without_list(self)
-
-
-def tar_names(root: Path) -> list[str]:
-    """Names of the .tar files of a folder, sorted; DataError if there are none."""
-    try:
-        names = sorted(entry.name for entry in root.iterdir() if entry.suffix == ".tar")
-    except OSError as error:
-        raise DataError(f"The folder {root} cannot be read ({error.strerror or error}); check the path.") from error
-    if not names:
-        raise DataError(f"The folder {root} holds no .tar files; give the folder that holds the shards.")
-    return names
-
-
-def _checked(data: bytes, sample_id: str, max_pixels: int) -> str:
-    """The kind of an image that can be decoded."""
-    kind = check_header(data, sample_id, max_pixels)
-    decode_image(data, sample_id, max_pixels, channels=3)
-    return kind
-
-
-def _stamp(path: Path, sample_id: str) -> str:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"The image {sample_id!r} cannot be read ({error.strerror or error}).") from error
-    return f"{status.st_size}:{status.st_mtime_ns}"
-
-
-def _without_list(source):  # type: ignore[no-untyped-def]
-    light = copy.copy(source)
-    light.samples = []
-    return light
+        return without_list(self)
 
 
 def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") -> Source:
@@ -271,30 +133,79 @@ def open_source(name: str, root: str | None, max_pixels: int, prefix: str = "") 
     return _open_torchvision(name, folder, prefix)
 
 
-def open_sources(cfg: DataConfig) -> tuple[Source, Source | None]:
-    """(members' source, third-party source or None); their ids never collide.
+@dataclass(frozen=True)
+class Sources:
+    """The opened sources of a run; their ids never collide. holdout: of the non-members, None: the members' own."""
+
+    members: Source
+    holdout: Source | None = None
+    third_party: Source | None = None
+
+    @property
+    def all(self) -> list[Source]:
+        return [source for source in (self.members, self.holdout, self.third_party) if source is not None]
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Files that were not taken for images, by ending or cause."""
+        return sum((Counter(source.skipped) for source in self.all), Counter())
+
+
+def open_sources(cfg: DataConfig) -> Sources:
+    """The members' source, and those that are set for the non-members and the third party.
 
     Raises:
-        ConfigError: the third-party source is the members' own, under its own name; see also `open_source`.
+        ConfigError: one of these is another one, under its own name; see also `open_source`.
     """
-    members = open_source(cfg.source, cfg.root, cfg.max_pixels)
-    if cfg.third_party_source is None:
-        return members, None
-    same = cfg.third_party_source == cfg.source
-    if same and (cfg.source == "digits" or _same_folder(cfg.root, cfg.third_party_root)):
-        raise ConfigError(
-            f"data.third_party_source is {cfg.source}, the members' own images; leave it out, so that both are drawn "
-            "from them disjointly."
-        )
-    # A folder's ids are bare paths, which could even spell an id of another source: mark the guest.
-    marked = same or bool({"imagefolder", "webdataset"} & {cfg.source, cfg.third_party_source})
-    prefix = "third_party/" if marked else ""
-    guest = open_source(cfg.third_party_source, cfg.third_party_root, cfg.max_pixels, prefix)
-    own_ids = {sample_id for sample_id, _ in members.samples}
-    clash = next((sample_id for sample_id, _ in guest.samples if sample_id in own_ids), None)
-    if clash is not None:
-        raise DataError(f"Both sources have an image with the id {clash!r}; rename a folder of the members' source.")
-    return members, guest
+    opened = {"members": (cfg.source, cfg.root, open_source(cfg.source, cfg.root, cfg.max_pixels))}
+    taken = {sample_id for sample_id, _ in opened["members"][2].samples}
+    holdout = cfg.holdout_source or (cfg.source if cfg.holdout_root is not None else None)
+    for key, name, root in (
+        ("holdout", holdout, cfg.holdout_root), ("third_party", cfg.third_party_source, cfg.third_party_root),
+    ):  # fmt: skip
+        if name is None:
+            continue
+        for other, (known, place, _) in opened.items():
+            if name == known and (name == "digits" or _same_folder(root, place)):
+                raise ConfigError(
+                    f"data.{key}_source is {name}, the very images of the {other}; leave it out, so that roles are "
+                    "drawn from them disjointly, or give other images."
+                )
+        # A folder's ids are bare paths, which could even spell an id of another source: mark the guest.
+        kinds = {known for known, _, _ in opened.values()}
+        marked = name in kinds or bool({"imagefolder", "webdataset"} & {name, *kinds})
+        guest = open_source(name, root, cfg.max_pixels, f"{key}/" if marked else "")
+        clash = next((sample_id for sample_id, _ in guest.samples if sample_id in taken), None)
+        if clash is not None:
+            raise DataError(f"Two sources have an image with the id {clash!r}; rename a folder of one of them.")
+        taken.update(sample_id for sample_id, _ in guest.samples)
+        opened[key] = (name, root, guest)
+    return Sources(**{key: source for key, (_, _, source) in opened.items()})
+
+
+def names_by(source: Source, by: str) -> list[list[str]] | None:
+    """By what each image of a source may be meant, in order; None for `by` = id.
+
+    Raises:
+        ConfigError: the source knows no such names.
+    """
+    if by == "id":
+        return None
+    facts = getattr(source, "facts", None)
+    if by != "sha256":
+        if facts is None:
+            raise ConfigError(
+                f"data.forget_by={by} needs shards whose samples have it, but the source is {source.name}; list ids."
+            )
+        return [[str(fact[by])] if fact.get(by) is not None else [] for fact in facts]
+    digests = [hashlib.sha256(read_bytes(source, sample_id)).hexdigest() for sample_id, _ in source.samples]
+    told = [fact.get("sha256") for fact in facts] if facts else [None] * len(digests)
+    return [[digest, *([str(other)] if other else [])] for digest, other in zip(digests, told, strict=True)]
+
+
+def read_bytes(source: Source, sample_id: str) -> bytes:
+    """The encoded bytes; undecoded where the source can do that."""
+    return source.bytes_of(sample_id) if hasattr(source, "bytes_of") else source.read(sample_id)[0]
 
 
 def _open_own(name: str, root: str | None, max_pixels: int, prefix: str) -> Source:
@@ -318,10 +229,6 @@ def _same_folder(first: str | None, second: str | None) -> bool:
     if first is None or second is None:
         return first is second
     return os.path.realpath(os.path.expanduser(first)) == os.path.realpath(os.path.expanduser(second))
-
-
-def _refuse_unreadable(error: OSError) -> None:
-    raise DataError(f"The folder {error.filename!r} cannot be read ({error.strerror}).") from error
 
 
 def _open_digits(prefix: str) -> Source:
