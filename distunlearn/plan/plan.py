@@ -28,6 +28,7 @@ from distunlearn.methods.training import Pretrain, Retrain
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
 from distunlearn.plan.dry_run import NotFollowed, count_training
+from distunlearn.plan.interval_widths import expected_widths
 
 MIB = 1 << 20
 
@@ -38,7 +39,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     Returns:
         plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
         retraining, peak memory of one process that has the whole batch and shards nothing), audit (the same of what the
-        audit trains besides), coverage, decoded_images_mib (kept by a process), encoder, config digest.
+        audit trains besides), intervals (how wide the gates' will be, see `expected_widths`), coverage,
+        decoded_images_mib (kept by a process), encoder, config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
@@ -83,6 +85,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "encoder": _encoder(cfg, model, max(classes, default=1) + 1),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),
+        "intervals": expected_widths(cfg, counts),
         "coverage": _coverage(cfg, counts),
         "decoded_images_mib": _decoded_images(cfg, counts),
     }
