@@ -139,7 +139,7 @@ class Report:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        from distunlearn.report import write_report
+        from distunlearn.report.render import write_report
 
         if _is_main():
             print(write_report(self.run_dir))

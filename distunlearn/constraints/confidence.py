@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distunlearn.objectives.memory_bank import widen
+
 
 def hinge_confidence(c: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
     """mean_i max(0, c_i - threshold): only samples above the threshold are pushed down.
@@ -41,7 +43,7 @@ def entropy_confidence(logits: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1]; 0 for no rows.
     """
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    wide = widen(logits)
     open_ = wide != -torch.inf
     # A masked entry would contribute 0 * -inf = NaN, to the value and to the gradient.
     filled = wide.masked_fill(~open_, torch.finfo(wide.dtype).min)

@@ -80,7 +80,8 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
-def _widen(z: Tensor) -> Tensor:
+def widen(z: Tensor) -> Tensor:
+    """Half precision as float32: squares of small numbers and small differences of large sums need its digits."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
@@ -90,13 +91,13 @@ def _length(z: Tensor) -> Tensor:
 
 def normalise(z: Tensor) -> Tensor:
     """u = z / |z| over the last dimension, at least in float32; 0 stays 0 with finite derivatives."""
-    z = _widen(z)
+    z = widen(z)
     return z / _length(z)
 
 
 def through_normalisation(z: Tensor, grad_u: Tensor) -> Tensor:
     """Gradient with respect to z of a function whose gradient at u = normalise(z) is grad_u. [..., D]."""
-    z = _widen(z)
+    z = widen(z)
     length = _length(z)
     u = z / length
     return (grad_u - u * (u * grad_u).sum(-1, keepdim=True)) / length

@@ -23,12 +23,12 @@ from distunlearn.config.schema import ObjectiveConfig, RunConfig
 from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.errors import DataError
 from distunlearn.objectives.base import Branches, Objective
-from distunlearn.objectives.memory_bank import Bank
+from distunlearn.objectives.memory_bank import Bank, widen
 
 
 def _logits(b: Branches) -> Tensor:
     assert b.output.shape[0] == Supervised.branches, "supervised has 2 online branches"
-    return b.output.float() if b.output.dtype in (torch.float16, torch.bfloat16) else b.output
+    return widen(b.output)
 
 
 def _labels(b: Branches) -> Tensor:

@@ -24,7 +24,7 @@ from distunlearn.engine.session import open_session
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, StoppedError
 from distunlearn.plan.plan import make_plan, write_plan
-from distunlearn.report import write_report
+from distunlearn.report.render import write_report
 from distunlearn.run.prepare import describe, make_shards
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}

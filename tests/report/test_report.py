@@ -21,9 +21,9 @@ from distunlearn.config.load import save_config
 from distunlearn.config.registry import ATTACKS as ATTACK_TABLE
 from distunlearn.config.schema import RuntimeConfig
 from distunlearn.errors import ConfigError, DataError
-from distunlearn.report import facts, texts, write_report
+from distunlearn.report import facts, texts
 from distunlearn.report.data import load_run
-from distunlearn.report.render import render, roc_curve
+from distunlearn.report.render import render, roc_curve, write_report
 from distunlearn.verify.figures import ENCODERS
 
 CASES = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distunlearn.objectives.memory_bank import widen
+
 
 def check_samples(x: Tensor, y: Tensor) -> None:
     """Raises ValueError unless x is [n, k] and y [m, k] with n, m >= 2."""
@@ -13,11 +15,6 @@ def check_samples(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"two samples [n, k] and [m, k] are compared, got {list(x.shape)} and {list(y.shape)}")
     if min(x.shape[0], y.shape[0]) < 2:
         raise ValueError(f"a distance of two samples needs at least 2 of each, got {x.shape[0]} and {y.shape[0]}")
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precision as float32: a distance is a small difference of large sums."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def pairwise(x: Tensor, y: Tensor) -> Tensor:

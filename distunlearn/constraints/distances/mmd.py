@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from distunlearn.common.random import PHILOX
-from distunlearn.constraints.distances.common import check_samples, shared_normals, widen
+from distunlearn.constraints.distances.common import check_samples, shared_normals
+from distunlearn.objectives.memory_bank import widen
 
 NUM_FREQUENCIES = 512  # standard error of a kernel value: at most (2 * 512)^(-1/2) = 0.03
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distunlearn.common.device import on_device
 from distunlearn.common.random import PHILOX
-from distunlearn.objectives.memory_bank import full_precision
+from distunlearn.objectives.memory_bank import full_precision, widen
 
 NORM_FLOOR = 1e-6  # gradient norms below this read as this in the logarithm, and pull nothing
 
@@ -78,7 +78,7 @@ def head_gradients(hidden: Tensor, delta: Tensor) -> HeadGradients:
     """
     assert hidden.dim() == 3 and delta.dim() == 3, "hidden and delta are [V, n, features]"
     assert hidden.shape[:2] == delta.shape[:2], "one delta per hidden vector"
-    return HeadGradients(_widen(hidden), _widen(delta))
+    return HeadGradients(widen(hidden), widen(delta))
 
 
 def sketch_matrices(
@@ -102,10 +102,7 @@ def sketch_matrices(
     generator = np.random.Generator(bits)
     out_matrix = generator.standard_normal((k_out, out_dim)) / k_out**0.5
     in_matrix = generator.standard_normal((k_in, in_dim)) / k_in**0.5
-    return (
-        on_device(out_matrix, device, dtype),
-        on_device(in_matrix, device, dtype),
-    )
+    return on_device(out_matrix, device, dtype), on_device(in_matrix, device, dtype)
 
 
 def gradient_features(
@@ -129,7 +126,3 @@ def _safe_sqrt(x: Tensor) -> Tensor:
     """sqrt of numbers >= 0 with derivative 0 instead of infinity at 0; NaN stays NaN."""
     zero = x == 0
     return torch.where(zero, 1, x).sqrt().masked_fill(zero, 0)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
