@@ -36,6 +36,15 @@ VIEW_EPOCHS = {
 }
 
 
+def generator_of(stream: str, seed: int, step: int, index: int = 0) -> np.random.Generator:
+    """The generator of a stream of `PHILOX`: a pure function of the arguments, hence alike on all ranks.
+
+    seed, step, index: whole numbers in 0 .. 2^64 - 1.
+    """
+    bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, PHILOX[stream]])
+    return np.random.Generator(bits)
+
+
 def finalise(words: np.ndarray) -> np.ndarray:
     """SplitMix64's mixing of uint64 values, a bijection."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(MIX_1)

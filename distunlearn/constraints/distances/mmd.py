@@ -27,13 +27,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distunlearn.common.random import PHILOX
-from distunlearn.constraints.distances.common import check_samples, shared_normals
+from distunlearn.common.random import generator_of
+from distunlearn.constraints.distances.common import check_samples
 from distunlearn.objectives.memory_bank import widen
 
 NUM_FREQUENCIES = 512  # standard error of a kernel value: at most (2 * 512)^(-1/2) = 0.03
-
-_STREAM = PHILOX["mmd"]  # keeps these random numbers apart from all others of the same seed
 
 
 def median_bandwidth(points: Tensor) -> Tensor:
@@ -67,7 +65,8 @@ def mmd_distance(
     check_samples(x, y)
     x, y = widen(x), widen(y)
     scale = median_bandwidth(torch.cat([x, y])) if bandwidth is None else bandwidth
-    frequencies = shared_normals((x.shape[1], num_frequencies), seed, step, _STREAM, like=x) / scale
+    normals = generator_of("mmd", seed, step).standard_normal((x.shape[1], num_frequencies))
+    frequencies = torch.from_numpy(normals).to(x) / scale
     sum_x, sum_y = _feature_sum(x, frequencies), _feature_sum(y, frequencies)
     n, m = x.shape[0], y.shape[0]
     within_x = (sum_x.square().sum() - n) / (n * (n - 1))

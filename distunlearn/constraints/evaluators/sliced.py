@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distunlearn.common.random import PHILOX
+from distunlearn.common.random import generator_of
 from distunlearn.config.schema import RunConfig
 from distunlearn.constraints.evaluators.base import (
     CALIBRATION_CHUNK,
@@ -37,13 +37,10 @@ from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
 from distunlearn.objectives.memory_bank import Bank
 
-_DIRECTION_STREAM = PHILOX["sliced"]
-
 
 def direction(probes: ProbeSet, seed: int, draw: int) -> list[Tensor]:
     """U: a random core [1, k_out, k_in] per layer, of norm 1 all together; a pure function of (seed, draw)."""
-    bits = np.random.Philox(key=np.array([seed, draw], dtype=np.uint64), counter=[0, 0, 0, _DIRECTION_STREAM])
-    drawn = np.random.Generator(bits).standard_normal(probes.shape)
+    drawn = generator_of("sliced", seed, draw).standard_normal(probes.shape)
     whole = torch.from_numpy(drawn / np.linalg.norm(drawn)).to(probes.ins[0])
     return list(whole[:, None])
 

@@ -20,17 +20,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distunlearn.common.device import on_device
-from distunlearn.common.random import PHILOX
+from distunlearn.common.random import generator_of
 from distunlearn.objectives.memory_bank import full_precision, widen
 
 NORM_FLOOR = 1e-6  # gradient norms below this read as this in the logarithm, and pull nothing
-
-_SKETCH_STREAM = PHILOX["sketch"]  # keeps the sketch's random numbers apart from all others of the same seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +95,7 @@ def sketch_matrices(
     sketch would leave fixed directions of the gradient unseen. seed, step: integers in 0 .. 2^64 - 1.
     The entries have variance 1 / k_out and 1 / k_in.
     """
-    bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, 0, _SKETCH_STREAM])
-    generator = np.random.Generator(bits)
+    generator = generator_of("sketch", seed, step)
     out_matrix = generator.standard_normal((k_out, out_dim)) / k_out**0.5
     in_matrix = generator.standard_normal((k_in, in_dim)) / k_in**0.5
     return on_device(out_matrix, device, dtype), on_device(in_matrix, device, dtype)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distunlearn.common.device import on_device
-from distunlearn.common.random import PHILOX
+from distunlearn.common.random import generator_of
 from distunlearn.constraints.gradients.inplace_ops import (
     MovedRows,
     added_to,
@@ -44,8 +44,6 @@ from distunlearn.constraints.gradients.inplace_ops import (
     reduced_rows,
 )
 from distunlearn.errors import ConfigError
-
-_PROBE_STREAM = PHILOX["probes"]  # keeps these random numbers apart from all others of the same seed
 
 DRAWING = 4  # threads that draw for a GPU
 
@@ -118,8 +116,7 @@ class ProbeSet:
         self.k_out, self.k_in = k_out, k_in
         drawn: list[tuple[np.random.Generator, tuple[int, ...], float]] = []
         for index, layer in enumerate(layers.values()):
-            bits = np.random.Philox(key=np.array([seed, step], dtype=np.uint64), counter=[0, 0, index, _PROBE_STREAM])
-            generator = np.random.Generator(bits)
+            generator = generator_of("probes", seed, step, index)
             # Sizes from the layer's attributes: a sharded weight has another shape.
             if isinstance(layer, nn.Linear):
                 width, shape = layer.out_features, (k_in, layer.in_features)
