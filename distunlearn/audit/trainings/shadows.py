@@ -14,7 +14,6 @@ encoder; after an interruption the same command goes on. What is measured of it 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -73,11 +72,10 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
         )
     measured = []
     for number, row in enumerate(parts):
-        with contextlib.ExitStack() as stack:
-            session.telemetry.note("audit", f"shadow encoder {number + 1} of {cfg.audit.shadows}")
-            seed = (cfg.seed + SHADOW_SEED * (number + 1)) % 2**32
-            manifest = shadow_manifest(session.manifest, ids, row)
-            shadow = nested_session(session, f"shadows/{number:02d}", manifest, stack, seed)
+        session.telemetry.note("audit", f"shadow encoder {number + 1} of {cfg.audit.shadows}")
+        seed = (cfg.seed + SHADOW_SEED * (number + 1)) % 2**32
+        manifest = shadow_manifest(session.manifest, ids, row)
+        with nested_session(session, f"shadows/{number:02d}", manifest, seed) as shadow:
             phases.pretrain(shadow)
             phases.unlearn(shadow)
             check_coverage(shadow)

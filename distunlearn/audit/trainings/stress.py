@@ -19,7 +19,6 @@ A test lives in `<run>/stress/<test>`; finished encoders are kept, and after an 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,8 +142,7 @@ def _canaries(session: Session) -> Figures:
     copies = {i: count for group, count in zip(groups, COPIES, strict=True) for i in group}
     manifest = with_copies(session.manifest, copies)
     result: Figures = {}
-    with contextlib.ExitStack() as stack:
-        nested = nested_session(session, "stress/canaries", manifest, stack)
+    with nested_session(session, "stress/canaries", manifest) as nested:
         phases.pretrain(nested)
         phases.unlearn(nested, nested.out / "original")
         check_coverage(nested)
@@ -166,9 +164,7 @@ def _sequential(session: Session) -> Figures:
         gone = [i for earlier in parts[:number] for i in earlier]
         later = [i for group in parts[number + 1 :] for i in group]
         roles = dict.fromkeys(gone, UNUSED) | dict.fromkeys(part, "forget") | dict.fromkeys(later, "retain")
-        with contextlib.ExitStack() as stack:
-            manifest = with_roles(session.manifest, roles)
-            nested = nested_session(session, f"stress/sequential-{number + 1}", manifest, stack)
+        with nested_session(session, f"stress/sequential-{number + 1}", with_roles(session.manifest, roles)) as nested:
             phases.unlearn(nested, folders[-1] if folders else session.out / "original")
             check_coverage(nested)
             folders.append(nested.out)
@@ -226,8 +222,7 @@ def _request(
     attacked, useful: rows of the signals that attacks and accuracies may look at; None: all. {} but on the main rank.
     """
     result: Figures = {}
-    with contextlib.ExitStack() as stack:
-        nested = nested_session(session, f"stress/{name}", manifest, stack)
+    with nested_session(session, f"stress/{name}", manifest) as nested:
         phases.retrain(nested)
         phases.unlearn(nested, session.out / "original")
         check_coverage(nested)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from distunlearn.data.loading.image_store import open_store
@@ -33,20 +33,18 @@ def with_copies(manifest: Manifest, copies: Mapping[str, int]) -> Manifest:
     return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
 
 
-def nested_session(
-    session: Session, folder: str, manifest: Manifest, stack: contextlib.ExitStack, seed: int | None = None
-) -> Session:
-    """A session of its own directory `<run>/<folder>`, roles and ledger; closed with `stack`. seed: None is the run's.
-
-    All ranks call it together.
-    """
+@contextlib.contextmanager
+def nested_session(session: Session, folder: str, manifest: Manifest, seed: int | None = None) -> Iterator[Session]:
+    """A session of its own directory `<run>/<folder>`, roles and ledger. seed: None is the run's. Collective."""
     out = Path(session.out) / folder
     cfg = session.cfg if seed is None else dataclasses.replace(session.cfg, seed=seed)
     if session.world.is_main:
         out.mkdir(parents=True, exist_ok=True)
     session.world.barrier()
-    store = open_store(manifest, cfg, session.backend.device)
-    stack.callback(store.close)
-    ledger = Ledger(out / "ledger.jsonl", is_main=session.world.is_main, may_write=session.ledger.may_write)
-    stack.callback(ledger.close)
-    return dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)
+    with (
+        contextlib.closing(open_store(manifest, cfg, session.backend.device)) as store,
+        contextlib.closing(
+            Ledger(out / "ledger.jsonl", is_main=session.world.is_main, may_write=session.ledger.may_write)
+        ) as ledger,
+    ):
+        yield dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)
