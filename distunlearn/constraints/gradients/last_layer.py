@@ -48,9 +48,9 @@ class HeadGradients:
         """|G_i| of the weight gradient, [n]; its derivative at a zero gradient is 0."""
         return _safe_sqrt(self.squared_norm())
 
-    def log_norm(self, floor: float = NORM_FLOOR) -> Tensor:
-        """ln max(|G_i|, floor), [n]: finite, with derivative 0 below the floor."""
-        return 0.5 * self.squared_norm().clamp_min(floor * floor).log()
+    def log_norm(self) -> Tensor:
+        """ln max(|G_i|, NORM_FLOOR), [n]: finite, with derivative 0 below the floor."""
+        return 0.5 * self.squared_norm().clamp_min(NORM_FLOOR * NORM_FLOOR).log()
 
     def sketch(self, out_matrix: Tensor, in_matrix: Tensor) -> Tensor:
         """P_out G_i P_in^T of every sample, rows one after the other, [n, k_out * k_in].
@@ -101,16 +101,12 @@ def sketch_matrices(
     return on_device(out_matrix, device, dtype), on_device(in_matrix, device, dtype)
 
 
-def gradient_features(
-    gradients: HeadGradients, out_matrix: Tensor, in_matrix: Tensor, spread: Tensor | float = 1.0
-) -> Tensor:
-    """(ln |G_i|, S_i / sigma_T): the description of a per-sample gradient that Phi compares, [n, 1 + k_out * k_in].
+def gradient_features(gradients: HeadGradients, out_matrix: Tensor, in_matrix: Tensor) -> Tensor:
+    """(ln |G_i|, S_i): the description of a per-sample gradient that Phi compares, [n, 1 + k_out * k_in].
 
     The norm alone can be matched by rescaling |z|, the sketch alone by shrinking the gradient: hence both.
-    spread: sigma_T, the third-party's spread of each sketch coordinate, [k_out * k_in], > 0, without gradient.
     """
-    sketch = gradients.sketch(out_matrix, in_matrix)
-    return torch.cat([gradients.log_norm().unsqueeze(1), sketch / spread], dim=1)
+    return torch.cat([gradients.log_norm().unsqueeze(1), gradients.sketch(out_matrix, in_matrix)], dim=1)
 
 
 def _gram(x: Tensor) -> Tensor:
