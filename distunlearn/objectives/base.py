@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distunlearn.config.registry import OBJECTIVE, find
 from distunlearn.config.schema import ObjectiveConfig, PositiveFloat, PositiveInt, RunConfig
+from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.memory_bank import (
     Bank,
     bank_delta,
@@ -122,9 +123,13 @@ class Objective(ABC):
         """Reasons why it cannot be used with these settings, one sentence each, naming the keys."""
         return iter(())
 
-    @abstractmethod
     def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """Training loss of this rank: the mean over ranks is the loss of the global batch, in value and gradient."""
+        """Training loss of this rank: the mean over ranks is the loss of the global batch, in value and gradient.
+
+        bank: of an objective with a queue `KeyQueue.bank(temperature)`, else not used. Collective.
+        """
+        losses = self.row_losses(b, bank)
+        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
 
     @abstractmethod
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:

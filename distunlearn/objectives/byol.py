@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.memory_bank import Bank, normalise
 
@@ -37,12 +36,7 @@ class BYOL(MomentumObjective):
     summary = "BYOL: predict the momentum projection of the other view, no negatives"
     predictor = True
 
-    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """Symmetrised 2 - 2 cos, in [0, 8]; the bank is not used; a collective call."""
-        losses = self.row_losses(b)
-        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
-
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """L(q_a, z'_b) + L(q_b, z'_a) of every image, [n]."""
+        """L(q_a, z'_b) + L(q_b, z'_a) of every image, [n], in [0, 8]; the bank is not used."""
         z, target = self._pair(b)
         return (2 - 2 * (normalise(z) * target).sum(-1)).sum(0)

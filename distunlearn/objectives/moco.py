@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distunlearn.config.schema import PositiveInt, RunConfig
-from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.memory_bank import Bank, normalise, query_infonce
 
@@ -50,13 +49,8 @@ class MoCo(MomentumObjective):
         if size < largest:
             yield f"objective.queue_size={size} is smaller than a batch of {largest}; enlarge the queue"
 
-    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """Cross-entropy of the key among key and queue. bank: `KeyQueue.bank(temperature)`; a collective call."""
-        losses = self.row_losses(b, bank)
-        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
-
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """The cross-entropy of every image, [n]."""
+        """The cross-entropy of every image's key among key and queue, [n]. bank: `KeyQueue.bank(temperature)`."""
         assert bank is not None, "moco needs the queue as its bank"
         z, key = self._pair(b)
         return query_infonce(normalise(z[0]), key[0], bank, b.ids, self.budget)

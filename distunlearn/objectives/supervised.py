@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distunlearn.config.schema import ObjectiveConfig, RunConfig
-from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.errors import DataError
 from distunlearn.objectives.base import Branches, Objective
 from distunlearn.objectives.memory_bank import Bank, widen
@@ -76,12 +75,8 @@ class Supervised(Objective):
                     "sort the images into one folder a class"
                 )
 
-    def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """Mean cross-entropy; a collective call. Raises DataError for missing or impossible labels."""
-        return self.per_sample_loss(b).sum() * mean_scale(gather_sizes(b.num_samples, b.output.device))
-
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
-        """l_i: without batch-mates in the loss it is the per-sample loss."""
+        """l_i: without batch-mates in the loss it is the per-sample loss. Raises DataError as that."""
         return self.per_sample_loss(b)
 
     def bank_keys(self, b: Branches) -> None:
