@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rundir import build_run
 
 from distunlearn.errors import DataError
 from distunlearn.report.render import write_report
 from distunlearn.report.terminal import ending
-from tests.report.rundir import build_run
 
 
 @pytest.mark.parametrize(("case", "word"), [("pass", "Pass"), ("fail", "Fail"), ("inconclusive", "Inconclusive")])
