@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 CONFIG = "tests/cli/test_config_io.py"
+YAML = "tests/cli/test_yaml.py"
 TRACKERS = "tests/engine/test_trackers.py"
 HYGIENE = "tests/faults/test_hygiene.py"
 RANKS = "tests/faults/test_ranks.py"
@@ -38,8 +39,8 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "C04": (
         "duplicate keys, Python tags, huge files, alias bombs in YAML: refused, nothing executed",
-        [f"{CONFIG}::test_yaml_that_is_refused", f"{CONFIG}::test_alias_bomb_is_refused_at_the_first_anchor",
-         f"{CONFIG}::test_large_files_are_refused"],
+        [f"{YAML}::test_yaml_that_is_refused", f"{YAML}::test_alias_bomb_is_refused_at_the_first_anchor",
+         f"{YAML}::test_large_files_are_refused"],
     ),
     "C05": ("`_target_: os.system`: an unknown key", [f"{CONFIG}::test_target_is_just_an_unknown_key"]),
     "C06": (
@@ -83,7 +84,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "C14": (
         "encodings other than UTF-8, CRLF, byte order marks: read, or refused with the offset",
-        [f"{CONFIG}::test_encodings", f"{CONFIG}::test_bytes_that_are_no_text_are_refused"],
+        [f"{YAML}::test_encodings", f"{YAML}::test_bytes_that_are_no_text_are_refused"],
     ),
     "C15": (
         "blanks, quotes, line breaks, `$()`, `~`, loops of links in paths: handled or refused, no shell",
