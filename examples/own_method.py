@@ -45,7 +45,7 @@ def main(out: str) -> None:
     """The method on the digits, as the command above."""
     settings = [
         f"method.name={__file__}:Dissolve", "method.weight=0.5", "pretrain.epochs=6", "unlearn.steps=15",
-        "audit.bootstrap=200",
+        "audit.views=4", "audit.bootstrap=200",
     ]  # fmt: skip
     api.run(du.load_config("digits", None, settings), out)
     run = du.open_run(out)

@@ -44,7 +44,7 @@ def main(out: str) -> None:
     """The objective on the digits."""
     settings = [
         f"objective.name={__file__}:Aligned", "objective.alignment=0.3", "pretrain.epochs=6", "unlearn.steps=15",
-        "audit.bootstrap=200",
+        "audit.views=4", "audit.bootstrap=200",
     ]  # fmt: skip
     api.run(du.load_config("digits", None, settings), out)
     run = du.open_run(out)

@@ -105,6 +105,9 @@ def create_args(encoder: EncoderConfig) -> dict[str, Any]:
     return {**args, "in_chans": encoder.in_chans, "num_classes": 0}
 
 
+_SOUND: set[str] = set()  # settings whose embedding this process has checked: a run builds its encoder ten times
+
+
 def create_backbone(encoder: EncoderConfig) -> nn.Module:
     """A model with fresh weights from the global generator: [n, C, S, S] -> [n, E], of timm its `num_features`.
 
@@ -121,7 +124,9 @@ def create_backbone(encoder: EncoderConfig) -> nn.Module:
     except Exception as error:  # timm and torch raise whatever the wrong argument happens to break
         raise _refused(encoder, error) from error
     _check_patches(backbone, encoder)
-    _check_embedding(backbone, encoder)
+    if repr(encoder) not in _SOUND:
+        _check_embedding(backbone, encoder)
+        _SOUND.add(repr(encoder))
     _without_chance(backbone)
     return backbone
 

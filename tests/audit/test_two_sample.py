@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from distunlearn.audit.figures.two_sample import two_sample
+from distunlearn.audit.figures.two_sample import _areas, two_sample
 
 
 def drawn(n: int, k: int, shift: float, seed: int) -> np.ndarray:
@@ -33,3 +34,11 @@ def test_fitted_rows_would_be_told_apart_even_under_the_null():
 def test_too_few_images_are_not_evaluated(n, m):
     found = two_sample(drawn(n, 2, 0, 1), drawn(m, 2, 0, 2), 0, 100)
     assert found == {"auc": None, "auc_low": None, "auc_high": None, "p": None}
+
+
+def test_areas_of_columns_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    scores = np.round(generator.normal(size=(30, 5)), 1)  # with ties
+    positive = np.stack([generator.permutation(np.arange(30) < 12) for _ in range(5)], axis=1)
+    expected = [roc_auc_score(positive[:, k], scores[:, k]) for k in range(5)]
+    np.testing.assert_allclose(_areas(scores, positive), expected, rtol=1e-12)

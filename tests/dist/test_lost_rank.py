@@ -17,16 +17,17 @@ from distunlearn.distributed.process_group import lost_rank
 pytestmark = pytest.mark.slow
 RUN = [sys.executable, "-m", "distunlearn", "run", "digits"]
 LONG = ("backend=ddp", "unlearn.steps=200", "unlearn.checkpoint_every=5")
+ENOUGH = (*LONG, "unlearn.steps=70")  # to be killed twice, and to end
 
 
-def start(out: Path) -> list[subprocess.Popen]:
+def start(out: Path, settings: tuple[str, ...] = LONG) -> list[subprocess.Popen]:
     """Two ranks without a launcher: nobody but themselves ends them. Each has a log beside the run directory."""
     port, started = str(free_port()), []
     for rank in range(2):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         with open(f"{out}.{rank}.log", "w") as log:
             started.append(subprocess.Popen(
-                [*RUN, "--out", str(out), *tiny.settings(*LONG)], stdout=subprocess.DEVNULL, stderr=log,
+                [*RUN, "--out", str(out), *tiny.settings(*settings)], stdout=subprocess.DEVNULL, stderr=log,
                 env=environment(**variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             ))  # fmt: skip
     return started
@@ -49,7 +50,7 @@ def wait_for_step(out: Path, step: int, ranks: list[subprocess.Popen]) -> None:
 def test_the_survivor_of_a_killed_rank_ends_with_5_and_says_so(tmp_path):
     out, step = tmp_path / "run", 6
     for victim in (1, 0):
-        ranks = start(out)
+        ranks = start(out, ENOUGH)
         try:
             wait_for_step(out, step, ranks)
             ranks[victim].send_signal(signal.SIGKILL)
@@ -65,7 +66,7 @@ def test_the_survivor_of_a_killed_rank_ends_with_5_and_says_so(tmp_path):
         assert gone in said and "Traceback" not in said
         step += 10  # the next attempt goes on from a checkpoint, and the owner that was killed is no obstacle
     assert (out / "owner.json").exists()  # of the main rank that was killed
-    ranks = start(out)
+    ranks = start(out, ENOUGH)
     for rank in ranks:
         assert rank.wait(timeout=200) in (0, 6, 7)
     assert not (out / "owner.json").exists() and (out / "report.html").exists()
