@@ -171,6 +171,12 @@ def _encoder(cfg: RunConfig) -> Iterator[str]:
     if encoder.checkpoint is not None:
         if not Path(encoder.checkpoint).is_file():
             yield f"encoder.checkpoint {encoder.checkpoint!r} is not a file; check the path"
+        elif encoder.mean is None and encoder.std is None:
+            yield (
+                "encoder.checkpoint is given without encoder.mean and encoder.std, and neither a config.json beside it "
+                "nor timm says by which its images are normalised; set both to what it was trained with (ImageNet's: "
+                "[0.485,0.456,0.406] and [0.229,0.224,0.225]; of pixels in [-1, 1]: 0.5 for every channel)"
+            )
 
 
 def _views(cfg: RunConfig) -> Iterator[str]:

@@ -132,10 +132,11 @@ class EncoderConfig:
     in_chans: Literal[1, 3] = 1
     stem: Literal["standard", "deep"] = "deep"  # ResNets; deep: three 3x3; small images: also args.output_stride=8
     args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model (channels, layers, patch_size ...)
-    mean: tuple[float, ...] | None = None  # of each channel in [0, 1], that the encoder wants subtracted; null: 0.5
-    std: tuple[PositiveFloat, ...] | None = None  # by which it wants the difference divided; null: 0.5
+    mean: tuple[float, ...] | None = None  # of each channel in [0, 1], subtracted; null: the checkpoint's, or 0.5
+    std: tuple[PositiveFloat, ...] | None = None  # of each channel, by which is divided; null: likewise
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
     checkpoint: Annotated[str | None, CHECKPOINT] = None  # safetensors or torch.save: weights of the original encoder
+    trained_with: str | None = None  # its loss (dino, mae, clip ...) where that is not objective.name
     prefix: str | None = None  # what stands before the backbone's names in it; null: found
     ignore: tuple[str, ...] = ()  # patterns of its names that may be left out although they belong inside the backbone
 

@@ -106,15 +106,15 @@ def whole_readings(
     for number, name in enumerate(tensors):
         for prefix in [p for p, at in place.items() if at < 0 and name.startswith(p)]:
             place[prefix] = number
-    return sorted(unique.values(), key=lambda r: (_precedence(r.prefix), place[r.prefix]))
+    return sorted(unique.values(), key=lambda r: (precedence(r.prefix), place[r.prefix]))
 
 
 def best_reading(readings: Sequence[Reading]) -> Reading:
     """The one with most of the backbone, and the least that does not belong there."""
-    return max(readings, key=lambda r: (r.fitting, -len(r.missing), -len(r.inside), -_precedence(r.prefix)))
+    return max(readings, key=lambda r: (r.fitting, -len(r.missing), -len(r.inside), -precedence(r.prefix)))
 
 
-def _precedence(prefix: str) -> int:
+def precedence(prefix: str) -> int:
     """Which of several copies the users of a training script take: the trained one before its moving average, and of
     teacher and student, as in DINO, the teacher."""
     return 2 if MOVING.search(prefix) else int("student" in prefix)

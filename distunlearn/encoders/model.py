@@ -40,19 +40,25 @@ class EncoderOutput(NamedTuple):
 class Head(nn.Module):
     """Linear - BatchNorm - ReLU - Linear, or with `hidden_dim` None a single Linear: [n, in] -> ([n, Hd], [n, out]).
 
+    layers: linear ones, the last included. norm: whether a BatchNorm follows the others; without it they have a bias.
+
     Always in the precision of its weights: a loss that looks at small differences of outputs would look at the
     rounding of bf16 instead, and a head is a small part of the work.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int | None, out_dim: int) -> None:
+    def __init__(
+        self, in_dim: int, hidden_dim: int | None, out_dim: int, *, layers: int = 2, norm: bool = True
+    ) -> None:
         super().__init__()
         if hidden_dim is None:
             self.body: nn.Module = nn.Identity()
         else:
-            # No bias before a BatchNorm: its gradient would be rounding noise, which Adam scales up to full steps.
-            self.body = nn.Sequential(
-                nn.Linear(in_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)
-            )
+            parts: list[nn.Module] = []
+            for number in range(layers - 1):
+                # No bias before a BatchNorm: its gradient would be rounding noise, which Adam scales up to full steps.
+                parts.append(nn.Linear(hidden_dim if number else in_dim, hidden_dim, bias=not norm))
+                parts += [nn.BatchNorm1d(hidden_dim)] * norm + [nn.ReLU(inplace=True)]
+            self.body = nn.Sequential(*parts)
         self.last = nn.Linear(in_dim if hidden_dim is None else hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +225,8 @@ def build_model(cfg: RunConfig, num_classes: int | None) -> ContrastiveModel:
     predictor = None
     if find(OBJECTIVE, objective.name).predictor:
         with _own_generator(cfg.seed, "predictor"):
-            predictor = Head(objective.output_dim, objective.hidden_dim, objective.output_dim)
+            width = objective.output_dim
+            predictor = Head(width, objective.hidden_dim, width, norm=objective.head_norm)
     shape, mean, std = input_size(cfg.encoder), cfg.encoder.mean, cfg.encoder.std
     return ContrastiveModel(backbone, projector, predictor, shape, mean, std).train()
 
@@ -228,7 +235,9 @@ def _projector(embed_dim: int, objective: ObjectiveConfig, num_classes: int | No
     if find(OBJECTIVE, objective.name).head == "classifier":
         assert num_classes is not None and num_classes > 0, "a classifier needs the number of classes"
         return Head(embed_dim, None, num_classes)
-    return Head(embed_dim, objective.hidden_dim, objective.output_dim)
+    return Head(
+        embed_dim, objective.hidden_dim, objective.output_dim, layers=objective.head_layers, norm=objective.head_norm
+    )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from distunlearn.common.files import file_sha256, write_json
+from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
@@ -29,6 +30,7 @@ from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import ROLES
 from distunlearn.distributed.world import World
+from distunlearn.encoders.checkpoint_heads import other_heads, take_heads
 from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.weights import check_finite, load_checkpoint
@@ -39,10 +41,19 @@ from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
 from distunlearn.engine.session import DONE, STATE, Session, Trained, is_done, load_trained, scratch
 from distunlearn.methods.base import Method, method_class, refuse_missing
-from distunlearn.methods.training import Pretrain, Retrain
+from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
 from distunlearn.objectives import make_objective
-from distunlearn.objectives.forward import Context
+from distunlearn.objectives.forward import Context, EncoderView
+from distunlearn.objectives.queue import KeyQueue
 from distunlearn.verify.ledger import coverage, read_ledger
+
+KEYS_AT_ONCE = 256
+CHECKPOINT = "checkpoint"  # in `done.json` of the original encoder: what was taken from `encoder.checkpoint`
+NEW_HEADS = (
+    "The checkpoint holds no heads that fit the objective; new ones are trained on its backbone with the images that "
+    "stay, none of which is forgotten or held out."
+)
+
 
 # -- digests ---------------------------------------------------------------------------------------------------------
 
@@ -61,9 +72,9 @@ def _deciding(section: Any) -> dict[str, Any]:
 def training_digest(session: Session, phase: str) -> str:
     """What decides the weights of `original` or `retrained`: settings and the ids trained on, not where they lie."""
     cfg = session.cfg
-    roles = ("retain", "forget") if phase == "pretrain" else ("retain",)
-    samples = [(i, session.manifest.by_id[i].sha256) for i in sorted(session.manifest.ids(roles))]
     foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
+    roles = ("retain", "forget") if phase == "pretrain" and not foreign else ("retain",)
+    samples = [(i, session.manifest.by_id[i].sha256) for i in sorted(session.manifest.ids(roles))]
     return _digest(
         phase=phase,
         seed=cfg.seed,
@@ -98,11 +109,12 @@ def unlearn_digest(session: Session) -> str:
 def pretrain(session: Session) -> Path:
     """Train the original encoder on all members; returns its folder.
 
-    With `encoder.checkpoint` the original encoder is that file's: its backbone is not touched, only the heads of
-    the objective are trained on it, for a checkpoint brings none and the loss needs them.
+    With `encoder.checkpoint` the original encoder is that file's. Heads, momentum encoder and queue are the file's too
+    where they fit the objective; else the backbone is not touched and new heads are trained on the images that stay,
+    so that no head of this run knows an image that is forgotten, or one that the audit holds against it.
     """
     folder = session.out / "original"
-    method = Pretrain(session.cfg)
+    method = (TrainHeads if session.cfg.encoder.checkpoint else Pretrain)(session.cfg)
     _train(session, "pretrain", folder, method, training_digest(session, "pretrain"), start=None)
     return folder
 
@@ -137,12 +149,15 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
     cfg, backend = session.cfg, session.backend
     backend.world.on_main(lambda: require_same_code(session.ledger, cfg.runtime.accept_code_change))
     trained = load_trained(start, session) if start else _start(session, name)
+    notes = None if start else trained.facts.get(CHECKPOINT)
     model = trained.model.to(backend.device)
     queue = trained.queue.to(backend.device) if trained.queue else None
     if name != "pretrain" and queue is not None:
         queue.purge(torch.from_numpy(id_hashes(session.manifest.ids("forget"))))
-    if method.steps == "none":
+    if method.steps == "none" or (notes and not trained.model.backbone_frozen):
         facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
+        if notes and queue is not None:
+            _fill_queue(session, trained, queue)
     else:
         optim = cfg.unlearn if method.steps == "unlearn" else cfg.pretrain
         optimizer = make_optimizer(optim, model)
@@ -174,6 +189,8 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
         )  # fmt: skip
         records = (session.ledger, session.telemetry, session.stop, session.watch)
         facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
+    if notes:
+        facts[CHECKPOINT] = notes
     _finish(session, name, folder, digest, model, trained, facts)
 
 
@@ -215,12 +232,46 @@ def _start(session: Session, name: str) -> Trained:
     trained, cfg = scratch(session, name), session.cfg
     if name != "pretrain" or cfg.encoder.checkpoint is None:
         return trained
-    for note in load_checkpoint(trained.model.backbone, cfg.encoder).notes:
+    trained.facts[CHECKPOINT] = take_checkpoint(trained, cfg)
+    for note in trained.facts[CHECKPOINT]:
         session.telemetry.note(name, note)
-    trained.model.freeze_backbone()
-    if trained.momentum is not None:
-        trained.momentum = MomentumEncoder(trained.model)
     return trained
+
+
+@torch.no_grad()
+def _fill_queue(session: Session, trained: Trained, queue: KeyQueue) -> None:
+    """Keys of retained images by the momentum encoder, as many as the queue holds; alike on every rank."""
+    cfg, device, momentum = session.cfg, session.backend.device, trained.momentum
+    assert momentum is not None, "keys are a momentum encoder's"
+    networks = trained.model.to(device).eval(), momentum.to(device).model.eval()
+    view = EncoderView(*networks, make_objective(cfg.objective), cfg.views, cfg.seed)
+    retained = session.manifest.ids("retain")
+    ids = session.store.decodable(retained[:: max(1, len(retained) // queue.size)][: queue.size])
+    for start in range(0, len(ids), KEYS_AT_ONCE):
+        chunk = ids[start : start + KEYS_AT_ONCE]
+        pair = view.views(chunk, session.store.by_offset(chunk), VIEW_EPOCHS["calibration"][0], 2)
+        labels = torch.from_numpy(session.manifest.labels(chunk)).to(device)
+        queue.push(*view.objective.bank_keys(view.branches(pair, chunk, labels)))
+    for network in networks:
+        network.train()
+
+
+def take_checkpoint(trained: Trained, cfg: RunConfig) -> list[str]:
+    """Load `encoder.checkpoint`: what was taken and left out, in sentences. Without its heads the backbone is frozen.
+
+    Raises:
+        EncoderError, NumericsError: see `load_backbone`.
+    """
+    loaded = load_checkpoint(trained.model.backbone, cfg.encoder)
+    heads = take_heads(trained.model, trained.momentum, loaded)
+    if heads is None:
+        trained.model.freeze_backbone()
+        if trained.momentum is not None:
+            trained.momentum = MomentumEncoder(trained.model)
+        return [*loaded.notes, NEW_HEADS, *other_heads(loaded, trained.model.embed_dim)]
+    if trained.queue is not None:
+        heads.append("A queue does not say whose keys it holds; its keys were made anew, of images that stay.")
+    return [*loaded.notes, *heads]
 
 
 # -- schedule --------------------------------------------------------------------------------------------------------

@@ -91,6 +91,16 @@ class Pretrain(Training):
         return {"members": self.cfg.pretrain.batch}
 
 
+class TrainHeads(Pretrain):
+    """Training of new heads on the backbone of a foreign checkpoint, without the images to forget."""
+
+    report = "train new heads on the images that stay"
+    feeder = "retain"
+
+    def batch_sizes(self) -> Mapping[str, int]:
+        return {"retain": self.cfg.pretrain.batch}
+
+
 class Retrain(Training):
     """Training from scratch without the forget set, by the recipe of `pretrain`."""
 

@@ -70,6 +70,8 @@ class ContrastiveConfig(ObjectiveConfig):
     temperature: PositiveFloat = 0.2  # of the contrastive softmax and of the bank loss
     hidden_dim: PositiveInt = 128  # width of projector and predictor
     output_dim: PositiveInt = 64  # width of the projection that losses compare
+    head_layers: Annotated[int, Field(ge=2)] = 2  # linear layers of the projector; the predictor has 2
+    head_norm: bool = True  # a BatchNorm after each but the last; MoCo v2 has none
     similarity_mib: PositiveFloat = 1024.0  # for one copy of a process's similarities; above it tile by tile, exactly
 
 

@@ -15,16 +15,16 @@ from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.selection import request_facts
 from distunlearn.encoders.model import ContrastiveModel, build_model
-from distunlearn.encoders.weights import load_checkpoint
-from distunlearn.engine.phases import pretrain_steps
+from distunlearn.engine.phases import pretrain_steps, take_checkpoint
 from distunlearn.engine.run_directory import refuse_large_batches, verified_manifest
+from distunlearn.engine.session import Trained
 from distunlearn.errors import (
     ConfigError,
     DataError,
     DistunlearnError,
 )
 from distunlearn.methods.base import Method, method_class, refuse_missing
-from distunlearn.methods.training import Pretrain, Retrain
+from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
 from distunlearn.plan.dry_run import NotFollowed, count_training
@@ -55,8 +55,9 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     except DistunlearnError as error:
         problems.append(error)
     model: ContrastiveModel | None = None
+    notes: list[str] = []
     try:
-        model = _model(cfg, max(classes, default=1) + 1)
+        model, notes = _model(cfg, max(classes, default=1) + 1)
     except DistunlearnError as error:
         problems.append(error)
     if counts:
@@ -73,7 +74,9 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
             raise problems[0]
         raise kind(" ".join(str(p) for p in problems))
     assert model is not None, "or there was a problem"
-    phases = _phases(cfg, model, counts)
+    trains_heads = model.backbone_frozen
+    model.requires_grad_(True).backbone_frozen = False
+    phases = _phases(cfg, model, counts, None if cfg.encoder.checkpoint is None else trains_heads)
     return {
         "recipe": cfg.recipe,
         "digest": digest(cfg),
@@ -82,7 +85,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "objective": cfg.objective.name,
         "roles": dict(counts),
         "request": facts,
-        "encoder": _encoder(cfg, model, max(classes, default=1) + 1),
+        "encoder": _encoder(cfg, model, max(classes, default=1) + 1) | ({"checkpoint": notes} if notes else {}),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),
         "intervals": expected_widths(cfg, counts),
@@ -107,35 +110,45 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
     return Counter(roles.values()), labels, request_facts(drawn.facts)
 
 
-def _model(cfg: RunConfig, classes: int) -> ContrastiveModel:
-    """The encoder with its heads, and the checkpoint tried on it."""
+def _model(cfg: RunConfig, classes: int) -> tuple[ContrastiveModel, list[str]]:
+    """The encoder with its heads, and what was taken from the checkpoint, which is tried on it."""
+    notes: list[str] = []
     model = build_model(cfg, classes if objective_class(cfg).head == "classifier" else None)
     if cfg.encoder.checkpoint is not None:
-        load_checkpoint(model.backbone, cfg.encoder)
+        notes = take_checkpoint(Trained(model, None, None, {}), cfg)
     if cfg.audit.part_crops and not hasattr(model.backbone, "forward_intermediates"):
         raise ConfigError(
             f"audit.part_crops needs feature maps, which {cfg.encoder.name} does not give; set audit.part_crops=0."
         )
-    return model
+    return model, notes
 
 
 def _encoder(cfg: RunConfig, model: ContrastiveModel, classes: int) -> dict[str, Any]:
     return {
         "name": cfg.encoder.name,
         "embed_dim": model.embed_dim,
+        "image_size": cfg.encoder.image_size,
+        "mean": list(cfg.encoder.mean or [0.5] * cfg.encoder.in_chans),
+        "std": list(cfg.encoder.std or [0.5] * cfg.encoder.in_chans),
         "backbone_parameters": sum(p.numel() for p in model.backbone.parameters()),
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": classes if objective_class(cfg).head == "classifier" else None,
     }
 
 
-def _phases(cfg: RunConfig, model: ContrastiveModel, counts: Counter[str]) -> dict[str, dict[str, Any]]:
-    """Steps, images, share of retraining and memory of every training; steps alone where code cannot be followed."""
+def _phases(
+    cfg: RunConfig, model: ContrastiveModel, counts: Counter[str], trains_heads: bool | None
+) -> dict[str, dict[str, Any]]:
+    """Steps, images, share of retraining and memory of every training; steps alone where code cannot be followed.
+
+    trains_heads: whether new heads are trained on a checkpoint's backbone; None: there is no checkpoint.
+    """
     method = method_class(cfg)(cfg)
     retraining = pretrain_steps(cfg, counts["retain"])
     unlearning = {"unlearn": cfg.unlearn.steps, "pretrain": retraining, "none": 0}[method.steps]
     trainings: dict[str, tuple[int, Method]] = {
         "pretrain": (pretrain_steps(cfg, counts["retain"] + counts["forget"]), Pretrain(cfg)),
+        **({} if trains_heads is None else {"pretrain": (retraining * trains_heads, TrainHeads(cfg))}),
         "unlearn": (unlearning, method),
         "retrain": (retraining, Retrain(cfg)),
     }

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
+from distunlearn.report.facts import other_kind
 from distunlearn.report.formatting import interval, p_value, percent, signed, text
 from distunlearn.report.texts import ATTACKS, ENCODERS, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 
@@ -85,7 +86,7 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) 
     everything = [*rows["attacks"], *rows["utility"]]
     named = {name: [row["title"] for row in everything if row["verdict"] == name] for name in VERDICTS}
     unsettled = named["inconclusive"] + named["not_evaluated"]
-    notes = []
+    notes = other_kind(run)
     if declared == "fail" or named["fail"]:
         result = "fail"
         if declared != "fail":

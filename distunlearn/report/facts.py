@@ -38,12 +38,38 @@ def request(run: RunFiles) -> dict[str, Any]:
         "when": run.finished or "not recorded",
         "length": _length(run),
         "copies": None if not copies else whole(copies),
+        "checkpoint": _checkpoint(run),
         "reused": tree(run.config, "runtime").get("reuse") is not None,
         "roles": [
             {"title": title, "meaning": meaning, "count": whole(counts.get(name))}
             for name, (title, meaning) in ROLES.items()
         ],
     }
+
+
+def _checkpoint(run: RunFiles) -> list[str]:
+    """What was taken from the encoder that was handed in, and of what kind the yardstick then is."""
+    encoder = tree(run.config, "encoder")
+    if not encoder.get("checkpoint"):
+        return []
+    taken = run.original.get("checkpoint")
+    notes = [str(note) for note in taken] if isinstance(taken, list) else ["What was taken from it is not recorded."]
+    means, stds = (", ".join(map(str, encoder.get(key) or ())) or NOT_EVALUATED for key in ("mean", "std"))
+    notes.append(f"Its images are normalised by mean {means} and standard deviation {stds}.")
+    objective = _name(tree(run.config, "objective"), "name")
+    unnamed = f"It is taken to have been trained with {objective}, as no other loss was named."
+    return [*notes, *(other_kind(run) or [unnamed])]
+
+
+def other_kind(run: RunFiles) -> list[str]:
+    """What it means that an encoder was trained with another loss than the retrained one."""
+    objective, own = _name(tree(run.config, "objective"), "name"), tree(run.config, "encoder").get("trained_with")
+    if not isinstance(own, str) or own == objective:
+        return []
+    return [
+        f"The encoder was trained with {own}, the retrained one with {objective}: the yardstick is of another kind; "
+        "a difference between them need not come from the images to forget."
+    ]
 
 
 def _name(settings: dict[str, Any], key: str) -> str:

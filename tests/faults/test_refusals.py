@@ -136,6 +136,9 @@ def test_one_byte_changed_in_a_shard(prepared, capsys):
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+PIXELS = ("encoder.mean=[0.5]", "encoder.std=[0.5]")
+
+
 def backbone_weights() -> dict[str, torch.Tensor]:
     cfg = load_config("digits", None, [])
     return dict(build_model(cfg, None).backbone.state_dict())
@@ -146,7 +149,11 @@ def test_a_good_checkpoint_is_accepted(tmp_path, capsys):
     path = tmp_path / "encoder.safetensors"
     save_file(backbone_weights(), path)
     assert (
-        main(arguments(tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), verb="plan"))
+        main(
+            arguments(
+                tmp_path / "run", f"encoder.checkpoint={path}", *PIXELS, tiny.named_roles(tmp_path, 10), verb="plan"
+            )
+        )
         == 0
     )
     capsys.readouterr()
@@ -156,12 +163,12 @@ def test_a_checkpoint_needs_non_members_that_are_named(tmp_path, capsys):
     """Drawn among the images it was trained on they would be no non-members."""
     path = tmp_path / "encoder.safetensors"
     save_file(backbone_weights(), path)
-    assert "data.holdout_root" in refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", code=2)
+    assert "data.holdout_root" in refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", *PIXELS, code=2)
     (tmp_path / "ids.txt").write_text("digits/000001\ndigits/000002\n")  # a list, but without such roles
-    unnamed = (f"encoder.checkpoint={path}", f"data.forget={tmp_path / 'ids.txt'}", "unlearn.steps=20")
+    unnamed = (f"encoder.checkpoint={path}", *PIXELS, f"data.forget={tmp_path / 'ids.txt'}", "unlearn.steps=20")
     for verb in ("plan", "prepare", "run"):
         assert "names no images that it never saw" in refused(capsys, tmp_path / "run", *unnamed, code=2, verb=verb)
-    assert main(arguments(tmp_path / "run", unnamed[1], "unlearn.steps=20", verb="prepare")) == 0
+    assert main(arguments(tmp_path / "run", unnamed[3], "unlearn.steps=20", verb="prepare")) == 0
     capsys.readouterr()
     for verb in ("plan", "pretrain"):  # shards that were made without the checkpoint
         assert "were drawn among" in refused(capsys, tmp_path / "run", *unnamed, code=2, verb=verb)
@@ -175,7 +182,7 @@ def test_nan_in_the_checkpoint(tmp_path, capsys):
     path = tmp_path / "encoder.safetensors"
     save_file(weights, path)
     assert name in refused(
-        capsys, tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), code=4
+        capsys, tmp_path / "run", f"encoder.checkpoint={path}", *PIXELS, tiny.named_roles(tmp_path, 10), code=4
     )
 
 
@@ -190,10 +197,10 @@ class _Touch:
 def test_malicious_pickle_as_checkpoint(tmp_path, capsys):
     marker, path = tmp_path / "executed", tmp_path / "encoder.pth"
     path.write_bytes(pickle.dumps({"state_dict": _Touch(marker)}))
-    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), code=2)
+    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", *PIXELS, tiny.named_roles(tmp_path, 10), code=2)
     assert not marker.exists()
     torch.save({"weight": torch.zeros(2), "extra": _Touch(marker)}, path)
-    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", tiny.named_roles(tmp_path, 10), code=2)
+    refused(capsys, tmp_path / "run", f"encoder.checkpoint={path}", *PIXELS, tiny.named_roles(tmp_path, 10), code=2)
     assert not marker.exists()
     pickle.loads(pickle.dumps(_Touch(marker)))
     assert marker.exists()  # the payload does fire where a pickle is loaded carelessly

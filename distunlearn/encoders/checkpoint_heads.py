@@ -1,0 +1,147 @@
+"""Projector, predictor and momentum encoder of a foreign checkpoint, where their shapes fit the objective.
+
+A head is a chain of linear layers, with or without BatchNorms between them, whatever it is called: MoCo's
+`encoder_q.fc`, solo-learn's `projector`, lightly's `projection_head.layers`. Its trained copy and its moving average
+are told apart as those of the backbone are. A BatchNorm after the last layer (MoCo v3, SimCLR of lightly) is folded
+into it with its running statistics; a bias before a BatchNorm moves into the running mean.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distunlearn.common.text import printable
+from distunlearn.encoders.checkpoint_names import COUNTER, precedence
+from distunlearn.encoders.model import ContrastiveModel, Head, MomentumEncoder
+from distunlearn.encoders.weights import Loaded, check_finite
+
+TENSORS = 40  # of a head, at most
+EPS = 1e-5  # of nn.BatchNorm1d
+
+
+class _Found(NamedTuple):
+    prefix: str
+    layers: list[dict[str, Tensor]]
+
+
+def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded: Loaded) -> list[str] | None:
+    """Load the heads of a file whose backbone is loaded; what was taken, a sentence each. None: nothing was taken.
+
+    The momentum encoder gets its own copies where the file has them, else those of the model.
+    """
+    found = _heads(loaded.tensors, [*(copy.prefix for copy in (loaded.reading, *loaded.copies))])
+    level = precedence(loaded.reading.prefix)
+    parts = {"projector": model.projector, "predictor": model.predictor}
+    chosen: dict[str, _Found] = {}
+    for name, head in parts.items():
+        fitting = [f for f in found if head and precedence(f.prefix) == level and _fits(f, head)]
+        named = [f for f in fitting if ("pred" in f.prefix) == (name == "predictor")]
+        if head is not None and len(named) != 1:
+            return None
+        if head is not None:
+            chosen[name] = named[0]
+    states = {name: _state(found, parts[name]) for name, found in chosen.items()}
+    check_finite({f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
+    for name, state in states.items():
+        parts[name].load_state_dict(state)  # type: ignore[union-attr]
+    where = " and ".join(f"the {name} from below {printable(head.prefix)}" for name, head in chosen.items())
+    notes = [f"The checkpoint's own heads were taken: {where}."]
+    if momentum is not None:
+        notes += _take_momentum(model, momentum, loaded, found)
+    return notes
+
+
+def other_heads(loaded: Loaded, embed_dim: int) -> list[str]:
+    """A sentence about chains of linear layers that begin at the embedding, for which there are settings."""
+    described = []
+    for found in _heads(loaded.tensors, [copy.prefix for copy in (loaded.reading, *loaded.copies)]):
+        linear = [layer["weight"].shape for layer in found.layers if layer.get("weight", torch.ones(0)).dim() == 2]
+        same_copy = precedence(found.prefix) == precedence(loaded.reading.prefix)
+        if len(linear) > 1 and linear[0][1] == embed_dim and same_copy:
+            norm = "with" if any("running_mean" in layer for layer in found.layers[:-1]) else "without"
+            widths = "-".join(str(n) for n in (embed_dim, *(shape[0] for shape in linear)))
+            described.append(f"below {printable(found.prefix)} {widths} {norm} BatchNorm")
+    settings = "objective.hidden_dim, output_dim, head_layers and head_norm say which shapes fit."
+    return [f"Its own are {' and '.join(described[:3])}; {settings}"] if described else []
+
+
+def _take_momentum(
+    model: ContrastiveModel, momentum: MomentumEncoder, loaded: Loaded, found: list[_Found]
+) -> list[str]:
+    momentum.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("predictor.")})
+    copies = [copy for copy in loaded.copies if precedence(copy.prefix) == 2]
+    heads = [f for f in found if precedence(f.prefix) == 2 and _fits(f, model.projector) and "pred" not in f.prefix]
+    if len(copies) != 1 or len(heads) != 1:
+        return ["It holds no momentum encoder with its projector; it begins as a copy of the encoder."]
+    own = momentum.model.backbone.state_dict()
+    state = {name: value.to(own[name].dtype) for name, value in copies[0].state.items()}
+    check_finite(state)
+    momentum.model.backbone.load_state_dict({**own, **state})
+    momentum.model.projector.load_state_dict(_state(heads[0], momentum.model.projector))
+    return [f"The momentum encoder was taken from below {printable(copies[0].prefix)}."]
+
+
+def _heads(tensors: Mapping[str, Tensor], backbones: list[str]) -> list[_Found]:
+    """Every chain of linear layers, once, by the longest prefix that holds it."""
+    below: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        parts = name.split(".")
+        for end in range(1, len(parts) - 1):
+            below[".".join(parts[:end]) + "."].append(name)
+    found: dict[tuple[str, ...], _Found] = {}
+    for prefix, names in below.items():
+        if len(names) > TENSORS or any(backbone.startswith(prefix) for backbone in backbones):
+            continue
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            if not name.endswith(COUNTER):
+                path, _, part = name.rpartition(".")
+                layers.setdefault(path, {})[part] = tensors[name]
+        found[tuple(names)] = _Found(prefix, list(layers.values()))
+    return list(found.values())
+
+
+def _fits(found: _Found, head: Head) -> bool:
+    return _state(found, head) is not None
+
+
+def _state(found: _Found, head: Head) -> dict[str, Tensor] | None:
+    """The head's state; None where the layers are others."""
+    state: dict[str, Tensor] = {}
+    layers = [{name: tensor.float() for name, tensor in layer.items()} for layer in found.layers]
+    moved = None
+    for name, part in head.named_modules():
+        if not isinstance(part, (nn.Linear, nn.BatchNorm1d)):
+            continue
+        layer = layers.pop(0) if layers else {}
+        kind = "running_mean" if isinstance(part, nn.BatchNorm1d) else "weight"
+        if kind not in layer or layer[kind].shape != getattr(part, kind).shape:
+            return None
+        if isinstance(part, nn.BatchNorm1d):
+            if moved is not None:
+                layer["running_mean"] = layer["running_mean"] - moved
+            layer.setdefault("weight", torch.ones_like(layer["running_mean"]))
+            layer.setdefault("bias", torch.zeros_like(layer["running_mean"]))
+            layer["num_batches_tracked"] = torch.tensor(0)
+        elif part.bias is None:
+            moved = layer.pop("bias", None)
+        else:
+            layer.setdefault("bias", torch.zeros(len(layer["weight"])))
+        state |= {f"{name}.{key}": value for key, value in layer.items()}
+    if layers and layers[0].get("running_mean", torch.ones(0)).shape == state["last.bias"].shape:
+        _fold(state, layers.pop(0))
+    own = head.state_dict()
+    same = not layers and state.keys() == own.keys() and all(own[k].shape == v.shape for k, v in state.items())
+    return state if same else None
+
+
+def _fold(state: dict[str, Tensor], norm: Mapping[str, Tensor]) -> None:
+    """A BatchNorm behind the last layer, with running statistics, as part of that layer."""
+    scale = norm.get("weight", torch.ones(1)) / (norm["running_var"] + EPS).sqrt()
+    state["last.weight"] = state["last.weight"] * scale[:, None]
+    state["last.bias"] = (state["last.bias"] - norm["running_mean"]) * scale + norm.get("bias", torch.zeros(1))
