@@ -21,6 +21,7 @@ import tyro
 
 from distunlearn import __version__
 from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, RunDir
+from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.sweep import Sweep
@@ -258,7 +259,23 @@ class Doctor:
         return 0 if sound else ConfigError.exit_code
 
 
-VERBS = (Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor)
+VERBS = (
+    Prepare,
+    Index,
+    Convert,
+    Pretrain,
+    Unlearn,
+    Audit,
+    Report,
+    Run,
+    Submit,
+    Sweep,
+    Status,
+    Purge,
+    Plan,
+    List,
+    Doctor,
+)
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor, Status)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import resource
 import struct
 import sys
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checkpoint_forms import ENDINGS, FORMS, PLACES, SIDE, make_sources, z
-from safetensors.torch import save_file
+from checkpoint_forms import ENDINGS, FORMS, PLACES, SIDE, VIT, make_sources, z
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distunlearn.cli.main import main
 from distunlearn.encoders.weights import load_backbone
 from distunlearn.errors import EncoderError
 
@@ -201,3 +203,18 @@ def test_stand_ins_run_nothing(tmp_path, sources):
 def test_safetensors_are_known_by_content(tmp_path, sources):
     save_file(sources["resnet"].backbone, tmp_path / "weights.dat")
     assert load_backbone(sources["resnet"].make(), tmp_path / "weights.dat").notes == []
+
+
+def test_convert_writes_timms_names_and_refuses_what_does_not_fit(tmp_path, sources, capsys):
+    source = sources["hf vit"]
+    torch.save({f"vit.{k}": v for k, v in source.state.items()}, tmp_path / "hf.pth")
+    args = json.dumps({k: v for k, v in VIT.items() if k != "img_size"})
+    ask = ["convert", str(tmp_path / "hf.pth"), "--out", str(tmp_path / "timm.safetensors"), "--args", args]
+    ask += ["--image-size", str(SIDE), "--name"]
+    assert main([*ask, "vit_tiny_patch16_224"]) == 0 and "mapped to timm's" in capsys.readouterr().out
+    written, expected = source.make(), source.make()
+    written.load_state_dict(load_file(tmp_path / "timm.safetensors"))
+    load_backbone(expected, tmp_path / "hf.pth")
+    assert all(torch.equal(v, written.state_dict()[k]) for k, v in expected.state_dict().items())
+    assert main([*ask, "vit_tiny_patch16_224", "--in-chans", "1", "--prefix", "bert"]) == 2
+    assert "encoder.prefix=bert" in capsys.readouterr().err
