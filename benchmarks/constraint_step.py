@@ -7,7 +7,7 @@ number 1, because step 0 and every `constraint.check_every`-th also check the si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -61,9 +61,13 @@ class Bench:
 
     def _batch(self, role: str, count: int) -> Batch:
         size = self.cfg.encoder.image_size
-        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
         epochs, labels = np.zeros(count, dtype=np.int64), torch.zeros(count, dtype=torch.int64)
-        return Batch([f"{role}-{i}" for i in range(count)], images, epochs, labels)
+        ids, shape = [f"{role}-{i}" for i in range(count)], (3, size, size)
+
+        def cut(ids: Sequence[str], epochs: np.ndarray, views: Sequence[int]) -> Tensor:
+            return torch.randint(0, 256, (len(ids), len(views), *shape), dtype=torch.uint8)
+
+        return Batch(ids, epochs, labels, cut, cut(ids, epochs, range(4)))
 
     def _forward(self, images: Tensor) -> EncoderOutput:
         """As `Backend` runs it: autocast around the forward alone."""

@@ -7,13 +7,16 @@ begin with an empty one), and the contenders take turns in every round. Two figu
 which other work on the machine blurs, and CPU seconds per image of all processes together, which it blurs far less. A
 ratio is the median of the ratios of a round.
 
-Contenders, all giving uint8 batches [64, 3, S, S] of the same centre square, `workers` processes each:
+Contenders, all giving two random crops each of 64 photos, uint8 [64, 2, 3, S, S], `workers` processes each:
 
-pure exact, pure fast       decode and crop of encoded images held in memory: no reading, order or transport
-pure threads                the same (exact) in threads of one process
-stream exact, stream fast   this package, from shards: data.decode=exact and fast
-imagefolder                 torchvision's ImageFolder and torch's DataLoader from files, PIL crop and resize
-webdataset                  webdataset's pipeline in torch's DataLoader from the same shards, the same PIL transform
+pure          decode and both crops of encoded images held in memory: no reading, order or transport
+pure threads  the same in threads of one process
+stream        this package, from shards
+imagefolder   torchvision's ImageFolder and torch's DataLoader from files, PIL and torchvision's RandomResizedCrop
+webdataset    webdataset's pipeline in torch's DataLoader from the same shards, the same transform
+
+Colour and blur are apart: they are done batched in the training process, here against torchvision v2 on whole batches,
+where all images of a batch have the same parameters.
 """
 
 from __future__ import annotations
@@ -36,11 +39,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from loaders import BATCH, DROP, LIMIT, ROLES, race
+from loaders import BATCH, DROP, LIMIT, ROLES, VIEWS, race, work
 from photos import SIZE, Photos, image_folder, shards
 
 from distunlearn.config.schema import EncoderConfig, RunConfig, ViewsConfig
-from distunlearn.data.augmentations import make_view
 from distunlearn.data.loading import stream
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.shard_reader import Reader
@@ -48,16 +50,14 @@ from distunlearn.data.loading.stream import Batches, RoleFeeder, epoch_order
 from distunlearn.data.loading.webdataset_pipeline import checked_samples
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources import decode
-from distunlearn.data.sources.decode import decode_square
+from distunlearn.data.views.colour import make_view
+from distunlearn.data.views.crops import Cutter
 from distunlearn.encoders.model import build_model
 from distunlearn.engine.environment import environment
+from distunlearn.objectives.forward import random_views
 from distunlearn.objectives.simclr import nt_xent
 
 BUSY = 2.5  # load average above which other work counted
-
-VIEWS = ViewsConfig(
-    crop_scale_min=0.2, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5
-)
 
 
 # -- one core, step by step ------------------------------------------------------------------------------------------
@@ -94,18 +94,43 @@ def parts(manifest: Manifest, rounds: int) -> dict[str, float]:
     decode._quick_decoder = lambda: None
     found["decode (PIL)"] = cpu_ms(lambda: [decode.decode_image(d, "x", LIMIT, 3) for d in data], len(ids), rounds)
     decode._quick_decoder = quick
+    photos = [decode.decode_image(d, "x", LIMIT, 3) for d in data]
     for size in (96, 224):
-        for mode in ("exact", "fast"):
-            found[f"decode and square {size}, {mode}"] = cpu_ms(
-                lambda size=size, mode=mode: [decode_square(d, "x", LIMIT, 3, size, mode) for d in data],
-                len(ids), rounds,
-            )  # fmt: skip
-        images = torch.stack([decode_square(d, "x", LIMIT, 3, size, "fast") for d in data])
-        found[f"two views {size} (on the device where there is one)"] = cpu_ms(
-            lambda images=images: [make_view(images, VIEWS, seed=0, epochs=epochs, ids=ids, view=v) for v in (0, 1)],
-            len(ids), rounds,
+        cutter = Cutter(size, VIEWS)
+        crops = torch.empty((len(ids), 2, *(3, size, size)), dtype=torch.uint8)
+
+        def cut(cutter: Cutter = cutter, crops: torch.Tensor = crops) -> None:
+            drawn = cutter.crops(ids, epochs, (0, 1))
+            for row, photo in enumerate(photos):
+                drawn.crop(photo, row, crops[row])
+
+        found[f"both crops {size}"] = cpu_ms(cut, len(ids), rounds)
+        found[f"decode and both crops {size}"] = cpu_ms(
+            lambda size=size: work(data, len(ids), size), len(ids), rounds
         )  # fmt: skip
+        found |= colour(crops[:, 0], ids, epochs, rounds)
     return found
+
+
+def colour(crops: torch.Tensor, ids: Sequence[str], epochs: np.ndarray, rounds: int) -> dict[str, float]:
+    """CPU ms of one view: colour and blur of a batch, here and by torchvision v2 with one set of parameters a batch."""
+    from torchvision.transforms import v2
+
+    size = crops.shape[-1]
+    strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    theirs = v2.Compose(
+        [
+            v2.ToDtype(torch.float32, scale=True), v2.RandomHorizontalFlip(), v2.ColorJitter(**strengths),
+            v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0)), v2.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )  # fmt: skip
+    every = ViewsConfig(recipe="mocov2", jitter=1.0, grayscale=0.0, blur=1.0)  # as torchvision does: each on all images
+    key = {"seed": 0, "epochs": epochs, "ids": ids, "view": 0}
+    return {
+        f"colour and blur {size}, as drawn": cpu_ms(lambda: make_view(crops, VIEWS, **key), len(ids), rounds),
+        f"colour and blur {size}, all on all": cpu_ms(lambda: make_view(crops, every, **key), len(ids), rounds),
+        f"colour and blur {size}, all on all, torchvision v2": cpu_ms(lambda: theirs(crops), len(ids), rounds),
+    }
 
 
 # -- what a training waits for ---------------------------------------------------------------------------------------
@@ -116,14 +141,15 @@ def waiting(manifest: Manifest, size: int, workers: int, steps: int) -> tuple[fl
     cfg = RunConfig(encoder=EncoderConfig(image_size=size, in_chans=3, args={"output_stride": 8}), views=VIEWS)
     model = build_model(cfg, None)
     optimizer = torch.optim.AdamW(model.parameters())
-    with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers)) as store:
+    with closing(ImageStore(manifest, Cutter.of(cfg), 3, 0, LIMIT, workers=workers)) as store:
         batches = Batches({"all": RoleFeeder(store, manifest, ROLES, 0, BATCH)}, torch.device("cpu"), steps + 2)
         waits, whole = [], []
         for step in range(steps + 2):
             start = time.perf_counter()
             batch = batches.at(step)["all"]
             waits.append(time.perf_counter() - start)
-            views = [make_view(batch.images, VIEWS, seed=0, epochs=batch.epochs, ids=batch.ids, view=v) for v in (0, 1)]
+            key = {"seed": 0, "epochs": batch.epochs, "ids": batch.ids}
+            views = random_views(batch.crops, VIEWS, **key, views=(0, 1))
             out = model(torch.cat(views)).output
             loss = nt_xent(out.view(2, len(batch), -1), 0.2)
             optimizer.zero_grad()
@@ -218,11 +244,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def race_rows(found: dict[str, list[tuple[float, float]]]) -> list[list[str]]:
-    """Medians, and ratios to the pure rate of the same mode and to ImageFolder, wall and CPU."""
+    """Medians, and ratios to the pure rate and to ImageFolder, wall and CPU."""
     rows = []
     for name, samples in found.items():
         ratios = []
-        for other in ("pure fast" if name.endswith("fast") else "pure exact", "imagefolder"):
+        for other in ("pure", "imagefolder"):
             if other not in found:
                 ratios += ["", ""]
                 continue

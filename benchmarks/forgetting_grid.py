@@ -307,7 +307,7 @@ def seconds_per_image(cfg: RunConfig, steps: int = 3) -> float:
     import numpy as np
     import torch
 
-    from distunlearn.data.augmentations import make_view
+    from distunlearn.data.views.colour import make_view
     from distunlearn.encoders.model import build_model
 
     torch.set_num_threads(1)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from distunlearn.data.schedule import permutation
-from distunlearn.data.sources.decode import decode_square
+from distunlearn.data.sources.decode import decode_image
 from distunlearn.data.sources.sources import open_source
+from distunlearn.data.views.crops import evaluation_crop
 
 __all__ = ["alike", "write_request"]
 
@@ -29,8 +30,9 @@ def alike(dataset: str, root: str | None, seed: int, count: int) -> tuple[str, .
     rows = permutation(len(source.samples), seed, "pool of a request")[:POOL]
     ids = [source.samples[int(row)][0] for row in rows]
     reader = source.reader()
-    images = [decode_square(reader.read(sample_id)[0], sample_id, MAX_PIXELS, 1, SIDE).numpy() for sample_id in ids]
-    pixels = np.stack(images).reshape(len(ids), -1).astype(np.float32)
+    photos = [decode_image(reader.read(sample_id)[0], sample_id, MAX_PIXELS, 1) for sample_id in ids]
+    squares = np.stack([evaluation_crop(photo, SIDE, 1.0, "bilinear").numpy() for photo in photos])
+    pixels = squares.reshape(len(ids), -1).astype(np.float32)
     order = np.square(pixels - pixels[0]).sum(1).argsort(kind="stable")[:count]
     return tuple(ids[int(row)] for row in order)
 

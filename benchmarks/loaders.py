@@ -1,4 +1,4 @@
-"""The contenders of benchmarks/dataloading.py: ways to get the same centre squares out of the same photos."""
+"""The contenders of benchmarks/dataloading.py: ways to get two random crops each out of the same photos."""
 
 from __future__ import annotations
 
@@ -15,57 +15,58 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from distunlearn.config.schema import ViewsConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.shard_reader import Reader
 from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.sources.decode import decode_square
+from distunlearn.data.sources.decode import decode_image
+from distunlearn.data.views.crops import Cutter
 
 BATCH = 64
 LIMIT = 10**8
 ROLES = ("retain", "forget")
 
 
-def square(image: Image.Image, size: int) -> torch.Tensor:
-    """What decode_square does, as users of PIL write it: uint8 [3, size, size]."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+VIEWS = ViewsConfig(recipe="mocov2")
 
 
-class _Square:
-    def __init__(self, size: int) -> None:
-        self.size = size
+def transform(size: int) -> Any:
+    """Both crops as users of torchvision write them, uint8 [2, 3, size, size]; of a PIL image."""
+    from torchvision.transforms import v2
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return square(image, self.size)
+    crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.2, 1)), v2.PILToTensor()])
+    return v2.Lambda(lambda image: torch.stack([crop(image.convert("RGB")) for _ in range(2)]))
 
 
-def _decode_all(data: Sequence[bytes], count: int, size: int, mode: str) -> None:
+def work(data: Sequence[bytes], count: int, size: int) -> None:
+    """The work that a worker has with `count` images: decoding and both crops. No reading, order or transport."""
     torch.set_num_threads(1)
-    for n in range(count):
-        decode_square(data[n % len(data)], "x", LIMIT, 3, size, mode)
+    out = torch.empty((BATCH, 2, 3, size, size), dtype=torch.uint8)
+    for start in range(0, count, BATCH):
+        ids = [str(n) for n in range(start, start + BATCH)]
+        crops = Cutter(size, VIEWS).crops(ids, np.zeros(BATCH, dtype=np.int64), (0, 1))
+        for row in range(BATCH):
+            photo = decode_image(data[(start + row) % len(data)], "x", LIMIT, 3, 4 * size)
+            crops.crop(photo, row, out[row])
 
 
-def pure(data: Sequence[bytes], size: int, mode: str, workers: int, count: int, threads: bool = False) -> None:
+def pure(data: Sequence[bytes], size: int, workers: int, count: int, threads: bool = False) -> None:
     kind: Any = threading.Thread if threads else multiprocessing.get_context("fork").Process
-    started = [kind(target=_decode_all, args=(data, count // workers, size, mode)) for _ in range(workers)]
+    started = [kind(target=work, args=(data, count // workers, size)) for _ in range(workers)]
     for each in started:
         each.start()
     for each in started:
         each.join()
 
 
-def streamed(manifest: Manifest, size: int, mode: str, workers: int, count: int) -> None:
-    with closing(ImageStore(manifest, size, 3, 0, LIMIT, workers=workers, decode=mode)) as store:
+def streamed(manifest: Manifest, size: int, workers: int, count: int) -> None:
+    with closing(ImageStore(manifest, Cutter(size, VIEWS), 3, 0, LIMIT, workers=workers)) as store:
         steps = count // BATCH
         with Batches({"all": RoleFeeder(store, manifest, ROLES, 0, BATCH)}, torch.device("cpu"), steps) as batches:
             for step in range(steps):
-                assert len(batches.at(step)["all"]) == BATCH
+                assert batches.at(step)["all"].crops.shape == (BATCH, 2, 3, size, size)
 
 
 def loader(dataset: Any, workers: int, count: int, **options: Any) -> None:
@@ -82,7 +83,7 @@ def loader(dataset: Any, workers: int, count: int, **options: Any) -> None:
 def imagefolder(root: Path, size: int, workers: int, count: int) -> None:
     from torchvision.datasets import ImageFolder
 
-    loader(ImageFolder(str(root), transform=_Square(size)), workers, count, shuffle=True)
+    loader(ImageFolder(str(root), transform=transform(size)), workers, count, shuffle=True)
 
 
 def webdataset(manifest: Manifest, size: int, workers: int, count: int) -> None:
@@ -91,7 +92,7 @@ def webdataset(manifest: Manifest, size: int, workers: int, count: int) -> None:
     urls = [str(manifest.shard_path(name)) for name in manifest.shards()]
     data = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000).decode("pil")
     data = data.slice(count // workers)  # each worker's share, so that it decodes no more
-    loader(data.to_tuple("jpg", "cls").map_tuple(_Square(size), int), workers, count)
+    loader(data.to_tuple("jpg", "cls").map_tuple(transform(size), int), workers, count)
 
 
 def cost(act: Callable[[], None]) -> tuple[float, float]:
@@ -125,13 +126,11 @@ def race(
     """
     held = Reader(manifest).read([manifest.by_id[i] for i in manifest.ids(ROLES)[:BATCH]])
     contenders: dict[str, Callable[[], None]] = {
-        "pure exact": lambda: pure(held, size, "exact", workers, count),
-        "stream exact": lambda: streamed(manifest, size, "exact", workers, count),
-        "pure fast": lambda: pure(held, size, "fast", workers, count),
-        "stream fast": lambda: streamed(manifest, size, "fast", workers, count),
+        "pure": lambda: pure(held, size, workers, count),
+        "stream": lambda: streamed(manifest, size, workers, count),
         "imagefolder": lambda: imagefolder(root, size, workers, count),
         "webdataset": lambda: webdataset(manifest, size, workers, count),
-        "pure threads": lambda: pure(held, size, "exact", workers, count, threads=True),
+        "pure threads": lambda: pure(held, size, workers, count, threads=True),
     }
     contenders = {name: act for name, act in contenders.items() if not only or name in only}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}

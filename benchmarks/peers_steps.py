@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.augmentations import make_view
 from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.crops import EVALUATION
 from distunlearn.encoders.backbone import create_backbone
 from distunlearn.engine.optimizer import make_optimizer
+from distunlearn.objectives.forward import random_views
 
 __all__ = ["PEERS", "Peer", "solo_loss"]
 
@@ -68,8 +69,9 @@ class Peer(abc.ABC):
     def views(self, batch: Batch) -> list[Tensor]:
         if self.transform is None:
             keys = {"seed": self.cfg.seed, "epochs": batch.epochs, "ids": batch.ids}
-            return [make_view(batch.images, self.cfg.views, **keys, view=view) for view in (0, 1)]
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch.images]
+            return random_views(batch.views((0, 1)), self.cfg.views, **keys, views=(0, 1))
+        plain = batch.cut(batch.ids, batch.epochs, (EVALUATION,))[:, 0]
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in plain]
         return [torch.stack(part) for part in zip(*map(self.transform, pictures), strict=True)]
 
     def step(self) -> float:

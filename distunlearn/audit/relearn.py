@@ -27,6 +27,8 @@ from distunlearn.common.random import STREAMS, VIEW_EPOCHS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.views.colour import plain_view
+from distunlearn.data.views.crops import Cut
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import normalise
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images, percentile_interval
@@ -57,22 +59,21 @@ def relearn(encoder: EncoderView, store: ImageStore, manifest: Manifest, cfg: Ru
     count = len(holdout)
     forget = sampled(manifest.ids("forget"), count, cfg.seed + 2)
     ids = [*forget, *holdout]
-    images = store.by_offset(ids)
     bank = audit_bank(encoder, store, manifest)
-    labels = usable_labels(encoder, images, manifest.labels(ids))
+    labels = usable_labels(encoder, plain_view(store.plain(ids).to(encoder.device)), manifest.labels(ids))
     encoder = dataclasses.replace(encoder, model=copy.deepcopy(encoder.model).requires_grad_(True))
     optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=cfg.unlearn.lr, weight_decay=cfg.unlearn.weight_decay)
     moments = sorted({0, steps, *(1 << k for k in range(steps.bit_length()) if 1 << k < steps)})
     found = []
     for step in range(steps + 1):
         if step in moments:
-            found.append(_agreement(encoder, ids, images))
+            found.append(_agreement(encoder, ids, store.cut))
         if step == steps:
             break
         rows = _rows(step, count, cfg.seed)
         chosen = [ids[i] for i in rows]
         with torch.enable_grad():
-            pair = encoder.views(chosen, images[rows], TRAINED_EPOCH + step, 2)
+            pair = encoder.views(chosen, store.cut, TRAINED_EPOCH + step, 2)
             loss = encoder.objective.per_sample_loss(encoder.branches(pair, chosen, labels[rows]), bank).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -91,14 +92,12 @@ def _rows(step: int, count: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _agreement(encoder: EncoderView, ids: list[str], images: torch.Tensor) -> np.ndarray:
+def _agreement(encoder: EncoderView, ids: list[str], cut: Cut) -> np.ndarray:
     """Cosine between the head's outputs for two views of every image, [n], for views that no training has."""
     found = []
     for start in range(0, len(ids), 256):
-        rows = slice(start, start + 256)
-        first, second = (
-            normalise(encoder.model(view).output) for view in encoder.views(ids[rows], images[rows], MEASURED_EPOCH, 2)
-        )
+        views = encoder.views(ids[start : start + 256], cut, MEASURED_EPOCH, 2)
+        first, second = (normalise(encoder.model(view).output) for view in views)
         found.append((first * second).sum(-1).double().cpu().numpy())
     return np.concatenate(found)
 

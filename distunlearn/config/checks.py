@@ -6,6 +6,7 @@ The parts that the config names (method, objective, evaluator) add their own: se
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import unicodedata
@@ -27,6 +28,7 @@ from distunlearn.config.registry import (
 )
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import marked
+from distunlearn.config.view_recipes import own_view, views_of
 from distunlearn.verify.figures import JUDGED
 
 SOURCES = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagefolder", "webdataset")
@@ -180,10 +182,17 @@ def _encoder(cfg: RunConfig) -> Iterator[str]:
 
 
 def _views(cfg: RunConfig) -> Iterator[str]:
+    views = cfg.views
+    if own_view(views) is not None:
+        for f in dataclasses.fields(views):
+            if f.name != "recipe" and getattr(views, f.name) is not None:
+                yield f"views.{f.name} is set, but views.recipe={views.recipe} draws whole views itself; set it to null"
+    if views.blur_sigma is not None and views.blur_sigma[0] > views.blur_sigma[1]:
+        yield f"views.blur_sigma is {list(views.blur_sigma)}, expected the smaller number first"
     if cfg.encoder.in_chans == 3:
         return
     for name in ("saturation", "hue", "grayscale"):
-        value = getattr(cfg.views, name)
+        value = max((getattr(view, name) for view in views_of(views)), default=0)
         if value:
             yield f"views.{name}={value} needs colour, but encoder.in_chans is 1; set it to 0 or use 3 channels"
 

@@ -38,7 +38,7 @@ def digits() -> RunConfig:
         data=DataConfig(source="digits", calibration=97, third_party=300, third_party_audit=100),
         encoder=SMALL_RESNET,
         objective=settings_of(OBJECTIVE, "simclr", temperature=0.2, hidden_dim=256, output_dim=64),
-        views=ViewsConfig(crop_scale_min=0.4, brightness=0.4, contrast=0.4),
+        views=ViewsConfig(recipe="grey"),
         pretrain=PretrainConfig(epochs=400, batch=128, lr=4e-3),
         unlearn=UnlearnConfig(steps=175, retain_batch=96, forget_batch=32, third_party_batch=48, lr=5e-4),
         method=settings_of(METHOD, "third_party", gradient_weight=1.0, output_weight=4.0, confidence_weight=0.05),

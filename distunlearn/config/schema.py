@@ -116,7 +116,7 @@ class DataConfig:
     cache_mib: Annotated[NonNegativeInt, LOCAL_SPEED] = 2048  # of decoded images in memory; more are read every epoch
     workers: SpeedInt = 0  # processes, for each rank, that read and decode ahead; 0: the training process does
     prefetch: Annotated[PositiveInt, SPEED] = 2  # batches that each worker is ahead (DataLoader's prefetch_factor)
-    decode: Literal["exact", "fast"] = "exact"  # fast: JPEGs at a smaller scale, resize in integers; other pixels
+    decode_size: PositiveInt | None = None  # shorter side to which large photos may shrink; null: 4 x image_size
     read_retries: Annotated[NonNegativeInt, FREE] = 4  # of a failed read, after 0.25 s, 0.5 s and so on; then it ends
     max_undecodable: Annotated[Share, FREE] = 0.001  # share of a role that may be replaced; forget images never are
 
@@ -134,6 +134,8 @@ class EncoderConfig:
     args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model (channels, layers, patch_size ...)
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1], subtracted; null: the checkpoint's, or 0.5
     std: tuple[PositiveFloat, ...] | None = None  # of each channel, by which is divided; null: likewise
+    crop_pct: PartShare = 1.0  # share of the shorter side that evaluation keeps (timm's crop_pct); training: views
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of the evaluation's resize, antialiased
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
     checkpoint: Annotated[str | None, CHECKPOINT] = None  # safetensors or torch.save: weights of the original encoder
     trained_with: str | None = None  # its loss (dino, mae, clip ...) where that is not objective.name
@@ -160,16 +162,19 @@ class ViewsConfig:
 
     __pydantic_config__ = STRICT
 
-    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.4  # smallest share of the area a crop keeps
-    rotation: NonNegativeFloat = 0.0  # degrees, both sides
-    flip: Share = 0.0  # probability of a horizontal flip
-    brightness: NonNegativeFloat = 0.4
-    contrast: NonNegativeFloat = 0.4
-    saturation: NonNegativeFloat = 0.0  # 3 channels only
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # 3 channels only
-    grayscale: Share = 0.0  # probability; 3 channels only
-    blur: Share = 0.0  # probability of a Gaussian blur
-    noise: NonNegativeFloat = 0.0  # standard deviation, image values in [0, 1]
+    recipe: str = "grey"  # grey, simclr, mocov2, mocov3, byol, dino, or an own callable; null below: as it says
+    crop_scale_min: PartShare | None = None  # smallest share of the area that a crop keeps
+    interpolation: Literal["bilinear", "bicubic"] | None = None  # of the crops, antialiased
+    flip: Share | None = None  # probability of a horizontal flip
+    jitter: Share | None = None  # probability of the next four, in random order
+    brightness: NonNegativeFloat | None = None
+    contrast: NonNegativeFloat | None = None
+    saturation: NonNegativeFloat | None = None  # 3 channels only
+    hue: Annotated[float, Field(ge=0, le=0.5)] | None = None  # 3 channels only
+    grayscale: Share | None = None  # probability; 3 channels only
+    blur: Share | tuple[Share, Share] | None = None  # probability of a Gaussian blur; two: of a pair's views
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] | None = None  # range of its standard deviation, pixels
+    solarize: Share | tuple[Share, Share] | None = None  # probability; two: of a pair's views
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,47 +17,63 @@ import numpy as np
 import torch
 
 from distunlearn.common.random import GAMMA, finalise
+from distunlearn.data.views.crops import Cut
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One rank's rows of a global batch.
 
-    ids: n sample ids; images: uint8 [n, C, S, S]; epochs: int64 numpy [n], the epoch each row
-    belongs to (views are keyed by it); labels: int64 tensor [n], -1 where unknown; replaced: the ids,
-    none of them among `ids` for this reason, in whose place another image came because they cannot be decoded.
+    ids: n sample ids; epochs: int64 numpy [n], the epoch each row belongs to (views are keyed by it); labels: int64
+    tensor [n], -1 where unknown; cut: makes crops of any ids, epochs and views; crops: uint8 [n, V, C, S, S], the first
+    V views, where they are cut already; replaced: the ids, none of them among `ids` for this reason, in whose place
+    another image came because they cannot be decoded.
     """
 
     ids: list[str]
-    images: torch.Tensor
     epochs: np.ndarray
     labels: torch.Tensor
+    cut: Cut
+    crops: torch.Tensor | None = None
     replaced: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def views(self, numbers: Sequence[int]) -> torch.Tensor:
+        """The crops of some views, uint8 [n, V, C, S, S], where they are."""
+        if self.crops is not None and max(numbers) < self.crops.shape[1]:
+            return self.crops[:, list(numbers)]
+        return self.cut(self.ids, self.epochs, numbers)
+
     def part(self, rows: slice) -> Batch:
         """Some consecutive rows; `replaced`, which belongs to no row, stays behind."""
-        return Batch(self.ids[rows], self.images[rows], self.epochs[rows], self.labels[rows])
+        crops = None if self.crops is None else self.crops[rows]
+        return Batch(self.ids[rows], self.epochs[rows], self.labels[rows], self.cut, crops)
 
     def pick(self, rows: Sequence[int]) -> Batch:
         """Some rows, in this order."""
         at = torch.as_tensor(rows, dtype=torch.int64)
-        return Batch([self.ids[row] for row in rows], self.images[at], self.epochs[list(rows)], self.labels[at])
+        crops = None if self.crops is None else self.crops[at]
+        return Batch([self.ids[row] for row in rows], self.epochs[list(rows)], self.labels[at], self.cut, crops)
 
     def at_epoch(self, epoch: int) -> Batch:
         """The same images with the views of another epoch."""
-        return dataclasses.replace(self, epochs=np.full(len(self.ids), epoch, dtype=np.int64))
+        return dataclasses.replace(self, epochs=np.full(len(self.ids), epoch, dtype=np.int64), crops=None)
 
 
 def concat_batches(first: Batch, second: Batch) -> Batch:
     """One batch of both, in this order (one forward for forget and third-party: the same code path for both)."""
+    crops = None
+    if first.crops is not None and second.crops is not None:
+        views = min(first.crops.shape[1], second.crops.shape[1])
+        crops = torch.cat([first.crops[:, :views], second.crops[:, :views]])
     return Batch(
         ids=[*first.ids, *second.ids],
-        images=torch.cat([first.images, second.images]),
         epochs=np.concatenate([first.epochs, second.epochs]),
         labels=torch.cat([first.labels, second.labels]),
+        cut=first.cut,
+        crops=crops,
         replaced=[*first.replaced, *second.replaced],
     )
 

@@ -24,11 +24,11 @@ from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
-from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import ROLES
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.world import World
 from distunlearn.encoders.checkpoint_heads import other_heads, take_heads
 from distunlearn.encoders.export import export_backbone
@@ -86,7 +86,7 @@ def training_digest(session: Session, phase: str) -> str:
         pretrain=cfg.pretrain,
         samples=samples,
         **({"checkpoint": file_sha256(Path(foreign))} if foreign else {}),
-        **({"decode": cfg.data.decode} if cfg.data.decode != "exact" else {}),
+        decode_size=cfg.data.decode_size,
     )
 
 
@@ -299,7 +299,9 @@ def make_feeders(
     """
     share = {"seed": method.cfg.seed, "rank": world.rank, "world": world.size}
     return {
-        name: RoleFeeder(store, manifest, FEEDER_ROLES[name], batch=size // accumulate, **share)
+        name: RoleFeeder(
+            store, manifest, FEEDER_ROLES[name], batch=size // accumulate, pairs=method.view_pairs(name), **share
+        )
         for name, size in method.batch_sizes().items()
     }
 

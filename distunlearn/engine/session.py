@@ -113,12 +113,8 @@ class Session:
             )
             ids = [ids[i] for i in np.sort(keep)]
         ids = self.store.decodable(ids)
-        return Batch(
-            ids=ids,
-            images=self.store.by_offset(ids),
-            epochs=np.zeros(len(ids), dtype=np.int64),
-            labels=torch.from_numpy(self.manifest.labels(ids)),
-        )
+        labels = torch.from_numpy(self.manifest.labels(ids))
+        return Batch(ids, np.zeros(len(ids), dtype=np.int64), labels, self.store.cut)
 
 
 @dataclass

@@ -57,6 +57,9 @@ class AlignmentCalibration(Method[AlignmentCalibrationConfig]):
         "method.calibration_weight": Log(0.1, 10.0),
     }
 
+    def view_pairs(self, feeder: str) -> int:
+        return 2 if feeder == "forget" else 1
+
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         weights, retain, forget = self.settings, batches["retain"], batches["forget"]
         branches = mixed_branches(ctx, retain, forget)

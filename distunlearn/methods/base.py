@@ -105,6 +105,10 @@ class Method(ABC, Generic[Settings]):
         """Global images per step, by feeder name ("retain", "forget", "third_party", "members")."""
         return {role: getattr(self.cfg.unlearn, f"{role}_batch") for role in FEEDERS if role in self.needs}
 
+    def view_pairs(self, feeder: str) -> int:
+        """Pairs of views of each image that its batches bring along; what `embed` asks beyond them is cut late."""
+        return 1
+
     def forget_steps(self) -> int:
         """How many steps from the start consume forget images."""
         return self.cfg.unlearn.steps

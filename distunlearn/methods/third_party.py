@@ -45,8 +45,8 @@ from distunlearn.constraints.cross_batch_memory import FeatureMemory
 from distunlearn.constraints.distances.energy import DISTANCES, permutation_test, surrogate, value_and_cotangent
 from distunlearn.constraints.evaluators import Constrained, Features, evaluator_class, make_evaluator
 from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
-from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.collectives import (
     all_gather_detached,
     all_gather_uneven,
@@ -125,6 +125,9 @@ class ThirdParty(Method[ThirdPartyConfig]):
     @classmethod
     def problems(cls, cfg: RunConfig) -> Iterator[str]:
         yield from evaluator_class(cfg).problems(cfg)
+
+    def view_pairs(self, feeder: str) -> int:
+        return 1 if feeder == "retain" else self.cfg.constraint.view_pairs
 
     def step_kind(self, step: int) -> Hashable:
         return self.evaluator.step_kind(step)

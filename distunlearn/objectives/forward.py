@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from distunlearn.common.device import on_device
 from distunlearn.config.schema import RunConfig, ViewsConfig
-from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.colour import make_view
+from distunlearn.data.views.crops import Cut
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.collectives import gather_sizes, mean_scale
 from distunlearn.encoders.model import ContrastiveModel, EncoderOutput, MomentumEncoder, batchnorm_mode
 from distunlearn.objectives.base import Branches, Objective
@@ -76,7 +78,7 @@ def image_mean(values: Tensor) -> Tensor:
 
 
 def random_views(
-    images: Tensor,
+    crops: Tensor,
     settings: ViewsConfig,
     *,
     seed: int,
@@ -85,20 +87,23 @@ def random_views(
     views: Iterable[int],
     compiled: bool = False,
 ) -> list[Tensor]:
-    """The views of these numbers of every image, float [n, C, S, S] each; arguments as of `make_view`."""
-    if isinstance(images, FakeTensor):  # a plan follows shapes; there are no pixels to crop
-        return [images.new_empty(images.shape, dtype=torch.float32) for _ in views]
+    """The views of these numbers of every image, float [n, C, S, S] each.
+
+    crops: uint8 [n, V, C, S, S], of the same views. Other arguments as of `make_view`.
+    """
+    if isinstance(crops, FakeTensor):  # a plan follows shapes; there are no pixels
+        return [torch.empty_like(crop, dtype=torch.float32) for crop in crops.unbind(1)]
     key: dict[str, Any] = {"seed": seed, "epochs": epochs, "ids": ids, "compiled": compiled}
-    return [make_view(images, settings, view=view, **key) for view in views]
+    return [make_view(crops[:, place], settings, view=view, **key) for place, view in enumerate(views)]
 
 
 def view_pair(ctx: Context, batch: Batch, pair: int = 0) -> list[Tensor]:
     """Two random views of a batch on the encoder's device, float [n, C, S, S] each; `pair` gives others."""
-    images = on_device(batch.images, ctx.device)
-    compiled = ctx.cfg.runtime.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
     views = (2 * pair, 2 * pair + 1)
+    crops = on_device(batch.views(views), ctx.device)
+    compiled = ctx.cfg.runtime.compile and ctx.device.type == "cuda"  # on a CPU there are no launches to save
     key: dict[str, Any] = {"seed": ctx.view_seed, "epochs": batch.epochs, "ids": batch.ids}
-    return random_views(images, ctx.cfg.views, views=views, compiled=compiled, **key)
+    return random_views(crops, ctx.cfg.views, views=views, compiled=compiled, **key)
 
 
 def encode(
@@ -208,11 +213,11 @@ class EncoderView:
         """Where the encoder's weights lie."""
         return next(self.model.parameters()).device
 
-    def views(self, ids: Sequence[str], images: Tensor, epoch: int, count: int) -> list[Tensor]:
-        """The first `count` views of an epoch, float [n, C, S, S] each. images: uint8 [n, C, S, S], anywhere."""
-        epochs = np.full(len(ids), epoch, dtype=np.int64)
+    def views(self, ids: Sequence[str], cut: Cut, epoch: int, count: int) -> list[Tensor]:
+        """The first `count` views of an epoch, float [n, C, S, S] each."""
+        epochs, views = np.full(len(ids), epoch, dtype=np.int64), range(count)
         key: dict[str, Any] = {"seed": self.seed, "epochs": epochs, "ids": ids}
-        return random_views(images.to(self.device), self.settings, views=range(count), **key)
+        return random_views(cut(ids, epochs, views).to(self.device), self.settings, views=views, **key)
 
     def branches(
         self, pair: Sequence[Tensor], ids: Sequence[str], labels: Tensor, seen: Sequence[EncoderOutput] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,11 +197,13 @@ class _Run:
 
     def _batch(self, count: int) -> Batch:
         encoder = self.cfg.encoder
-        shape = (count, encoder.in_chans, encoder.image_size, encoder.image_size)
-        return Batch(
-            ids=[str(row) for row in range(count)], images=torch.empty(shape, dtype=torch.uint8),
-            epochs=np.zeros(count, dtype=np.int64), labels=torch.zeros(count, dtype=torch.int64),
-        )  # fmt: skip
+
+        def cut(ids: Sequence[str], epochs: np.ndarray, views: Sequence[int]) -> torch.Tensor:
+            size = encoder.image_size
+            return torch.empty((len(ids), len(views), encoder.in_chans, size, size), dtype=torch.uint8)
+
+        ids, labels = [str(row) for row in range(count)], torch.zeros(count, dtype=torch.int64)
+        return Batch(ids, np.zeros(count, dtype=np.int64), labels, cut)
 
     def _images(self) -> int:
         """Images since the last call."""

@@ -40,7 +40,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
         retraining, peak memory of one process that has the whole batch and shards nothing), audit (the same of what the
         audit trains besides), intervals (how wide the gates' will be, see `expected_widths`), coverage,
-        decoded_images_mib (kept by a process), encoder, config digest.
+        encoder, config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
@@ -90,7 +90,6 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "audit": audit_trainings(cfg, counts, classes, phases),
         "intervals": expected_widths(cfg, counts),
         "coverage": _coverage(cfg, counts),
-        "decoded_images_mib": _decoded_images(cfg, counts),
     }
 
 
@@ -207,12 +206,6 @@ def _check_stress(cfg: RunConfig, counts: Counter[str]) -> None:
 def _forget_steps(cfg: RunConfig) -> int:
     """Steps of the unlearning that consume forget images."""
     return method_class(cfg)(cfg).forget_steps()
-
-
-def _decoded_images(cfg: RunConfig, counts: Counter[str]) -> float:
-    """MiB that a process keeps of decoded images."""
-    images = sum(counts.values()) * cfg.encoder.in_chans * cfg.encoder.image_size**2
-    return round(min(images / MIB, cfg.data.cache_mib), 1)
 
 
 def write_plan(planned: dict, out: Path) -> None:

@@ -20,6 +20,7 @@ from distunlearn.config.schema import OptimizerConfig, RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest, has_manifest
+from distunlearn.data.views.crops import Cutter
 from distunlearn.encoders.model import build_model
 from distunlearn.engine.backends import Backend, open_backend
 from distunlearn.engine.optimizer import make_optimizer
@@ -90,7 +91,7 @@ def _processes(backend: Backend) -> tuple[list[str], list[str]]:
 
 def _feeders(cfg: RunConfig, manifest: Manifest, backend: Backend) -> Iterator[tuple[str, RoleFeeder]]:
     """Those of pretraining and of the method, by name."""
-    store = ImageStore(manifest, cfg.encoder.image_size, cfg.encoder.in_chans, 0, cfg.data.max_pixels)
+    store = ImageStore(manifest, Cutter.of(cfg), cfg.encoder.in_chans, 0, cfg.data.max_pixels)
     method = method_class(cfg)(cfg)
     trainings: list[tuple[str, Method, int]] = [("pretrain", Pretrain(cfg), cfg.pretrain.accumulate)]
     if method.steps != "none":

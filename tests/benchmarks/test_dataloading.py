@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import loaders  # noqa: E402
 import photos  # noqa: E402
 from dataloading import forget_bytes, shuffle_quality  # noqa: E402
-
-from distunlearn.data.sources.decode import decode_square  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +33,10 @@ def test_photos_repeat_and_look_like_photos():
     assert power[1:6].mean() > 5 * power[40:60].mean() > 5 * power[200:].mean()  # falls with the frequency
 
 
-def test_all_contenders_cut_the_same_square():
-    """PIL's crop and resize, as users write it, and ours; without a smaller scale they differ by rounding alone."""
-    data = photos.jpeg(3)
-    theirs = loaders.square(Image.open(io.BytesIO(data)), 224).int()
-    for mode in ("exact", "fast"):
-        assert (theirs - decode_square(data, "x", 10**6, 3, 224, mode).int()).abs().max() <= 2
-    moved = loaders.square(Image.open(io.BytesIO(data)).transpose(Image.Transpose.FLIP_LEFT_RIGHT), 224).int()
-    assert (theirs - moved).abs().float().mean() > 5
-
-
 def test_every_contender_runs(manifest, source, tmp_path):
     root = photos.image_folder(source, tmp_path / "files")
     found = loaders.race(manifest, root, 32, 1, 64, 1)
-    assert len(found) == 7 and all(len(rounds) == 1 and min(rounds[0]) > 0 for rounds in found.values())
+    assert len(found) == 5 and all(len(rounds) == 1 and min(rounds[0]) > 0 for rounds in found.values())
 
 
 def test_forget_bytes_are_counted(manifest):

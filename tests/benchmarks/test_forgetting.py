@@ -22,7 +22,7 @@ from forgetting_grid import GRIDS, Cell, cell_config, cell_digest, groups, metho
 from forgetting_report import average_gap, paired, rank_attacks, rows_of, t_interval, write_document  # noqa: E402
 from parts import METHODS  # noqa: E402
 
-from distunlearn.data.sources.decode import decode_square  # noqa: E402
+from distunlearn.data.sources.decode import decode_image  # noqa: E402
 from distunlearn.data.sources.sources import open_source  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,7 +91,7 @@ def test_requests_are_alike_and_known_by_their_ids(tmp_path, monkeypatch):
     assert ids != forgetting_requests.alike("digits", None, 4, 40)
 
     def spread(names) -> float:
-        images = [decode_square(source.read(i)[0], i, 1 << 20, 1, 8).double().flatten() for i in names]
+        images = [decode_image(source.read(i)[0], i, 1 << 20, 1).double().flatten() for i in names]
         return float(torch.stack(images).var(0).sum())
 
     assert spread(ids) < 0.75 * spread([source.samples[i][0] for i in range(0, 1600, 40)])

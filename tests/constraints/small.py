@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from parts import constraint_settings, objective_settings
+from photo_batches import photo_batch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -58,9 +59,9 @@ def config(encoder: str, evaluator: str, objective: str = "simclr", pairs: int =
 def batch(role: str, count: int | None = None) -> Batch:
     count = count or SIZES[role]
     generator = torch.Generator().manual_seed(sum(map(ord, role)))
-    return Batch(
+    return photo_batch(
         ids=[f"{role}-{i}" for i in range(count)],
-        images=torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
+        photos=torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
         epochs=np.zeros(count, dtype=np.int64),
         labels=torch.arange(count) % 3,
     )

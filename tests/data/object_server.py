@@ -174,4 +174,4 @@ def batches(manifest: Manifest, workers: int) -> list:
         feeds.close()
         images.close()
     assert images.counts.images >= 64
-    return [(batch.ids, batch.images.numpy().tobytes()) for batch in found]
+    return [(batch.ids, batch.crops.numpy().tobytes()) for batch in found]

@@ -16,6 +16,7 @@ from distunlearn.data.loading.webdataset_pipeline import checked_samples
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.write_shards import write_shards
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.crops import Cutter
 
 
 def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
@@ -61,7 +62,7 @@ def pictures(
 
 def store(manifest: Manifest, **options) -> ImageStore:
     """Nothing is cached unless asked for, so that everything is streamed."""
-    return ImageStore(manifest, 16, 3, options.pop("cache_mib", 0), 1_000_000, **options)
+    return ImageStore(manifest, Cutter(16), 3, options.pop("cache_mib", 0), 1_000_000, **options)
 
 
 def feeder(images: ImageStore, roles="retain", batch: int = 8, rank: int = 0, world: int = 1, seed: int = 0):

@@ -114,14 +114,14 @@ def test_a_hundredth_of_the_images_costs_a_hundredth_of_the_traffic(tmp_path):
     with serving(tmp_path / "shards") as server:
         manifest = bare(local, tmp_path, server.url)
         images = store(manifest, cache_mib=1)
-        assert images.load("forget")
+        images.plain(local.ids("forget"))
         members = sum(s.bytes for name, s in manifest.shard_files.items() if name.startswith("members"))
         assert 0 < sum(server.sent.values()) <= 0.015 * members
         assert images.counts.bytes == sum(server.sent.values()) and images.counts.images == 8
         gets = [name for method, name, _ in server.asked if method == "GET"]
         heads = [name for method, name, _ in server.asked if method == "HEAD"]
         assert len(gets) == images.counts.reads <= 8 and sorted(heads) == sorted(set(gets))
-        images.load("retain")
+        images.plain(local.ids("retain"))
         assert sum(server.sent.values()) > 0.5 * members  # control: the count does count
 
 

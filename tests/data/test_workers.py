@@ -16,11 +16,12 @@ import torch
 from pictures import feeder, pictures, store
 
 from distunlearn.data.loading import dataset, loader
-from distunlearn.data.loading.dataset import ImageDataset
+from distunlearn.data.loading.dataset import ImageDataset, Wanted
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Loader
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.sources.decode import decode_square
+from distunlearn.data.sources.decode import decode_image
+from distunlearn.data.views.crops import Cutter
 from distunlearn.errors import DataError
 
 
@@ -39,13 +40,17 @@ def nothing_is_left():
     assert data_workers() == []
 
 
+def wanted(ids: list[str]) -> list[Wanted]:
+    return [Wanted.plain(ids)]
+
+
 def spoil(monkeypatch, sample_id: str, act) -> None:
     """Workers call `act` in place of decoding one image."""
 
     def decode(data, name, *args):
-        return act() if name == sample_id else decode_square(data, name, *args)
+        return act() if name == sample_id else decode_image(data, name, *args)
 
-    monkeypatch.setattr(dataset, "decode_square", decode)
+    monkeypatch.setattr(dataset, "decode_image", decode)
 
 
 def drain(images: ImageStore, steps: int = 12) -> None:
@@ -235,21 +240,21 @@ def test_no_worker_outlives_the_run(manifest, way):
 
 
 def test_a_series_gives_its_batches_in_order_and_its_workers_serve_the_next(manifest):
-    plain = ImageDataset(manifest, 16, 3, 10_000)
+    plain = ImageDataset(manifest, Cutter(16), 3, 10_000)
     ids = manifest.ids("retain")
     batches = [ids[k : k + 5] for k in range(0, 30, 5)]
-    ahead = Loader(ImageDataset(manifest, 16, 3, 10_000), 2, 1)
+    ahead = Loader(ImageDataset(manifest, Cutter(16), 3, 10_000), 2, 1)
     pids = []
     for series in (batches, batches[::-1]):
-        ahead.start(series)
+        ahead.start(map(wanted, series))
         pids.append({p.pid for p in data_workers()})
         for batch in series:
-            assert torch.equal(ahead.next().images, torch.stack(plain.__getitems__(batch)))
+            assert torch.equal(ahead.next().crops, torch.stack(plain.__getitems__(batch)))
         assert ahead.is_idle
-    ahead.start(batches)
-    assert torch.equal(ahead.next().images[0], plain[ids[0]])
-    ahead.start(batches[3:])  # five of the series before are not taken, and come to nobody
-    assert torch.equal(ahead.next().images[0], plain[ids[15]])
+    ahead.start(map(wanted, batches))
+    assert torch.equal(ahead.next().crops[0], plain[ids[0]])
+    ahead.start(map(wanted, batches[3:]))  # five of the series before are not taken, and come to nobody
+    assert torch.equal(ahead.next().crops[0], plain[ids[15]])
     assert pids[0] == pids[1] != {p.pid for p in data_workers()}
     ahead.close()
     ahead.close()
@@ -261,14 +266,14 @@ def test_a_stream_goes_on_after_others_have_used_the_workers(manifest):
     expected = [feeder(store(manifest)).batch_at(step) for step in range(4)]
     for step in range(4):
         found = feeds.batch_at(step)
-        assert found.ids == expected[step].ids and torch.equal(found.images, expected[step].images)
-        assert len(images.by_offset(manifest.ids(("retain", "third_party")))) == 46
+        assert found.ids == expected[step].ids and torch.equal(found.crops, expected[step].crops)
+        assert len(images.plain(manifest.ids(("retain", "third_party")))) == 46
     feeds.close()
     images.close()
 
 
 def test_the_dataset_is_one_that_any_data_loader_takes(manifest):
-    images = ImageDataset(manifest, 16, 3, 10_000)
+    images = ImageDataset(manifest, Cutter(16), 3, 10_000)
     ids = manifest.ids("forget")
     found = torch.cat(list(torch.utils.data.DataLoader(images, sampler=ids, batch_size=3)))
     assert len(images) == 54 and torch.equal(found, torch.stack([images[i] for i in ids]))
@@ -282,23 +287,23 @@ def test_shared_memory_is_bounded_and_not_in_dev_shm(manifest):
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     (shared,) = [m for m in maps if int(m[0].split("-")[0], 16) <= first < int(m[0].split("-")[1], 16)]
     assert shared[1] == "rw-s" and "/dev/shm" not in shared[-1]
-    assert images.loader._slots.shape == (2 * 3 + 1, 8, 3, 16, 16)
+    assert images.loader._slots.shape == (2 * 3 + 1, 8 * 2, 3, 16, 16)
     feeds.close()
     images.close()
 
 
 def test_what_was_taken_is_not_written_over(manifest):
     """Places in shared memory are used again; batches of several sizes, some larger than the first, are kept."""
-    plain = ImageDataset(manifest, 16, 3, 10_000)
+    plain = ImageDataset(manifest, Cutter(16), 3, 10_000)
     ids = manifest.ids("retain")
     batches = [ids[k : k + size] for k, size in zip(range(36), [3, 1, 5, 0, 2] * 8, strict=False)]
-    ahead = Loader(ImageDataset(manifest, 16, 3, 10_000), 2, 1)
-    ahead.start(batches)
-    found = [ahead.next().images for _ in batches]
+    ahead = Loader(ImageDataset(manifest, Cutter(16), 3, 10_000), 2, 1)
+    ahead.start(map(wanted, batches))
+    found = [ahead.next().crops for _ in batches]
     for images, batch in zip(found, batches, strict=True):
         assert torch.equal(
             images, torch.stack([plain[i] for i in batch]) if batch else torch.empty(0, 3, 16, 16).byte()
         )
-    ahead.start([ids[:20], ids[20:]])
-    assert torch.equal(torch.cat([ahead.next().images, ahead.next().images]), torch.stack([plain[i] for i in ids]))
+    ahead.start(map(wanted, [ids[:20], ids[20:]]))
+    assert torch.equal(torch.cat([ahead.next().crops, ahead.next().crops]), torch.stack([plain[i] for i in ids]))
     ahead.close()

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from parts import constraint_settings, method_settings, objective_settings
+from photo_batches import photo_batch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -104,9 +105,9 @@ def images(count: int, seed: int) -> torch.Tensor:
 def batch(role: str, step: int = 0, part: slice = slice(None)) -> Batch:
     count = SIZES[role]
     pixels = images(count, 1000 * step + sum(map(ord, role)))
-    whole = Batch(
+    whole = photo_batch(
         ids=[f"{role}-{step}-{i}" for i in range(count)],
-        images=(127.5 * (pixels + 1)).to(torch.uint8),
+        photos=(127.5 * (pixels + 1)).to(torch.uint8),
         epochs=np.full(count, step, dtype=np.int64),
         labels=torch.arange(count) % 3,
     )

@@ -24,7 +24,7 @@ from toys import share, snapshot, update_error
 
 from distunlearn.config.registry import METHOD, fitting
 from distunlearn.config.schema import OptimizerConfig, RunConfig
-from distunlearn.data.augmentations import id_hashes
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.collectives import get_rank, get_world
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends import Backend, open_backend, zero

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tiny
 import torch
+from photo_batches import photo_batch
 
 from distunlearn.config.recipes import digits
 from distunlearn.data.schedule import Batch
@@ -80,4 +81,4 @@ def batch(name: str, count: int) -> Batch:
     generator = torch.Generator().manual_seed(count)
     images = torch.randint(0, 256, (count, 1, 32, 32), dtype=torch.uint8, generator=generator)
     ids = [f"{name}-{i}" for i in range(count)]
-    return Batch(ids=ids, images=images, epochs=np.zeros(count, dtype=np.int64), labels=torch.full((count,), -1))
+    return photo_batch(ids=ids, photos=images, epochs=np.zeros(count, dtype=np.int64), labels=torch.full((count,), -1))

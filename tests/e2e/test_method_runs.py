@@ -13,7 +13,7 @@ from parts import TRAINED
 from safetensors.torch import load_file
 
 from distunlearn.config.load import load_config
-from distunlearn.data.augmentations import id_hashes
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.engine import loop
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.methods import random_target, sure

@@ -7,7 +7,7 @@ import tiny
 from parts import METHODS, TRAINED
 
 from distunlearn.config.load import load_config
-from distunlearn.data.loading.image_store import ImageStore
+from distunlearn.data.loading.dataset import ImageDataset
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.run import pipeline
 
@@ -33,21 +33,16 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """Ids of all images that leave a store."""
+    """Ids of all images that are read."""
     seen: set[str] = set()
 
-    def recorded(name):
-        original = getattr(ImageStore, name)
+    original = ImageDataset.fill
 
-        def wrapper(self, ids, *args, **more):
-            seen.update(ids)
-            return original(self, ids, *args, **more)
+    def recorded(self, wanted, out):
+        seen.update(i for part in wanted for i in part.ids)
+        return original(self, wanted, out)
 
-        monkeypatch.setattr(ImageStore, name, wrapper)
-
-    recorded("by_offset")
-    recorded("batch")
-    recorded("fill")
+    monkeypatch.setattr(ImageDataset, "fill", recorded)
     return seen
 
 

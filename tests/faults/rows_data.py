@@ -99,10 +99,10 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         ],
     ),
     "S12": (
-        "images of 1 x 1, 1 x 5000, below the crop: prepared and squared",
+        "images of 1 x 1, 1 x 5000, below the crop: prepared, and have views",
         [
             f"{_SHARDS}test_s12_odd_shapes_are_prepared",
-            f"{_DECODE}test_to_square_of_odd_shapes",
+            "tests/data/test_views.py::test_odd_shapes_have_views",
         ],
     ),
     "S13": (

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from photo_batches import photo_batch
 
 from distunlearn.cli.exit import ended
 from distunlearn.cli.main import NAMES, main
 from distunlearn.config.load import load_config
 from distunlearn.config.recipes import RECIPES
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.schedule import Batch, permutation, random_words
+from distunlearn.data.schedule import permutation, random_words
 from distunlearn.data.sources.sources import open_sources
 from distunlearn.encoders.backbone import create_backbone
 from distunlearn.encoders.model import MomentumEncoder, build_model
@@ -199,7 +200,7 @@ def first_loss(recipe: str) -> float:
     side, generator = cfg.encoder.image_size, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, cfg.encoder.in_chans, side, side), generator=generator, dtype=torch.uint8)
     ids = [f"image-{number}" for number in range(16)]
-    batch = Batch(ids, images, np.zeros(16, dtype=np.int64), torch.arange(16) % 10)
+    batch = photo_batch(ids, images, np.zeros(16, dtype=np.int64), torch.arange(16) % 10)
     return float(Pretrain(cfg).loss(ctx, {"members": batch}).loss.detach())
 
 

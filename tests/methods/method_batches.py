@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from photo_batches import photo_batch
 
 from distunlearn.data.schedule import Batch
 from distunlearn.objectives import forward
@@ -19,9 +20,9 @@ def batch(role: str, count: int | None = None) -> Batch:
     """The same images whenever asked."""
     count = count or SIZES[role]
     generator = torch.Generator().manual_seed(sum(map(ord, role)))
-    return Batch(
+    return photo_batch(
         ids=[f"{role}-{i}" for i in range(count)],
-        images=torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
+        photos=torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
         epochs=np.zeros(count, dtype=np.int64),
         labels=torch.arange(count) % 3,
     )

@@ -18,7 +18,7 @@ from method_batches import SIZES, batch, in_float64
 from parts import METHODS, TRAINED
 from test_method_losses import ALL_OBJECTIVES, BATCHES, config, context, gradients
 
-from distunlearn.data.augmentations import id_hashes
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.methods.base import missing
 
 COUNTS = {**SIZES, "holdout": 5}

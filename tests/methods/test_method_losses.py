@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 
 from distunlearn.config.schema import EncoderConfig, PretrainConfig, RunConfig, UnlearnConfig
-from distunlearn.data.augmentations import id_hashes, make_view
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.colour import make_view
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.methods.base import Method
 from distunlearn.methods.held_out_distillation import followed
@@ -85,7 +86,14 @@ def unit(x: Tensor) -> Tensor:
 def see(ctx: Context, shown: Batch, mode: str, *, network=None, pair: int = 0) -> Seen:
     """Without `embed`: views, forward, heads."""
     views = [
-        make_view(shown.images, ctx.cfg.views, seed=0, epochs=shown.epochs, ids=shown.ids, view=2 * pair + v).double()
+        make_view(
+            shown.views([2 * pair + v])[:, 0],
+            ctx.cfg.views,
+            seed=0,
+            epochs=shown.epochs,
+            ids=shown.ids,
+            view=2 * pair + v,
+        ).double()
         for v in (0, 1)
     ]
     online = views[: ctx.objective.branches]
@@ -101,9 +109,7 @@ def see(ctx: Context, shown: Batch, mode: str, *, network=None, pair: int = 0) -
 
 
 def merged(a: Batch, b: Batch) -> Batch:
-    return Batch(
-        a.ids + b.ids, torch.cat([a.images, b.images]), np.r_[a.epochs, b.epochs], torch.cat([a.labels, b.labels])
-    )
+    return Batch(a.ids + b.ids, np.r_[a.epochs, b.epochs], torch.cat([a.labels, b.labels]), a.cut)
 
 
 def rows(ctx: Context, seen: Seen, shown: Batch, partner: Callable[[int], int] = lambda i: i) -> list[Tensor]:

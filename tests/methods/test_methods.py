@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from parts import METHODS, constraint_settings, method_settings, objective_settings
+from photo_batches import photo_batch
 
 from distunlearn.config.schema import EncoderConfig, RunConfig, UnlearnConfig
 from distunlearn.constraints.distances.energy import DISTANCES, energy_distance
-from distunlearn.data.augmentations import id_hashes
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.draws import id_hashes
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import NumericsError
 from distunlearn.methods import third_party
@@ -43,9 +44,9 @@ def config(objective: str = "simclr", view_pairs: int = 1, **method) -> RunConfi
 def batch(role: str, count: int | None = None) -> Batch:
     count = count or SIZES[role]
     generator = torch.Generator().manual_seed(sum(map(ord, role)))
-    return Batch(
+    return photo_batch(
         ids=[f"{role}-{i}" for i in range(count)],
-        images=torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
+        photos=torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
         epochs=np.zeros(count, dtype=np.int64),
         labels=torch.arange(count) % 3,
     )
@@ -263,10 +264,10 @@ def test_one_single_image_in_resampled_views():
     """A request for one image: a batch of its views, no two alike."""
     method, ctx = started(config())
     image = batch("forget", 1)
-    repeated = Batch(image.ids * 6, image.images.repeat(6, 1, 1, 1), np.arange(6), image.labels.repeat(6))
+    repeated = Batch(image.ids * 6, np.arange(6), image.labels.repeat(6), image.cut)
     out = method.loss(ctx, {**BATCHES, "forget": repeated})
     assert torch.isfinite(out.loss) and out.metrics["phi_gradient"] != 0
-    alike = Batch(repeated.ids, repeated.images, np.zeros(6, dtype=np.int64), repeated.labels)
+    alike = repeated.at_epoch(0)
     assert method.loss(ctx, {**BATCHES, "forget": alike}).metrics["phi_output"] != out.metrics["phi_output"]
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from distunlearn.constraints.distances.energy import permutation_test
 from distunlearn.constraints.gradients.last_layer import sketch_matrices
-from distunlearn.data.augmentations import make_view
 from distunlearn.data.schedule import Batch
+from distunlearn.data.views.colour import make_view
 from distunlearn.encoders.model import batchnorm_mode
 from distunlearn.methods.third_party import ThirdParty
 from distunlearn.objectives.forward import Context
@@ -46,7 +46,14 @@ def at(shown: Batch, epoch: int) -> Batch:
 
 def look(ctx: Context, shown: Batch, mode: str = "eval", pair: int = 0, network=None) -> Seen:
     views = [
-        make_view(shown.images, ctx.cfg.views, seed=0, epochs=shown.epochs, ids=shown.ids, view=2 * pair + v).double()
+        make_view(
+            shown.views([2 * pair + v])[:, 0],
+            ctx.cfg.views,
+            seed=0,
+            epochs=shown.epochs,
+            ids=shown.ids,
+            view=2 * pair + v,
+        ).double()
         for v in (0, 1)
     ]
     with batchnorm_mode(network or ctx.model, mode):
@@ -159,7 +166,7 @@ def test_calibration_by_hand():
     for draw in range(DRAWS):
         rows = [(draw * 12 + i) % 20 for i in range(12)]
         shown = Batch(
-            [retain.ids[r] for r in rows], retain.images[rows], retain.epochs[rows], retain.labels[rows]
+            [retain.ids[r] for r in rows], retain.epochs[rows], retain.labels[rows], retain.cut
         )  # another window for every draw
         with torch.no_grad():
             keys = keys_of(look(ctx, at(shown, FIRST_EPOCH + draw)))

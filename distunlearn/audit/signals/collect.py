@@ -22,9 +22,9 @@ from distunlearn.audit.signals.part_crops import part_responses
 from distunlearn.common.random import STREAMS, VIEW_EPOCHS
 from distunlearn.config.schema import AuditConfig, RunConfig
 from distunlearn.constraints.gradients.last_layer import head_gradients, sketch_matrices
-from distunlearn.data.augmentations import plain_view
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.views.colour import plain_view
 from distunlearn.engine.session import Session, Trained
 from distunlearn.errors import NumericsError
 from distunlearn.objectives import make_objective
@@ -112,12 +112,12 @@ def _signals(
     bank: Bank | None,
 ) -> Signals:
     ids, roles = [i for i, _ in chosen], np.array([role for _, role in chosen])
-    images = store.by_offset(ids)
+    plain = plain_view(store.plain(ids).to(encoder.device))
     labels = manifest.labels(ids)
     count = audit.views
-    views = encoder.views(ids, images, AUDIT_EPOCH, count)
+    views = encoder.views(ids, store.cut, AUDIT_EPOCH, count)
     seen = [encoder.model(view) for view in views]
-    used = usable_labels(encoder, images, labels)
+    used = usable_labels(encoder, plain, labels)
     pairs = [views[start : start + 2] for start in range(0, count - 1, 2)]
     outs = [seen[start : start + 2] for start in range(0, count - 1, 2)]
     branches = [encoder.branches(pair, ids, used, out) for pair, out in zip(pairs, outs, strict=True)]
@@ -137,7 +137,6 @@ def _signals(
         encoder.seed, 0, deltas[0].shape[-1], gradients.hidden.shape[-1], SKETCH, SKETCH,
         device=encoder.device, dtype=gradients.delta.dtype,
     )  # fmt: skip
-    plain = plain_view(images.to(encoder.device))
     return Signals(
         ids=ids,
         roles=roles,
@@ -166,9 +165,8 @@ def audit_bank(encoder: EncoderView, store: ImageStore, manifest: Manifest) -> B
     ids = store.decodable(sampled(manifest.ids("retain"), BANK_IMAGES, encoder.seed + 1))
     keys, hashes = [], []
     for chunk in _chunks(ids):
-        images = store.by_offset(chunk)
         labels = torch.from_numpy(manifest.labels(chunk)).to(encoder.device)
-        pair = encoder.views(chunk, images, VIEW_EPOCHS["audit gradients"][0], 2)
+        pair = encoder.views(chunk, store.cut, VIEW_EPOCHS["audit gradients"][0], 2)
         key, row = encoder.objective.bank_keys(encoder.branches(pair, chunk, labels))
         keys.append(key)
         hashes.append(row)
@@ -182,12 +180,15 @@ def _cosines(vectors: Sequence[Tensor]) -> np.ndarray:
     return (units[rows] * units[columns]).sum(-1).T.cpu().numpy()
 
 
-def usable_labels(encoder: EncoderView, images: Tensor, labels: np.ndarray) -> Tensor:
-    """Labels for the loss. Supervised: an image without a class of the members gets the encoder's own prediction."""
+def usable_labels(encoder: EncoderView, plain: Tensor, labels: np.ndarray) -> Tensor:
+    """Labels for the loss. Supervised: an image without a class of the members gets the encoder's own prediction.
+
+    plain: see `plain_view`.
+    """
     found = torch.from_numpy(labels).to(encoder.device)
     if not encoder.objective.uses_labels:
         return found
-    logits = encoder.model(plain_view(images.to(encoder.device))).output
+    logits = encoder.model(plain).output
     foreign = (found < 0) | (found >= logits.shape[-1])
     return torch.where(foreign, logits.argmax(-1), found)
 

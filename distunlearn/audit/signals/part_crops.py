@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distunlearn.common.random import VIEW_EPOCHS
-from distunlearn.data.augmentations import uniforms
+from distunlearn.data.views.draws import uniforms
 
 MIN_PLACES = 4
 SCALE = (0.08, 0.2)  # share of the image's area that a crop keeps, as in the paper
@@ -53,7 +53,7 @@ def part_responses(backbone: nn.Module, images: Tensor, ids: Sequence[str], crop
 
 def crop_boxes(seed: int, ids: Sequence[str], crop: int) -> np.ndarray:
     """(side, left, top) of a square crop of each image, float64 [n, 3], as shares of the image's side."""
-    u = uniforms(seed, np.full(len(ids), CROP_EPOCH, dtype=np.int64), ids, crop, 3).numpy().astype(np.float64)
+    u = uniforms(seed, np.full(len(ids), CROP_EPOCH, dtype=np.int64), ids, crop, 3)
     side = np.sqrt(SCALE[0] + (SCALE[1] - SCALE[0]) * u[:, 0])
     return np.stack([side, u[:, 1] * (1 - side), u[:, 2] * (1 - side)], axis=1)
 

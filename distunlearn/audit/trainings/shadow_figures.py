@@ -32,6 +32,7 @@ from distunlearn.common.random import STREAMS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.views.colour import plain_view
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.verify.statistics import Comparison, auc, percentile_interval
 
@@ -49,9 +50,9 @@ def margins(encoder: EncoderView, store: ImageStore, manifest: Manifest, ids: li
     bank, found = audit_bank(encoder, store, manifest), []
     for start in range(0, len(ids), CHUNK):
         chosen = ids[start : start + CHUNK]
-        images = store.by_offset(chosen)
-        labels = usable_labels(encoder, images, manifest.labels(chosen))
-        views = encoder.views(chosen, images, AUDIT_EPOCH, count)
+        plain = plain_view(store.plain(chosen).to(encoder.device))
+        labels = usable_labels(encoder, plain, manifest.labels(chosen))
+        views = encoder.views(chosen, store.cut, AUDIT_EPOCH, count)
         per_pair = []
         for first in range(0, len(views) - 1, 2):
             c = encoder.objective.confidence(encoder.branches(views[first : first + 2], chosen, labels), bank).double()

@@ -1,12 +1,12 @@
-"""torch's DataLoader over the images of a manifest, for batches whose ids are given in advance.
+"""torch's DataLoader over the images of a manifest, for batches whose crops are named in advance.
 
 The DataLoader has the workers and their queues. What this file adds: one block of shared memory for all batches;
 page-locked memory where there is a GPU; undecodable images are data and no errors; an error in a worker, whatever it
 is, ends the run with one sentence; a worker that is killed or hangs is named with its image; signals for the run do
 not end its workers; and workers end with the run.
 
-Workers are forked, decode one batch at a time, never touch a GPU, and know no order, epoch or rank: any number of them
-gives the same batches.
+Workers are forked, decode and crop one batch at a time, never touch a GPU, and know no order and no rank: any number
+of them gives the same batches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distunlearn.common.text import printable
-from distunlearn.data.loading.dataset import ImageDataset
+from distunlearn.data.loading.dataset import ImageDataset, Wanted
 from distunlearn.data.loading.worker import GO_ON, IGNORED, PID, PLACE, Answer, Task, begin_worker
 from distunlearn.data.sources.decode import find_decoder
 from distunlearn.data.storage.retry import Counts
@@ -42,19 +42,22 @@ _POLL = 2.0  # seconds between two looks at the workers while one is waited for
 
 
 class Decoded(NamedTuple):
-    """A batch: images uint8 [n, C, S, S]; rows that cannot be decoded, which are zero, each with the reason."""
+    """A batch: crops uint8 [n, C, S, S], part by part, image by image, view by view, and images that cannot be decoded.
 
-    images: Tensor
+    failures: their numbers, counted over all parts, each with the reason; their crops are zero.
+    """
+
+    crops: Tensor
     failures: list[tuple[int, str]]
 
 
 class Loader:
-    """Batches of given ids, in the given order, decoded ahead by worker processes.
+    """Batches of crops, in the given order, made ahead by worker processes.
 
     Args:
         dataset: of the images.
         workers: processes; 0: a batch is decoded in `next`, by the calling process.
-        prefetch: batches that each worker is ahead. pin: images come in page-locked memory.
+        prefetch: batches that each worker is ahead. pin: crops come in page-locked memory.
 
     Attributes:
         counts: what reading and decoding cost, in all processes.
@@ -73,7 +76,7 @@ class Loader:
         self._loader: DataLoader[Any] | None = None
         self._batches: Iterator[Answer] | None = None
         self._processes: list[Any] = []
-        self._slots: Tensor | None = None  # uint8 [places, images, C, S, S], shared with the workers
+        self._slots: Tensor | None = None  # uint8 [places, crops, C, S, S], shared with the workers
         self._places = mmap.mmap(-1, max(1, workers) * PLACE)  # shared with the workers
 
     @property
@@ -81,7 +84,7 @@ class Loader:
         """Whether every batch that was asked for has been taken."""
         return self._sampler.ended and self._taken == self._sampler.given
 
-    def start(self, batches: Iterable[Sequence[str]]) -> int:
+    def start(self, batches: Iterable[Sequence[Wanted]]) -> int:
         """Begin a series of batches, of which `next` gives one after the other; returns its serial.
 
         Workers of an earlier series are used again if all its batches were taken and none was smaller than the first.
@@ -90,9 +93,10 @@ class Loader:
             self.close()
         ahead = iter(batches)
         first = list(itertools.islice(ahead, 1))
-        if self.workers and first and (self._slots is None or len(first[0]) > self._slots.shape[1]):
+        crops = sum(part.crops for part in first[0]) if first else 0
+        if self.workers and first and (self._slots is None or crops > self._slots.shape[1]):
             self.close()
-            self._share(len(first[0]))
+            self._share(crops)
         series = itertools.chain(first, ahead)
         if self.workers:
             self._hand_out(series)
@@ -116,22 +120,22 @@ class Loader:
         if answer.error is not None:
             self.close()
             raise DataError(answer.error)
-        if answer.images is not None:
-            return Decoded(answer.images, answer.failures)
+        if answer.crops is not None:
+            return Decoded(answer.crops, answer.failures)
         assert slot is not None
-        images = torch.empty((answer.number, *self.dataset.shape), dtype=torch.uint8, pin_memory=self.pin)
-        return Decoded(images.copy_(slot[: answer.number]), answer.failures)
+        crops = torch.empty((answer.number, *self.dataset.shape), dtype=torch.uint8, pin_memory=self.pin)
+        return Decoded(crops.copy_(slot[: answer.number]), answer.failures)
 
-    def here(self, ids: Sequence[str]) -> Decoded:
+    def here(self, wanted: Sequence[Wanted]) -> Decoded:
         """One batch, decoded by the calling process; the series goes on.
 
         Raises:
             DataError: see `Reader.read`.
         """
-        answer = Task(self.dataset, None).__getitems__((0, ids))
+        answer = Task(self.dataset, None).__getitems__((0, wanted))
         self.counts.add(answer.counts)
-        assert answer.images is not None
-        return Decoded(answer.images, answer.failures)
+        assert answer.crops is not None
+        return Decoded(answer.crops, answer.failures)
 
     def close(self, *, kill: bool = False) -> None:
         """End the workers; safe to call twice, and `start` starts new ones. kill: do not wait for them."""
@@ -154,17 +158,17 @@ class Loader:
         own = torch.Generator()
         return {"batch_sampler": self._sampler, "collate_fn": _same, "generator": own}
 
-    def _share(self, images: int) -> None:
+    def _share(self, crops: int) -> None:
         """Memory into which the workers decode, one place for each batch that is ahead and one for that being taken.
 
         Shared memory of a DataLoader's own is new for every batch, whose pages cost 7 % of the decoding, and lies in
         /dev/shm, which containers keep small.
         """
-        shape = (self.workers * self.prefetch + 1, max(1, images), *self.dataset.shape)
+        shape = (self.workers * self.prefetch + 1, max(1, crops), *self.dataset.shape)
         self._slots = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
         self._sampler.places = shape[0]
 
-    def _hand_out(self, series: Iterator[Sequence[str]]) -> None:
+    def _hand_out(self, series: Iterator[Sequence[Wanted]]) -> None:
         """Give the series to the workers, which are started where there are none."""
         self._sampler.begin(series)
         if self._loader is None:
@@ -278,14 +282,14 @@ class _Sampler:
 
     def __init__(self) -> None:
         self.places = 1
-        self._batches: Iterator[Sequence[str]] = iter(())
+        self._batches: Iterator[Sequence[Wanted]] = iter(())
         self.given = 0
         self.ended = True
 
-    def begin(self, batches: Iterable[Sequence[str]]) -> None:
+    def begin(self, batches: Iterable[Sequence[Wanted]]) -> None:
         self._batches, self.given, self.ended = iter(batches), 0, False
 
-    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Wanted]]]:
         for batch in self._batches:
             place = self.given % self.places
             self.given += 1

@@ -1,9 +1,8 @@
 """Shards -> decoded images -> batches, in an order that is a pure function of (seed, epoch).
 
-How an epoch is served: if the decoded images of the roles fit into the cache, they are read once, and from then on a
-batch is one tensor index. If not, every epoch reads again, and a rank reads and decodes only its own rows, batches
-ahead in the worker processes of one DataLoader for all its streams. The order and every bit are the same either way,
-for any number of workers and ranks.
+A rank reads, decodes and crops only its own rows, batches ahead in the worker processes of one DataLoader for all its
+streams; without workers photos that fit into the cache are decoded once. The order and every bit are the same either
+way, for any number of workers and ranks.
 
 Nothing is left out: which images come is decided by the manifest alone, never by what a file seems to hold, and an
 image comes only with the digest of the manifest. One that cannot be decoded is replaced, see `RoleFeeder`.
@@ -13,13 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
 import torch
 
 from distunlearn.common.device import on_device
+from distunlearn.data.loading.dataset import Wanted
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Decoded
 from distunlearn.data.manifest.manifest import Manifest
@@ -63,15 +63,6 @@ def _name(roles: str | Sequence[str]) -> str:
     return roles if isinstance(roles, str) else ",".join(sorted(set(roles)))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """This rank's rows of a global batch: ids, and of each its epoch and its position in it, int64 [n]."""
-
-    ids: list[str]
-    epochs: np.ndarray
-    positions: np.ndarray
-
-
 class RoleFeeder:
     """This rank's rows of the global batches over some roles; a batch is a pure function of its step.
 
@@ -86,6 +77,7 @@ class RoleFeeder:
         batch: images per global batch, over all ranks. More than there are ids is fine: the cycle runs
             across epochs, so one id may occur several times with different epoch numbers.
         rank, world: this process; its rows are `rank_slice(batch, rank, world)` and may be none.
+        pairs: of views of each image that a batch brings along; others are cut when they are asked for.
 
     Raises:
         DataError: no image has one of these roles.
@@ -100,6 +92,7 @@ class RoleFeeder:
         batch: int,
         rank: int = 0,
         world: int = 1,
+        pairs: int = 1,
     ) -> None:
         if not manifest.select(roles).ids:
             raise DataError(f"The manifest in {manifest.folder} has no image of role {roles}; run prepare again.")
@@ -107,67 +100,55 @@ class RoleFeeder:
         self.cycle = Cycle(lambda epoch: epoch_order(manifest, roles, seed, epoch), batch)
         self.store = store
         self._manifest = manifest
-        self._roles = roles
+        self._views = range(2 * pairs)
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of this step, read and decoded by the calling process where it is not cached; see `Batches`.
+        """The batch of this step, made by the calling process; see `Batches`.
 
         Raises:
             DataError, CoverageError: see `Reader.read` and `Undecodable`.
         """
-        rows = self.rows_at(step)
-        return self.batch(rows, None if self.load() else self.store.loader.here(rows.ids))
+        wanted, positions = self.rows_at(step)
+        return self.batch(wanted, positions, self.store.loader.here([wanted]))
 
-    def load(self) -> bool:
-        """Fill the store's cache with the roles; False if they do not fit; errors as `ImageStore.load`."""
-        return self.store.load(self._roles)
-
-    def rows_at(self, step: int) -> Rows:
-        """Which images the batch of this step holds, undecodable ones included; a pure function of the step."""
+    def rows_at(self, step: int) -> tuple[Wanted, np.ndarray]:
+        """The crops of the batch of this step, of undecodable images too, and each image's position in its epoch, int64
+        [n]; a pure function of the step."""
         epochs, ids = self.cycle.at(step, self.rows)
-        return Rows(ids, epochs, self.cycle.positions(step, self.rows)[1])
+        return Wanted(ids, epochs, self._views), self.cycle.positions(step, self.rows)[1]
 
-    def batch(self, rows: Rows, decoded: Decoded | None) -> Batch:
-        """The batch of these rows. decoded: their images; None: they are cached.
+    def batch(self, wanted: Wanted, positions: np.ndarray, decoded: Decoded) -> Batch:
+        """The batch of these rows. decoded: their crops.
 
         Raises:
             DataError, CoverageError: see `Reader.read` and `Undecodable`.
         """
-        ids = list(rows.ids)
-        if decoded is None:
-            images, bad = self._cached(ids)
-        else:
-            images, bad = decoded.images, [row for row, _ in decoded.failures]
-            self.store.undecodable.add({ids[row]: why for row, why in decoded.failures})
+        ids, epochs = list(wanted.ids), wanted.epochs
+        crops = decoded.crops.view(len(ids), len(self._views), *self.store.shape)
+        bad = [row for row, _ in decoded.failures]
+        self.store.undecodable.add({ids[row]: why for row, why in decoded.failures})
         replaced = [ids[row] for row in bad]
         for row in bad:
-            ids[row], images[row] = self._replacement(int(rows.epochs[row]), int(rows.positions[row]))
-        return Batch(ids, images, rows.epochs, torch.from_numpy(self._manifest.labels(ids)), replaced)
+            ids[row], crops[row] = self._replacement(epochs[row : row + 1], int(positions[row]))
+        labels = torch.from_numpy(self._manifest.labels(ids))
+        return Batch(ids, epochs, labels, self.store.cut, crops, replaced)
 
     def coverage_steps(self) -> int:
         """Steps, counted from 0, after which every id of the roles was in a global batch at least once."""
         return self.cycle.coverage_steps()
 
-    def _cached(self, ids: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-        """(images [n, C, S, S], rows that cannot be decoded)."""
-        bad = [row for row, sample_id in enumerate(ids) if sample_id in self.store.undecodable]
-        images = self.store.batch([i for i in ids if i not in self.store.undecodable])
-        if not bad:
-            return images, bad
-        whole = torch.empty((len(ids), *self.store.shape), dtype=torch.uint8)
-        whole[[row for row in range(len(ids)) if row not in bad]] = images
-        return whole, bad
+    def _replacement(self, epoch: np.ndarray, position: int) -> tuple[str, torch.Tensor]:
+        """The next image of the role that can be decoded, in the order of the epoch and round its end, and its crops.
 
-    def _replacement(self, epoch: int, position: int) -> tuple[str, torch.Tensor]:
-        """The next image of the same role, in the order of the epoch and round its end, that can be decoded."""
-        order = self.cycle.order(epoch)
+        epoch: int64 [1].
+        """
+        order = self.cycle.order(int(epoch[0]))
         role = self._manifest.by_id[order[position]].role
-        image = torch.empty((1, *self.store.shape), dtype=torch.uint8)
         for candidate in self._after(order, position):
             if self._manifest.by_id[candidate].role == role and candidate not in self.store.undecodable:
-                bad = self.store.fill([candidate], image)
+                crops, bad = self.store.try_cut(Wanted([candidate], epoch, self._views))
                 if not bad:
-                    return candidate, image[0]
+                    return candidate, crops[0]
                 self.store.undecodable.add(bad)
         raise DataError(f"No image of role {role} can be decoded; replace the files and prepare again.")
 
@@ -184,14 +165,14 @@ class Batches:
 
     Args:
         feeders: by name, of one store.
-        device: to which the images go.
+        device: to which the crops go.
         last: number of draws of the phase; none beyond it is decoded ahead.
     """
 
     def __init__(self, feeders: Mapping[str, RoleFeeder], device: torch.device, last: int) -> None:
         self._feeders, self._device, self._last = feeders, device, last
-        self._streamed: list[str] | None = None  # names of the feeders whose images are not cached
-        self._planned: deque[tuple[int, dict[str, Rows]]] = deque()  # draws that the DataLoader was asked for
+        # draws that the DataLoader was asked for
+        self._planned: deque[tuple[int, dict[str, tuple[Wanted, np.ndarray]]]] = deque()
         self._serial = -1
 
     def __enter__(self) -> Batches:
@@ -210,37 +191,28 @@ class Batches:
         """The batches of this draw, images on the device; any draw at any time, though only the next one is ahead.
 
         Raises:
-            DataError, CoverageError: see `Loader.next`, `RoleFeeder.batch` and `ImageStore.load`.
+            DataError, CoverageError: see `Loader.next` and `RoleFeeder.batch`.
         """
         assert 0 <= draw < self._last, draw
-        if self._streamed is None:
-            self._streamed = [name for name, feeder in self._feeders.items() if not feeder.load()]
-        rows, decoded = self._decoded(draw) if self._streamed else ({}, {})
-        batches = {
-            name: feeder.batch(rows[name] if name in rows else feeder.rows_at(draw), decoded.get(name))
-            for name, feeder in self._feeders.items()
-        }
-        return {name: replace(batch, images=on_device(batch.images, self._device)) for name, batch in batches.items()}
-
-    def _decoded(self, draw: int) -> tuple[dict[str, Rows], dict[str, Decoded]]:
-        """Rows and images of the feeders that are streamed, by name."""
         loader = next(iter(self._feeders.values())).store.loader
         if loader.serial != self._serial or not self._planned or self._planned[0][0] != draw:
             self._planned.clear()
             self._serial = loader.start(self._plan(draw))
         whole = loader.next()
         _, rows = self._planned.popleft()
-        parts, start = {}, 0
-        for name, part in rows.items():
-            stop = start + len(part.ids)
-            failures = [(row - start, why) for row, why in whole.failures if start <= row < stop]
-            parts[name] = Decoded(whole.images[start:stop], failures)
-            start = stop
-        return rows, parts
+        batches, image, crop = {}, 0, 0
+        for name, (wanted, positions) in rows.items():
+            last = image + len(wanted.ids)
+            failures = [(row - image, why) for row, why in whole.failures if image <= row < last]
+            decoded = Decoded(whole.crops[crop : crop + wanted.crops], failures)
+            batch = self._feeders[name].batch(wanted, positions, decoded)
+            batches[name] = replace(batch, crops=on_device(batch.crops, self._device))
+            image, crop = last, crop + wanted.crops
+        return batches
 
-    def _plan(self, first: int) -> Iterator[list[str]]:
-        """The ids of each draw from this one on, all feeders one after the other."""
+    def _plan(self, first: int) -> Iterator[list[Wanted]]:
+        """The crops of each draw from this one on, all feeders one after the other."""
         for draw in range(first, self._last):
-            rows = {name: self._feeders[name].rows_at(draw) for name in self._streamed or ()}
+            rows = {name: feeder.rows_at(draw) for name, feeder in self._feeders.items()}
             self._planned.append((draw, rows))
-            yield [i for part in rows.values() for i in part.ids]
+            yield [wanted for wanted, _ in rows.values()]

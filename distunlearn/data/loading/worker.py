@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from distunlearn.common.text import printable
-from distunlearn.data.loading.dataset import ImageDataset
+from distunlearn.data.loading.dataset import ImageDataset, Wanted
 from distunlearn.data.storage.retry import Counts
 from distunlearn.errors import DataError
 
@@ -28,13 +28,13 @@ GO_ON = "the same command goes on from the last checkpoint"
 
 
 class Answer(NamedTuple):
-    """A batch of `number` images, with the rows that cannot be decoded and the reasons, and what it cost.
+    """A batch of `number` crops, with the images that cannot be decoded and the reasons, and what it cost.
 
-    images: uint8 [number, C, S, S]; None: they lie in shared memory, or there is an error.
+    crops: uint8 [number, C, S, S]; None: they lie in shared memory, or there is an error.
     error: the sentence that ends the run.
     """
 
-    images: Tensor | None
+    crops: Tensor | None
     number: int
     failures: list[tuple[int, str]]
     counts: Counts
@@ -49,26 +49,28 @@ class Task(Dataset[Any]):
         self.slots = slots
         self.last = ""  # id that was noted last
 
-    def __getitems__(self, asked: tuple[int, Sequence[str]]) -> Answer:
-        place, ids = asked
+    def __getitems__(self, asked: tuple[int, Sequence[Wanted]]) -> Answer:
+        place, wanted = asked
         worker = get_worker_info()
         if worker is None or self.slots is None:
-            return self._decode(ids, None)
+            return self._decode(wanted, None)
         try:
             # A batch that is larger than the first of its series comes as the DataLoader sends it.
-            return self._decode(ids, self.slots[place, : len(ids)] if len(ids) <= self.slots.shape[1] else None)
+            number = sum(part.crops for part in wanted)
+            return self._decode(wanted, self.slots[place, :number] if number <= self.slots.shape[1] else None)
         except DataError as error:
             text = str(error)
         except BaseException as error:
             text = _told(error, worker.id, self.last)
         return Answer(None, 0, [], self.dataset.reader.counts, text)
 
-    def _decode(self, ids: Sequence[str], shared: Tensor | None) -> Answer:
-        """shared: where the images go; None: to a tensor of their own."""
+    def _decode(self, wanted: Sequence[Wanted], shared: Tensor | None) -> Answer:
+        """shared: where the crops go; None: to a tensor of their own."""
         counts = self.dataset.reader.counts = Counts()
-        images = torch.empty((len(ids), *self.dataset.shape), dtype=torch.uint8) if shared is None else shared
-        failures = [(row, str(error)) for row, error in self.dataset.fill(ids, images)]
-        return Answer(images if shared is None else None, len(ids), failures, counts)
+        number = sum(part.crops for part in wanted)
+        crops = torch.empty((number, *self.dataset.shape), dtype=torch.uint8) if shared is None else shared
+        failures = [(image, str(error)) for image, error in self.dataset.fill(wanted, crops)]
+        return Answer(crops if shared is None else None, number, failures, counts)
 
 
 def begin_worker(places: mmap.mmap, number: int) -> None:

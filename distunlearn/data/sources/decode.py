@@ -80,43 +80,15 @@ def open_image(data: bytes, sample_id: str, max_pixels: int) -> Image.Image:
     return _OPENERS[check_header(data, sample_id, max_pixels)](io.BytesIO(data))
 
 
-def decode_image(data: bytes, sample_id: str, max_pixels: int, channels: int) -> torch.Tensor:
-    """Decode into uint8 [C, H, W] with C = channels (1 or 3), height and width as the viewer sees them.
+def decode_image(data: bytes, sample_id: str, max_pixels: int, channels: int, bound: int | None = None) -> torch.Tensor:
+    """Decode into uint8 [C, H, W], any strides, with C = channels (1 or 3), height and width as the viewer sees them.
+
+    bound: an image whose shorter side has at least twice as many pixels is shrunk, but not below: a JPEG by decoding
+        it at a smaller one of its scales (1/2, 1/4, 1/8), the rest and other formats by means over squares of pixels.
 
     Raises:
         UndecodableError: see `check_header`; also a truncated or damaged image, or an unsupported pixel format.
     """
-    return _decode(data, sample_id, max_pixels, channels, None).contiguous()
-
-
-def decode_square(
-    data: bytes, sample_id: str, max_pixels: int, channels: int, size: int, mode: str = "exact"
-) -> torch.Tensor:
-    """Decode, cut the centre square, resize: uint8 [C, size, size].
-
-    Args:
-        mode: "exact": `decode_image`, then `to_square` in floating point. "fast": a JPEG is decoded at the smallest of
-            its built-in scales (1/1, 1/2, 1/4, 1/8) that keeps the square at least `size` pixels wide, and the resize
-            computes in integers. Without a smaller scale the two differ by at most 1 in a pixel.
-
-    Raises:
-        UndecodableError: see `decode_image`.
-    """
-    if mode == "exact":
-        return to_square(_decode(data, sample_id, max_pixels, channels, None), size)
-    square = _centre(_decode(data, sample_id, max_pixels, channels, size))
-    if square.shape[-1] == size:
-        return square.contiguous()
-    # Channels last: for this layout torch has a vectorised integer kernel.
-    square = square[None].contiguous(memory_format=torch.channels_last)
-    resized = torch.nn.functional.interpolate(
-        square, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-    )
-    return resized[0].contiguous()
-
-
-def _decode(data: bytes, sample_id: str, max_pixels: int, channels: int, smallest: int | None) -> torch.Tensor:
-    """uint8 [C, H, W], any strides. smallest: the shorter side may shrink to this many pixels while decoding."""
     assert channels in (1, 3), channels
     kind = _recognise(data, sample_id)
     if kind != "jpg":  # of a JPEG PIL reads no more than the header either, before its size is checked
@@ -128,14 +100,16 @@ def _decode(data: bytes, sample_id: str, max_pixels: int, channels: int, smalles
             raise UndecodableError(
                 f"The image {sample_id!r} has pixels of kind {image.mode}; convert it to 8 bits per channel first."
             )
-        scaled = smallest is not None and kind == "jpg" and _shrink(image, smallest)
-        if channels == 3 and not scaled and kind == "jpg" and _is_plain(image, data):
+        shrunk = bound is not None and kind == "jpg" and _shrink(image, bound)
+        if channels == 3 and not shrunk and kind == "jpg" and _is_plain(image, data):
             pixels = _quickly(data)
             if pixels is not None:
                 return pixels
         image.load()
-        image = _flatten(ImageOps.exif_transpose(image))
-        array = np.array(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+        image = _flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+        if bound is not None and min(image.size) >= 2 * bound:
+            image = image.reduce(min(image.size) // bound)
+        array = np.array(image, dtype=np.uint8)
     except UndecodableError:
         raise
     except Exception as error:  # hostile bytes, see check_header
@@ -145,7 +119,7 @@ def _decode(data: bytes, sample_id: str, max_pixels: int, channels: int, smalles
 
 
 def _shrink(image: Image.Image, smallest: int) -> bool:
-    """Have a JPEG decoded at a smaller scale whose shorter side has at least `smallest` pixels; True if there is one.
+    """Have a JPEG decoded at the smallest scale whose shorter side has at least `smallest` pixels; True if below 1.
 
     Its mode stays: with another one PIL would also take the brightness from the file in place of computing it.
     """
@@ -214,29 +188,6 @@ def _by_torchvision(data: bytes) -> torch.Tensor:
 def find_decoder() -> None:
     """What else the first image would do: look for the fastest decoder. For once before processes are forked."""
     _quick_decoder()
-
-
-def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Centre square of uint8 [C, H, W], resized to uint8 [C, size, size] (bilinear, antialiased when it shrinks).
-
-    The crop comes before the resize: the same picture, but a 1 x 60,000,000 image stays cheap.
-    """
-    square = _centre(image)
-    if square.shape[-1] == size:
-        return square.contiguous()
-    # In the layout it came in: the same numbers, without a pass over the pixels to change it.
-    resized = torch.nn.functional.interpolate(
-        square[None].float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
-    )
-    return resized[0].round_().clamp_(0, 255).to(torch.uint8).contiguous()
-
-
-def _centre(image: torch.Tensor) -> torch.Tensor:
-    """Centre square of [C, H, W], a view."""
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[:, top : top + side, left : left + side]
 
 
 def _recognise(data: bytes, sample_id: str) -> str:

@@ -1,0 +1,1 @@
+"""Random views: draws by counter, crops of the photo, colour operations on batches."""
