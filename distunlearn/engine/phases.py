@@ -249,7 +249,7 @@ def _fill_queue(session: Session, trained: Trained, queue: KeyQueue) -> None:
     ids = session.store.decodable(retained[:: max(1, len(retained) // queue.size)][: queue.size])
     for start in range(0, len(ids), KEYS_AT_ONCE):
         chunk = ids[start : start + KEYS_AT_ONCE]
-        pair = view.views(chunk, session.store.by_offset(chunk), VIEW_EPOCHS["calibration"][0], 2)
+        pair = view.views(chunk, session.store.cut, VIEW_EPOCHS["calibration"][0], 2)
         labels = torch.from_numpy(session.manifest.labels(chunk)).to(device)
         queue.push(*view.objective.bank_keys(view.branches(pair, chunk, labels)))
     for network in networks:
