@@ -54,7 +54,7 @@ class Photos:
     distinct: int
     name: str = "photos"
     labels_known: bool = True
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     files: dict[int, bytes] = field(default_factory=dict)
 
