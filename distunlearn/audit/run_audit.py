@@ -17,9 +17,10 @@ from distunlearn.audit.relearn import Relearned, relearn
 from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_key
 from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
 from distunlearn.audit.summary import summarise, write_audit
-from distunlearn.engine.session import DONE, Session, load_trained
+from distunlearn.engine.session import Session, load_trained
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.verify.ledger import coverage, read_ledger
+from distunlearn.verify.run import DONE, FOLDERS, PHASES, require_distinct, require_settings
 
 
 def collect_evidence(
@@ -30,39 +31,42 @@ def collect_evidence(
     pooled, stress: figures of the shadow encoders and of the stress tests, whose encoders all processes have trained.
     """
     cfg, out = session.cfg, session.out
-    folders = {"original": out / "original", "unlearned": out, "retrained": out / "retrained"}
+    lines = read_ledger(session.ledger.path)
+    require_settings(out, lines)
     signals: dict[str, Signals] = {}
     relearned: dict[str, Relearned] = {}
     facts: dict[str, dict[str, Any]] = {}
-    for name, folder in folders.items():
+    for name, place in FOLDERS.items():
+        folder = out / place
         if name == "retrained" and cfg.audit.tier == 0 and not (folder / DONE).exists():
             continue
         session.telemetry.note("audit", f"attacking the {name} encoder")
         trained = load_trained(folder, session)
         facts[name] = trained.facts
+        require_distinct({name: found["state"] for name, found in facts.items()}, cfg.method.name)
         encoder = encoder_view(session, trained)
-        signals[name] = _signals(session, name, encoder, trained.facts["state_sha256"])
+        signals[name] = _signals(session, name, encoder, trained.facts["state"])
         if cfg.audit.tier and cfg.audit.relearn_steps:
             steps = 0 if name == "original" else cfg.audit.relearn_steps
             relearned[name] = relearn(encoder, session.store, session.manifest, cfg, steps)
-    phase_of = {"pretrain": "original", "unlearn": "unlearned", "retrain": "retrained"}
+    states = {name: found["state"] for name, found in facts.items()}
     cost = {
         f"{phase}_{unit}": facts[name][unit] if name in facts else None
-        for unit in ("images", "seconds") for phase, name in phase_of.items()
+        for unit in ("images", "seconds") for name, phase in PHASES.items()
     }  # fmt: skip
-    covered = coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")).as_dict()
+    covered = coverage(lines, session.manifest.ids("forget")).as_dict()
     summary, scores = summarise(
-        signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled, stress=stress
+        signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled, stress=stress, states=states
     )
     session.ledger.may_write()
     write_audit(out / "audit", summary, scores)
     return summary["gates"]["verdict"]
 
 
-def _signals(session: Session, name: str, encoder: EncoderView, state_sha256: str) -> Signals:
+def _signals(session: Session, name: str, encoder: EncoderView, state: str) -> Signals:
     """Those of a run that this one reuses, where it kept them, else found by looking."""
     cfg = session.cfg
-    key = signals_key(cfg, session.manifest, state_sha256)
+    key = signals_key(cfg, session.manifest, state)
     found = None
     if name in SHARED and cfg.runtime.reuse:
         found = kept_signals(Path(cfg.runtime.reuse).expanduser() / "audit" / f"signals-{name}.npz", key)

@@ -67,7 +67,7 @@ def launch_text(cfg: RunConfig, folder: Path) -> tuple[str, bool]:
 def _warnings(facts: dict[str, Any]) -> list[str]:
     found = [f"{name} is not installed; pip install {name}" for name, ver in facts["packages"].items() if ver is None]
     if os.environ.get("DISTUNLEARN_FAULT"):
-        found.append("DISTUNLEARN_FAULT is set: runs will fail on purpose; it is for tests only")
+        found.append("DISTUNLEARN_FAULT is set: it works in the test suite only; unset it")
     torch = facts["torch"]
     if "error" in torch:
         return [*found, torch["error"]]

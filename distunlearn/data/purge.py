@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import os
 import shutil
 import tarfile
@@ -268,8 +267,3 @@ def _exchange(work: Path, folder: Path) -> None:
         code = ctypes.get_errno()
         raise OSError(code, f"{os.strerror(code)}: the file system cannot exchange two folders in one step")
     sync_path(folder.parent)
-
-
-def ids_digest(ids: Collection[str]) -> str:
-    """sha256 of the sorted ids, one a line: names a list of images without naming an image."""
-    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()

@@ -2,6 +2,9 @@
 
     DISTUNLEARN_FAULT="kill@point=update,rank=1,step=3"        several are separated by ;
 
+The variable works only in a process that has called `allow`, as those of the test suite do. Elsewhere it does nothing,
+and the ledger of a run says that it was set.
+
 Actions: `kill` (SIGKILL), `raise` (RuntimeError), `sleep` (seconds=N, default for ever), `stop` (SIGTERM to itself),
 `nan` (the value at hand becomes NaN), `inf`, `skip` (the call that follows is left out). Conditions: `point`
 (required, one of POINTS), `rank`, `step`, `phase`; what is left out matches everything. A fault fires once
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
 VARIABLE = "DISTUNLEARN_FAULT"
@@ -73,9 +77,24 @@ def _parse(text: str) -> list[_Fault]:
     return faults
 
 
+_allowed = False
+
+
+def allow() -> None:
+    """From now on this process and its forks do what the variable asks for."""
+    global _allowed
+    _allowed = True
+
+
+def asked() -> dict[str, object]:
+    """What the variable asks for, and whether it works; empty where it is not set."""
+    text = os.environ.get(VARIABLE)
+    return {"asked": printable(text, 200), "active": _allowed} if text else {}
+
+
 @functools.cache
 def _faults() -> list[_Fault]:
-    return _parse(os.environ.get(VARIABLE, ""))
+    return _parse(os.environ.get(VARIABLE, "")) if _allowed else []
 
 
 def reach(point: str, step: int | None = None, phase: str = "") -> bool:

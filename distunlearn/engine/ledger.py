@@ -22,9 +22,20 @@ from distunlearn.verify.ledger import Coverage
 class Ledger:
     """Writer; only the main rank writes. Lines are flushed at once and synced to disk with each checkpoint."""
 
-    def __init__(self, path: Path, *, is_main: bool = True, may_write: Callable[[], None] | None = None) -> None:
-        """may_write: asked before every line; raises where the directory belongs to another attempt."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        is_main: bool = True,
+        may_write: Callable[[], None] | None = None,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """may_write: asked before every line; raises where the directory belongs to another attempt.
+
+        facts: what every `start` line names besides, such as settings and numerics.
+        """
         self.path = Path(path)
+        self.facts = dict(facts or {})
         self.may_write = may_write or (lambda: None)
         self._file = None
         if is_main:
@@ -35,7 +46,7 @@ class Ledger:
 
     def start(self, phase: str, step: int, *, attempt: int, **facts: object) -> None:
         """A new attempt at `phase` goes on from `step` (0 for the first)."""
-        self._write({"event": "start", "phase": phase, "step": step, "attempt": attempt, **facts})
+        self._write({"event": "start", "phase": phase, "step": step, "attempt": attempt, **facts, **self.facts})
 
     def step(
         self,

@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
 from distunlearn.data.loading.image_store import ImageStore
-from distunlearn.data.loading.stream import RoleFeeder
+from distunlearn.data.loading.stream import RoleFeeder, epoch_order
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import ROLES
+from distunlearn.data.schedule import Cycle
 from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.world import World
 from distunlearn.encoders.checkpoint_heads import other_heads, take_heads
@@ -39,13 +42,16 @@ from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
-from distunlearn.engine.session import DONE, STATE, Session, Trained, is_done, load_trained, scratch
+from distunlearn.engine.session import Session, Trained, is_done, load_trained, scratch
+from distunlearn.errors import EvidenceError
 from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context, EncoderView
 from distunlearn.objectives.queue import KeyQueue
-from distunlearn.verify.ledger import coverage, read_ledger
+from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
+from distunlearn.verify.run import DONE, STATE
+from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 KEYS_AT_ONCE = 256
 CHECKPOINT = "checkpoint"  # in `done.json` of the original encoder: what was taken from `encoder.checkpoint`
@@ -74,7 +80,8 @@ def training_digest(session: Session, phase: str) -> str:
     cfg = session.cfg
     foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
     roles = ("retain", "forget") if phase == "pretrain" and not foreign else ("retain",)
-    samples = [(i, session.manifest.by_id[i].sha256) for i in sorted(session.manifest.ids(roles))]
+    chosen = (session.manifest.by_id[i] for i in sorted(session.manifest.ids(roles)))
+    samples = [(s.id, s.sha256, s.label) for s in chosen]
     return _digest(
         phase=phase,
         seed=cfg.seed,
@@ -137,7 +144,7 @@ def unlearn(session: Session, start: Path | None = None) -> Path:
     refuse_missing(cfg, {role: len(session.manifest.ids(role)) for role in ROLES})
     digest = unlearn_digest(session)
     if start is not None:
-        digest = _digest(unlearn=digest, start=json.loads((start / DONE).read_text(encoding="utf-8"))["state_sha256"])
+        digest = _digest(unlearn=digest, start=json.loads((start / DONE).read_text(encoding="utf-8"))["state"])
     begun = (start or session.out / "original") if method.begins == "original" else None
     _train(session, "unlearn", session.out, method, digest, start=begun)
     return session.out
@@ -220,9 +227,8 @@ def _finish(
         plain.load_state_dict(state)
         export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
         session.ledger.may_write()
-        write_json(
-            folder / DONE, {"phase": name, "digest": digest, "state_sha256": file_sha256(folder / STATE), **facts}
-        )
+        made = {"state": state_digest(read_tensors(folder / STATE)), "export": export_digests(folder / "export")}
+        write_json(folder / DONE, {"phase": name, "digest": digest, **made, **facts})
     backend.release()
     backend.world.barrier()
 
@@ -311,5 +317,41 @@ def check_coverage(session: Session) -> None:
     if not session.world.is_main:
         return
     session.ledger.sync()
-    forgets = method_class(session.cfg).forgets
-    require_coverage(coverage(read_ledger(session.ledger.path), session.manifest.ids("forget")), forgets)
+    lines = read_ledger(session.ledger.path)
+    require_coverage(coverage(lines, session.manifest.ids("forget")), method_class(session.cfg).forgets)
+    _require_schedule(session, lines)
+
+
+def _require_schedule(session: Session, lines: Sequence[dict]) -> None:
+    """Every finished training consumed at every step what the schedule says, which follows from the seed.
+
+    Raises:
+        EvidenceError: the ledger says otherwise.
+    """
+    cfg, manifest = session.cfg, session.manifest
+    for phase, method in (("pretrain", Pretrain(cfg)), ("unlearn", method_class(cfg)(cfg)), ("retrain", Retrain(cfg))):
+        if not any(line.get("phase") == phase and line["event"] == "done" for line in lines):
+            continue
+        steps, sizes = effective_steps(lines, phase), method.batch_sizes()
+        accumulate = (cfg.unlearn if method.steps == "unlearn" else cfg.pretrain).accumulate
+        images = len(manifest.ids(FEEDER_ROLES[next(iter(sizes))]))
+        total = cfg.unlearn.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
+        cycle = _forget_cycle(session, sizes["forget"] // accumulate) if "forget" in sizes else None
+        for step in range(max(total, len(steps))):
+            found = steps.get(step, {})
+            named = Counter(found.get("forget", ()))
+            draws = range(step * accumulate, (step + 1) * accumulate)
+            due = Counter(i for draw in draws for i in cycle.at(draw)[1]) if cycle else Counter()
+            counts = {name: n for name, n in found.get("count", {}).items() if name in sizes}
+            wrong = named != due if step < method.forget_steps() else named not in (due, Counter())
+            if step >= total or not found or wrong or any(sizes[name] != count for name, count in counts.items()):
+                raise EvidenceError(
+                    f"step {step} of {phase} in {session.ledger.path} is not what the seed, the settings and the "
+                    f"shards give ({total} steps); the ledger was changed, or is of another run; restore it."
+                )
+
+
+def _forget_cycle(session: Session, batch: int) -> Cycle:
+    """Which images to forget each draw has, of all ranks together."""
+    seed, manifest = session.cfg.seed, session.manifest
+    return Cycle(lambda epoch: epoch_order(manifest, FEEDER_ROLES["forget"], seed, epoch), batch)

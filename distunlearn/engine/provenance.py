@@ -21,6 +21,7 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import marked, settings
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.distributed.world import World
+from distunlearn.engine import fault_injection
 from distunlearn.engine.ledger import Ledger
 from distunlearn.errors import ConfigError, RankLostError
 from distunlearn.verify.ledger import read_ledger
@@ -74,6 +75,28 @@ def require_one_run(world: World, cfg: RunConfig, manifest: Manifest) -> None:
         )
         error.agreed = True
         raise error
+
+
+def start_facts(cfg: RunConfig, out: Path, world: World) -> dict[str, Any]:
+    """What the ledger names at the start of every attempt: digest of run.yaml, what rounding depends on, faults."""
+    facts: dict[str, Any] = {
+        "settings": hashlib.sha256((out / "run.yaml").read_bytes()).hexdigest(),
+        "numerics": {
+            "torch": torch.__version__,
+            "device": _device(),
+            "threads": torch.get_num_threads(),
+            "world": world.size,
+            "backend": cfg.backend,
+            "precision": cfg.precision,
+            "default dtype": str(torch.get_default_dtype()),
+        },
+    }
+    asked = fault_injection.asked()
+    return facts | ({"faults": asked} if asked else {})
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
 
 
 def code_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from distunlearn.common.files import file_sha256
 from distunlearn.common.random import STREAMS
 from distunlearn.config.registry import own_attacks
 from distunlearn.config.schema import RunConfig
@@ -30,6 +29,7 @@ from distunlearn.engine.backends import Backend, open_backend
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.preemption import StopRequest
+from distunlearn.engine.provenance import start_facts
 from distunlearn.engine.run_directory import open_run_directory
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.engine.watchdog import Watch
@@ -37,6 +37,7 @@ from distunlearn.errors import DataError
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
+from distunlearn.verify.run import DONE, STATE, require_encoder
 
 
 @contextmanager
@@ -61,15 +62,14 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
         fault_injection.reach("session")
         store = open_store(manifest, cfg, backend.device)
         stack.callback(store.close)
-        ledger = Ledger(out / "ledger.jsonl", is_main=world.is_main, may_write=opened.may_write)
+        facts = start_facts(cfg, out, world) if world.is_main else {}
+        ledger = Ledger(out / "ledger.jsonl", is_main=world.is_main, may_write=opened.may_write, facts=facts)
         stack.callback(ledger.close)
         telemetry = stack.enter_context(Telemetry(out, world.is_main, tracking=cfg.tracking))
         stop = stack.enter_context(StopRequest(out))
         yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
 
 
-STATE = "training_state.safetensors"
-DONE = "done.json"
 CALIBRATION_LIMIT = 2048  # images a method may calibrate on, per role
 
 
@@ -131,7 +131,7 @@ def is_done(folder: Path, digest: str) -> bool:
     """True if `folder` holds a finished model of exactly these settings.
 
     Raises:
-        DataError: it holds one of other settings, or its weights do not match done.json.
+        DataError: it holds one of other settings, or its weights or its export do not match done.json.
     """
     path = folder / DONE
     if not path.exists():
@@ -142,6 +142,7 @@ def is_done(folder: Path, digest: str) -> bool:
             f"{folder} holds a finished {facts['phase']} of other settings or data; expected this run's own; "
             "choose another --out."
         )
+    require_encoder(folder, facts)
     return True
 
 
@@ -163,14 +164,13 @@ def load_trained(folder: Path, session: Session) -> Trained:
     """Read a model folder back.
 
     Raises:
-        DataError: not finished, or the weights differ from what done.json names.
+        DataError: not finished, or the weights or the export differ from what done.json names.
         NumericsError: weights that are not finite.
     """
     if not (folder / DONE).exists():
         raise DataError(f"{folder} holds no finished encoder ({DONE} is missing); run the phase that trains it first.")
     facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
-    if file_sha256(folder / STATE) != facts["state_sha256"]:
-        raise DataError(f"{folder / STATE} differs from the digest in {DONE}; restore the file or train it again.")
+    require_encoder(folder, facts)
     tensors = load_file(folder / STATE)
     check_finite(tensors)
 

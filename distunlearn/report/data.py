@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import numpy as np
 from distunlearn.common.text import printable
 from distunlearn.config.yaml import read_yaml
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.verify.figures import Rules
+from distunlearn.verify.run import Checked, check_run
 
 ENCODER_NAMES = ("original", "unlearned", "retrained")
 MAX_NODES = 20_000  # values kept of one settings or summary file
@@ -54,6 +56,7 @@ class RunFiles:
     scores: Mapping[str, Scores]
     config_sha256: str | None  # of the bytes of run.yaml
     finished: str | None  # when the forgetting ended, from the ledger, UTC
+    checked: Checked = field(default_factory=Checked)  # what `check_run` found
 
 
 def load_run(run_dir: str | Path) -> RunFiles:
@@ -86,6 +89,20 @@ def load_run(run_dir: str | Path) -> RunFiles:
         config_sha256=hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else None,
         finished=_finished(folder / "ledger.jsonl"),
     )
+
+
+def checked_run(run_dir: str | Path) -> RunFiles:
+    """`load_run` of a directory whose files agree with each other.
+
+    Raises:
+        DataError: also where two files contradict each other, see `verify.run`.
+    """
+    run = load_run(run_dir)
+    try:
+        rules = Rules.of(run.config)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        rules = None
+    return replace(run, checked=check_run(Path(run_dir), rules))
 
 
 def tree(value: Any, *path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
 from distunlearn.report.facts import other_kind
 from distunlearn.report.formatting import interval, p_value, percent, signed, text
 from distunlearn.report.texts import ATTACKS, ENCODERS, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
+from distunlearn.verify.figures import JUDGED
 
 MAX_ROWS = 40  # attacks that the report has no words for
 DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5}
@@ -30,7 +31,7 @@ def _ordered(found: dict[str, Any]) -> list[str]:
 def gates(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
     """Rows of the gate tables: `attacks` (difference of AUC) and `utility` (percentage points)."""
     attacks, useful = [], []
-    for name in attack_names(run):
+    for name in dict.fromkeys((*_declared(run), *attack_names(run))):
         gap = tree(run.audit, "attacks", name, "gap")
         margin = _margin(run, name if name == "view_agreement" else "attack")
         title, question, _ = attack_words(name)
@@ -43,6 +44,13 @@ def gates(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
         row = _row(title, tree(run.audit, "gates", name), "change", (-points, math.inf), 1, 100.0)
         useful.append(row | {"question": question, "allowed": f"lower end above −{points:g}"})
     return {"attacks": attacks, "utility": useful}
+
+
+def _declared(run: RunFiles) -> list[str]:
+    """Attacks that the settings declare as gates: one without figures is not evaluated, never left out."""
+    also = tree(run.config, "audit", "gates").get("also")
+    named = (str(name).rpartition(":")[2] for name in also) if isinstance(also, list) else ()
+    return [*JUDGED, *named]
 
 
 def _margin(run: RunFiles, key: str) -> float:
@@ -99,6 +107,9 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) 
     elif declared == "pass" and covered == "fail":
         result = "inconclusive"
         notes.append("Every check came out inside its limits, but not every requested image was processed as it must.")
+    elif declared == "pass" and run.checked.gaps:
+        result = "inconclusive"
+        notes += ["Every check came out inside its limits, but a pass needs all of the evidence.", *run.checked.gaps]
     else:
         result = declared
     meanings = [{"name": name, "word": word, "meaning": meaning} for name, (word, meaning) in VERDICTS.items()]

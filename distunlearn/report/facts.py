@@ -188,7 +188,8 @@ def provenance(run: RunFiles) -> dict[str, Any]:
     return {
         "digest": digest if isinstance(digest, str) else None,
         "sha256": run.config_sha256,
-        "weights": weights if isinstance(weights := run.done.get("state_sha256"), str) else None,
+        "weights": run.checked.states.get("unlearned"),
+        "notes": run.checked.notes,
         "versions": _rows(versions),
         "hardware": _rows(hardware),
         "settings": settings[:MAX_ROWS],

@@ -15,7 +15,7 @@ from distunlearn import __version__
 from distunlearn.common.files import write_atomic
 from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
-from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, load_run, number
+from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, checked_run, number
 
 REPORT = "report.html"
 SHOWN_ROLES = ("forget", "third_party_audit", "holdout")
@@ -33,7 +33,7 @@ def write_report(run_dir: str | Path) -> Path:
     stated as "not evaluated". Raises DataError when the folder holds no run or a file of it is damaged.
     """
     target = Path(run_dir) / REPORT
-    write_atomic(target, render(load_run(run_dir)))
+    write_atomic(target, render(checked_run(run_dir)))
     return target
 
 

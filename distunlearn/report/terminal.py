@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distunlearn.report import evidence, facts
-from distunlearn.report.data import load_run
+from distunlearn.report.data import checked_run
 from distunlearn.report.render import REPORT
 
 WIDTH = 120  # of a log; a terminal wraps what is longer
@@ -27,7 +27,7 @@ def ending(run_dir: str | Path) -> str:
     Raises:
         DataError: the folder holds no run, or a file of it is damaged.
     """
-    run = load_run(run_dir)
+    run = checked_run(run_dir)
     rows = evidence.gates(run)
     found = evidence.verdict(run, rows, facts.coverage(run)["state"])
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from distunlearn.common.files import write_json
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
+from distunlearn.data.purge import plan_purge, purge_shards, purged_before
 from distunlearn.engine.run_directory import saved_config, shards_folder, shards_remote
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.verify.secret import commitment, make_secret
 
 
 def purge(run_dir: Path, apply: bool = False) -> dict:
@@ -41,9 +42,11 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
     if done is None:
         manifest = Manifest.load(shards)
         ids = manifest.ids("forget")
-        facts["ids_sha256"] = ids_digest(ids)
+        if apply:  # salted: the plain digest of a list confirms whoever guesses the list
+            content = "\n".join(sorted(ids)).encode()
+            facts["ids_commitment"] = commitment(make_secret(folder), "purged ids", content)
         done = purge_shards(shards, ids) if apply else plan_purge(manifest, ids)
     facts |= done.facts()
-    if apply and ("ids_sha256" in facts or not (folder / "purge.json").exists()):
+    if apply and ("ids_commitment" in facts or not (folder / "purge.json").exists()):
         write_json(folder / "purge.json", facts)
     return facts

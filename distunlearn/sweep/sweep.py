@@ -86,20 +86,21 @@ def prepare_sweep(cfg: RunConfig, sweep: Search, out: Path) -> None:
     forget, ids = _validation_forget(cfg, sweep)
     facts_ = {
         "recipe": cfg.recipe, **dataclasses.asdict(sweep), "config": _digest(cfg), "validation_forget": forget,
-        "validation_ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest() if ids else None,
+        "validation_images": len(ids),
     }  # fmt: skip
     plain = json.loads(json.dumps(facts_))
-    path = out / "sweep.json"
+    path, listed = out / "sweep.json", out / "validation_ids.txt"
+    text = "\n".join(ids) + "\n"
     if path.exists():
         found = _read(path)
-        if found != plain:
-            differing = sorted(key for key in plain if found.get(key) != plain[key])
+        if found != plain or (ids and listed.read_text(encoding="utf-8") != text):
+            differing = sorted(key for key in plain if found.get(key) != plain[key]) or [listed.name]
             raise ConfigError(f"{out} holds another sweep ({', '.join(differing)} differ); choose another --out.")
         return
     out.mkdir(parents=True, exist_ok=True)
     save_config(cfg, out / "settings.yaml")
     if ids:
-        write_atomic(out / "validation_ids.txt", "\n".join(ids) + "\n")
+        write_atomic(listed, text)
     write_json(path, plain)
 
 

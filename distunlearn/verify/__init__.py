@@ -12,4 +12,7 @@ people who check and do not train: they import each other by relative names alon
 | `states` | digest of an encoder's weights; the exported encoder is the audited one |
 | `merkle` | trees of RFC 9162 |
 | `run` | a run directory as a whole: its files agree with each other |
+| `secret` | the run secret, and salted commitments of files that name images |
+| `keys`, `envelope` | Ed25519 keys, the trust file; signed statements, read strictly |
+| `certificate`, `check`, `cli` | what a certificate states; `verify`, level by level; its command |
 """

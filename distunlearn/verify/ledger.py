@@ -50,7 +50,9 @@ def read_ledger(path: Path) -> list[dict]:
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+            if not (isinstance(line, dict) and isinstance(line.get("event"), str)):
+                raise ValueError
+        except (ValueError, RecursionError):
             if torn is not None:
                 raise DataError(f"{path}: lines {torn} and {number} are damaged; expected whole JSON lines.") from None
             torn = number

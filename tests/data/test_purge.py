@@ -22,7 +22,7 @@ from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.manifest import manifest as manifest_module
 from distunlearn.data.manifest.manifest import Manifest, Shard
 from distunlearn.data.prepare.write_shards import prepare_shards
-from distunlearn.data.purge import ids_digest, plan_purge, purge_shards, purged_before
+from distunlearn.data.purge import plan_purge, purge_shards, purged_before
 from distunlearn.errors import DataError
 
 SMALL = DataConfig(
@@ -170,10 +170,6 @@ def test_everything_or_nothing_is_no_purge(shards):
     with pytest.raises(DataError, match="none of the 1 images"):
         purge_shards(shards, ["nobody"])
     assert Shard(1, "", 1) not in manifest.shard_files.values()
-
-
-def test_the_digest_of_ids_knows_no_order():
-    assert ids_digest(["b", "a"]) == ids_digest(["a", "b"]) != ids_digest(["a", "c"])
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------

@@ -162,7 +162,9 @@ def _serve() -> None:
     import distunlearn.engine.phases
     import distunlearn.report
     import distunlearn.run.pipeline  # noqa: F401
+    from distunlearn.engine import fault_injection
 
+    fault_injection.allow()
     for line in sys.stdin:
         request = json.loads(line)
         begun = time.monotonic()

@@ -7,6 +7,7 @@ settings by `save_config`, so that a change of any format reaches the tests of t
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from distunlearn.audit.signals.collect import Signals
 from distunlearn.audit.summary import summarise, write_audit
@@ -29,10 +31,13 @@ from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import PhaseResult
 from distunlearn.plan.plan import make_plan
 from distunlearn.verify.ledger import coverage, read_ledger
+from distunlearn.verify.run import DONE, FOLDERS, STATE
+from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 COUNTS = {"retain": 60, "forget": 40, "third_party": 20, "third_party_audit": 40, "calibration": 20, "holdout": 80}
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")
 CLASSES = 4
+STEPS = 130
 PAIRS = 6  # of the four views of an image
 
 # How well each encoder knows the forgotten images, in units of the spread between images.
@@ -71,7 +76,7 @@ def synthetic_signals(known: float, encoder: int, counts: dict[str, int] = COUNT
     score = luck + member + 0.02 * own.standard_normal(n)
     norm = np.exp(-0.5 * score)
     return Signals(
-        ids=[f"people/{role}-{row:04d}.png" for row, role in enumerate(roles)],
+        ids=[f"people/{role}-{row:04d}.png" for role in AUDITED for row in range(counts[role])],
         roles=roles,
         labels=labels,
         embedding=(centres[labels] + body + 0.05 * own.standard_normal((n, 8))).astype(np.float32),
@@ -103,17 +108,28 @@ def build_run(folder: Path, case: str = "pass", cfg: RunConfig | None = None, co
     write_json(folder / "plan.json", _plan() | {"digest": digest(cfg)})
     manifest = _manifest(folder, counts)
     _ledger(folder, manifest)
-    trained = asdict(PhaseResult(130, 63_000, 58.0, 2, {"phi_star_gradient": 0.01}))
-    done = {"phase": "unlearn", "digest": "0" * 64, "state_sha256": "1" * 64, **trained}
-    write_json(folder / "done.json", done)
+    states = {encoder: _encoder(folder / place, number) for number, (encoder, place) in enumerate(FOLDERS.items())}
     cost = {
         "pretrain_images": 420_000, "unlearn_images": 63_000, "retrain_images": 300_000,
         "pretrain_seconds": 140.0, "unlearn_seconds": 58.0, "retrain_seconds": 101.0,
     }  # fmt: skip
     covered = coverage(read_ledger(folder / "ledger.jsonl"), manifest.ids("forget")).as_dict()
-    summary, scores = summarise(signals_of(case, counts), cfg, cost=cost, coverage=covered)
+    summary, scores = summarise(signals_of(case, counts), cfg, cost=cost, coverage=covered, states=states)
     write_audit(folder / "audit", summary, scores)
     return folder
+
+
+def _encoder(folder: Path, number: int) -> str:
+    """A finished encoder of one weight; returns its state digest."""
+    (folder / "export").mkdir(parents=True)
+    weight = np.full(3, number, dtype=np.float32)
+    save_file({"model.backbone.weight": weight, "model.head.weight": weight}, folder / STATE)
+    save_file({"weight": weight}, folder / "export" / "model.safetensors")
+    write_json(folder / "export" / "config.json", {"architecture": "none"})
+    trained = asdict(PhaseResult(STEPS if number == 1 else 0, 63_000, 58.0, 2, {"phi_star_gradient": 0.01}))
+    made = {"state": state_digest(read_tensors(folder / STATE)), "export": export_digests(folder / "export")}
+    write_json(folder / DONE, {"phase": "unlearn", "digest": "0" * 64, **made, **trained})
+    return made["state"]
 
 
 @functools.cache
@@ -143,12 +159,14 @@ def _manifest(folder: Path, counts: dict[str, int]) -> Manifest:
 def _ledger(folder: Path, manifest: Manifest) -> None:
     """Two attempts at forgetting, in which every requested image enters the loss twice."""
     forget = manifest.ids("forget")
-    ledger = Ledger(folder / "ledger.jsonl")
-    for attempt, first, ids in ((1, 0, forget), (2, 1, forget)):
+    settings = hashlib.sha256((folder / "run.yaml").read_bytes()).hexdigest()
+    ledger = Ledger(folder / "ledger.jsonl", facts={"settings": settings})
+    for attempt, first, last in ((1, 0, 1), (2, 1, STEPS)):
         ledger.start("unlearn", first, attempt=attempt, world=1)
-        retain = manifest.ids("retain")
-        ledger.step("unlearn", first, {"retain": retain, "forget": ids}, frozenset(forget))
-    ledger.done("unlearn", 2, images=63_000)
+        for step in range(first, last):
+            ids = {"retain": manifest.ids("retain"), "forget": forget if step < 2 else []}
+            ledger.step("unlearn", step, ids, frozenset(forget))
+    ledger.done("unlearn", STEPS, images=63_000)
     ledger.close()
 
 

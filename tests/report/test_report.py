@@ -59,7 +59,7 @@ def light(passing: Path) -> Path:
 
 
 def page(run: Path) -> Page:
-    return Page(write_report(run).read_text(encoding="utf-8"))
+    return Page(render(load_run(run)))
 
 
 def verdict(found: Page) -> str:
@@ -360,7 +360,7 @@ def test_hostile_text_is_inert_wherever_it_stands(passing: Path, text: str) -> N
     found = page(passing)
     assert_inert(found)
     assert "49" not in found.text("asked") and "\u202e" not in found.text() and "\u2066" not in found.text()
-    assert len((passing / "report.html").read_bytes()) < clean + 400_000
+    assert len(render(load_run(passing)).encode()) < clean + 400_000
     assert verdict(found) == "not_evaluated", "a verdict that is no word of ours is none"
 
 
@@ -378,7 +378,7 @@ def test_no_image_and_no_list_is_named(passing: Path) -> None:
     save_config(
         replace(cfg, data=data, encoder=encoder, runtime=RuntimeConfig(reuse="earlier-alice")), passing / "run.yaml"
     )
-    text = write_report(passing).read_text()
+    text = render(load_run(passing))
     everything = text + "".join(
         base64.b64decode(source.partition(",")[2]).decode() for source in Page(text).attributes("src")
     )
@@ -404,10 +404,42 @@ def test_same_inputs_give_the_same_bytes(passing: Path, tmp_path: Path, monkeypa
 
 
 def test_order_of_the_raw_scores_leaves_no_trace(passing: Path) -> None:
-    first = write_report(passing).read_bytes()
+    first = render(load_run(passing))
     for encoder in ENCODERS:
         path = passing / "audit" / f"scores-{encoder}.json"
         content = json.loads(path.read_text())
         content["samples"] = {f"renamed-{key}": row for key, row in reversed(content["samples"].items())}
         path.write_text(json.dumps(content))
-    assert write_report(passing).read_bytes() == first
+    assert render(load_run(passing)) == first
+
+
+# -- files that contradict each other ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "attacks.bank_loss.gap.high",
+        "gates.knn.verdict",
+        "utility.knn.original",
+        "coverage.consumed_min",
+        "states.original",
+    ],
+)
+def test_summary_that_the_other_files_do_not_bear_out_is_refused(passing: Path, key: str) -> None:
+    def change(summary: dict) -> None:
+        *path, last = key.split(".")
+        for name in path:
+            summary = summary[name]
+        summary[last] = "fail" if last == "verdict" else 0.123
+
+    change_json(passing / "audit" / "summary.json", change)
+    with pytest.raises(DataError, match=f"audit/summary.json differs .*{key}"):
+        write_report(passing)
+
+
+@pytest.mark.parametrize("gone", ["audit/scores-unlearned.json", "ledger.jsonl"])
+def test_pass_needs_raw_scores_and_ledger(passing: Path, gone: str) -> None:
+    (passing / gone).unlink()
+    found = Page(write_report(passing).read_text(encoding="utf-8"))
+    assert verdict(found) == "inconclusive" and "not there" in found.text("verdict")

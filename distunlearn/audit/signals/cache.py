@@ -26,11 +26,11 @@ from distunlearn.data.manifest.manifest import Manifest
 SHARED = ("original", "retrained")
 
 
-def signals_key(cfg: RunConfig, manifest: Manifest, state_sha256: str) -> str:
+def signals_key(cfg: RunConfig, manifest: Manifest, state: str) -> str:
     """Digest of everything that decides an encoder's signals."""
     parts: dict[str, Any] = {
         "version": __version__,
-        "weights": state_sha256,
+        "weights": state,
         "manifest": manifest.fingerprint,
         "seed": cfg.seed,
         "audit": [cfg.audit.views, cfg.audit.part_crops],

@@ -41,10 +41,11 @@ def nested_session(session: Session, folder: str, manifest: Manifest, seed: int 
     if session.world.is_main:
         out.mkdir(parents=True, exist_ok=True)
     session.world.barrier()
+    own = session.ledger
     with (
         contextlib.closing(open_store(manifest, cfg, session.backend.device)) as store,
         contextlib.closing(
-            Ledger(out / "ledger.jsonl", is_main=session.world.is_main, may_write=session.ledger.may_write)
+            Ledger(out / "ledger.jsonl", is_main=session.world.is_main, may_write=own.may_write, facts=own.facts)
         ) as ledger,
     ):
         yield dataclasses.replace(session, cfg=cfg, out=out, manifest=manifest, store=store, ledger=ledger)
