@@ -1,7 +1,7 @@
 """The command line: parse, resolve the config, call the verb, turn errors into one line and an exit code.
 
 Exit codes: 0 done; 2 usage or config; 3 data or coverage; 4 numerics; 5 a rank was lost; 6 an evidence gate
-failed; 7 the evidence is inconclusive; 75 stopped, resumable; 70 internal.
+failed; 7 the evidence is inconclusive; 8 the evidence does not hold (`verify`); 75 stopped, resumable; 70 internal.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tyro
 from distunlearn import __version__
 from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, RunDir
 from distunlearn.cli.convert import Convert
+from distunlearn.cli.evidence import Certify, Keygen, Verify
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.sweep import Sweep
@@ -276,6 +277,9 @@ VERBS = (
     List,
     Doctor,
 )
+    Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor, Keygen,
+    Certify, Verify,
+)  # fmt: skip
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor, Status)
 

@@ -121,9 +121,13 @@ def pretrain(session: Session) -> Path:
     so that no head of this run knows an image that is forgotten, or one that the audit holds against it.
     """
     folder = session.out / "original"
-    method = (TrainHeads if session.cfg.encoder.checkpoint else Pretrain)(session.cfg)
+    method = _pretraining(session.cfg)
     _train(session, "pretrain", folder, method, training_digest(session, "pretrain"), start=None)
     return folder
+
+
+def _pretraining(cfg: RunConfig) -> Pretrain:
+    return (TrainHeads if cfg.encoder.checkpoint else Pretrain)(cfg)
 
 
 def retrain(session: Session) -> Path:
@@ -329,7 +333,11 @@ def _require_schedule(session: Session, lines: Sequence[dict]) -> None:
         EvidenceError: the ledger says otherwise.
     """
     cfg, manifest = session.cfg, session.manifest
-    for phase, method in (("pretrain", Pretrain(cfg)), ("unlearn", method_class(cfg)(cfg)), ("retrain", Retrain(cfg))):
+    for phase, method in (
+        ("pretrain", _pretraining(cfg)),
+        ("unlearn", method_class(cfg)(cfg)),
+        ("retrain", Retrain(cfg)),
+    ):
         if not any(line.get("phase") == phase and line["event"] == "done" for line in lines):
             continue
         steps, sizes = effective_steps(lines, phase), method.batch_sizes()
