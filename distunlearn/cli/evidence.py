@@ -55,9 +55,8 @@ class Certify:
 
     def __call__(self) -> int:
         from distunlearn.run.certify import certify
-        from distunlearn.verify.keys import load_key
 
-        path = certify(self.out, load_key(self.key, _passphrase()), __version__)
+        path = certify(self.out, self.key, _passphrase(), __version__)
         print(f"{path}: {path.stat().st_size} bytes")
         return 0
 

@@ -261,24 +261,8 @@ class Doctor:
 
 
 VERBS = (
-    Prepare,
-    Index,
-    Convert,
-    Pretrain,
-    Unlearn,
-    Audit,
-    Report,
-    Run,
-    Submit,
-    Sweep,
-    Status,
-    Purge,
-    Plan,
-    List,
-    Doctor,
-)
-    Prepare, Index, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor, Keygen,
-    Certify, Verify,
+    Prepare, Index, Convert, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor,
+    Keygen, Certify, Verify,
 )  # fmt: skip
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor, Status)
