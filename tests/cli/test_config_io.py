@@ -234,7 +234,7 @@ def test_a_name_that_is_no_part_gets_the_nearest():
         ("seed=-1", "found -1"),
         ("seed=4294967296", "at most 4294967295"),
         ("seed=" + "9" * 5000, "too long"),
-        ("pretrain=3", "expected a group of settings; set one of them, such as pretrain.epochs"),
+        ("pretrain=3", "expected a group of settings; set one of them, such as pretrain.accumulate"),
         ("audit.stress=canaries", "expected a valid array; write it as a list, such as [canaries]"),
         ("backend=dpp", "did you mean ddp?"),
     ],

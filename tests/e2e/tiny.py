@@ -27,6 +27,7 @@ TINY = [
     "unlearn.checkpoint_every=2",
     "audit.views=4",
     "audit.bootstrap=100",
+    "audit.relearn_steps=4",
     "runtime.threads=1",
 ]
 
