@@ -63,7 +63,7 @@ def test_settings_that_changed_are_shown_with_both_values(tmp_path):
 
 def test_a_forget_list_that_was_edited_is_refused(tmp_path, capsys):
     ids = tmp_path / "ids.txt"
-    listed = [i for i, _ in open_sources(RunConfig().data)[0].samples][:30]
+    listed = [i for i, _ in open_sources(RunConfig().data).members.samples][:30]
     ids.write_text("\n".join(listed[:24]))
     out = tmp_path / "run"
     assert main(plan(f"data.forget={ids}", out=out, verb="prepare")) == 0

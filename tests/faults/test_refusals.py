@@ -59,7 +59,7 @@ def refused(capsys, out: Path, *settings: str, code: int, verb: str = "run") -> 
 
 @pytest.fixture(scope="module")
 def ids() -> list[str]:
-    return [i for i, _ in open_sources(RunConfig().data)[0].samples]
+    return [i for i, _ in open_sources(RunConfig().data).members.samples]
 
 
 def listed(folder: Path, name: str, text: str) -> str:
