@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distunlearn.constraints.gradients.ghost_norms import Recorder
-from distunlearn.constraints.gradients.probes import probed_layers
+from distunlearn.constraints.gradients.layers import probed_layers
 
 __all__ = ["NETWORKS", "brute_force", "opacus_norms", "our_norms"]
 
@@ -61,7 +61,7 @@ def our_norms(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     layers = probed_layers(network)
 
     def run() -> Tensor:
-        recorder = Recorder(layers)
+        recorder = Recorder(layers, len(x))
         with recorder.recording():
             total = losses(network(x)).sum()
         return recorder.gradients(total, len(x), kept=0).norm()

@@ -59,7 +59,7 @@ MEANINGS = {
     "data.third_party_audit": "images of the third-party source that no loss sees",
     "data.third_party_root": "folder of the third-party source",
     "data.samples_per_shard": "images in one tar file",
-    "encoder.name": "timm name of a ResNet or ViT (`distunlearn list encoders`)",
+    "encoder.name": "any timm model with a pooled output (`distunlearn list encoders`), or an own module",
     "encoder.in_chans": "channels of the input: 1 is grey, 3 is colour",
     "objective.name": "see the [method page](method.md)",
     "views.brightness": "largest relative change of brightness",

@@ -39,7 +39,6 @@ ID_FILES = (".txt", ".csv", ".tsv", ".jsonl")
 FLAT = ("zero1", "zero2", "zero3")  # backends whose optimizer sees no single weight
 SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a whole
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
-RESNET = re.compile(r"^(?:wide_|se|eca|legacy_se)?resne(?:t|xt)\d")
 
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
@@ -163,8 +162,6 @@ def _encoder(cfg: RunConfig) -> Iterator[str]:
     encoder = cfg.encoder
     if not encoder.name.strip():
         yield "encoder.name is empty; expected the name of a timm model such as resnet18"
-    elif encoder.stem != "standard" and not RESNET.match(encoder.name.split(".")[0]):
-        yield f"encoder.stem={encoder.stem} is for ResNets only; set encoder.stem=standard for {encoder.name}"
     if (encoder.mean is None) != (encoder.std is None):
         yield "encoder.mean and encoder.std belong together; set both or neither"
     for key, values in (("mean", encoder.mean), ("std", encoder.std)):

@@ -130,7 +130,7 @@ class EncoderConfig:
     name: str = "resnet18"
     image_size: PositiveInt = 32  # side of the square input, pixels
     in_chans: Literal[1, 3] = 1
-    stem: Literal["standard", "deep"] = "deep"  # ResNets; deep: three 3x3; small images: also args.output_stride=8
+    stem: Literal["standard", "deep"] = "standard"  # deep: ResNets with three 3x3; small images: args.output_stride=8
     args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model (channels, layers, patch_size ...)
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1], subtracted; null: the checkpoint's, or 0.5
     std: tuple[PositiveFloat, ...] | None = None  # of each channel, by which is divided; null: likewise

@@ -12,14 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from distunlearn.common.text import printable
 from distunlearn.config.schema import EncoderConfig
-from distunlearn.encoders.own_module import create_own, embedding_size, is_own
-from distunlearn.encoders.timm_names import check_name, is_resnet
+from distunlearn.encoders.own_module import create_own, embedding_size, is_own, without_chance
+from distunlearn.encoders.timm_names import check_name, is_resnet, takes_size
 from distunlearn.errors import EncoderError
 
 # Arguments of timm.create_model that have a setting of their own, and those that would fetch weights or
@@ -62,7 +60,9 @@ def input_size(encoder: EncoderConfig) -> tuple[int, int, int]:
 
 def embed_dim(backbone: nn.Module, encoder: EncoderConfig) -> int:
     """E of a backbone that `create_backbone` made."""
-    return embedding_size(backbone, input_size(encoder)) if is_own(encoder.name) else backbone.num_features
+    if is_own(encoder.name):
+        return embedding_size(backbone, input_size(encoder))
+    return _hollow_embedding(_without_values(backbone).eval(), encoder).shape[1]
 
 
 def create_args(encoder: EncoderConfig) -> dict[str, Any]:
@@ -90,17 +90,10 @@ def create_args(encoder: EncoderConfig) -> dict[str, Any]:
             f"encoder.args holds what JSON cannot ({printable(error)}), expected numbers, texts, lists and tables, "
             "because an export carries them; change it."
         ) from error
-    if is_resnet(encoder.name):
-        if encoder.stem == "deep":
-            args["stem_type"] = "deep"
-            args.setdefault("stem_width", DEEP_STEM_WIDTH)
-    else:
-        if encoder.stem != "standard":
-            raise EncoderError(
-                f"encoder.stem is {encoder.stem}, but {encoder.name} is no ResNet; expected standard; "
-                "set encoder.stem=standard."
-            )
-    if not is_resnet(encoder.name) or timm.get_pretrained_cfg(encoder.name).fixed_input_size:
+    if encoder.stem == "deep":
+        args["stem_type"] = "deep"
+        args.setdefault("stem_width", DEEP_STEM_WIDTH)
+    if takes_size(encoder.name):
         args["img_size"] = encoder.image_size
     return {**args, "in_chans": encoder.in_chans, "num_classes": 0}
 
@@ -109,12 +102,17 @@ _SOUND: set[str] = set()  # settings whose embedding this process has checked: a
 
 
 def create_backbone(encoder: EncoderConfig) -> nn.Module:
-    """A model with fresh weights from the global generator: [n, C, S, S] -> [n, E], of timm its `num_features`.
+    """A model with fresh weights from the global generator: [n, C, S, S] -> [n, E], E as `embed_dim` has it.
 
     Raises:
         EncoderError: an unknown name, arguments that timm refuses, an image size that the patches do not divide,
             another embedding size than declared, or weights that take no part in the embedding; see `create_own`.
     """
+    if encoder.stem != "standard" and (is_own(encoder.name) or not is_resnet(encoder.name)):
+        raise EncoderError(
+            f"encoder.stem is {encoder.stem}, but {printable(encoder.name)} is none of timm's ResNets; expected "
+            "standard; set encoder.stem=standard."
+        )
     if is_own(encoder.name):
         return create_own(encoder)
     check_name(encoder.name)
@@ -127,17 +125,8 @@ def create_backbone(encoder: EncoderConfig) -> nn.Module:
     if repr(encoder) not in _SOUND:
         _check_embedding(backbone, encoder)
         _SOUND.add(repr(encoder))
-    _without_chance(backbone)
+    without_chance(backbone)
     return backbone
-
-
-def _without_chance(backbone: nn.Module) -> None:
-    """Switch off dropout that a model has by default (vit_relpos): compared images must not depend on chance."""
-    for module in backbone.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
 
 
 def _refused(encoder: EncoderConfig, error: Exception) -> EncoderError:
@@ -172,23 +161,21 @@ def _check_patches(backbone: nn.Module, encoder: EncoderConfig) -> None:
 
 def _check_embedding(backbone: nn.Module, encoder: EncoderConfig) -> None:
     """Pass two images without values through a twin without weights: shapes and use of every weight, for no memory."""
-    declared, size = encoder.embed_dim, backbone.num_features
-    if declared is not None and declared != size:
-        raise EncoderError(
-            f"encoder.embed_dim is {declared}, but {encoder.name} with these arguments embeds into {size} "
-            f"dimensions; expected the two to agree; set encoder.embed_dim={size}."
-        )
     twin = _without_values(backbone).train()
     try:
-        with torch.enable_grad():
-            embedding = twin(torch.empty(2, *input_size(encoder), device="meta"))
+        embedding = _hollow_embedding(twin, encoder)
     except Exception as error:
         raise _refused(encoder, error) from error
     found = list(embedding.shape[1:]) if isinstance(embedding, Tensor) else type(embedding).__name__
-    if found != [size]:
+    if not isinstance(found, list) or len(found) != 1:
         raise EncoderError(
-            f"{encoder.name} with these encoder.args gives {found} per image, expected one vector of {size} numbers; "
-            "change encoder.args (global_pool decides it)."
+            f"{encoder.name} with these encoder.args gives {found} per image, expected one vector; change encoder.args "
+            "(global_pool decides it)."
+        )
+    if encoder.embed_dim not in (None, found[0]):
+        raise EncoderError(
+            f"encoder.embed_dim is {encoder.embed_dim}, but {encoder.name} with these arguments embeds into {found[0]} "
+            f"dimensions; expected the two to agree; set encoder.embed_dim={found[0]}."
         )
     with torch.enable_grad():
         embedding.sum().backward()
@@ -198,6 +185,12 @@ def _check_embedding(backbone: nn.Module, encoder: EncoderConfig) -> None:
             f"{len(idle)} weights of {encoder.name} take no part in the embedding ({', '.join(idle[:5])}), expected "
             "every weight to be trained; choose another encoder.args or encoder.name."
         )
+
+
+def _hollow_embedding(twin: nn.Module, encoder: EncoderConfig) -> Any:
+    """What a twin without values gives for two images."""
+    with torch.enable_grad():
+        return twin(torch.empty(2, *input_size(encoder), device="meta"))
 
 
 def _without_values(module: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ def _config(backbone: nn.Module, encoder: EncoderConfig) -> dict[str, Any]:
     return {
         "architecture": encoder.name,
         "num_classes": 0,
-        "num_features": backbone.num_features,
+        "num_features": embed_dim(backbone, encoder),
         "model_args": args,
         "pretrained_cfg": {
             "num_classes": 0,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from distunlearn.common import plugins
 from distunlearn.common.text import printable
@@ -23,6 +24,7 @@ from distunlearn.config.schema import EncoderConfig
 from distunlearn.errors import EncoderError
 
 GROUP = "distunlearn.encoders"
+CHANCE = ("DropPath", "StochasticDepth", "PatchDropout", "DropBlock2d")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def create_own(encoder: EncoderConfig) -> nn.Module:
         ConfigError: see `plugins.resolve`.
     """
     module = _made(encoder).float().requires_grad_(True)
-    _without_chance(module)
+    without_chance(module)
     _check(module, encoder)
     return module
 
@@ -134,11 +136,15 @@ def _reset(part: nn.Module) -> Callable[[], None] | None:
     return getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
 
 
-def _without_chance(module: nn.Module) -> None:
-    """No dropout: what is compared between images must not depend on chance."""
+def without_chance(module: nn.Module) -> None:
+    """No dropout, of units or of paths (timm's, torchvision's): compared images must not depend on chance."""
     for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
+        kind = type(part).__name__
+        for name in ("p", "drop_prob", "drop_rate", "prob"):
+            if isinstance(getattr(part, name, None), float) and (
+                name == "drop_rate" or isinstance(part, _DropoutNd) or kind in CHANCE
+            ):
+                setattr(part, name, 0.0)
 
 
 def _check(module: nn.Module, encoder: EncoderConfig) -> None:

@@ -11,7 +11,8 @@ from test_gradients import RESNET, VIT, setting
 from distunlearn.audit.signals import part_crops
 from distunlearn.audit.signals.gradient_sketch import SIDE, network_sketches
 from distunlearn.audit.signals.part_crops import crop_boxes, part_responses
-from distunlearn.constraints.gradients.probes import ProbeSet, can_follow, plain_layers
+from distunlearn.constraints.gradients.layers import probed_layers
+from distunlearn.constraints.gradients.probes import ProbeSet
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco", "supervised"])
@@ -27,7 +28,7 @@ def test_sketches_are_those_of_one_backward_pass_per_image(encoder, name):
         return objective.per_sample_loss(shown._replace(output=out.output.view(count, n, -1)), bank)
 
     norms, sketch = network_sketches(model, loss, n, count, seed=4)
-    layers = {name: layer for name, layer in plain_layers(model).items() if can_follow(layer)}
+    layers = probed_layers(model, trained=False)
     probes = ProbeSet(layers, SIDE, SIDE, 4, 0, dtype=torch.float64)
     for i in range(n):
         one = objective.per_sample_loss(branches(slice(i, i + 1)), bank)[0]

@@ -314,7 +314,6 @@ def test_a_refused_value_draws_no_second_complaint():
         (["unlearn.retain_batch=501"], "the 500 images to retain"),
         (["unlearn.third_party_batch=301"], "larger than data.third_party=300"),
         (["pretrain.batch=1"], "at least 2"),
-        (["encoder.name=vit_tiny_patch16_224"], "set encoder.stem=standard"),
         (["encoder.name=' '"], "encoder.name is empty"),
         (["encoder.checkpoint=/nowhere/a.safetensors"], "is not a file"),
         (["views.saturation=0.1"], "needs colour"),

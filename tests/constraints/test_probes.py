@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from distunlearn.constraints.gradients.ghost_norms import Recorder
-from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
+from distunlearn.constraints.gradients.layers import probed_layers
+from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.constraints.gradients.shared_activations import shared_pattern
 from distunlearn.errors import ConfigError
 
@@ -73,7 +74,7 @@ def test_gradients_of_cores_are_sketches_of_per_sample_gradients(encoder):
 @pytest.mark.parametrize("encoder", ["vit", "resnet"])
 def test_ghost_norms_are_those_of_per_sample_gradients(encoder):
     model, images, weights = problem(encoder)
-    recorder = Recorder(probed_layers(model))
+    recorder = Recorder(probed_layers(model), len(images))
     with recorder.recording():
         total = loss(model(images).output, weights)
     found = recorder.gradients(total, N)
@@ -109,7 +110,7 @@ def test_a_probed_row_sees_other_weights(layer):
         found = layer(x)
     with probes.armed([core], rows[:3], signs[:3].tolist()):  # none without a sign: nothing is picked
         torch.testing.assert_close(layer(x[:3]), found[:3], rtol=1e-12, atol=1e-12)
-    recorder = Recorder({"it": layer})
+    recorder = Recorder({"it": layer}, 4)
     with recorder.recording():
         total = (layer(x).square().flatten(1).sum(1) * torch.arange(1.0, 5.0)).sum()
     ghost = recorder.gradients(total, 4, kept=3)
@@ -160,9 +161,10 @@ def test_layers_are_chosen_by_name_and_frozen_ones_left_out():
     "conv", [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
              nn.Conv2d(4, 4, 3, padding="same")],
 )  # fmt: skip
-def test_convolutions_that_probes_cannot_follow_are_refused(conv):
-    with pytest.raises(ConfigError, match="cannot follow"):
+def test_convolutions_that_probes_cannot_follow_are_left_out(conv):
+    with pytest.raises(ConfigError, match=r"can follow; left out: 1 convolutions .* \(0\)"):
         probed_layers(nn.Sequential(conv))
+    assert list(probed_layers(nn.Sequential(conv, nn.Conv2d(4, 4, 3)))) == ["1"]
 
 
 def test_probes_must_span_a_backward_that_runs_the_forward_again():

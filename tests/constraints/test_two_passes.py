@@ -15,7 +15,8 @@ from distunlearn.config.schema import RuntimeConfig
 from distunlearn.constraints.evaluators import Evaluator, two_passes
 from distunlearn.constraints.gradients.ghost_norms import Recorder
 from distunlearn.constraints.gradients.inplace_ops import MovedRows, reduced_rows
-from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
+from distunlearn.constraints.gradients.layers import probed_layers
+from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.encoders.activation_checkpointing import checkpointed
 from distunlearn.methods.third_party import ThirdParty
 
@@ -142,7 +143,7 @@ def test_a_later_backward_measures_nothing(encoder):
     second = torch.autograd.grad(out.square().sum(), [*leaves, *weights], allow_unused=True)
     assert all(part is None for part in second[: len(leaves)])
     assert small.relative(small.flat(second), expected) < 1e-12
-    recorder = Recorder(layers)
+    recorder = Recorder(layers, 5 * ctx.objective.branches)
     with recorder.recording():
         out = outputs()
     before = copy.deepcopy(recorder.gradients(total(out), 5, lasting=True).norm())

@@ -7,7 +7,7 @@ The probes of the gradient constraint (`constraints/probes.py`) listen at every 
     sketch_i = sum over l of r_l S_il,   r_l = +-1      a random projection of the whole gradient
 
 l_i is the bank loss of one pair of views. A, B and r are a pure function of the seed, alike for every encoder. Layers
-that probes cannot follow (grouped convolutions, padding other than zeros) are left out.
+that probes cannot follow are left out: see `constraints/gradients/layers.py`.
 
 Shapes: n = images, L = layers.
 """
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from distunlearn.common.random import STREAMS
-from distunlearn.constraints.gradients.probes import ProbeSet, can_follow, plain_layers
+from distunlearn.constraints.gradients.layers import followed_layers
+from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.encoders.model import ContrastiveModel
 
 SIDE = 8  # rows and columns of a layer's sketch
@@ -39,7 +40,7 @@ def network_sketches(
     """
     assert not model.training, "per-sample gradients are those of evaluation mode"
     weight = next(model.parameters())
-    layers = {name: layer for name, layer in plain_layers(model).items() if can_follow(layer)}
+    layers = followed_layers(model, model, trained=False)
     probes = ProbeSet(layers, SIDE, SIDE, seed, 0, device=weight.device, dtype=weight.dtype)
     leaves = probes.leaves(count)
     rows = torch.arange(count, device=weight.device).repeat(branches)

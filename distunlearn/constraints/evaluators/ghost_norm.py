@@ -35,7 +35,7 @@ from distunlearn.constraints.evaluators.two_passes import (
 )
 from distunlearn.constraints.gradients.ghost_norms import GhostGradients, Recorder
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
-from distunlearn.constraints.gradients.probes import probed_layers
+from distunlearn.constraints.gradients.layers import followed_layers
 from distunlearn.data.schedule import Batch
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
@@ -111,7 +111,8 @@ class GhostNorm(Differences):
         """Gradients of a batch: norms of all samples, factors of the first `kept`; and the branches, whose graph is
         used up if it is not `lasting`.
         """
-        recorder = Recorder(probed_layers(ctx.model, self.settings.layers))
+        layers = followed_layers(ctx.model, ctx.first_pass, self.settings.layers, note=ctx.note)
+        recorder = Recorder(layers, len(batch) * ctx.objective.branches)
         with recorder.recording():
             pairs = [embed(ctx, batch, batchnorm="eval", views=views, network=ctx.first_pass) for views in viewed]
         total = mean_loss(ctx, pairs, bank).sum()

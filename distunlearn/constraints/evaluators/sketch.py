@@ -46,7 +46,8 @@ from distunlearn.constraints.evaluators.two_passes import (
     second_pass,
 )
 from distunlearn.constraints.gradients.last_layer import NORM_FLOOR
-from distunlearn.constraints.gradients.probes import ProbeSet, probed_layers
+from distunlearn.constraints.gradients.layers import followed_layers
+from distunlearn.constraints.gradients.probes import ProbeSet
 from distunlearn.data.schedule import Batch, concat_batches
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed
@@ -57,9 +58,9 @@ def draw_probes(settings: ProbesConfig, ctx: Context, draw: int) -> ProbeSet:
     """The probes of one step on the layers that the settings choose.
 
     Raises:
-        ConfigError: see `probed_layers`.
+        ConfigError: see `followed_layers`.
     """
-    layers = probed_layers(ctx.model, settings.layers)
+    layers = followed_layers(ctx.model, ctx.first_pass, settings.layers, note=ctx.note)
     dtype = next(ctx.model.parameters()).dtype
     sizes = (settings.sketch_out, settings.sketch_in)
     return ProbeSet(layers, *sizes, ctx.cfg.seed, draw, device=ctx.device, dtype=dtype)

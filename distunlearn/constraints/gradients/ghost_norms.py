@@ -32,8 +32,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from distunlearn.common.device import on_device
-from distunlearn.constraints.gradients.inplace_ops import MovedRows, added_to, constant_conv2d, moved_rows
-from distunlearn.constraints.gradients.probes import Layer
+from distunlearn.constraints.gradients.inplace_ops import (
+    MovedRows,
+    added_to,
+    constant_conv2d,
+    folded,
+    moved_rows,
+    unfolded,
+)
+from distunlearn.constraints.gradients.layers import Layer
 from distunlearn.encoders.activation_checkpointing import recomputing
 
 
@@ -82,10 +89,13 @@ class _Tap(torch.autograd.Function):
 
 
 class Recorder:
-    """Keeps inputs of layers over the forwards of one pass, and what `gradients` makes of them in the backward."""
+    """Keeps inputs of layers over the forwards of one pass, and what `gradients` makes of them in the backward.
 
-    def __init__(self, layers: dict[str, Layer]) -> None:
-        self.layers = layers
+    rows: of every forward, one for each view of a sample; a layer may have several for each (windows of an image).
+    """
+
+    def __init__(self, layers: dict[str, Layer], rows: int) -> None:
+        self.layers, self.rows = layers, rows
         self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._deltas: dict[str, dict[int, Tensor]] = {name: {} for name in layers}
         self._anchor: Tensor | None = None
@@ -108,7 +118,7 @@ class Recorder:
             if self._anchor is None:
                 self._anchor = torch.zeros((), device=output.device, requires_grad=True)
             call = len(self._inputs[name])
-            self._inputs[name].append(args[0].detach())
+            self._inputs[name].append(folded(args[0].detach(), self.rows))
             return _Tap.apply(output, self._anchor, lambda delta: self._arrived(name, call, delta))
 
         return keep
@@ -118,7 +128,7 @@ class Recorder:
         if name not in self._deltas:
             return  # a later backward, which is not about these gradients
         deltas = self._deltas[name]
-        deltas[call] = delta
+        deltas[call] = folded(delta, self.rows)
         if len(deltas) == len(self._inputs[name]):
             inputs = self._inputs.pop(name)
             del self._deltas[name]
@@ -278,11 +288,10 @@ class GhostGradients:
     @staticmethod
     def _hook(part: _Gram | _Whole, rows: int, moved: MovedRows, factors: Tensor):
         def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            assert x.shape[0] == rows, "one sign per row of the forward"
-            x = moved.take(x)
-            added = part.times(x).reshape(len(x), *output.shape[1:])
-            added = added * factors.to(x.dtype).view(-1, *[1] * (output.dim() - 1))
-            return added_to(output, added, moved, wide=isinstance(layer, nn.Conv2d))
+            x = moved.take(folded(args[0], rows))
+            whole = folded(output, rows)
+            added = part.times(x).reshape(len(x), *whole.shape[1:])
+            added = added * factors.to(x.dtype).view(-1, *[1] * (whole.dim() - 1))
+            return unfolded(added_to(whole, added, moved, wide=isinstance(layer, nn.Conv2d)), output)
 
         return add

@@ -20,6 +20,19 @@ from torch.nn import functional as F
 HALF = (torch.float16, torch.bfloat16)
 
 
+def folded(x: Tensor, rows: int) -> Tensor:
+    """[rows * m, ...] as [rows, m, ...], where every sample has m rows of its own; [rows, ...] as it is."""
+    if x.shape[0] == rows:
+        return x
+    assert x.shape[0] % rows == 0, "as many rows for every sample"
+    return x.unflatten(0, (rows, -1))
+
+
+def unfolded(x: Tensor, like: Tensor) -> Tensor:
+    """Inverse of `folded`: x in the shape of `like`."""
+    return x if x.shape == like.shape else x.view(like.shape)
+
+
 class MovedRows(NamedTuple):
     """The first `first` of the `total` rows of every branch."""
 

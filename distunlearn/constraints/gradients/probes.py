@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,63 +38,22 @@ from distunlearn.constraints.gradients.inplace_ops import (
     MovedRows,
     added_to,
     constant_conv2d,
+    folded,
     moved_rows,
     product_added_to,
     reduced_rows,
+    unfolded,
 )
-from distunlearn.errors import ConfigError
+from distunlearn.constraints.gradients.layers import Layer
 
 DRAWING = 4  # threads that draw for a GPU
-
-Layer = nn.Linear | nn.Conv2d
-
-
-def plain_layers(model: nn.Module) -> dict[str, Layer]:
-    """Linear and convolutional layers that compute what their class does, by name."""
-    plain = (nn.Linear.forward, nn.Conv2d.forward)
-    return {name: layer for name, layer in model.named_modules() if type(layer).forward in plain}
-
-
-def can_follow(layer: Layer) -> bool:
-    """Whether probes can follow a layer: it is no convolution that is grouped or padded with something else than 0."""
-    if isinstance(layer, nn.Linear):
-        return True
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-
-
-def probed_layers(model: nn.Module, pattern: str | None = None) -> dict[str, Layer]:
-    """Trained linear and convolutional layers of `model` whose name the regular expression finds, by name; None: all.
-
-    Layers that compute something else than their class (weight standardisation, padding of their own) are left out,
-    for the probe would not be a change of their weight.
-
-    Raises:
-        ConfigError: no layer is found, or one that probes cannot follow (grouped, or not padded with zeros).
-    """
-    found = {
-        name: layer
-        for name, layer in plain_layers(model).items()
-        if layer.weight.requires_grad and re.search(pattern or "", name)
-    }
-    if not found:
-        raise ConfigError(
-            f"constraint.layers={pattern} finds no trained nn.Linear or nn.Conv2d of the encoder; expected part of a "
-            "layer's name; set it to null for all layers."
-        )
-    for name, layer in found.items():
-        if not can_follow(layer):
-            raise ConfigError(
-                f"the convolution {name} is grouped or not padded by a number of zeros, which per-sample probes cannot "
-                "follow; choose other layers by constraint.layers, or set constraint.evaluator=head."
-            )
-    return found
 
 
 class ProbeSet:
     """The probes of one step on some layers of a model; nothing of it is a parameter or a buffer.
 
     Args:
-        layers: by name, in one order on all ranks; see `probed_layers`.
+        layers: by name, in one order on all ranks; see `followed_layers`.
         k_out, k_in: size of every core.
         seed, step: A and B of the i-th layer are a pure function of (seed, step, i), hence alike on all ranks. Their
             entries have variance 1 / k_in and 1 / k_out, so that E |B^T G A^T|^2 = |G|^2.
@@ -187,14 +145,14 @@ class ProbeSet:
             found: list[Tensor] = []
 
             def before(layer: Layer, args: tuple[Tensor, ...], index: int = index, found: list = found) -> tuple:
-                x = _narrowed(args[0])
-                assert x.shape[0] == moved.branches * moved.total, "one sample index per row of the forward"
-                x, small = self._reduced(index, layer, x, moved, once)
+                x = folded(_narrowed(args[0]), moved.branches * moved.total)
+                kept, small = self._reduced(index, layer, x, moved, once)
                 found.append(small)
-                return (x,)
+                return (unfolded(kept, args[0]),)
 
             def after(layer: Layer, args: tuple, output: Tensor, then: Callable = then, found: list = found) -> Tensor:
-                return then(layer, found.pop(), output)
+                whole = folded(output, moved.branches * moved.total)
+                return unfolded(then(layer, found.pop(), whole), output)
 
             handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
