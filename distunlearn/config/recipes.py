@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from distunlearn.config.photo_recipes import photos_64, photos_224
 from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, settings_of, switched
 from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig, UnlearnConfig, ViewsConfig
 
@@ -109,4 +110,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits_supervised": digits_supervised,
     "digits_vit": digits_vit,
     "fashion_mnist": fashion_mnist,
+    "photos_64": photos_64,
+    "photos_224": photos_224,
 }

@@ -108,6 +108,8 @@ def create_backbone(encoder: EncoderConfig) -> nn.Module:
         EncoderError: an unknown name, arguments that timm refuses, an image size that the patches do not divide,
             another embedding size than declared, or weights that take no part in the embedding; see `create_own`.
     """
+    if not is_own(encoder.name):
+        check_name(encoder.name)
     if encoder.stem != "standard" and (is_own(encoder.name) or not is_resnet(encoder.name)):
         raise EncoderError(
             f"encoder.stem is {encoder.stem}, but {printable(encoder.name)} is none of timm's ResNets; expected "
@@ -115,7 +117,6 @@ def create_backbone(encoder: EncoderConfig) -> nn.Module:
         )
     if is_own(encoder.name):
         return create_own(encoder)
-    check_name(encoder.name)
     args = create_args(encoder)
     try:
         backbone = timm.create_model(encoder.name, pretrained=False, **args)

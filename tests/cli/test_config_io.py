@@ -6,6 +6,7 @@ import dataclasses
 import json
 import operator
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,9 @@ def test_recipe_then_file_then_overrides(write):
 
 def test_every_recipe_loads_as_it_is_written():
     for name, recipe in recipes.RECIPES.items():
-        assert field_diff(load(recipe=name), recipe()) == {}
-        assert load(recipe=name).recipe == name
+        found = load("data.root=/x", recipe=name)
+        assert field_diff(found, replace(recipe(), data=replace(recipe().data, root="/x"))) == {}
+        assert found.recipe == name
 
 
 def test_the_recipe_may_be_named_in_the_file(write):
@@ -381,5 +383,5 @@ def test_the_world_is_the_launchers(monkeypatch):
 
 def test_cross_checks_of_a_config_made_in_python():
     assert cross_checks(load()) == []
-    cfg = RunConfig(encoder=EncoderConfig(name="vit_small_patch16_224"), data=DataConfig(source="stl10"))
+    cfg = RunConfig(encoder=EncoderConfig(name=" "), data=DataConfig(source="stl10"))
     assert len(cross_checks(cfg)) == 2

@@ -204,7 +204,7 @@ def first_loss(recipe: str) -> float:
     return float(Pretrain(cfg).loss(ctx, {"members": batch}).loss.detach())
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", sorted(name for name in RECIPES if not name.startswith("photos")))
 def test_the_first_loss_of_a_recipe_is_what_it_was(recipe):
     """Within 1e-4, relative: other builds sum in another order. The same build gives the same bits twice."""
     found = first_loss(recipe)

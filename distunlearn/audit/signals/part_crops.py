@@ -29,7 +29,7 @@ def part_responses(backbone: nn.Module, images: Tensor, ids: Sequence[str], crop
     """float32 [n, 2 N], both kinds of divergence sorted; [n, 0] without crops.
 
     Args:
-        backbone: a timm ResNet or ViT in evaluation mode. images: float [n, C, S, S].
+        backbone: in evaluation mode, with `forward_intermediates` as timm has it. images: float [n, C, S, S].
 
     Raises:
         ValueError: no stage of the backbone has MIN_PLACES places.
