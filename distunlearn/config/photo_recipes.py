@@ -12,7 +12,8 @@ from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig,
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATA = DataConfig(
     source="imagefolder", root=None, members=None, forget="forget.txt",
-    holdout=2000, calibration=1000, third_party=2000, third_party_audit=1000, samples_per_shard=1024, workers=8,
+    decode_size=None, holdout=2000, calibration=1000, third_party=2000, third_party_audit=1000,
+    samples_per_shard=1024, workers=8,
 )  # fmt: skip
 
 
@@ -24,15 +25,14 @@ def photos_64() -> RunConfig:
         data=DATA,
         encoder=EncoderConfig(
             name="resnet50", image_size=64, in_chans=3, stem="standard", args={},
-            mean=IMAGENET_MEAN, std=IMAGENET_STD, embed_dim=2048,
+            mean=IMAGENET_MEAN, std=IMAGENET_STD,
+            crop_pct=0.875, interpolation="bilinear", embed_dim=2048,
         ),
         objective=settings_of(
-            OBJECTIVE, "moco", temperature=0.2, hidden_dim=2048, output_dim=128, momentum=0.999, queue_size=16384
+            OBJECTIVE, "moco", temperature=0.2, hidden_dim=2048, output_dim=128, momentum=0.999, queue_size=16384,
+            head_layers=2, head_norm=False,
         ),
-        views=ViewsConfig(
-            crop_scale_min=0.2, rotation=0.0, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
-            grayscale=0.2, blur=0.5, noise=0.0,
-        ),
+        views=ViewsConfig(recipe="mocov2"),
         pretrain=PretrainConfig(
             epochs=200, batch=256, accumulate=1, optimizer="sgd", lr=0.03, lr_scaling="linear", momentum=0.9,
             nesterov=False, weight_decay=1e-4, decay_all=True, warmup=0.0, clip=0.0, checkpoint_every=1000,
@@ -55,15 +55,14 @@ def photos_224() -> RunConfig:
         data=DATA,
         encoder=EncoderConfig(
             name="vit_small_patch16_224", image_size=224, in_chans=3, stem="standard", args={},
-            mean=IMAGENET_MEAN, std=IMAGENET_STD, embed_dim=384,
+            mean=IMAGENET_MEAN, std=IMAGENET_STD,
+            crop_pct=0.875, interpolation="bicubic", embed_dim=384,
         ),
         objective=settings_of(
-            OBJECTIVE, "mocov3", temperature=0.2, hidden_dim=4096, output_dim=256, momentum=0.99
+            OBJECTIVE, "mocov3", temperature=0.2, hidden_dim=4096, output_dim=256, momentum=0.99,
+            head_layers=3, head_norm=True,
         ),
-        views=ViewsConfig(
-            crop_scale_min=0.08, rotation=0.0, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
-            grayscale=0.2, blur=0.5, noise=0.0,
-        ),
+        views=ViewsConfig(recipe="mocov3"),
         pretrain=PretrainConfig(
             epochs=300, batch=1024, accumulate=1, optimizer="adamw", lr=1.5e-4, lr_scaling="linear",
             weight_decay=0.1, decay_all=True, warmup=0.13, clip=0.0, checkpoint_every=1000,

@@ -18,7 +18,7 @@ from distunlearn.config.recipes import RECIPES
 
 RECIPES_HERE = ("photos_64", "photos_224")
 OF_OTHER_OPTIMIZERS = {"adamw": {"momentum", "nesterov", "trust"}, "sgd": {"trust"}, "lars": set()}
-NOT_FOR_FRESH_ONES = {"checkpoint", "prefix", "ignore", "similarity_mib"}
+NOT_FOR_FRESH_ONES = {"checkpoint", "prefix", "ignore", "trained_with", "similarity_mib"}
 SMALL = [
     "data.workers=0", "data.members=20", "data.forget=4", "data.holdout=8", "data.calibration=4", "data.third_party=4",
     "data.third_party_audit=4", "data.max_forget_share=0.5", "precision=fp32", "pretrain.epochs=1", "pretrain.batch=10",
@@ -62,14 +62,15 @@ def given(recipe: str) -> dict[str, set[str]]:
 def test_every_setting_that_matters_is_written_out(recipe):
     cfg, named = RECIPES[recipe](), given(recipe)
     groups = {
-        "EncoderConfig": cfg.encoder, "OBJECTIVE": cfg.objective, "ViewsConfig": cfg.views,
-        "PretrainConfig": cfg.pretrain, "UnlearnConfig": cfg.unlearn,
+        "EncoderConfig": cfg.encoder, "OBJECTIVE": cfg.objective, "PretrainConfig": cfg.pretrain,
+        "UnlearnConfig": cfg.unlearn,
     }  # fmt: skip
     for kind, settings in groups.items():
         free = NOT_FOR_FRESH_ONES | ({"name"} if kind == "OBJECTIVE" else set())
         free |= OF_OTHER_OPTIMIZERS.get(getattr(settings, "optimizer", ""), set())
         unsaid = {field.name for field in dataclasses.fields(settings)} - named[kind] - free
         assert not unsaid, f"{recipe}: {kind} takes {sorted(unsaid)} from somewhere else"
+    assert cfg.views.recipe == cfg.objective.name.replace("moco", "mocov2").replace("v2v3", "v3")
     assert cfg.data.source == "imagefolder" and cfg.encoder.mean and cfg.data.forget == "forget.txt"
 
 
