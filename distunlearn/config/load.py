@@ -22,7 +22,7 @@ from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
 from distunlearn.config import registry
 from distunlearn.config.checks import SOURCES, cross_checks, forget_is_file
-from distunlearn.config.normalisation import with_normalisation
+from distunlearn.config.preprocessing import with_preprocessing
 from distunlearn.config.recipes import RECIPES
 from distunlearn.config.registry import KINDS, Kind
 from distunlearn.config.schema import RunConfig
@@ -114,7 +114,7 @@ def load_config(
     for value in given:
         _put(draft, value)
     cfg = _validated(draft, fallback)
-    cfg = dataclasses.replace(cfg, encoder=with_normalisation(cfg.encoder))
+    cfg = dataclasses.replace(cfg, encoder=with_preprocessing(cfg.encoder))
     checks = cross_checks(cfg, _world_announced() if world is None else world)
     draft.problems += [check for check in checks if not any(key in check for key in draft.refused)]
     _raise(draft.problems)

@@ -134,8 +134,8 @@ class EncoderConfig:
     args: dict[str, Any] = field(default_factory=dict)  # of timm.create_model (channels, layers, patch_size ...)
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1], subtracted; null: the checkpoint's, or 0.5
     std: tuple[PositiveFloat, ...] | None = None  # of each channel, by which is divided; null: likewise
-    crop_pct: PartShare = 1.0  # share of the shorter side that evaluation keeps (timm's crop_pct); training: views
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of the evaluation's resize, antialiased
+    crop_pct: PartShare | None = None  # share of the shorter side that evaluation keeps; null: the checkpoint's, or 1
+    interpolation: Literal["bilinear", "bicubic"] | None = None  # of that resize; null: the checkpoint's, or bilinear
     embed_dim: PositiveInt | None = None  # declared embedding size; checked against the backbone
     checkpoint: Annotated[str | None, CHECKPOINT] = None  # safetensors or torch.save: weights of the original encoder
     trained_with: str | None = None  # its loss (dino, mae, clip ...) where that is not objective.name

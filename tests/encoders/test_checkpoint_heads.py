@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -148,5 +149,30 @@ def test_a_published_file_is_known_by_its_name_and_digest(tmp_path, monkeypatch)
     asked = [f"encoder.checkpoint={path}", *COLOUR]
     with pytest.raises(ConfigError, match="without encoder.mean"):
         load_config("digits", None, asked)
-    monkeypatch.setattr("distunlearn.config.normalisation.file_sha256", lambda _: "f37072fd" + 56 * "0")
-    assert load_config("digits", None, asked).encoder.mean == (0.485, 0.456, 0.406)
+    monkeypatch.setattr("distunlearn.config.preprocessing.file_sha256", lambda _: "f37072fd" + 56 * "0")
+    encoder = load_config("digits", None, asked).encoder
+    assert (encoder.mean, encoder.crop_pct) == ((0.485, 0.456, 0.406), 0.875)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "crop"),
+    [
+        ("config.json", {"pretrained_cfg": {"crop_pct": 0.9, "interpolation": "bicubic"}}, (0.9, "bicubic")),
+        (
+            "preprocessor_config.json",
+            {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224}, "resample": 3},
+            (0.875, "bicubic"),
+        ),
+        ("preprocessor_config.json", {"size": {"height": 224, "width": 224}, "resample": 2}, (None, "bilinear")),
+        ("config.json", {"crop_pct": 1.5, "interpolation": "random"}, (None, None)),
+    ],
+)
+def test_the_evaluation_crop_is_read_beside_the_checkpoint(name, content, crop, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    (tmp_path / name).write_text(json.dumps(content))
+    statistics = ["encoder.mean=[0.5,0.5,0.5]", "encoder.std=[0.5,0.5,0.5]"]
+    asked = [f"encoder.checkpoint={tmp_path / 'w.pth'}", *COLOUR, *statistics]
+    encoder = load_config("digits", None, asked).encoder
+    assert (encoder.crop_pct, encoder.interpolation) == crop
+    own = load_config("digits", None, [*asked, "encoder.crop_pct=0.7"]).encoder
+    assert own.crop_pct == 0.7

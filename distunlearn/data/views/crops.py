@@ -47,7 +47,8 @@ class Cutter:
     def of(cls, cfg: RunConfig) -> Cutter:
         """As a run's settings want it."""
         encoder = cfg.encoder
-        return cls(encoder.image_size, cfg.views, cfg.seed, encoder.crop_pct, encoder.interpolation)
+        crop = encoder.crop_pct or cls.crop_pct, encoder.interpolation or cls.interpolation
+        return cls(encoder.image_size, cfg.views, cfg.seed, *crop)
 
     def crops(self, ids: Sequence[str], epochs: np.ndarray, views: Sequence[int]) -> Crops:
         """The draws of these views of n images; see `uniforms`."""

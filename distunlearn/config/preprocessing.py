@@ -1,0 +1,89 @@
+"""How a checkpoint's encoder wants its images, where that is written down: mean, standard deviation, evaluation crop.
+
+It is looked for in the folder of the checkpoint (config.json of timm and of an export, preprocessor_config.json of
+Hugging Face), and for a file that timm publishes, by name and digest, in timm's own register. Mean and standard
+deviation are never assumed; the crop is timm's plainest where nothing is found, and `plan` shows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distunlearn.common.files import file_sha256
+from distunlearn.config.schema import EncoderConfig
+
+BESIDE = ("config.json", "preprocessor_config.json")
+LARGEST = 1 << 20  # bytes of such a file
+INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", 2: "bilinear", 3: "bicubic"}  # by numbers: PIL's
+
+
+def with_preprocessing(encoder: EncoderConfig) -> EncoderConfig:
+    """The settings with what is not given and is written down in one way only."""
+    if encoder.checkpoint is None:
+        return encoder
+    path = Path(encoder.checkpoint)
+    found = [_read(content) for content in (*_beside(path), *_published(path, encoder.name))]
+    taken: dict[str, Any] = {}
+    pairs = {(f["mean"], f["std"]) for f in found if len(f["mean"]) == len(f["std"]) == encoder.in_chans}
+    if encoder.mean is None and encoder.std is None and len(pairs) == 1:
+        taken["mean"], taken["std"] = pairs.pop()
+    for key in ("crop_pct", "interpolation"):
+        values = {f[key] for f in found} - {None}
+        if getattr(encoder, key) is None and len(values) == 1:
+            taken[key] = values.pop()
+    return dataclasses.replace(encoder, **taken)
+
+
+def _beside(path: Path) -> Iterator[Mapping[str, Any]]:
+    for name in BESIDE:
+        file = path.with_name(name)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LARGEST else None
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(content, Mapping):
+            yield from (part for part in (content.get("pretrained_cfg"), content) if isinstance(part, Mapping))
+
+
+def _published(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
+    """Of a file whose name ends in the digest of its content, as timm's and torchvision's do."""
+    digest = path.stem.rpartition("-")[2]
+    if len(digest) != 8 or not path.is_file() or not file_sha256(path).startswith(digest):
+        return
+    known = importlib.import_module("timm.models").get_arch_pretrained_cfgs(name)  # heavy, and rarely asked
+    for cfg in known.values():
+        if str(cfg.url).endswith(f"-{digest}{path.suffix}"):
+            yield dataclasses.asdict(cfg)
+
+
+def _read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """mean and std, () where they are not there; crop_pct and interpolation, None likewise."""
+    mean, std = (_numbers(content.get(key, content.get(f"image_{key}"))) for key in ("mean", "std"))
+    asked = content.get("interpolation", content.get("resample"))
+    return {
+        "mean": mean,
+        "std": std if std and min(std) > 0 else (),
+        "crop_pct": _crop_pct(content),
+        "interpolation": INTERPOLATIONS.get(asked) if isinstance(asked, (str, int)) else None,
+    }
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    numeric = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and abs(v) < 1e3 for v in value)
+    return tuple(map(float, value)) if numeric else ()
+
+
+def _crop_pct(content: Mapping[str, Any]) -> float | None:
+    """timm's, or the sides that Hugging Face crops to and resizes to before."""
+    share = content.get("crop_pct")
+    if share is None and content.get("do_center_crop"):
+        size, crop = (content.get(key) for key in ("size", "crop_size"))
+        size = size.get("shortest_edge") if isinstance(size, Mapping) else size
+        crop = crop.get("height") if isinstance(crop, Mapping) else crop
+        share = crop / size if isinstance(size, int) and isinstance(crop, int) and size > 0 else None
+    return float(share) if isinstance(share, (int, float)) and 0 < share <= 1 else None
