@@ -38,6 +38,7 @@ def request(run: RunFiles) -> dict[str, Any]:
         "when": run.finished or "not recorded",
         "length": _length(run),
         "copies": None if not copies else whole(copies),
+        "left_out": _left_out(run),
         "checkpoint": _checkpoint(run),
         "reused": tree(run.config, "runtime").get("reuse") is not None,
         "roles": [
@@ -45,6 +46,20 @@ def request(run: RunFiles) -> dict[str, Any]:
             for name, (title, meaning) in ROLES.items()
         ],
     }
+
+
+LEFT_OUT = (
+    ("skipped_files", "{} files of the source were left out, because they are no images that can be read."),
+    ("dropped_copies", "{} images were left out, because a member or an image of another group has the same bytes."),
+    ("near_copies_of_members", "{} images that count as never trained on look almost like a member."),
+)
+
+
+def _left_out(run: RunFiles) -> list[str]:
+    """Sentences about images that are in no group, and about those that are doubtful in theirs."""
+    counts = ((sentence, tree(run.shards, "info", key)) for key, sentence in LEFT_OUT)
+    sums = ((sentence, sum(number(found, name) or 0 for name in found)) for sentence, found in counts)
+    return [sentence.format(whole(count)) for sentence, count in sums if count]
 
 
 def _checkpoint(run: RunFiles) -> list[str]:

@@ -1,0 +1,24 @@
+"""What is in no group, and what is doubtful in its group, stands in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distunlearn.report.data import load_run
+from distunlearn.report.render import render
+from tests.report.rundir import Page, build_run, change_json
+
+
+def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    assert "left out" not in Page(render(load_run(run))).text("asked")
+    counts = {
+        "skipped_files": {"hidden": 1200, ".txt": 3},
+        "dropped_copies": {"holdout": 7},
+        "near_copies_of_members": {"holdout": 0, "calibration": 2},
+    }
+    change_json(run / "shards" / "summary.json", lambda found: found["info"].update(counts))
+    shown = Page(render(load_run(run))).text("asked")
+    assert "1 203 files of the source were left out" in shown
+    assert "7 images were left out, because a member or an image of another group has the same bytes" in shown
+    assert "2 images that count as never trained on look almost like a member" in shown
