@@ -22,7 +22,7 @@ from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
 from distunlearn.config import registry
 from distunlearn.config.checks import SOURCES, cross_checks, forget_is_file
-from distunlearn.config.preprocessing import with_preprocessing
+from distunlearn.config.preprocessing import PREPROCESSING, with_preprocessing
 from distunlearn.config.recipes import RECIPES
 from distunlearn.config.registry import KINDS, Kind
 from distunlearn.config.schema import RunConfig
@@ -113,6 +113,8 @@ def load_config(
     fallback = json.loads(json.dumps(draft.tree))
     for value in given:
         _put(draft, value)
+    if draft.tree["encoder"]["checkpoint"] is not None:  # the recipe cannot know how somebody's encoder sees its images
+        draft.tree["encoder"] |= {k: None for k in PREPROCESSING if ("encoder", k) not in draft.origins}
     cfg = _validated(draft, fallback)
     cfg = dataclasses.replace(cfg, encoder=with_preprocessing(cfg.encoder))
     checks = cross_checks(cfg, _world_announced() if world is None else world)

@@ -17,6 +17,7 @@ from typing import Any
 from distunlearn.common.files import file_sha256
 from distunlearn.config.schema import EncoderConfig
 
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 BESIDE = ("config.json", "preprocessor_config.json")
 LARGEST = 1 << 20  # bytes of such a file
 INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", 2: "bilinear", 3: "bicubic"}  # by numbers: PIL's

@@ -143,6 +143,16 @@ def test_mean_and_std_are_read_beside_the_checkpoint_or_required(name, content, 
     assert given.encoder.mean == (0.5, 0.5, 0.5)
 
 
+def test_a_recipe_does_not_know_how_a_checkpoint_sees_its_images(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    asked = ["data.root=.", "data.holdout_root=.", f"encoder.checkpoint={tmp_path / 'w.pth'}"]
+    with pytest.raises(ConfigError, match="without encoder.mean and encoder.std"):
+        load_config("photos_64", None, asked)
+    (tmp_path / "config.json").write_text('{"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}')
+    encoder = load_config("photos_64", None, asked).encoder
+    assert (encoder.mean, encoder.crop_pct, encoder.interpolation) == ((0.1, 0.2, 0.3), 0.9, None)
+
+
 def test_a_published_file_is_known_by_its_name_and_digest(tmp_path, monkeypatch):
     path = tmp_path / "resnet18-f37072fd.pth"
     path.write_bytes(b"not these weights")
