@@ -5,11 +5,13 @@ The same encoders give the null: where members and strangers are strangers both,
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distunlearn.audit.attacks import run_attacks
 from distunlearn.audit.relearn import relearn, relearning_figures
@@ -18,6 +20,7 @@ from distunlearn.config.load import load_config
 from distunlearn.engine import phases
 from distunlearn.engine.session import load_trained, open_session
 from distunlearn.run import pipeline
+from distunlearn.verify.figures import JUDGED
 from distunlearn.verify.statistics import auc, auc_bootstrap, draw_images, percentile_interval
 
 SETTINGS = [
@@ -45,10 +48,27 @@ def encoders(tmp_path_factory: pytest.TempPathFactory):
             signals[name] = collect_signals(encoder, session.store, session.manifest, cfg)
             curves[name] = relearn(encoder, session.store, session.manifest, cfg, 8)
             assert all((before[key] == value).all() for key, value in encoder.model.state_dict().items())
+            if name == "original":
+                torch.manual_seed(1)
+                for layer in encoder.model.projector.modules():
+                    if hasattr(layer, "reset_parameters"):
+                        layer.reset_parameters()
+                other_heads = collect_signals(encoder, session.store, session.manifest, cfg)
         trained_on = session.ledger.path.read_text()
         holdout = session.manifest.ids("holdout")
     assert not any(sample_id in trained_on for sample_id in holdout)
-    return signals, curves
+    return signals, curves, other_heads
+
+
+def test_a_gated_attack_looks_at_the_backbone_alone(encoders):
+    """Heads that an audit had to make do not move it; control: they move what looks at the head's outputs."""
+    signals, _, other_heads = encoders
+    found = [{n: auc(a["original"].comparison) for n, a in compared({**signals, "original": s}).items()}
+             for s in (signals["original"], other_heads)]  # fmt: skip
+    assert "encodermi_vector" in JUDGED
+    assert found[0]["encodermi_vector"] == found[1]["encodermi_vector"] > CLEAR["encodermi_vector"]
+    for name in ("view_agreement", "bank_loss"):
+        assert abs(found[0][name] - found[1][name]) > 0.02, found
 
 
 def compared(signals, seed: int = 0):
@@ -65,7 +85,7 @@ CLEAR = {
 
 
 def test_attacks_find_what_was_overfitted(encoders):
-    signals, _ = encoders
+    signals, _, _ = encoders
     found = compared(signals)
     draws = draw_images(60, 240, 400, 0)
     values = {name: auc(attacked["original"].comparison) for name, attacked in found.items()}
@@ -76,7 +96,7 @@ def test_attacks_find_what_was_overfitted(encoders):
 
 
 def test_the_retrained_encoder_knows_nothing_of_the_forgotten_images(encoders):
-    signals, _ = encoders
+    signals, _, _ = encoders
     draws = draw_images(60, 240, 400, 0)
     outside = []
     for name, attacked in compared(signals).items():
@@ -86,11 +106,15 @@ def test_the_retrained_encoder_knows_nothing_of_the_forgotten_images(encoders):
     assert len(outside) <= 1, outside
 
 
-def test_strangers_dealt_into_roles_are_not_told_apart(encoders):
-    """Null on real signals: the holdout alone, dealt by lot to retain, forget and holdout."""
-    signals, _ = encoders
-    missed = []
-    for deal in range(3):
+def test_non_members_dealt_into_roles_are_not_told_apart(encoders):
+    """Null on real signals: the holdout alone, dealt by lot to retain, forget and holdout.
+
+    80 images against 80: an interval at 0.99 misses 1/2 in about 5 % of 312 deals tried, whatever the attack (no more
+    than 3 of 24 for any). An attack that used what it must not would miss in nearly every deal.
+    """
+    signals, _, _ = encoders
+    missed = Counter()
+    for deal in range(8):
         rows = signals["original"].of("holdout")
         dealt = np.full(len(signals["original"].ids), "third_party_audit")
         dealt[rows] = np.random.default_rng(deal).permutation(np.repeat(["retain", "forget", "holdout"], 80))
@@ -98,13 +122,12 @@ def test_strangers_dealt_into_roles_are_not_told_apart(encoders):
         draws = draw_images(80, 80, 400, deal)
         for name, attacked in compared(others, deal).items():
             low, high = percentile_interval(auc_bootstrap(attacked["original"].comparison, draws), 0.99)
-            if not low <= 0.5 <= high:
-                missed.append((deal, name, low, high))
-    assert len(missed) <= 1, missed
+            missed[name] += not low <= 0.5 <= high
+    assert len(missed) > 10 and max(missed.values()) <= 3, missed
 
 
 def test_relearning_is_faster_where_something_was_left(encoders):
-    _, curves = encoders
+    _, curves, _ = encoders
     found = relearning_figures({**curves, "unlearned": curves["original"]}, load_config("digits", None, [], world=1))
     assert found["unlearned"]["steps"] == [0, 1, 2, 4, 8]
     assert found["unlearned"]["auc_low"] > 0.5 and found["unlearned"]["steps_to_relearn"] == 0
