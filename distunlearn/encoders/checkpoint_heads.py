@@ -36,19 +36,19 @@ def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded
     """
     found = _heads(loaded.tensors, [*(copy.prefix for copy in (loaded.reading, *loaded.copies))])
     level = precedence(loaded.reading.prefix)
-    parts = {"projector": model.projector, "predictor": model.predictor}
+    both = {"projector": model.projector, "predictor": model.predictor}
+    heads = {name: head for name, head in both.items() if head is not None}
     chosen: dict[str, _Found] = {}
-    for name, head in parts.items():
-        fitting = [f for f in found if head and precedence(f.prefix) == level and _fits(f, head)]
-        named = [f for f in fitting if ("pred" in f.prefix) == (name == "predictor")]
-        if head is not None and len(named) != 1:
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, head in heads.items():
+        named = [f for f in found if precedence(f.prefix) == level and ("pred" in f.prefix) == (name == "predictor")]
+        fitting = [(f, state) for f in named if (state := _state(f, head)) is not None]
+        if len(fitting) != 1:
             return None
-        if head is not None:
-            chosen[name] = named[0]
-    states = {name: _state(found, parts[name]) for name, found in chosen.items()}
+        chosen[name], states[name] = fitting[0]
     check_finite({f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
     for name, state in states.items():
-        parts[name].load_state_dict(state)  # type: ignore[union-attr]
+        heads[name].load_state_dict(state)
     where = " and ".join(f"the {name} from below {printable(head.prefix)}" for name, head in chosen.items())
     notes = [f"The checkpoint's own heads were taken: {where}."]
     if momentum is not None:
@@ -75,14 +75,15 @@ def _take_momentum(
 ) -> list[str]:
     momentum.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("predictor.")})
     copies = [copy for copy in loaded.copies if precedence(copy.prefix) == 2]
-    heads = [f for f in found if precedence(f.prefix) == 2 and _fits(f, model.projector) and "pred" not in f.prefix]
-    if len(copies) != 1 or len(heads) != 1:
+    named = [f for f in found if precedence(f.prefix) == 2 and "pred" not in f.prefix]
+    fitting = [state for f in named if (state := _state(f, model.projector)) is not None]
+    if len(copies) != 1 or len(fitting) != 1:
         return ["It holds no momentum encoder with its projector; it begins as a copy of the encoder."]
     own = momentum.model.backbone.state_dict()
     state = {name: value.to(own[name].dtype) for name, value in copies[0].state.items()}
     check_finite(state)
     momentum.model.backbone.load_state_dict({**own, **state})
-    momentum.model.projector.load_state_dict(_state(heads[0], momentum.model.projector))
+    momentum.model.projector.load_state_dict(fitting[0])
     return [f"The momentum encoder was taken from below {printable(copies[0].prefix)}."]
 
 
@@ -104,10 +105,6 @@ def _heads(tensors: Mapping[str, Tensor], backbones: list[str]) -> list[_Found]:
                 layers.setdefault(path, {})[part] = tensors[name]
         found[tuple(names)] = _Found(prefix, list(layers.values()))
     return list(found.values())
-
-
-def _fits(found: _Found, head: Head) -> bool:
-    return _state(found, head) is not None
 
 
 def _state(found: _Found, head: Head) -> dict[str, Tensor] | None:

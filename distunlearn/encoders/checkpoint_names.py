@@ -176,7 +176,7 @@ def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
 
 def _belongs(backbone: nn.Module, name: str) -> bool:
     """Whether a name that the backbone lacks is one of its parts all the same, and no classifier that was cut off."""
-    classifier = getattr(backbone, "pretrained_cfg", None) and backbone.pretrained_cfg.get("classifier") or ()
+    classifier = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = ("fc", "head", "head_dist", "classifier", *((classifier,) if isinstance(classifier, str) else classifier))
     if name.endswith(COUNTER) or any(name.startswith(f"{h}.") and _has_no_weights(backbone, h) for h in heads):
         return False

@@ -14,7 +14,7 @@ from torch import nn
 
 def resnet(name: str = "resnet18", in_chans: int = 3, **args: Any) -> nn.Module:
     """[n, C, S, S] -> [n, E]; name: of timm's ResNet, args: of `timm.create_model`."""
-    model = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **args)
+    model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans, **args)
     first = model.conv1
     model.conv1 = nn.Conv2d(in_chans, first.out_channels, 3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 Dialect = Callable[[Mapping[str, Tensor], nn.Module], "State | None"]
-Rules = Sequence[tuple[str, str]]
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # as `re.sub` takes them
 
 TORCHVISION_VIT: Rules = (
     (r"^class_token$", "cls_token"),
@@ -62,11 +62,11 @@ HUGGING_FACE_CLIP: Rules = (
 HUGGING_FACE_RESNET: Rules = (
     (r"^embedder\.embedder\.convolution\.", "conv1."),
     (r"^embedder\.embedder\.normalization\.", "bn1."),
-    (r"^encoder\.stages\.(\d+)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),  # type: ignore[list-item]
+    (r"^encoder\.stages\.(\d+)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
     (r"\.shortcut\.convolution\.", ".downsample.0."),
     (r"\.shortcut\.normalization\.", ".downsample.1."),
-    (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),  # type: ignore[list-item]
-    (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),  # type: ignore[list-item]
+    (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
 )
 PARTS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
 
@@ -104,12 +104,12 @@ def _joined(state: State) -> State:
         block, _, part = place.rpartition(".")
         if part not in PARTS[0]:
             continue
-        names = [next((n for p in part if (n := f"{block}.{p}.{last}") in state), None) for part in PARTS]
-        tensors = [state[n] for n in names if n is not None]
+        names = [next((n for p in part if (n := f"{block}.{p}.{last}") in state), "") for part in PARTS]
+        tensors = [state[n] for n in names if n]
         if len(tensors) == 3 and len({t.shape for t in tensors}) == 1:
             found[f"{block}.qkv.{last}"] = torch.cat(tensors)
             for n in names:
-                del found[n]  # type: ignore[arg-type]
+                del found[n]
     return found
 
 

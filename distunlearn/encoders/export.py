@@ -68,7 +68,7 @@ def _config(backbone: nn.Module, encoder: EncoderConfig) -> dict[str, Any]:
             "num_features": embed_dim(backbone, encoder),
             **images,
         }
-    own = backbone.pretrained_cfg
+    own: Any = backbone.pretrained_cfg
     args = create_args(encoder)
     return {
         "architecture": encoder.name,

@@ -9,7 +9,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class ContrastiveModel(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] as the backbone wants them."""
-        return images if self.scale is None else images * self.scale + self.shift
+        return images if self.scale is None or self.shift is None else images * self.scale + self.shift
 
     def forward(self, images: Tensor) -> EncoderOutput:
         """Embed float images [n, C, S, S] in [-1, 1].
@@ -162,7 +162,8 @@ class MomentumEncoder:
     def update_from(self, named: Mapping[str, Tensor], momentum: float) -> None:
         """`update` with full weights by name, for models whose own parameters hold only a shard."""
         assert 0 <= momentum <= 1, "the momentum is a share"
-        averages, weights = [], []
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
         for name, ema in self.model.named_parameters():
             weight = named[name].detach()
             assert weight.shape == ema.shape, f"{name} is a shard; gather it and use update_from"
@@ -194,7 +195,8 @@ def batchnorm_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """
     assert mode in ("train", "eval"), "BatchNorms are in train or eval mode"
     before = [(module, module.training) for module in model.modules() if isinstance(module, _BatchNorm)]
-    frozen = set(model.backbone.modules()) if getattr(model, "backbone_frozen", False) else set()
+    backbone: Any = getattr(model, "backbone", None)
+    frozen = set(backbone.modules()) if getattr(model, "backbone_frozen", False) else set()
     try:
         for module, _ in before:
             module.training = mode == "train" and module not in frozen

@@ -28,7 +28,8 @@ def is_resnet(name: str) -> bool:
 
 def takes_size(name: str) -> bool:
     """Whether a timm model is built for one image size."""
-    return timm.get_pretrained_cfg(name).fixed_input_size or timm.models.is_model_in_modules(name, SIZED)
+    settings = timm.get_pretrained_cfg(name)
+    return bool(settings and settings.fixed_input_size) or timm.models.is_model_in_modules(name, SIZED)
 
 
 def list_encoders() -> list[str]:

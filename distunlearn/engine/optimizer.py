@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim import Lars, param_groups_weight_decay
@@ -23,18 +24,19 @@ def make_optimizer(settings: OptimizerConfig, model: nn.Module) -> torch.optim.O
     groups = _groups(settings, model)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    heavy = {"lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    heavy: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov}
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, **heavy)
     return Lars(groups, trust_coeff=settings.trust, **heavy)
 
 
-def _groups(settings: OptimizerConfig, model: nn.Module) -> list[dict]:
+def _groups(settings: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
     """Groups of timm, and whether LARS adapts them. Which weights are excluded does not depend on how much decays."""
+    found: list[dict[str, Any]]
     if settings.decay_all:
         found = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 1.0}]
     else:
-        backbone = getattr(model, "backbone", None)
+        backbone: Any = getattr(model, "backbone", None)
         named = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
         found = param_groups_weight_decay(model, 1.0, no_weight_decay_list=[f"backbone.{name}" for name in named])
     return [

@@ -50,7 +50,7 @@ def predicate_type(kind: str) -> str:
 
 def sign(kind: str, subject: Mapping[str, str], predicate: Mapping[str, Any], key: Ed25519PrivateKey) -> bytes:
     """The envelope of a statement about the files of `subject` {name: SHA-256}."""
-    statement = {
+    statement: dict[str, Any] = {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subject.items())],
         "predicateType": predicate_type(kind),

@@ -46,9 +46,16 @@ class Rules:
         audit, method = settings["audit"], settings["method"]
         gates = audit["gates"]
         also = (name.rpartition(":")[2] for name in gates.get("also", ()))
-        margins = (float(gates[name]) for name in ("confidence", "view_agreement", "attack", "utility_points"))
-        names = tuple(dict.fromkeys((*JUDGED, *also)))
-        return cls(int(settings["seed"]), int(audit["bootstrap"]), *margins, names, str(method["name"]))
+        return cls(
+            seed=int(settings["seed"]),
+            bootstrap=int(audit["bootstrap"]),
+            confidence=float(gates["confidence"]),
+            view_agreement=float(gates["view_agreement"]),
+            attack=float(gates["attack"]),
+            utility_points=float(gates["utility_points"]),
+            gates=tuple(dict.fromkeys((*JUDGED, *also))),
+            method=str(method["name"]),
+        )
 
     def margin(self, attack: str) -> float:
         """The allowed difference of AUC."""
@@ -127,7 +134,9 @@ def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, rules: R
 def _figures(comparison: Comparison | None, sampled: np.ndarray | None) -> dict[str, Any]:
     """AUC with interval, rates from both sides (accusing high scores, and low ones), KS; NaN without a comparison."""
     if comparison is None or sampled is None:
-        rates = {f"{side}tpr_at_{name}_fpr": None for name in LOW_RATES for side in ("", "low_")}
+        rates: dict[str, float | None] = {
+            f"{side}tpr_at_{name}_fpr": None for name in LOW_RATES for side in ("", "low_")
+        }
         return {"auc": math.nan, "auc_low": math.nan, "auc_high": math.nan, **rates, "ks_p": None}
     low, high = percentile_interval(sampled, FIGURE_CONFIDENCE)
     sides = {"": comparison, "low_": comparison.reversed()}

@@ -206,6 +206,7 @@ class Batches:
             failures = [(row - image, why) for row, why in whole.failures if image <= row < last]
             decoded = Decoded(whole.crops[crop : crop + wanted.crops], failures)
             batch = self._feeders[name].batch(wanted, positions, decoded)
+            assert batch.crops is not None, "a batch has the crops that it was given"
             batches[name] = replace(batch, crops=on_device(batch.crops, self._device))
             image, crop = last, crop + wanted.crops
         return batches

@@ -278,10 +278,10 @@ def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
             tar.write(sample if label is None else sample | {"cls": str(label).encode()})
             images.append([0, len(data), hashlib.sha256(data).hexdigest(), near])
     good = [entry for entry in job.entries if entry[1] not in bad]
-    for image, (_, sample_id, label), sample in zip(images, good, read_tar(path), strict=True):
+    for image, (_, sample_id, label), found in zip(images, good, read_tar(path), strict=True):
         written = None if label is None else str(label)
-        assert (sample.id, sample.label, sample.image.size) == (sample_id, written, image[1]), f"{sample_id!r} is lost"
-        image[0] = sample.image.offset  # where it lies is read, not reckoned
+        assert (found.id, found.label, found.image.size) == (sample_id, written, image[1]), f"{sample_id!r} is lost"
+        image[0] = found.image.offset  # where it lies is read, not reckoned
     note = {"plan": plan, "bytes": sink.size, "sha256": sink.sha256(), "images": images, "bad": bad}
     write_atomic(note_path, json.dumps(note).encode())
     return note
@@ -309,7 +309,7 @@ def _good_note(path: Path, note_path: Path, plan: str) -> dict[str, Any] | None:
 
 
 def _facts(sources: Sequence[Source]) -> dict[str, object]:
-    own = [source.code for source in sources if getattr(source, "code", None)]
+    own = [code for source in sources if (code := getattr(source, "code", None))]
     codes = {Path(code.file).name: code.sha256 for code in own}
     return {
         **({"source_code": codes} if codes else {}),

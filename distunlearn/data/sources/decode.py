@@ -123,8 +123,9 @@ def _shrink(image: Image.Image, smallest: int) -> bool:
 
     Its mode stays: with another one PIL would also take the brightness from the file in place of computing it.
     """
-    before, shorter = image.size, min(image.size)
-    image.draft(image.mode, tuple(side * smallest // shorter for side in before))
+    width, height = before = image.size
+    shorter = min(before)
+    image.draft(image.mode, (width * smallest // shorter, height * smallest // shorter))
     return image.size != before
 
 

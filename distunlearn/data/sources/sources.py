@@ -56,7 +56,9 @@ class Source(Protocol):
     samples: list[tuple[str, int | None]]
     labels_known: bool
     classes: list[str]
-    skipped: Mapping[str, int]
+
+    @property
+    def skipped(self) -> Mapping[str, int]: ...
 
     def read(self, sample_id: str) -> tuple[bytes, str]:
         """(encoded image, its kind, as "png"); DataError if it cannot be read, UndecodableError if not decoded."""

@@ -150,7 +150,7 @@ def walk_tar(path: Path, left_out: Counter[str] | None = None) -> Iterator[Membe
                     )
                 found += 1
                 yield Member(member.name, member.offset, member.offset_data, member.size)
-                tar.members = []  # else they would pile up
+                tar.members = []  # type: ignore[attr-defined]  # else they would pile up
             _check_end(handle, tar.offset, path, found)
     except tarfile.TarError as error:
         raise DataError(

@@ -184,7 +184,7 @@ def _blur(x: Tensor, taps: Tensor) -> Tensor:
     return x.clamp_(0, 1)  # by rounding, the taps may add up to more
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue, "grayscale": _grayscale,
 }  # fmt: skip
 

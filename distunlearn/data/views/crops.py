@@ -72,6 +72,7 @@ class Crops:
             ConfigError: the own callable gave something else than a view.
         """
         cutter = self.cutter
+        rows, columns = photo.shape[1:]
         for place, (view, draws) in enumerate(zip(self.views, self._draws, strict=True)):
             if draws is None:
                 out[place] = evaluation_crop(photo, cutter.size, cutter.crop_pct, cutter.interpolation)
@@ -80,7 +81,7 @@ class Crops:
                     out[place] = _checked(self._own(photo.contiguous(), view), out[place], cutter.settings.recipe)
             else:
                 recipe = self._recipes[view % 2]
-                top, left, height, width = window(draws[row], *photo.shape[1:], recipe.crop_scale_min)
+                top, left, height, width = window(draws[row], rows, columns, recipe.crop_scale_min)
                 part = photo[:, top : top + height, left : left + width]
                 out[place] = resize(part, (cutter.size, cutter.size), recipe.interpolation)
 
@@ -116,15 +117,17 @@ def evaluation_crop(photo: Tensor, size: int, crop_pct: float, mode: str) -> Ten
     shorter = min(height, width)
     if max(height, width) > STRIP * shorter:
         photo = _centre(photo, min(height, STRIP * shorter), min(width, STRIP * shorter))
-    return _centre(resize(photo, scaled(*photo.shape[1:], math.floor(size / crop_pct)), mode), size, size)
+        height, width = photo.shape[1:]
+    return _centre(resize(photo, scaled(height, width, math.floor(size / crop_pct)), mode), size, size)
 
 
 def enlarged(photo: Tensor, size: int) -> Tensor:
     """A photo uint8 [C, H, W] that is smaller than the crops, and no strip, at their size: windows are whole pixels."""
-    shorter, longer = sorted(photo.shape[1:])
+    height, width = photo.shape[1:]
+    shorter, longer = sorted((height, width))
     if shorter >= size or longer > STRIP * shorter:
         return photo
-    return resize(photo, scaled(*photo.shape[1:], size), "bilinear")
+    return resize(photo, scaled(height, width, size), "bilinear")
 
 
 def scaled(height: int, width: int, shorter: int) -> tuple[int, int]:
