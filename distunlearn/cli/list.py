@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distunlearn.config import registry
+from distunlearn.config.recipes import RECIPES
 from distunlearn.errors import ConfigError
 
 
@@ -52,8 +53,6 @@ def _attacks() -> dict[str, str]:
 
 
 def _recipes() -> dict[str, str]:
-    from distunlearn.config.recipes import RECIPES
-
     return {name: _first_line(recipe) for name, recipe in RECIPES.items()}
 
 

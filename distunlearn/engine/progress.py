@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
+from rich import console, progress
+
 PROGRESS_INTERVAL = 10.0  # seconds between plain lines
 
 
@@ -105,8 +107,6 @@ def duration(seconds: float) -> str:
 
 
 def _open_bar(stream: IO[str], phase: str, total: int, start: int) -> tuple[Any, Any]:
-    from rich import console, progress  # only where there is a terminal
-
     bar = progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(bar_width=None),

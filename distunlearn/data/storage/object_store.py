@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+from fsspec.core import url_to_fs
+
 from distunlearn.common.store_url import DRIVERS, scheme_of, url_problem
 from distunlearn.common.text import printable
 from distunlearn.data.storage.retry import Counts, is_transient, patiently, reason, status_of
@@ -163,8 +165,6 @@ def _file_system(url: str, pid: int) -> tuple[Any, str]:
     A forked process makes one of its own and never lets go of its parent's: closing that one would take sockets out of
     the event loop (an epoll instance) that both processes share.
     """
-    from fsspec.core import url_to_fs
-
     files, folder = url_to_fs(url, skip_instance_cache=True)
     return files, folder if scheme_of(url).startswith("http") else unquote(folder)
 

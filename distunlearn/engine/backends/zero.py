@@ -310,9 +310,7 @@ class Zero(Backend):
             flat = self.optimizer.state[self._flats()[place.param_group_index]][key]
             inside = place.hp_fragment_address
             return flat.narrow(0, inside.start, inside.numel), place.lp_fragment_address.start
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        mine = safe_get_local_optimizer_state(parameter, key)
+        mine = self._deepspeed.utils.safe_get_local_optimizer_state(parameter, key)
         start, count = self._mine(parameter)
         return mine[:count], start
 
