@@ -245,7 +245,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         [
             f"{_LISTS}test_f10_ids_that_are_formulas_markup_or_control_stay_text",
             f"{_IDS}test_a_list_is_read_right",
-            "tests/report/test_report.py::test_hostile_text_is_inert_wherever_it_stands",
+            "tests/report/test_report_is_inert.py::test_hostile_text_is_inert_wherever_it_stands",
         ],
     ),
     "F11": (

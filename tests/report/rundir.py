@@ -30,12 +30,15 @@ from distunlearn.engine.environment import environment
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import PhaseResult
 from distunlearn.plan.plan import make_plan
+from distunlearn.report.data import load_run
+from distunlearn.report.render import render
 from distunlearn.verify.ledger import coverage, read_ledger
 from distunlearn.verify.run import DONE, FOLDERS, STATE
 from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 COUNTS = {"retain": 60, "forget": 40, "third_party": 20, "third_party_audit": 40, "calibration": 20, "holdout": 80}
 AUDITED = ("retain", "forget", "third_party_audit", "holdout")
+CASES = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}  # the word of each verdict on the page
 CLASSES = 4
 STEPS = 130
 PAIRS = 6  # of the four views of an image
@@ -220,3 +223,14 @@ class Page(HTMLParser):
     def attributes(self, name: str) -> list[str]:
         """Values of an attribute over all elements."""
         return [value or "" for _, attrs in self.elements for key, value in attrs.items() if key == name]
+
+
+def page(run: Path) -> Page:
+    """The page of a run."""
+    return Page(render(load_run(run)))
+
+
+def verdict(found: Page) -> str:
+    """The class of the verdict's box, after "verdict"."""
+    boxes = [attrs["class"] for tag, attrs in found.elements if tag == "section" and "class" in attrs]
+    return next(box.split()[1] for box in boxes if box and box.startswith("verdict "))
