@@ -87,7 +87,7 @@ def test_settings_and_recipes_that_are_named_exist(document: Path) -> None:
     named |= {key for key in re.findall(r"`([a-z_]+\.[a-z_.]+)`", text) if key.split(".")[0] in groups}
     groups_named = {key for key in named if any(known.startswith(f"{key}.") for known in keys)}
     assert not named - keys - groups_named
-    recipes = set(re.findall(r"distunlearn (?:run|pretrain|unlearn|plan) ([a-z_]+)", text))
+    recipes = set(re.findall(r"distunlearn (?:run|pretrain|unlearn|plan) ([a-z0-9_]+)", text))
     assert recipes <= set(RECIPES)
 
 
