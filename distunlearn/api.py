@@ -292,7 +292,7 @@ def _sizes(cfg: RunConfig, roles: Mapping[str, str], asked: Mapping[str, Any]) -
     for role in roles.values():
         counts[role] += 1
     counts["members"] = counts["retain"] + counts["forget"]
-    found = {f"data.{name}": counts[name] for name in ("members", "forget", "holdout", "calibration")}
+    found = {f"data.{name}": counts[name] for name in ("members", "forget", "holdout", "calibration", "watch")}
     found |= {f"data.{name}": counts[name] for name in ("third_party", "third_party_audit")}
     for key, name in BATCHES:
         section, field = key.split(".")

@@ -43,7 +43,10 @@ def collect_evidence(
         session.telemetry.note("audit", f"attacking the {name} encoder")
         trained = load_trained(folder, session)
         facts[name] = trained.facts
-        require_distinct({name: found["state"] for name, found in facts.items()}, cfg.method.name)
+        require_distinct(
+            {name: found["state"] for name, found in facts.items()}, cfg.method.name,
+            facts.get("unlearned", {}).get("dose"),
+        )  # fmt: skip
         encoder = encoder_view(session, trained)
         signals[name] = _signals(session, name, encoder, trained.facts["state"])
         if cfg.audit.tier and cfg.audit.relearn_steps:

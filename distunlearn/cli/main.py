@@ -125,6 +125,19 @@ class Unlearn:
 
 
 @dataclass(frozen=True)
+class Dose:
+    """Look at every dose of a run that has unlearned, print figures and the choice as JSON; no encoder changes."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        found = _pipeline().dose(self.run_dir)
+        if _is_main():
+            print(json.dumps(found, indent=2))
+        return 0
+
+
+@dataclass(frozen=True)
 class Audit:
     """Attack the original, the unlearned and the retrained encoder of a run, and judge its gates."""
 
@@ -261,8 +274,8 @@ class Doctor:
 
 
 VERBS = (
-    Prepare, Index, Convert, Pretrain, Unlearn, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List, Doctor,
-    Keygen, Certify, Verify,
+    Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List,
+    Doctor, Keygen, Certify, Verify,
 )  # fmt: skip
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Plan, List, Doctor, Status)

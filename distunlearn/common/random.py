@@ -22,12 +22,13 @@ MIX_2 = 0x94D049BB133111EB
 STREAMS = {
     "calibration sample": 17, "audit sample": 0x5A, "attack halves": 0xE4, "relearning order": 0x4E1,
     "gradient sketch signs": 0x51C2, "shadow members": 0x5AD0, "shadow chance": 0x900D, "two-sample": 0xC257,
-    "bootstrap": BOOTSTRAP,
+    "bootstrap": BOOTSTRAP, "dose sample": 0xD05E,
 }  # fmt: skip
 PHILOX = {"mmd": 0x6D6D64, "probes": 0x70726F6265, "sketch": 0x736B65746368, "sliced": 0x736C69636564}
 VIEW_EPOCHS = {
     "training": (0, 1 << 32),
     "calibration": (1 << 32, (1 << 32) + (1 << 16)),
+    "dose": ((1 << 32) + (1 << 17), (1 << 32) + (1 << 17) + 1),
     "audit": (1 << 33, (1 << 33) + 1),
     "audit gradients": ((1 << 33) + 1, (1 << 33) + 2),
     "relearning, measured": ((1 << 33) + 2, (1 << 33) + 3),

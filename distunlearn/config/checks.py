@@ -42,7 +42,7 @@ MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
 
 def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
     """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _optimizers, _parts, _audit)
+    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _optimizers, _parts, _dose, _audit)
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     problems.extend(_shares(cfg, world))
@@ -208,6 +208,20 @@ def _parts(cfg: RunConfig) -> Iterator[str]:
     """What the named parts say themselves."""
     for kind in (OBJECTIVE, METHOD):
         yield from find(kind, getattr(getattr(cfg, kind.section), kind.key)).problems(cfg)
+
+
+def _dose(cfg: RunConfig) -> Iterator[str]:
+    grid = cfg.dose.grid
+    if len(grid) < 2 or grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
+        yield f"dose.grid is {list(grid)}, expected ascending doses from 0, which changes nothing"
+    if cfg.method.dose != "auto" and cfg.method.dose > 1.6:
+        yield f"method.dose={cfg.method.dose:g} is far beyond what was trained for; expected at most 1.6"
+    drawn = not isinstance(cfg.data.forget, str) or cfg.data.forget.startswith("class:")  # a list may name some
+    if cfg.method.dose == "auto" and find(METHOD, cfg.method.name).dosed(cfg) and drawn and not cfg.data.watch:
+        yield (
+            "method.dose=auto needs watch images, by which the dose is chosen, and data.watch is 0; set data.watch, "
+            "such as data.watch=250, or method.dose to a number"
+        )
 
 
 def _audit(cfg: RunConfig) -> Iterator[str]:

@@ -47,6 +47,7 @@ ROUNDING: Any = Field(json_schema_extra={"affects": "rounding"})
 Place = Annotated[str | None, PLACE]
 LocalMib = Annotated[PositiveInt, LOCAL_SPEED]
 SpeedInt = Annotated[NonNegativeInt, SPEED]
+GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.4, 1.6)
 AVERAGE = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network")
 
 
@@ -105,6 +106,7 @@ class DataConfig:
     calibration: PositiveInt = 150
     third_party: PositiveInt = 200
     third_party_audit: PositiveInt = 147
+    watch: NonNegativeInt = 0  # non-members in no loss and no audit; needed by method.dose=auto
     holdout_source: str | None = None  # of all non-members; None: data.source, in holdout_root if that is set
     holdout_root: Place = None  # folder of images the encoder never saw; needed with encoder.checkpoint, or list roles
     third_party_source: str | None = None  # None: the non-members' own source
@@ -228,12 +230,30 @@ class MethodConfig:
     __pydantic_config__ = STRICT
 
     name: str
+    dose: Literal["auto"] | NonNegativeFloat = 1.0  # share of the change that is kept; auto: chosen, not validated yet
     loss_bound: PositiveFloat | None = None  # stop (exit 4) when the size of the loss passes it; null: no bound
     embedding_bound: PositiveFloat | None = None  # stop (exit 4) when the norm of an embedding passes it
 
     if TYPE_CHECKING:  # keys of the part that `name` names
 
         def __getattr__(self, key: str) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoseConfig:
+    """How `method.dose=auto` is chosen. Not validated; an earlier form did harm ([the dose](method.md#the-dose))."""
+
+    __pydantic_config__ = STRICT
+
+    grid: tuple[Annotated[float, Field(ge=0, le=1.6)], ...] = GRID  # doses that are tried, ascending, from 0
+    aim: Literal["half", "retained"] = "half"  # AUCs that are right: 1/2, or forget against retain at dose 0
+    images: PositiveInt = 512  # of retain, forget and watch each, at most
+    views: Annotated[int, Field(ge=2, multiple_of=2)] = 6  # of each image
+    knn_points: NonNegativeFloat = 2.0  # of accuracy on labelled retained images that may be lost, as far as is known
+    loss_share: NonNegativeFloat = 0.5  # of what the loss of retained images is below chance, that may be lost
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95  # of the interval of the dose and of those bounds
+    bootstrap: Annotated[int, Field(ge=100)] = 500  # draws behind that interval
+    enough: PositiveInt = 250  # with fewer watch images the smallest dose inside the interval is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +352,7 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
     method: Annotated[MethodConfig, _of(METHOD)] = field(default_factory=lambda: settings_of(METHOD))
+    dose: DoseConfig = field(default_factory=DoseConfig)
     constraint: Annotated[ConstraintConfig, _of(EVALUATOR)] = field(default_factory=lambda: settings_of(EVALUATOR))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)

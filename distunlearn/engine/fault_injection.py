@@ -41,6 +41,7 @@ POINTS = (
     "ledger",  # before the step is written down
     "save",  # before a checkpoint
     "saved",  # after a checkpoint
+    "dose",  # before a dose is looked at
     "finish",  # before the finished encoder is written
 )
 

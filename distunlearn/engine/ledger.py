@@ -74,6 +74,10 @@ class Ledger:
         """`phase` ended after `step` steps."""
         self._write({"event": "done", "phase": phase, "step": step, **facts})
 
+    def dose(self, **facts: object) -> None:
+        """A dose was chosen; facts: of `dose/curve.json`, with the digests of both ends and of the file of scores."""
+        self._write({"event": "dose", "phase": "unlearn", **facts})
+
     def code(self, version: str, digest: str, outside: Sequence[Mapping[str, str]] = ()) -> None:
         """From here on the run works under this version, whose files have this sha256.
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from distunlearn.common.files import file_sha256, write_json
+from distunlearn.common.files import file_sha256
 from distunlearn.common.random import VIEW_EPOCHS
-from distunlearn.common.tensors import write_tensors
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
 from distunlearn.data.loading.image_store import ImageStore
@@ -34,24 +33,23 @@ from distunlearn.data.schedule import Cycle
 from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.world import World
 from distunlearn.encoders.checkpoint_heads import other_heads, take_heads
-from distunlearn.encoders.export import export_backbone
-from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
-from distunlearn.encoders.weights import check_finite, load_checkpoint
+from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
+from distunlearn.encoders.weights import load_checkpoint
 from distunlearn.engine import fault_injection
+from distunlearn.engine.dose.settle import FULL, measure_dose, settle_dose
 from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
-from distunlearn.engine.session import Session, Trained, is_done, load_trained, scratch
-from distunlearn.errors import EvidenceError
+from distunlearn.engine.session import Session, Trained, is_done, load_trained, save_trained, scratch
+from distunlearn.errors import ConfigError, DataError, EvidenceError
 from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context, EncoderView
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
-from distunlearn.verify.run import DONE, STATE
-from distunlearn.verify.states import export_digests, read_tensors, state_digest
+from distunlearn.verify.run import DONE
 
 KEYS_AT_ONCE = 256
 CHECKPOINT = "checkpoint"  # in `done.json` of the original encoder: what was taken from `encoder.checkpoint`
@@ -104,7 +102,7 @@ def unlearn_digest(session: Session) -> str:
         original=training_digest(session, "pretrain"),
         retain=training_digest(session, "retrain"),
         unlearn=cfg.unlearn,
-        method=cfg.method,
+        method=dataclasses.replace(cfg.method, dose="auto"),
         constraint=cfg.constraint,
         data=session.manifest.fingerprint,
     )
@@ -139,7 +137,8 @@ def retrain(session: Session) -> Path:
 
 
 def unlearn(session: Session, start: Path | None = None) -> Path:
-    """Run the configured method on an encoder; returns the session's folder, which holds the result.
+    """Run the configured method on an encoder, and keep as much of its change as `method.dose` says; returns the
+    session's folder, which holds the result.
 
     start: folder of the finished encoder to begin with; None: the original one in the session's folder.
     """
@@ -150,12 +149,51 @@ def unlearn(session: Session, start: Path | None = None) -> Path:
     if start is not None:
         digest = _digest(unlearn=digest, start=json.loads((start / DONE).read_text(encoding="utf-8"))["state"])
     begun = (start or session.out / "original") if method.begins == "original" else None
-    _train(session, "unlearn", session.out, method, digest, start=begun)
+    if begun is None or not method.dosed(cfg):
+        _train(session, "unlearn", session.out, method, digest, start=begun)
+        return session.out
+    dosed = _digest(unlearn=digest, amount=str(cfg.method.dose), dose=cfg.dose if cfg.method.dose == "auto" else None)
+    if not is_done(session.out, dosed):
+        full = session.out / FULL
+        _train(session, "unlearn", session.out, method, digest, start=begun, result=full)
+        settle_dose(session, begun, full, dosed)
     return session.out
 
 
-def _train(session: Session, name: str, folder: Path, method: Method, digest: str, start: Path | None) -> None:
-    if is_done(folder, digest):
+def dose(session: Session) -> dict[str, Any]:
+    """Look at every dose of a finished unlearning, and change nothing; returns the figures of `<run>/dose/curve.json`.
+
+    Raises:
+        ConfigError: the method begins with other weights than the original encoder's, or trains nothing, so that there
+            is no line; or the run has no watch images.
+        DataError: the unlearning has not ended.
+    """
+    cfg = session.cfg
+    if not method_class(cfg).dosed(_with_auto(cfg)):
+        raise ConfigError(f"method.name={cfg.method.name} does not change the original encoder; it has no dose.")
+    refuse_missing(_with_auto(cfg), {role: len(session.manifest.ids(role)) for role in ROLES})
+    full = session.out / FULL if method_class(cfg).dosed(cfg) else session.out
+    if not (full / DONE).exists():
+        raise DataError(f"{session.out} holds no encoder that has forgotten; run unlearn first.")
+    return measure_dose(session, session.out / "original", full)
+
+
+def _with_auto(cfg: RunConfig) -> RunConfig:
+    return dataclasses.replace(cfg, method=dataclasses.replace(cfg.method, dose="auto"))
+
+
+def _train(
+    session: Session,
+    name: str,
+    folder: Path,
+    method: Method,
+    digest: str,
+    start: Path | None,
+    result: Path | None = None,
+) -> None:
+    """Train into `result` (None: `folder`); checkpoints lie in `folder`."""
+    result = result or folder
+    if is_done(result, digest):
         return
     cfg, backend = session.cfg, session.backend
     backend.world.on_main(lambda: require_same_code(session.ledger, cfg.runtime.accept_code_change))
@@ -202,7 +240,7 @@ def _train(session: Session, name: str, folder: Path, method: Method, digest: st
         facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
     if notes:
         facts[CHECKPOINT] = notes
-    _finish(session, name, folder, digest, model, trained, facts)
+    _finish(session, name, result, digest, model, trained, facts)
 
 
 def _original(session: Session, start: Path | None, method: Method) -> ContrastiveModel | None:
@@ -215,24 +253,15 @@ def _original(session: Session, start: Path | None, method: Method) -> Contrasti
 def _finish(
     session: Session, name: str, folder: Path, digest: str, model: ContrastiveModel, trained: Trained, facts: dict
 ) -> None:
-    """Weights first, `done.json` last; only the main rank writes."""
+    """Write the encoder that `backend` holds into `folder`."""
     backend = session.backend
     fault_injection.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
     if backend.world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_finite(state)
         tensors = {f"model.{k}": v for k, v in state.items()}
         tensors |= {f"momentum.{k}": v for k, v in trained.momentum.state_dict().items()} if trained.momentum else {}
         tensors |= {f"queue.{k}": v for k, v in trained.queue.state_dict().items()} if trained.queue else {}
-        session.ledger.may_write()
-        write_tensors(folder / STATE, tensors)
-        plain = build_model(session.cfg, session.num_classes)
-        plain.load_state_dict(state)
-        export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
-        session.ledger.may_write()
-        made = {"state": state_digest(read_tensors(folder / STATE)), "export": export_digests(folder / "export")}
-        write_json(folder / DONE, {"phase": name, "digest": digest, **made, **facts})
+        save_trained(session, folder, tensors, {"phase": name, "digest": digest, **facts})
     backend.release()
     backend.world.barrier()
 

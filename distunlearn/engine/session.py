@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from distunlearn.common.files import write_json
 from distunlearn.common.random import STREAMS
+from distunlearn.common.tensors import write_tensors
 from distunlearn.config.registry import own_attacks
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.world import World
+from distunlearn.encoders.export import export_backbone
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.encoders.own_module import is_own, locate
 from distunlearn.encoders.weights import check_finite
@@ -38,6 +42,7 @@ from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.verify.run import DONE, STATE, require_encoder
+from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 
 @contextmanager
@@ -158,6 +163,26 @@ def scratch(session: Session, name: str) -> Trained:
     momentum = MomentumEncoder(model) if objective.needs_momentum else None
     queue = KeyQueue(cfg.objective.queue_size, cfg.objective.output_dim) if objective.uses_queue else None
     return Trained(model, momentum, queue, {})
+
+
+def save_trained(session: Session, folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a model folder, on the main rank alone: weights first, `done.json` last.
+
+    tensors: whole, under `model.`, `momentum.` and `queue.`. facts: of `done.json`.
+
+    Raises:
+        NumericsError: weights that are not finite; nothing is written.
+    """
+    check_finite(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    session.ledger.may_write()
+    write_tensors(folder / STATE, tensors)
+    plain = build_model(session.cfg, session.num_classes)
+    plain.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
+    session.ledger.may_write()
+    made = {"state": state_digest(read_tensors(folder / STATE)), "export": export_digests(folder / "export")}
+    write_json(folder / DONE, {**facts, **made})
 
 
 def load_trained(folder: Path, session: Session) -> Trained:

@@ -95,6 +95,11 @@ class Method(ABC, Generic[Settings]):
         return cls.needs
 
     @classmethod
+    def dosed(cls, cfg: RunConfig) -> bool:
+        """Whether its change of the original encoder's weights is scaled once it has ended (`method.dose`)."""
+        return cls.begins == "original" and cls.steps != "none" and cfg.method.dose != 1
+
+    @classmethod
     def problems(cls, cfg: RunConfig) -> Iterator[str]:
         """Reasons why it cannot run with these settings, one sentence each, naming the keys."""
         return iter(())
@@ -173,4 +178,9 @@ def refuse_missing(cfg: RunConfig, counts: Mapping[str, int]) -> None:
             f"method.name={cfg.method.name} needs {' and '.join(lacking)}, which this run (objective.name="
             f"{cfg.objective.name}) does not have; choose another method or objective (distunlearn list methods), or "
             "data that have them."
+        )
+    if cfg.method.dose == "auto" and method_class(cfg).dosed(cfg) and not counts.get("watch"):
+        raise ConfigError(
+            "method.dose=auto needs watch images, by which the dose is chosen, and this run has none; set data.watch, "
+            "such as data.watch=250, or method.dose to a number."
         )

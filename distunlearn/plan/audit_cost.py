@@ -72,5 +72,5 @@ def _figures(
     if not all("images" in phase for phase in (trained, once, whole)):
         return found
     images = sum(steps) * trained["images"] // trained["steps"]  # every step of it has as many
-    images += unlearnings * (once["images"] + once.get("calibration_images", 0))
+    images += unlearnings * sum(once.get(part, 0) for part in ("images", "calibration_images", "dose_images"))
     return {**found, "images": images, "share_of_retraining": round(images / whole["images"], 4)}

@@ -15,6 +15,7 @@ from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.selection import request_facts
 from distunlearn.encoders.model import ContrastiveModel, build_model
+from distunlearn.engine.dose.looks import dose_images
 from distunlearn.engine.phases import pretrain_steps, take_checkpoint
 from distunlearn.engine.run_directory import refuse_large_batches, verified_manifest
 from distunlearn.engine.session import Trained
@@ -162,15 +163,17 @@ def _phases(
             phases[name]["not_counted"] = printable(str(error), 300)
             continue
         before = counted.calibration_images
+        after = dose_images(cfg, counts) if name == "unlearn" else 0
         phases[name] |= {
             "images": counted.images,
             **({"calibration_images": before} if before else {}),
+            **({"dose_images": after} if after else {}),
             "peak_memory_mib": round(counted.peak_bytes / MIB, 1),
         }
     whole = phases["retrain"].get("images")
     for phase in phases.values():
         if whole and "images" in phase:
-            images = phase["images"] + phase.get("calibration_images", 0)
+            images = sum(phase.get(part, 0) for part in ("images", "calibration_images", "dose_images"))
             phase["share_of_retraining"] = round(images / whole, 4)
     return phases
 

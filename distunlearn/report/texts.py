@@ -126,6 +126,7 @@ ROLES = {
     "forget": ("Forgotten", "training images that the request asks to remove"),
     "third_party": ("Third-party", "images the encoder was never trained on; they show it what a stranger looks like"),
     "third_party_audit": ("Third-party, for the audit", "images of the same kind that the forgetting never used"),
+    "watch": ("Watch", "images never trained on, by which the dose was chosen; in no loss and in no audit"),
     "calibration": ("Calibration", "images never trained on, used to set thresholds; in no audit"),
     "holdout": ("Held out", "images never trained on, used by nothing but this audit"),
 }

@@ -7,6 +7,7 @@ repeated: what is finished is checked and kept, what was interrupted goes on fro
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from distunlearn.audit.run_audit import collect_evidence
 from distunlearn.audit.trainings.shadows import audit_shadows
@@ -57,6 +58,12 @@ def unlearn(cfg: RunConfig, out: str | Path) -> None:
     with open_session(cfg, Path(out)) as session:
         phases.unlearn(session)
         check_coverage(session)
+
+
+def dose(run_dir: str | Path) -> dict[str, Any]:
+    """Look at every dose of a run that has unlearned, and change nothing; the figures of `<run>/dose/curve.json`."""
+    with open_session(saved_config(Path(run_dir)), Path(run_dir)) as session:
+        return phases.dose(session)
 
 
 def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:

@@ -57,12 +57,13 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
         found.notes.extend(_notes(lines))
     else:
         found.gaps.append("The ledger is not there, so nothing shows what was processed.")
-    named = {}
+    named, dose = {}, None
     for encoder, place in FOLDERS.items():
         done = _json(folder / place / DONE)
         if done is None:
             continue
         named[encoder] = done.get("state")
+        dose = done.get("dose") if encoder == "unlearned" else dose
         if (folder / place / STATE).exists():
             require_encoder(folder / place, done)
             found.states[encoder] = done["state"]
@@ -72,7 +73,7 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
             _require_steps(lines, PHASES[encoder], done)
     summary = _json(folder / "audit" / "summary.json")
     if summary is not None:
-        _require_summary(folder, summary, named, rules, lines, found)
+        _require_summary(folder, summary, named, dose, rules, lines, found)
     return found
 
 
@@ -109,16 +110,24 @@ def require_encoder(folder: Path, done: Mapping[str, Any]) -> None:
     require_same_backbone(state, folder / "export")
 
 
-def require_distinct(states: Mapping[str, str | None], method: str) -> None:
+def require_distinct(states: Mapping[str, str | None], method: str, dose: float | None = None) -> None:
     """No two encoders of a run are the same weights, but for methods that mean them to be.
 
+    dose: of the method's change that `done.json` of the unlearned encoder says was kept; at 0 it is the original one.
+
     Raises:
-        EvidenceError: two are.
+        EvidenceError: two are, or the unlearned is not the original one at dose 0.
     """
+    if dose == 0 and {"original", "unlearned"} <= set(states) and states["original"] != states["unlearned"]:
+        raise EvidenceError(
+            f"{DONE} says that dose 0 of method {method} was kept, and the unlearned encoder is not the original one; "
+            "one of them was changed; unlearn again."
+        )
+    may_be_one = MAY_BE_ONE.get("none" if dose == 0 else method)
     seen: dict[str, str] = {}
     for encoder, state in states.items():
         other = seen.setdefault(str(state), encoder)
-        if other != encoder and {other, encoder} != MAY_BE_ONE.get(method):
+        if other != encoder and {other, encoder} != may_be_one:
             raise EvidenceError(
                 f"the {other} and the {encoder} encoder are the same weights (state {str(state)[:12]}), which "
                 f"method {method} does not make; one was put in the place of the other; train it again."
@@ -140,6 +149,7 @@ def _require_summary(
     folder: Path,
     summary: Mapping[str, Any],
     named: Mapping[str, str | None],
+    dose: float | None,
     rules: Rules | None,
     lines: Sequence[dict],
     found: Checked,
@@ -158,7 +168,7 @@ def _require_summary(
                 f"audit/scores-{encoder}.json is of other weights (state {str(state)[:12]}) than the {encoder} encoder "
                 f"({str(named[encoder])[:12]}); audit the run again."
             )
-    require_distinct(states, rules.method)
+    require_distinct(states, rules.method, dose)
     again = judge(raw_scores(files), rules, unchanged=states["original"] == states["unlearned"])
     expected = plain({**again, "states": states})
     if lines:

@@ -13,7 +13,15 @@ SAMPLES = [(f"s/{i:03d}", i % 5) for i in range(100)]
 
 
 def config(**changes):
-    sizes = {"members": 40, "forget": 10, "holdout": 20, "calibration": 8, "third_party": 7, "third_party_audit": 5}
+    sizes = {
+        "members": 40,
+        "forget": 10,
+        "holdout": 20,
+        "calibration": 8,
+        "third_party": 7,
+        "third_party_audit": 5,
+        "watch": 6,
+    }
     return DataConfig(**{**sizes, **changes})
 
 
@@ -32,7 +40,15 @@ def listed(tmp_path, text, name="list.csv"):
 
 
 def test_counts_are_as_configured():
-    expected = {"retain": 30, "forget": 10, "holdout": 20, "calibration": 8, "third_party": 7, "third_party_audit": 5}
+    expected = {
+        "retain": 30,
+        "forget": 10,
+        "holdout": 20,
+        "calibration": 8,
+        "third_party": 7,
+        "third_party_audit": 5,
+        "watch": 6,
+    }
     assert counts(assign_roles(SAMPLES, config(), 0)) == expected
 
 
@@ -48,7 +64,7 @@ def test_members_do_not_depend_on_what_is_forgotten():
 
 
 def test_members_zero_takes_all_that_is_left():
-    assert counts(assign_roles(SAMPLES, config(members=None), 0))["retain"] == 100 - 40 - 10
+    assert counts(assign_roles(SAMPLES, config(members=None), 0))["retain"] == 100 - 46 - 10
 
 
 def test_share_of_members():
@@ -104,7 +120,7 @@ def test_every_class_gets_members_over_seeds():
         ({"forget": "class:9"}, DataError, "the classes 'class:0', 'class:1'"),
         ({"forget": "class:x"}, DataError, "nothing to forget"),
         ({"forget": "no/such/list.txt"}, DataError, "cannot be read"),
-        ({"members": 61}, DataError, "100 images but 101 are needed"),
+        ({"members": 61}, DataError, "100 images but 107 are needed"),
         ({"members": 0, "holdout": 90}, DataError, "100 images but"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 from distunlearn.errors import DataError
 
 SUMMARY = "summary.json"
-ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout")
+ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout", "watch")
 UNUSED = "unused"  # in shards that were indexed as they are: samples that have no role
 CODES = (*ROLES, UNUSED)
 CODE = {role: code for code, role in enumerate(CODES)}

@@ -1,7 +1,7 @@
 """Which role each image plays: at most one, so roles are disjoint by construction.
 
 Members (what the original encoder is trained on) are retain + forget. The forget part is a count, a
-share, a class or a list of ids. Holdout, calibration and both third-party roles are drawn from what is
+share, a class or a list of ids. Holdout, calibration, watch and both third-party roles are drawn from what is
 left, from a source of non-members, or from those that the list names; the third-party two come from another source
 when one is configured.
 """
@@ -86,6 +86,7 @@ def draw_roles(
     strangers = [("third_party", cfg.third_party), ("third_party_audit", cfg.third_party_audit)]
     if third_party is None:
         outside += strangers
+    outside.append(("watch", cfg.watch))
     own = outside if facts["non_members"] == "drawn" else []
 
     first = [*listed["forget"], *listed["retain"]]

@@ -3,7 +3,7 @@
 webdataset's own writer writes them: each sample is `<key>.<png|jpg|webp>`, `<key>.cls` (the label, if known) and
 `<key>.json` ({"id": ...}), in the order of these names, with a running number as the key. Three groups: `members-*`
 (retain and forget mixed, in an order drawn by seed, so a shard's name says nothing about what is to be forgotten),
-`third_party-*`, `reserve-*` (calibration and holdout). The same input gives the same bytes, whatever the number of
+`third_party-*`, `reserve-*` (calibration, holdout, watch). The same input gives the same bytes, whatever the number of
 processes.
 
 A shard is written together with a note of what is in it. After a kill the next attempt keeps every shard whose note
@@ -43,9 +43,10 @@ from distunlearn.errors import DataError, UndecodableError
 _GROUPS = {
     "members": ("retain", "forget"),
     "third_party": ("third_party", "third_party_audit"),
-    "reserve": ("calibration", "holdout"),
+    "reserve": ("calibration", "holdout", "watch"),
 }
-NON_MEMBERS = ("third_party", "calibration", "third_party_audit", "holdout")  # of equal bytes the first one stays
+# Of equal bytes the first one stays.
+NON_MEMBERS = ("third_party", "calibration", "third_party_audit", "holdout", "watch")
 _NAMED = 100  # undecodable images that are named at once; all of them are counted
 _OURS = (MANIFEST, SUMMARY)
 _OUR_SHARDS = re.compile(rf"({'|'.join(_GROUPS)})-\d{{6}}\.tar")

@@ -31,10 +31,11 @@ from distunlearn.errors import DataError
 PARTS = {  # what a user hands over, and the roles that are drawn from it, the last of which takes what is left
     "retain": ("retain",),
     "forget": ("forget",),
-    "holdout": ("calibration", "holdout"),
+    "holdout": ("calibration", "watch", "holdout"),
     "third_party": ("third_party_audit", "third_party"),
 }
-SHARES = {"calibration": 0.25, "third_party_audit": 1 / 3}  # of a set that is too small for the number in the settings
+# Of a set that is too small for the numbers in the settings.
+SHARES = {"calibration": 0.25, "watch": 0.3, "third_party_audit": 1 / 3}
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # of PIL images that PNG holds without loss
 _SLACK = 1e-6  # by which rounding may leave [0, 1]
 
@@ -128,9 +129,9 @@ def fixed_roles(
 ) -> tuple[dict[str, str], dict[str, int]]:
     """({id: role}, images that were left out by part): which dataset an image came from decides its role.
 
-    Calibration images are drawn from the holdout, third-party images for the audit from the third party: as many as
-    the settings say, of a set that is small for the default number a share (`SHARES`). A non-member with the very
-    pixels of a member, or of a non-member of an earlier part, is left out.
+    Calibration and watch images are drawn from the holdout, third-party images for the audit from the third party: as
+    many as the settings say, of a set that is small for the default number a share (`SHARES`). A non-member with the
+    very pixels of a member, or of a non-member of an earlier part, is left out.
 
     Args:
         source: of the datasets `PARTS`. seed: of the draws. asked: names of roles whose number the user has set.
@@ -152,7 +153,7 @@ def fixed_roles(
             wanted = getattr(cfg, name)
             counts.append((name, wanted if name in asked else min(wanted, int(len(ids) * SHARES[name]))))
         rest = len(ids) - sum(count for _, count in counts)
-        if rest < 1 or any(count < 1 for _, count in counts):
+        if rest < 1 or any(count < 1 and getattr(cfg, name) for name, count in counts):
             dropped = f" ({left_out[part]} more have the pixels of other images)" if left_out[part] else ""
             raise DataError(
                 f"{part} has {len(ids)} images{dropped}, expected at least one each for {' and '.join(names)}"

@@ -1,0 +1,116 @@
+"""Which dose: the one at which the images to forget look most like non-members that nothing else has seen.
+
+    J(dose) = sum over features f of | AUC_f(forget, watch; dose) - aim_f |
+
+over the doses at which the encoder keeps what it knows of the retained images. Pure functions of arrays.
+
+Shapes: A = doses, F = features, B = bootstrap draws; r, n, m = images to retain, to forget, to watch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from distunlearn.config.schema import DoseConfig
+from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images
+
+KNOWN_FLOOR = 0.1  # of the loss of chance: an encoder that knows next to nothing has little to lose
+
+
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """What was seen of each image at each dose.
+
+    retain, forget, watch: float64 [A, r, F], [A, n, F], [A, m, F]; higher or lower, a member differs.
+    loss: float64 [A, r], of the retained images. chance: the loss of an encoder that knows nothing.
+    right: float64 [A, r], 1 where a retained image has the class of most of its neighbours, NaN without a label.
+    """
+
+    retain: np.ndarray
+    forget: np.ndarray
+    watch: np.ndarray
+    loss: np.ndarray
+    chance: float
+    right: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """dose: what was chosen. best: where J is smallest. low, high: the bootstrap interval of `best` over images.
+
+    auc: [A, F]. criterion: J, [A]. aims: [F]. allowed: bool [A].
+    lost, lost_upper: what is gone of the retained images' loss, and its upper confidence bound, [A, 2]: in shares of
+        what dose 0 is below chance; and in points of the accuracy of their neighbours, 0 without labels.
+    """
+
+    dose: float
+    best: float
+    low: float
+    high: float
+    auc: np.ndarray
+    criterion: np.ndarray
+    aims: np.ndarray
+    lost: np.ndarray
+    lost_upper: np.ndarray
+    allowed: np.ndarray
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+
+def choose(looks: Looks, cfg: DoseConfig, seed: int, aim: str | None = None) -> Choice:
+    """The dose for `cfg.grid`; aim: in place of `cfg.aim`.
+
+    With fewer than `cfg.enough` watch images it is the smallest dose of the interval: of two that cannot be told apart,
+    the one that changes less.
+    """
+    grid, features = np.array(cfg.grid), looks.forget.shape[2]
+    lost, upper = _lost(looks, cfg.confidence)
+    allowed = (upper <= (cfg.loss_share, cfg.knn_points)).all(1) | (grid == 0)
+    aims = np.full(features, 0.5)
+    if (aim or cfg.aim) == "retained":
+        aims = np.array([_auc(looks.forget[0, :, f], looks.retain[0, :, f]) for f in range(features)])
+    draws = draw_images(looks.forget.shape[1], looks.watch.shape[1], cfg.bootstrap, seed)
+    found = np.empty((len(grid), features))
+    criteria = np.zeros((len(grid), cfg.bootstrap))
+    for a in range(len(grid)):
+        for f in range(features):
+            comparison = Comparison.of(looks.forget[a, :, f], looks.watch[a, :, f])
+            found[a, f] = auc(comparison)
+            criteria[a] += np.abs(auc_bootstrap(comparison, draws) - aims[f])
+    criterion = np.abs(found - aims).sum(1)
+    best = grid[_smallest(criterion[:, None], allowed)[0]]
+    drawn = grid[_smallest(criteria, allowed)]
+    tail = (1 - cfg.confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
+    dose = best if looks.watch.shape[1] >= cfg.enough else min(best, low)
+    return Choice(float(dose), float(best), float(low), float(high), found, criterion, aims, lost, upper, allowed)
+
+
+def _auc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    return auc(Comparison.of(positives, negatives))
+
+
+def _smallest(criteria: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Rows of the smallest values among those allowed, of each column; the first of equal ones."""
+    return np.where(allowed[:, None], criteria, np.inf).argmin(0)
+
+
+def _lost(looks: Looks, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and upper bound of what is lost, paired over images, [A, 2]; see `Choice`."""
+    known = max(looks.chance - looks.loss[0].mean(), KNOWN_FLOOR * looks.chance)
+    labelled = np.isfinite(looks.right[0])
+    figures = ((looks.loss - looks.loss[0]) / known, 100 * (looks.right[:1] - looks.right)[:, labelled])
+    quantile, parts = stats.norm.ppf(confidence), []
+    for values in figures:
+        count = values.shape[1]
+        mean = values.mean(1) if count else np.zeros(len(values))
+        error = values.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(len(values))
+        parts.append((mean, mean + quantile * error))
+    return np.stack([mean for mean, _ in parts], axis=1), np.stack([upper for _, upper in parts], axis=1)
