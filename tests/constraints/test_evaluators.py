@@ -293,6 +293,7 @@ def test_attention_stays_fused_but_for_double_backward(name):
     cfg = config("vit", name)
     ctx = context(cfg, torch.float32)
     keys, roles = small.bank(ctx), (small.batch("forget"), small.batch("third_party"))
+    small.step(small.evaluator(cfg), ctx, *roles, keys)  # looks which layers can be followed: once, and fused for all
     with Kernels() as seen:
         small.gradient(ctx, small.step(small.evaluator(cfg), ctx, *roles, keys).term)
     fused = any("flash_attention" in kernel and "backward" in kernel for kernel in seen.names)
