@@ -379,7 +379,7 @@ def _require_schedule(session: Session, lines: Sequence[dict]) -> None:
             named = Counter(found.get("forget", ()))
             draws = range(step * accumulate, (step + 1) * accumulate)
             due = Counter(i for draw in draws for i in cycle.at(draw)[1]) if cycle else Counter()
-            expected = {**sizes, "forget": len(named)} if phase == "unlearn" else sizes  # `scrub` ends without them
+            expected = {**sizes, "forget": named.total()} if phase == "unlearn" else sizes  # `scrub` ends without them
             counts = {name: n for name, n in found.get("count", {}).items() if name in sizes}
             wrong = named != due if step < method.forget_steps() else named not in (due, Counter())
             if step >= total or not found or wrong or any(expected[name] != n for name, n in counts.items()):
