@@ -98,7 +98,9 @@ def create_args(encoder: EncoderConfig) -> dict[str, Any]:
     return {**args, "in_chans": encoder.in_chans, "num_classes": 0}
 
 
-_SOUND: set[str] = set()  # settings whose embedding this process has checked: a run builds its encoder ten times
+_SOUND: set[tuple] = (
+    set()
+)  # settings and names of weights whose embedding this process has checked: a run builds its encoder ten times
 
 
 def create_backbone(encoder: EncoderConfig) -> nn.Module:
@@ -123,9 +125,10 @@ def create_backbone(encoder: EncoderConfig) -> nn.Module:
     except Exception as error:  # timm and torch raise whatever the wrong argument happens to break
         raise _refused(encoder, error) from error
     _check_patches(backbone, encoder)
-    if repr(encoder) not in _SOUND:
+    key = repr(encoder), tuple(backbone.state_dict())
+    if key not in _SOUND:
         _check_embedding(backbone, encoder)
-        _SOUND.add(repr(encoder))
+        _SOUND.add(key)
     without_chance(backbone)
     return backbone
 

@@ -12,6 +12,7 @@ from processes import start_ranks
 from test_launchers import SETTINGS, deviation, execute, logged
 from whole_checkpoint import save_checkpoint
 
+from distunlearn.engine.backends.tensor_shards import whole as whole_tensor
 from distunlearn.engine.checkpoint import format
 from distunlearn.engine.checkpoint.tensors import optimizer_state, read_state
 from distunlearn.verify.ledger import read_ledger
@@ -83,6 +84,6 @@ def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path):
         for value in entries.values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
-    tensors = {n: whole(t) for n, t in read_state(newest).items() if not n.startswith("optimizer.")}
+    tensors = {n: whole_tensor(t) for n, t in read_state(newest).items() if not n.startswith("optimizer.")}
     save_checkpoint(folder, newest.step, tensors, optimizer, newest.facts)
     assert go_on(changed, whole, tmp_path / "run", "single") > 10 * CLOSE

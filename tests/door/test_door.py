@@ -142,7 +142,7 @@ def test_fresh_weights_are_a_function_of_the_seed_alone() -> None:
 def test_a_module_that_cannot_be_reset_has_no_reference(tmp_path: Path) -> None:
     assert without_reset(hand_over(Fixed())) == ["the encoder itself"]
     assert without_reset(hand_over(Fixed(), Fixed)) == []
-    tiny = {**TINY, "steps": 3}
+    tiny = {**TINY, "steps": 3, "mean": [0.5], "std": [0.5]}
     run = du.unlearn(Fixed(), **datasets(), out=tmp_path / "run", **tiny).audit()
     assert run.figures["tier"] == 0 and run.figures["attacks"]["view_agreement"]["retrained"]["auc"] is None
     assert run.verdict == "inconclusive"

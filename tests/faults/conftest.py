@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from sizes import SMALL
 from zygote import Zygote
-
-SMALL = ("pretrain.epochs=1", "unlearn.steps=5", "unlearn.checkpoint_every=2")
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import SMALL
 from metrics_file import read_metrics
 from safetensors.torch import load_file
+from sizes import SMALL
 
 from distunlearn.engine import fault_injection
 from distunlearn.errors import ConfigError

@@ -104,7 +104,9 @@ OPTIONS = {
     "prepare": "--out --config --set", "pretrain": "--out --config --set", "unlearn": "--out --config --set",
     "audit": "", "report": "", "run": "--out --config --set", "purge": "--apply --no-apply", "status": "",
     "plan": "--out --config --set", "list": "", "doctor": "--out --config --set",
-    "index": "--config --set",
+    "index": "--config --set", "dose": "", "keygen": "", "certify": "--key",
+    "convert": "--args --image-size --in-chans --name --out --prefix --to",
+    "verify": "--export --json --run --secret --trust",
     "submit": (
         "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run "
         "--no-dry-run --gpus --memory --name --nodes --partition --requeues --setup --tasks --time --warning"

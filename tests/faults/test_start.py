@@ -7,7 +7,7 @@ import socket
 import pytest
 import tiny
 import torch
-from conftest import SMALL
+from sizes import SMALL
 
 from distunlearn.config.schema import RunConfig, RuntimeConfig
 from distunlearn.config.shape import marked

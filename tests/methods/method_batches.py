@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -26,6 +27,11 @@ def batch(role: str, count: int | None = None) -> Batch:
         epochs=np.zeros(count, dtype=np.int64),
         labels=torch.arange(count) % 3,
     )
+
+
+def darker(found: Batch, times: int) -> Batch:
+    """The same images with pixels that many times smaller."""
+    return replace(found, cut=lambda *wanted: found.cut(*wanted) // times, crops=None)
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def test_a_repetition_without_the_hooks_of_then_is_another_forward(encoder, eval
     monkeypatch.setattr(activation_checkpointing, "_contexts", lambda part: (nullcontext(), nullcontext()))
     try:
         found = trained(encoder, evaluator, "checkpointing")
-    except CheckpointError:  # other tensors were kept
+    except (CheckpointError, ValueError):  # other tensors were kept, other calls recorded
         return
     assert difference(found, plain(encoder, evaluator)) > 1e-4
 

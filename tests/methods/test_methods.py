@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from method_batches import darker
 from parts import METHODS, constraint_settings, method_settings, objective_settings
 from photo_batches import photo_batch
 
@@ -291,7 +292,7 @@ def test_calibration_finds_a_target_only_where_third_party_differ():
 
     def foreign(role: str) -> Batch:
         found = batch(role, 60)
-        return replace(found, images=found.images // 8) if role == "third_party" else found
+        return darker(found, 8) if role == "third_party" else found
 
     differs = ThirdParty(config()).calibrate(ctx, foreign)
     assert differs["phi_star_output"] > 0 and differs["calibration_p_output"] <= 0.01

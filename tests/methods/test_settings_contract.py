@@ -122,7 +122,7 @@ def test_evaluators_with_a_step_have_its_settings(name):
 # No part's name is known to what uses it
 
 ASKED = ("config", "data", "distributed", "encoders", "engine", "plan", "run", "cli", "report", "audit")
-ELSEWHERE = {"config/registry.py", "config/recipes.py"}
+ELSEWHERE = {"config/registry.py", "config/recipes.py", "config/photo_recipes.py", "config/view_recipes.py"}
 COMMON = {"none", "retrain", "third_party", "head", "sketch"}  # roles, phases and words besides
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from method_batches import batch, in_float64
+from method_batches import batch, darker, in_float64
 from test_method_losses import CLOSE, TAU, config, context, gradients, started, unit
 from torch import Tensor
 
@@ -153,7 +153,7 @@ def settings(**changes):
 def samples(role: str) -> Batch:
     """Third-party images darker than those of calibration; more retain images than a bank takes."""
     found = batch(role, {"retain": 20, "third_party": 16, "calibration": 14}[role])
-    return replace(found, images=found.images // 3) if role == "third_party" else found
+    return darker(found, 3) if role == "third_party" else found
 
 
 def test_calibration_by_hand():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rundir import Page, build_run, change_json
+
 from distunlearn.report.data import load_run
 from distunlearn.report.render import render
-from tests.report.rundir import Page, build_run, change_json
 
 
 def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:

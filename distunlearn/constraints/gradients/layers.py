@@ -142,11 +142,13 @@ def _seen_otherwise(
         output = network(images).output
         outputs = [out for seen in calls.values() for _, out in seen]
         found = torch.autograd.grad(output[1].sum(), outputs, allow_unused=True) if outputs else ()
-    deltas = iter(found)
+    of = [(name, x) for name, seen in calls.items() for x, _ in seen]
+    why: dict[str, list[str | None]] = {name: [] for name in calls}
+    for (name, x), delta in zip(of, found, strict=True):
+        why[name].append(_reason(layers[name], x, delta))
     left = {}
-    for name, seen in calls.items():
-        reasons = [_reason(layers[name], x, next(deltas)) for x, _ in seen]
-        if not seen:
+    for name, reasons in why.items():
+        if not reasons:
             left[name] = "whose weight is used past their own forward, or not at all"
         elif any(reasons):
             left[name] = next(filter(None, reasons))
