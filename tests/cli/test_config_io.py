@@ -158,7 +158,7 @@ def test_a_key_of_another_part_is_refused_with_its_owners_and_the_nearest_key():
     message = refusal("method.name=finetune", "method.gradient_weight=2")
     assert message == (
         "--set method.gradient_weight=2: unknown key method.gradient_weight with method.name=finetune (it is a setting "
-        "of third_party); expected one of name, loss_bound, embedding_bound"
+        "of third_party); expected one of name, dose, loss_bound, embedding_bound"
     )
     message = refusal("method.name=scrub", "method.retain_wight=2")
     assert "unknown key method.retain_wight with method.name=scrub; did you mean method.retain_weight?" in message

@@ -153,6 +153,7 @@ def test_the_dataset_decides_the_role() -> None:
     counts = {role: list(roles.values()).count(role) for names in PARTS.values() for role in names}
     assert counts == {
         "retain": 40, "forget": 40, "calibration": 10, "holdout": 30, "third_party_audit": 13, "third_party": 27,
+        "watch": 0,
     }  # fmt: skip
     assert not any(left_out.values())
     again, _ = fixed_roles(four(), DataConfig(), 0, ())

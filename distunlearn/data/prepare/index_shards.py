@@ -31,7 +31,7 @@ from distunlearn.data.prepare.roles import draw_roles
 from distunlearn.data.prepare.write_shards import Progress, duplicate_facts
 from distunlearn.data.sources.decode import check_header
 from distunlearn.data.sources.image_folder import left_out
-from distunlearn.data.sources.tar_folder import other_files, tar_names
+from distunlearn.data.sources.tar_folder import file_names, other_files, tar_names
 from distunlearn.data.sources.tar_index import number_labels, read_tar, unique_ids
 from distunlearn.data.storage.object_store import ObjectStore
 from distunlearn.data.storage.retry import Counts
@@ -78,13 +78,13 @@ def index_shards(
         raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards or their manifest.")
     remote = Remote(cfg.store, cfg.read_retries) if cfg.store else None
     store = ObjectStore(remote.url, remote.retries) if remote else None
-    listed = store.names(Counts()) if store else tar_names(folder)
-    names = [check_shard_name(name) for name in listed]
+    listed = store.names(Counts()) if store else [*tar_names(folder), *file_names(folder)]
+    names = [check_shard_name(n) for n in dict.fromkeys(listed) if n.endswith(".tar") and n[0] != "."]
     with _work_folder(folder) as work:
         shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None, remote, cfg.forget_by)
         total = sum(store.sizes(names, Counts()) if store else ((folder / name).stat().st_size for name in names))
         workers = num_workers(cfg.prepare_workers, total >> 14, len(names))  # 16 KiB: a small image and its parts
-        found = _Found(other_files(folder))
+        found = _Found(other_files(listed))
         for name, note in zip(names, run_jobs(_scan, shared, names, workers), strict=True):
             found.add(name, note)
             if progress is not None:

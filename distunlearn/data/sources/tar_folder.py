@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from distunlearn.data.sources.image_folder import checked, file_stamp, without_list
@@ -28,7 +29,7 @@ class ShardSource:
         self._root = root
         self._max_pixels = max_pixels
         names = tar_names(root)
-        self.skipped = other_files(root)
+        self.skipped = other_files(file_names(root))
         found: list[tuple[str, TarSample]] = []
         for name in names:
             found += [(name, sample) for sample in read_tar(root / name, self.skipped)]
@@ -77,8 +78,12 @@ def tar_names(root: Path) -> list[str]:
     return names
 
 
-def other_files(root: Path) -> Counter[str]:
+def file_names(root: Path) -> list[str]:
+    """Names of the files of a folder."""
+    return [entry.name for entry in root.iterdir() if entry.is_file()]
+
+
+def other_files(names: Iterable[str]) -> Counter[str]:
     """Files of a folder of shards that are no shards, by ending: such as .tgz, which is not read."""
-    names = (entry.name for entry in root.iterdir() if entry.is_file() and entry.name not in _OURS)
-    endings = (Path(name).suffix.lower() if name[0] != "." else "hidden" for name in names)
+    endings = (Path(name).suffix.lower() if name[0] != "." else "hidden" for name in names if name not in _OURS)
     return Counter(ending or "without ending" for ending in endings if ending != ".tar")

@@ -84,11 +84,12 @@ class ObjectStore:
         return found
 
     def names(self, counts: Counts) -> list[str]:
-        """Names of the .tar files in the folder, sorted; DataError if none is listed."""
+        """Names of the files in the folder, sorted; DataError if no .tar file is listed."""
         spans = [Span("", about="the list of its shards")]
         ask = lambda _: [self._tried("ls", "", detail=False)]  # noqa: E731
         entries = patiently(spans, ask, self.retries, counts, self._refusal)[0]
-        if found := sorted({path.rpartition("/")[2] for path in entries if path.endswith(".tar")}):
+        found = sorted({path.rpartition("/")[2] for path in entries} - {""})
+        if any(name.endswith(".tar") for name in found):
             return found
         raise DataError(f"{printable(self.url)} lists no .tar files; give the folder that holds the shards.")
 
