@@ -220,7 +220,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
         compared = self.evaluator.features(ctx, self._labelled(ctx, forget), self._labelled(ctx, third), bank)
         found = compared.pull(*self._match_gradients(ctx, compared))
-        pull = self._require_pull(ctx, found) if ctx.step == 0 else None
+        pull = self._require_pull(ctx, found, on["gradient"]) if ctx.step == 0 else None
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
         self.spread_output.update(all_gather_uneven(o_t))
@@ -254,18 +254,20 @@ class ThirdParty(Method[ThirdPartyConfig]):
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
 
-    def _require_pull(self, ctx: Context, found: Constrained) -> float:
+    def _require_pull(self, ctx: Context, found: Constrained, on: bool) -> float:
         """Norm of the constraint's gradient where it enters the encoder, for this rank's forget images.
 
+        on: whether the switch lets it through: of several micro-batches the first may have met the target.
+
         Raises:
-            NumericsError: on any rank it is 0 where there are images: the run would forget nothing and not notice.
-                All ranks raise it, for each would wait for the others.
+            NumericsError: on any rank it is 0 where there are images, and it is on: the run would forget nothing and
+                not notice. All ranks raise it, for each would wait for the others.
         """
         norm, vanishes = 0.0, False
         if found.places[0].numel():
             parts = torch.autograd.grad(found.term, found.places, retain_graph=True, allow_unused=True)
             norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
-            vanishes = norm == 0
+            vanishes = on and norm == 0
         if float(all_reduce_mean(torch.tensor(float(vanishes), device=ctx.device))) > 0:
             raise NumericsError(
                 "the gradient constraint has no gradient at the first step, expected one above 0; the encoder's "

@@ -153,6 +153,15 @@ def test_a_constraint_without_gradient_stops_the_run():
         method.loss(ctx, BATCHES)
 
 
+def test_a_constraint_whose_target_an_earlier_micro_batch_met_runs_on():
+    method, ctx = started(config())
+    method.switch_gradient.set_target(1e6)
+    assert method.loss(ctx, BATCHES).metrics["constraint_gradient"] > 0  # nothing is known of Phi yet
+    ctx.micro = 1
+    metrics = method.loss(ctx, BATCHES).metrics
+    assert (metrics["gradient_term_on"], metrics["constraint_gradient"]) == (False, 0)
+
+
 def test_a_constraint_without_gradient_on_another_rank_stops_this_one_too(monkeypatch):
     method, ctx = started(config())
     monkeypatch.setattr(third_party, "all_reduce_mean", lambda x: torch.full_like(x, 0.5))  # one of two says so
