@@ -220,7 +220,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
         compared = self.evaluator.features(ctx, self._labelled(ctx, forget), self._labelled(ctx, third), bank)
         found = compared.pull(*self._match_gradients(ctx, compared))
-        pull = self._require_pull(ctx, found, on["gradient"]) if ctx.step == 0 else None
+        pull = self._require_pull(ctx, found, on["gradient"] > 0) if ctx.step == 0 else None
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
         self.spread_output.update(all_gather_uneven(o_t))
