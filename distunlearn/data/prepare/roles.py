@@ -249,10 +249,11 @@ def _draw_outside(
     """Roles of images of another source than the members'. key: of the settings that name it."""
     needed = sum(count for _, count in shares)
     if needed > len(samples):
-        parts = " + ".join(f"{count} {role}" for role, count in shares)
+        asked = [(role, count) for role, count in shares if count]
+        parts = " + ".join(f"{count} {role}" for role, count in asked)
         raise DataError(
             f"The {key.replace('_', '-')} source {source} has {len(samples)} images but {needed} are needed ({parts}); "
-            f"lower data.{key}*."
+            f"lower {' or '.join(f'data.{role}' for role, _ in asked)}, or bring more."
         )
     assert not any(sample_id in taken for sample_id, _ in samples), "ids of two sources collide"
     order = [samples[i][0] for i in permutation(len(samples), seed, key)]
