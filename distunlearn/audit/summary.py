@@ -69,16 +69,9 @@ def summarise(
         len(holdout),
     )
     judged = judge(raw, rules, unchanged="original" in states and states["original"] == states["unlearned"])
-    described = {name: describe(s) for name, s in signals.items()}
     summary = {
         **{name: judged[name] for name in ("attacks", "further_attacks", "utility")},
-        "two_sample": {name: _compare(described[name], first, "forget", "third_party_audit", cfg) for name in signals},
-        "controls": {
-            "third_party_against_holdout": {
-                name: _compare(described[name], first, "third_party_audit", "holdout", cfg) for name in signals
-            },
-            "power": {name: attack["power"] for name, attack in judged["attacks"].items()},
-        },
+        **_told_apart(signals, judged["attacks"], cfg),
         "similarity": similarities(signals),
         **_completeness(signals, raw, judged["utility"], cfg),
         "relearning": relearning_figures(relearned, cfg) if relearned else None,
@@ -97,6 +90,24 @@ def summarise(
         for name in signals
     }
     return plain(summary), scores
+
+
+def _told_apart(
+    signals: Mapping[str, Signals], attacks: Mapping[str, Mapping[str, Any]], cfg: RunConfig
+) -> dict[str, dict[str, Any]]:
+    """Two-sample tests by encoder, the second of them as a control beside the power of each attack."""
+    first, described = signals["original"], {name: describe(s) for name, s in signals.items()}
+
+    def compared(one: str, other: str) -> dict[str, Any]:
+        return {name: _compare(found, first, one, other, cfg) for name, found in described.items()}
+
+    return {
+        "two_sample": compared("forget", "third_party_audit"),
+        "controls": {
+            "third_party_against_holdout": compared("third_party_audit", "holdout"),
+            "power": {name: attack["power"] for name, attack in attacks.items()},
+        },
+    }
 
 
 def _completeness(

@@ -25,7 +25,7 @@ INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", 2: "bilinear", 3
 
 def with_preprocessing(encoder: EncoderConfig) -> EncoderConfig:
     """The settings with what is not given and is written down in one way only."""
-    if encoder.checkpoint is None:
+    if encoder.checkpoint is None or all(getattr(encoder, key) is not None for key in PREPROCESSING):
         return encoder
     path = Path(encoder.checkpoint)
     found = [_read(content) for content in (*_beside(path), *_published(path, encoder.name))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 _SHARDS = "tests/faults/test_shard_faults.py::"
 _PREPARE = "tests/faults/test_prepare_faults.py::"
 _LISTS = "tests/faults/test_forget_list_faults.py::"
+_COPIES = "tests/faults/test_copies.py::"
 _REFUSALS = "tests/faults/test_refusals.py::"
 _DECODE = "tests/data/test_decode.py::"
 _RUNS = "tests/dist/test_data_faults.py::"
@@ -216,15 +217,15 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     "F06": (
         "exact copy among the retained: refused, forgotten too, or kept and recorded",
         [
-            f"{_LISTS}test_f06_exact_copies_of_a_forgotten_image",
+            f"{_COPIES}test_f06_exact_copies_of_a_forgotten_image",
         ],
     ),
     "F07": (
         "near-copies among the retained: counted by a perceptual hash in summary and plan",
         [
-            f"{_LISTS}test_f07_near_copies_are_counted",
-            f"{_LISTS}test_perceptual_hashes_stay_for_copies_and_differ_for_others",
-            f"{_LISTS}test_near_copies_equal_a_comparison_of_all_pairs",
+            f"{_COPIES}test_f07_near_copies_are_counted",
+            f"{_COPIES}test_perceptual_hashes_stay_for_copies_and_differ_for_others",
+            f"{_COPIES}test_near_copies_equal_a_comparison_of_all_pairs",
         ],
     ),
     "F08": (

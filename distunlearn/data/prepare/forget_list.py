@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -92,50 +92,63 @@ def resolve_list(
     finder = _Finder(table, root, names)
     form = sniff(path, column, by, lambda some_texts: (finder.plain(some_texts) >= 0).tolist())
     faults = Faults(path)
-    found: dict[str, list[np.ndarray]] = {role: [] for role in LIST_ROLES}
-    lost: list[np.ndarray] = []
-    missing: dict[str, None] = {}
-    total = comments = 0
-    stream = entries(path, form, faults)
+    read = _look_up(entries(path, form, faults), finder, form.kind == "lines", faults, plain_ids=names is None)
+    num_missing = len(np.unique(np.concatenate([np.zeros(0, dtype="<u8"), *read.lost])))
+    if num_missing and not allow_missing:
+        faults.add(_missing_words(read.missing, num_missing, table, skipped), num_missing)
+    result = {role: _each_once(finder.all_of(np.concatenate([np.zeros(0, np.int64), *parts])))
+              for role, parts in read.found.items()}  # fmt: skip
+    _refuse_two_roles(result, table, faults)
+    faults.refuse()
+    if not read.total:
+        raise DataError(f"The list {path} holds no ids, so there is nothing to forget; list at least one id.")
+    skips = [f"{read.comments} comment lines skipped"] if read.comments else []
+    rows = np.concatenate([np.zeros(0, np.int64), *(part for parts in read.found.values() for part in parts)])
+    duplicates = len(rows) - len(np.unique(rows)) + sum(map(len, read.lost)) - num_missing
+    words = "; ".join([form.words(), *finder.words(), *skips])
+    return Resolved(result, read.total, list(read.missing), num_missing, duplicates, list_sha256(path), words)
+
+
+@dataclass
+class _Read:
+    """What a list says: rows by role, hashes and the first of the ids that no image has, and how many entries."""
+
+    found: dict[str, list[np.ndarray]] = field(default_factory=lambda: {role: [] for role in LIST_ROLES})
+    lost: list[np.ndarray] = field(default_factory=list)
+    missing: dict[str, None] = field(default_factory=dict)
+    total: int = 0
+    comments: int = 0
+
+
+def _look_up(
+    stream: Iterator[tuple[int, str, str]], finder: _Finder, comments: bool, faults: Faults, *, plain_ids: bool
+) -> _Read:
+    """All entries of a list, a part at a time. comments: whether a `#` line that names no image is one."""
+    read = _Read()
     while chunk := list(islice(stream, LOOKED_UP)):
         rows = finder.find([text for _, text, _ in chunk], faults)
         absent = []
         by_role: dict[str, list[int]] = {}
         for (line, text, role), row in zip(chunk, rows.tolist(), strict=True):
-            if row == -1 and form.kind == "lines" and text.startswith("#"):
-                comments += 1
+            if row == -1 and comments and text.startswith("#"):
+                read.comments += 1
                 continue
-            total += 1
+            read.total += 1
             role = "forget" if role == "" else role.replace("-", "_").replace(" ", "_")
-            if role not in found:
+            if role not in read.found:
                 faults.add(f"line {line}: role is {role[:40]!r}; expected forget, retain, {NON_MEMBER} or a role")
             elif row >= 0:
                 by_role.setdefault(role, []).append(row)
             elif row == -1:
                 absent.append((line, text))
         for role, these in by_role.items():
-            found[role].append(np.array(these, dtype=np.int64))
-        absent = _without_impossible(absent, faults) if names is None else absent
-        lost.append(hash_ids(text for _, text in absent))
+            read.found[role].append(np.array(these, dtype=np.int64))
+        absent = _without_impossible(absent, faults) if plain_ids else absent
+        read.lost.append(hash_ids(text for _, text in absent))
         for _, text in absent:
-            if len(missing) < _MISSING_KEPT:
-                missing[normal_id(text) if names is None else text] = None
-    num_missing = len(np.unique(np.concatenate([np.zeros(0, dtype="<u8"), *lost])))
-    if num_missing and not allow_missing:
-        faults.add(_missing_words(missing, num_missing, table, skipped), num_missing)
-    result = {role: _each_once(finder.all_of(np.concatenate([np.zeros(0, np.int64), *parts])))
-              for role, parts in found.items()}  # fmt: skip
-    _refuse_two_roles(result, table, faults)
-    faults.refuse()
-    if not total:
-        raise DataError(f"The list {path} holds no ids, so there is nothing to forget; list at least one id.")
-    words = [form.words(), *finder.words(), *([f"{comments} comment lines skipped"] if comments else [])]
-    listed = sum(len(part) for parts in found.values() for part in parts)
-    unique = len(np.unique(np.concatenate([part for parts in found.values() for part in parts]))) if listed else 0
-    duplicates = listed - unique + sum(map(len, lost)) - num_missing
-    return Resolved(
-        result, total, list(missing), num_missing, duplicates, list_sha256(path), "; ".join(words)
-    )  # fmt: skip
+            if len(read.missing) < _MISSING_KEPT:
+                read.missing[normal_id(text) if plain_ids else text] = None
+    return read
 
 
 class _Finder:

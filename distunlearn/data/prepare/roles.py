@@ -77,11 +77,7 @@ def draw_roles(
     listed, facts = _read_list(cfg, samples, names, skipped)
     named = {i: role for role in LIST_ROLES[2:] for i in listed.get(role, ())}
     facts["non_members"] = "drawn" if holdout is None and not named else "named"
-    if foreign and facts["non_members"] == "drawn":
-        raise ConfigError(
-            f"encoder.checkpoint was trained elsewhere, but {cfg.forget} names no images that it never saw; set "
-            f"data.holdout_root (or data.holdout_source), or give images the role {NON_MEMBER} in the list."
-        )
+    _require_named(facts["non_members"], cfg, foreign)
     outside = [("holdout", cfg.holdout), ("calibration", cfg.calibration)]
     strangers = [("third_party", cfg.third_party), ("third_party_audit", cfg.third_party_audit)]
     if third_party is None:
@@ -98,12 +94,7 @@ def draw_roles(
     order = first + [i for i in order if i not in first_set and i not in named]
     members, rest = order[:num_members], order[num_members:]
 
-    forget = set(_choose_forget(members, labels, cfg, seed, listed["forget"], classes))
-    if not forget:
-        raise DataError(
-            f"There is nothing to forget: data.forget = {cfg.forget!r} selects none of the {num_members} members; "
-            "select at least one image."
-        )
+    forget = _require_some(_choose_forget(members, labels, cfg, seed, listed["forget"], classes), num_members, cfg)
     facts |= forget_facts(members, labels, forget, cfg, classes)
     roles = {sample_id: "forget" if sample_id in forget else "retain" for sample_id in members}
     if own:
@@ -116,6 +107,23 @@ def draw_roles(
     if third_party is not None:
         roles.update(_draw_outside(third_party, strangers, seed, labels, "third_party", cfg.third_party_source))
     return Drawn(roles, facts)
+
+
+def _require_named(non_members: str, cfg: DataConfig, foreign: bool) -> None:
+    if foreign and non_members == "drawn":
+        raise ConfigError(
+            f"encoder.checkpoint was trained elsewhere, but {cfg.forget} names no images that it never saw; set "
+            f"data.holdout_root (or data.holdout_source), or give images the role {NON_MEMBER} in the list."
+        )
+
+
+def _require_some(chosen: Iterable[str], num_members: int, cfg: DataConfig) -> set[str]:
+    if forget := set(chosen):
+        return forget
+    raise DataError(
+        f"There is nothing to forget: data.forget = {cfg.forget!r} selects none of the {num_members} members; "
+        "select at least one image."
+    )
 
 
 def _deal_named(named: Mapping[str, str], wanted: list[tuple[str, int]], seed: int, cfg: DataConfig) -> dict[str, str]:
