@@ -95,6 +95,19 @@ class Run:
         return report(self.out)
 
     @property
+    def dose(self) -> dict[str, Any]:
+        """What was seen at each dose, and the one that was chosen: `dose/curve.json`."""
+        path = self.out / "dose" / "curve.json"
+        if not path.exists():
+            raise DataError(f"{self.out} has looked at no doses; set method.dose=auto, or call look_at_doses().")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def look_at_doses(self) -> dict[str, Any]:
+        """Look at every dose, and change no encoder; the figures of `dose`. Needs watch images (`data.watch`)."""
+        self._hand_over()
+        return pipeline.dose(self.out)
+
+    @property
     def status(self) -> dict[str, Any]:
         """Where the run stands."""
         return status(self.out)

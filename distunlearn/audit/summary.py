@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distunlearn.audit.attacks import Attacked, run_attacks
+from distunlearn.audit.figures.level import level
 from distunlearn.audit.figures.retained import retained_figures
 from distunlearn.audit.figures.retrain_distance import average_gap, iam, tow
 from distunlearn.audit.figures.similarity import similarities
@@ -74,6 +75,7 @@ def summarise(
         **_told_apart(signals, judged["attacks"], cfg),
         "similarity": similarities(signals),
         **_completeness(signals, raw, judged["utility"], cfg),
+        "level": level(signals),
         "relearning": relearning_figures(relearned, cfg) if relearned else None,
         "pooled": pooled,
         "retained": retained_figures(signals, cfg),

@@ -53,6 +53,7 @@ class RunFiles:
     audit: dict[str, Any]
     done: dict[str, Any]
     original: dict[str, Any]  # its done.json
+    dose: dict[str, Any]  # the curve behind `method.dose=auto`
     scores: Mapping[str, Scores]
     config_sha256: str | None  # of the bytes of run.yaml
     finished: str | None  # when the forgetting ended, from the ledger, UTC
@@ -85,6 +86,7 @@ def load_run(run_dir: str | Path) -> RunFiles:
         audit=_clean_file(folder / "audit" / "summary.json"),
         done=_clean_file(folder / "done.json"),
         original=_clean_file(folder / "original" / "done.json"),
+        dose=_clean_file(folder / "dose" / "curve.json"),
         scores=scores,
         config_sha256=hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else None,
         finished=_finished(folder / "ledger.jsonl"),

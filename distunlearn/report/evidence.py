@@ -217,6 +217,18 @@ def retained_table(run: RunFiles) -> list[dict[str, Any]]:
     return rows[:MAX_ROWS]
 
 
+def _level_row(run: RunFiles) -> tuple[str, str, str]:
+    """Name, value and words of the signal in which the whole encoder moved farthest."""
+    name = str(tree(run.audit, "level").get("farthest"))
+    found = tree(run.audit, "level", "signals", name)
+    words = (
+        "standard deviations between unseen images here and in the retrained encoder, in "
+        f"{name.replace('_', ' ')}, where they differ most; before forgetting "
+        f"{signed(number(found, 'original'), 2)}. Beyond 0.3 the encoder sees all images differently"
+    )
+    return "Level of the whole encoder", signed(number(found, "unlearned"), 2), words
+
+
 def distances(run: RunFiles) -> list[dict[str, str]]:
     """Single numbers against the retrained encoder: name, value, how to read it; without those not evaluated."""
     audit = run.audit
@@ -225,6 +237,7 @@ def distances(run: RunFiles) -> list[dict[str, str]]:
     rows = [
         ("Average gap", text(number(audit, "average_gap", "value"), 2), "points; mean over four attacks and both "
          "usefulness tests of the difference to the retrained encoder; 0 is best"),
+        _level_row(run),
         ("Tug of war (ToW)", text(number(audit, "tow", "tow")), "1: as accurate as the retrained encoder on retained, "
          "forgotten and unseen images"),
         ("Completeness (IAM)", text(number(audit, "iam", "unlearned")), "on a scale from "

@@ -16,6 +16,7 @@ from distunlearn.common.files import write_atomic
 from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, checked_run, number
+from distunlearn.report.dose import dose_table
 
 REPORT = "report.html"
 SHOWN_ROLES = ("forget", "third_party_audit", "holdout")
@@ -61,6 +62,7 @@ def render(run: RunFiles) -> str:
         attacks=evidence.attack_table(run),
         further=evidence.further_table(run),
         retained=evidence.retained_table(run),
+        dose=dose_table(run),
         stress=evidence.stress_table(run),
         distances=evidence.distances(run),
         distributions=_distributions(run),

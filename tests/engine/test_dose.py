@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
+from distunlearn.api import open_run
 from distunlearn.audit.signals.collect import AUDITED
 from distunlearn.config.load import load_config
 from distunlearn.config.schema import DoseConfig
@@ -22,7 +23,7 @@ from distunlearn.engine.dose.choice import Looks, choose
 from distunlearn.engine.dose.line import line
 from distunlearn.engine.dose.looks import FEATURES, Viewer
 from distunlearn.engine.phases import FEEDER_ROLES
-from distunlearn.errors import ConfigError, EvidenceError
+from distunlearn.errors import ConfigError, DataError, EvidenceError
 from distunlearn.methods.base import method_class
 from distunlearn.plan.plan import make_plan
 from distunlearn.run import pipeline
@@ -296,8 +297,11 @@ def test_a_run_of_dose_zero_is_audited_as_unchanged(tmp_path):
 def test_looking_at_a_finished_run_changes_nothing(base, tmp_path):
     shutil.copytree(base, tmp_path / "run")
     before = (tmp_path / "run/training_state.safetensors").read_bytes()
-    found = pipeline.dose(tmp_path / "run")
-    assert found["grid"] == list(GRID) and found["full"] != found["original"]
+    run = open_run(tmp_path / "run")
+    with pytest.raises(DataError, match="has looked at no doses"):
+        run.dose  # noqa: B018
+    found = run.look_at_doses()
+    assert run.dose == found and found["grid"] == list(GRID) and found["full"] != found["original"]
     assert (tmp_path / "run/training_state.safetensors").read_bytes() == before
 
 

@@ -271,3 +271,24 @@ def test_pass_needs_raw_scores_and_ledger(passing: Path, gone: str) -> None:
     (passing / gone).unlink()
     found = Page(write_report(passing).read_text(encoding="utf-8"))
     assert verdict(found) == "inconclusive" and "not there" in found.text("verdict")
+
+
+CURVE = {
+    "dose": 0.5, "low": 0.0, "high": 1.0, "grid": [0.0, 0.5, 1.0], "features": ["bank_loss", "view_agreement"],
+    "auc": [[0.7, 0.8], [0.52, 0.49], [0.31, 0.3]], "criterion": [0.5, 0.03, 0.39], "images": {"watch": 321},
+    "lost": [[0.0, 0.0], [0.01, 0.25], [0.4, 7.5]], "allowed": [True, True, False],
+}  # fmt: skip
+
+
+def test_doses_are_a_table_and_a_page_of_another_dose_says_so(light: Path) -> None:
+    (light / "dose").mkdir()
+    (light / "dose/curve.json").write_text(json.dumps(CURVE))
+    page = write_report(light).read_text()
+    shown = page[page.index("How far to go") : page.index("How far from the retrained")]
+    for words in ("321 unseen images", "0 to 1", "<small>chosen</small>", "costs too much", "0.520", "25.0", "7.5"):
+        assert words in shown, words
+    assert shown.index("0.800") < shown.index("chosen") < shown.index("0.300")
+    assert "has another dose" in shown  # the run is of the whole dose
+    for damaged in ({**CURVE, "auc": "x"}, {**CURVE, "grid": [None, {}, "<b>"]}, {"dose": 1}, {**CURVE, "lost": [[]]}):
+        (light / "dose/curve.json").write_text(json.dumps(damaged))
+        assert "<b>" not in write_report(light).read_text()

@@ -9,13 +9,12 @@ Shapes: A = doses, F = features, B = bootstrap draws; r, n, m = images to retain
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from distunlearn.common.random import STREAMS
 from distunlearn.config.schema import DoseConfig
 from distunlearn.verify.statistics import Comparison, auc, auc_bootstrap, draw_images
 
@@ -71,7 +70,7 @@ def choose(looks: Looks, cfg: DoseConfig, seed: int, aim: str | None = None) -> 
     the one that changes less.
     """
     grid, features = np.array(cfg.grid), looks.forget.shape[2]
-    lost, upper = _lost(looks, cfg.confidence)
+    lost, upper = _lost(looks, cfg, seed)
     allowed = (upper <= (cfg.loss_share, cfg.knn_points)).all(1) | (grid == 0)
     aims = np.full(features, 0.5)
     if (aim or cfg.aim) == "retained":
@@ -102,15 +101,16 @@ def _smallest(criteria: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     return np.where(allowed[:, None], criteria, np.inf).argmin(0)
 
 
-def _lost(looks: Looks, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and upper bound of what is lost, paired over images, [A, 2]; see `Choice`."""
+def _lost(looks: Looks, cfg: DoseConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of what is lost and its upper bound by a bootstrap over images, which are paired, [A, 2]; see `Choice`."""
     known = max(looks.chance - looks.loss[0].mean(), KNOWN_FLOOR * looks.chance)
     labelled = np.isfinite(looks.right[0])
-    figures = ((looks.loss - looks.loss[0]) / known, 100 * (looks.right[:1] - looks.right)[:, labelled])
-    quantile, parts = stats.norm.ppf(confidence), []
-    for values in figures:
+    generator, parts = np.random.default_rng([seed, STREAMS["dose utility"]]), []
+    for values in ((looks.loss - looks.loss[0]) / known, 100 * (looks.right[:1] - looks.right)[:, labelled]):
         count = values.shape[1]
-        mean = values.mean(1) if count else np.zeros(len(values))
-        error = values.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(len(values))
-        parts.append((mean, mean + quantile * error))
+        if not count:
+            parts.append((np.zeros(len(values)), np.zeros(len(values))))
+            continue
+        drawn = generator.multinomial(count, np.full(count, 1 / count), cfg.bootstrap) @ values.T / count
+        parts.append((values.mean(1), np.quantile(drawn, cfg.confidence, axis=0)))
     return np.stack([mean for mean, _ in parts], axis=1), np.stack([upper for _, upper in parts], axis=1)

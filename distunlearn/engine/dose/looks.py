@@ -7,7 +7,7 @@ looks at, on views that neither a training nor the audit has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -60,11 +60,12 @@ class Viewer:
     passed: images through an encoder for one look, over all ranks.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, roles: Sequence[str] = ROLES) -> None:
+        """roles: those of ROLES, and others that measurements want to see beside them."""
         cfg, manifest = session.cfg, session.manifest
         self.session, self.objective = session, make_objective(cfg.objective)
         self.ids: dict[str, list[str]] = {}
-        for number, role in enumerate(ROLES):
+        for number, role in enumerate(roles):
             ids = manifest.ids(role)
             if len(ids) > cfg.dose.images:
                 generator = np.random.default_rng([cfg.seed, STREAMS["dose sample"], number])
@@ -86,7 +87,7 @@ class Viewer:
         Raises:
             NumericsError: a figure is not finite.
         """
-        seen = {role: self._seen(role, forward, momentum) for role in ROLES}
+        seen = {role: self._seen(role, forward, momentum) for role in self.ids}
         bank, chance = self._bank(seen["retain"])
         found = {}
         for role, parts in seen.items():
