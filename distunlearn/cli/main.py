@@ -25,6 +25,7 @@ from distunlearn.cli.convert import Convert
 from distunlearn.cli.evidence import Certify, Keygen, Verify
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
+from distunlearn.cli.init import Init
 from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main as _is_main
 from distunlearn.common.text import printable
@@ -66,8 +67,7 @@ class Prepare:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.config.checks import SOURCES
-        from distunlearn.config.load import load_source
+        from distunlearn.config.load import SOURCES, load_source
 
         if not _is_main():
             return 0
@@ -274,11 +274,11 @@ class Doctor:
 
 
 VERBS = (
-    Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan, List,
-    Doctor, Keygen, Certify, Verify,
+    Init, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan,
+    List, Doctor, Keygen, Certify, Verify,
 )  # fmt: skip
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
-ONLY_PRINT = (Plan, List, Doctor, Status)
+ONLY_PRINT = (Init, Plan, List, Doctor, Status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

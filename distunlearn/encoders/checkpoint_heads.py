@@ -9,14 +9,14 @@ into it with its running statistics; a bias before a BatchNorm moves into the ru
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distunlearn.common.text import printable
-from distunlearn.encoders.checkpoint_names import COUNTER, precedence
+from distunlearn.encoders.checkpoint_names import COUNTER, Reading, precedence
 from distunlearn.encoders.model import ContrastiveModel, Head, MomentumEncoder
 from distunlearn.encoders.weights import Loaded, check_finite
 
@@ -27,6 +27,40 @@ EPS = 1e-5  # of nn.BatchNorm1d
 class _Found(NamedTuple):
     prefix: str
     layers: list[dict[str, Tensor]]
+
+
+class Shape(NamedTuple):
+    """Of a head in a file. widths: of the outputs of its linear layers. norm: whether BatchNorms stand between them."""
+
+    prefix: str
+    inputs: int
+    widths: tuple[int, ...]
+    norm: bool
+
+    @property
+    def layers(self) -> int:
+        return len(self.widths)
+
+    @property
+    def is_predictor(self) -> bool:
+        return "pred" in self.prefix
+
+
+def head_shapes(
+    tensors: Mapping[str, Tensor], reading: Reading, copies: Sequence[Reading], embed_dim: int
+) -> list[Shape]:
+    """Chains of linear layers beside a backbone, of its own copy: those that begin at the embedding, and predictors."""
+    found = []
+    beside = {name: tensors[name] for name in reading.outside}
+    for head in _heads(beside, [copy.prefix for copy in (reading, *copies)]):
+        linear = [layer["weight"].shape for layer in head.layers if layer.get("weight", torch.ones(0)).dim() == 2]
+        if not linear or precedence(head.prefix) != precedence(reading.prefix):
+            continue
+        norm = any("running_mean" in layer for layer in head.layers[:-1])
+        shape = Shape(head.prefix, linear[0][1], tuple(shape[0] for shape in linear), norm)
+        if shape.is_predictor or shape.inputs == embed_dim:
+            found.append(shape)
+    return found
 
 
 def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded: Loaded) -> list[str] | None:
@@ -59,12 +93,10 @@ def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded
 def other_heads(loaded: Loaded, embed_dim: int) -> list[str]:
     """A sentence about chains of linear layers that begin at the embedding, for which there are settings."""
     described = []
-    for found in _heads(loaded.tensors, [copy.prefix for copy in (loaded.reading, *loaded.copies)]):
-        linear = [layer["weight"].shape for layer in found.layers if layer.get("weight", torch.ones(0)).dim() == 2]
-        same_copy = precedence(found.prefix) == precedence(loaded.reading.prefix)
-        if len(linear) > 1 and linear[0][1] == embed_dim and same_copy:
-            norm = "with" if any("running_mean" in layer for layer in found.layers[:-1]) else "without"
-            widths = "-".join(str(n) for n in (embed_dim, *(shape[0] for shape in linear)))
+    for found in head_shapes(loaded.tensors, loaded.reading, loaded.copies, embed_dim):
+        if found.layers > 1 and found.inputs == embed_dim:
+            norm = "with" if found.norm else "without"
+            widths = "-".join(str(n) for n in (embed_dim, *found.widths))
             described.append(f"below {printable(found.prefix)} {widths} {norm} BatchNorm")
     settings = "objective.hidden_dim, output_dim, head_layers and head_norm say which shapes fit."
     return [f"Its own are {' and '.join(described[:3])}; {settings}"] if described else []

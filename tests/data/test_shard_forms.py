@@ -1,4 +1,7 @@
-"""WebDataset shards as people make them: read as webdataset reads them, each thing left out counted by its cause."""
+"""WebDataset shards as people make them: read as webdataset reads them, each thing left out counted by its cause.
+
+Case 03, forms of WebDataset shards that were refused as a whole, is `FORMS`.
+"""
 
 from __future__ import annotations
 

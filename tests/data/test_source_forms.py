@@ -60,6 +60,7 @@ def bits_apart(first, second):
 
 
 def test_hidden_files_and_folders_are_no_images_and_move_no_class(tmp_path):
+    """Case 01, a hidden class folder: it was class 0, so that class:1 forgot another class."""
     clean = open_source("imagefolder", str(folder(tmp_path / "clean")), 10**6)
     root = folder(tmp_path / "hid")
     for name in (".ipynb_checkpoints", "@eaDir/deep", "__MACOSX", "class1/.thumbs"):
@@ -69,9 +70,24 @@ def test_hidden_files_and_folders_are_no_images_and_move_no_class(tmp_path):
     found = open_source("imagefolder", str(root), 10**6)
     assert found.samples == clean.samples and found.classes == clean.classes == ["class0", "class1", "class2"]
     assert dict(found.skipped) == {"hidden": 5} and not clean.skipped
+    roles = [open_and_draw(config(r, forget="class:1"), 0)[1].roles for r in (tmp_path / "clean", root)]
+    assert roles[0] == roles[1] and {i[:6] for i, role in roles[1].items() if role == "forget"} == {"class1"}
+
+
+def test_images_in_a_folder_that_begins_with_a_hash_are_forgotten(tmp_path):
+    """Case 02, ids that begin with # in a .txt: they were taken for comments, and kept."""
+    root = folder(tmp_path / "images")
+    (root / "class0").rename(root / "#sunset")
+    names = [f"{start}/{n:03d}.jpg" for start, first in (("#sunset", 0), ("class1", 1)) for n in range(first, 24, 3)]
+    (tmp_path / "request.txt").write_text("\n".join(["# of May", *names]) + "\n")
+    _, drawn = open_and_draw(config(root, forget=str(tmp_path / "request.txt")), 0)
+    assert sorted(i for i, role in drawn.roles.items() if role == "forget") == sorted(names) and len(names) == 16
+    assert drawn.facts["forget_list"]["entries"] == drawn.facts["forget_list"]["forget"] == 16
+    assert "1 comment lines skipped" in drawn.facts["forget_list"]["understood"]
 
 
 def test_what_is_left_out_is_counted_by_ending_in_plan_and_prepare(tmp_path, capsys):
+    """Case 13, photos left out without a word; a list that names one says what was left out."""
     root = folder(tmp_path / "images")
     for number, name in enumerate(("a.txt", "b.TXT", "c.pdf", "Thumbs.db", "noending", "d.mp4")):
         (root / f"class{number % 3}" / name).write_bytes(b"x")
@@ -140,7 +156,7 @@ def test_orientation_is_applied_to_pixels_and_hashes(kind):
 
 
 def test_a_picture_with_a_large_colour_profile_is_taken():
-    """Other readers show it; PIL's own limit for a compressed chunk is 1 MiB."""
+    """Of case 10. Other readers show it; PIL's own limit for a compressed chunk is 1 MiB."""
     image = Image.new("RGB", (4, 4), (9, 8, 7))
     assert decode_image(encoded(image, "PNG", icc_profile=bytes(1_400_000)), "x", 100, 3)[:, 0, 0].tolist() == [9, 8, 7]
 
@@ -149,6 +165,7 @@ def test_a_picture_with_a_large_colour_profile_is_taken():
 
 
 def test_all_damaged_images_in_one_answer(tmp_path):
+    """Case 10, one damaged image at a time."""
     root = folder(tmp_path / "images")
     bad = {"empty.jpg": b"", "html.jpg": b"<html>404</html>", "half.jpg": jpeg(3)[:300], "x.heic": bytes(99)}
     for name, data in bad.items():
@@ -177,6 +194,7 @@ def _listed(tmp_path, ids, header=""):
 
 
 def test_an_image_with_the_bytes_of_a_member_is_no_non_member(tmp_path):
+    """Case 14, copies across roles."""
     root = folder(tmp_path / "images")
     for n in range(60):
         (root / f"class{n % 3}" / f"copy{n:03d}.jpg").write_bytes(jpeg(n))
@@ -278,7 +296,7 @@ def test_images_named_by_their_digest(tmp_path):
 
 
 def test_batches_larger_than_their_roles_turned_out_to_be_are_refused(tmp_path, capsys):
-    """An image would be its own negative; it does not matter how the number of members was given."""
+    """Case 06: an image would be its own negative; it does not matter how the number of members was given."""
     root, others = folder(tmp_path / "images"), folder(tmp_path / "others", 30, start=500)
     sets = [f"data.root={root}", f"data.holdout_root={others}", "data.source=imagefolder", "encoder.in_chans=3",
             "data.holdout=12", "data.calibration=4", "data.third_party=4", "data.third_party_audit=4",

@@ -1,0 +1,123 @@
+"""`distunlearn init`: settings for somebody's images, encoder and list, and warnings of what is doubtful about them.
+
+The whole way is walked on 600 photos with a checkpoint in MoCo's form, as README says: init, plan, run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import timm
+import tiny
+import torch
+
+from distunlearn.config.load import load_config
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.photos import jpeg  # noqa: E402
+
+NARROW = {"channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1]}
+SIZE = (60, 52)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def written(root: Path, count: int, start: int, classes: int = 4) -> Path:
+    for n in range(count):
+        path = root / f"class{n % classes}" / f"{n:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(start + n, SIZE))
+    return root
+
+
+def moco_file(path: Path, epochs: int = 1) -> Path:
+    """As facebookresearch/moco saves: query and key encoder with their heads, and the queue."""
+    torch.manual_seed(0)
+    encoder = timm.create_model("resnet18", num_classes=0, **NARROW).state_dict()
+    head = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 16)).state_dict()
+    parts = {**encoder, **{f"fc.{name}": value for name, value in head.items()}}
+    state = {f"module.encoder_{copy}.{name}": value.clone() for copy in "qk" for name, value in parts.items()}
+    torch.save(
+        {"epoch": epochs, "arch": "resnet18", "state_dict": state | {"module.queue": torch.randn(16, 256)}}, path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Mapping[str, Path]:
+    """480 photos that an encoder was trained on, 120 that it never saw, and a list of 40."""
+    folder = tmp_path_factory.mktemp("given")
+    written(folder / "members", 480, 0)
+    written(folder / "never", 120, 10_000)
+    (folder / "encoder").mkdir()
+    moco_file(folder / "encoder/checkpoint.pth.tar")
+    (folder / "encoder/config.json").write_text(json.dumps({"mean": MEAN, "std": STD}))
+    rows = [f"{n};class{n % 4}/{n:04d}.jpg" for n in range(0, 160, 4)]
+    (folder / "request.csv").write_text("\n".join(["ticket;file", *rows]))
+    return {"images": folder / "members", "non-members": folder / "never", "request": folder / "request.csv",
+            "checkpoint": folder / "encoder/checkpoint.pth.tar"}  # fmt: skip
+
+
+def init(given: Mapping[str, Path], *more: str):
+    return tiny.command("init", *(part for key, path in given.items() for part in (f"--{key}", str(path))), *more)
+
+
+def test_three_commands_from_photos_to_a_verdict(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = init(given)
+    assert written.returncode == 0, written.stderr[-3000:]
+    (tmp_path / "run.yaml").write_text(written.stdout)
+    planned = tiny.command("plan", "--config", "run.yaml")
+    assert planned.returncode == 0, planned.stderr[-3000:]
+    plan = json.loads(planned.stdout)
+    assert plan["roles"]["forget"] == 40 and plan["roles"]["retain"] == 440 and plan["objective"] == "moco"
+    assert plan["encoder"]["mean"] == MEAN and any(
+        "own heads were taken" in note for note in plan["encoder"]["checkpoint"]
+    )
+    done = tiny.command("run", "--config", "run.yaml", "--out", "runs/request1")
+    assert done.returncode in (0, 6, 7) and "Verdict: " in done.stdout, done.stderr[-3000:]
+    verdict = json.loads((tmp_path / "runs/request1/audit/summary.json").read_text())["gates"]["verdict"]
+    assert {"pass": 0, "fail": 6, "inconclusive": 7}[verdict] == done.returncode
+
+
+def warned(given: Mapping[str, Path], **changes: Path | None) -> str:
+    chosen = {**given, **{key.replace("_", "-"): path for key, path in changes.items()}}
+    done = init({key: path for key, path in chosen.items() if path is not None})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_what_is_doubtful_is_told(given, tmp_path):
+    """Each of what people overlook, and nothing of it where it is in order."""
+    calm = warned(given)
+    few = written(tmp_path / "few", 20, 20_000)
+    (few / "class0/scan.pdf").write_bytes(b"x")
+    (tmp_path / "three.txt").write_text("class0/0000.jpg\nclass0/0004.jpg\nclass0/gone.jpg\n")
+    bare = moco_file(tmp_path / "moco.pth.tar")
+    for changes, said in (
+        ({"non_members": few}, "20 non-members leave 9 to be held out: never a pass below 20"),
+        ({"non_members": few}, "files in {few} are no images that can be read (left out: 1 .pdf)"),
+        ({"non_members": None}, "no image is named that the encoder never saw"),
+        ({"non_members": None}, "`plan` will refuse these settings as they are: "),
+        ({"request": tmp_path / "three.txt"}, "1 of 3 entries of the list name no image, such as 'class0/gone.jpg'"),
+        ({"request": tmp_path / "three.txt"}, "a request of 2 can fail but never pass"),
+        ({"images": few, "request": tmp_path / "three.txt"}, "18 images stay, so that batches have 4 images"),
+        ({"checkpoint": bare}, "nothing says by which mean and standard deviation"),
+        ({"request": None}, "no --request"),
+    ):
+        found = warned(given, **changes)
+        assert said.format(few=few) in found, found
+        assert said.format(few=few) not in calm
+
+
+def test_settings_for_a_new_encoder_and_for_shards_are_complete(given, tmp_path):
+    """Without a checkpoint the encoder is trained here, and non-members are drawn."""
+    done = init({"images": given["images"], "request": given["request"]})
+    assert done.returncode == 0 and "240 of the 480 images are drawn as non-members" in done.stderr
+    assert "verdict: " in done.stderr and "refuse" not in done.stderr
+    (tmp_path / "run.yaml").write_text(done.stdout)
+    cfg = load_config(None, tmp_path / "run.yaml", [])
+    assert cfg.encoder.checkpoint is None and cfg.encoder.image_size == 32 and cfg.data.root == str(given["images"])
