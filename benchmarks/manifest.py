@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 from distunlearn.data.manifest.columns import Columns
-from distunlearn.data.manifest.ids import IdTable
-from distunlearn.data.manifest.manifest import MANIFEST, Manifest, Shard
+from distunlearn.data.manifest.ids import IdTable, texts
+from distunlearn.data.manifest.manifest import INDEX, Manifest, Shard
 from distunlearn.data.prepare.forget_list import resolve_list
 
 CASES = ((100_000, 1_000_000), (300_000, 3_000_000), (1_000_000, 10_000_000))
@@ -65,8 +65,12 @@ def make(folder: Path, ids: int, samples: int) -> dict:
                 (rows % PER_SHARD * 50_000).astype(np.uint64),
                 np.full(len(rows), 40_000, dtype=np.uint32),
                 digests,
-                np.zeros(len(rows), dtype=np.uint8),
                 (rows % 1000).astype(np.int32),
+                np.full(len(rows), 500, dtype=np.uint32),
+                np.full(len(rows), 375, dtype=np.uint32),
+                digests[:, :8].copy().view("<u8")[:, 0],
+                texts([None] * len(rows)),
+                np.zeros(len(rows), dtype=np.uint8),
             )
         )
     shards = {
@@ -83,7 +87,7 @@ def make(folder: Path, ids: int, samples: int) -> dict:
         handle.write("nobody\n")
     return {
         "make_s": round(time.perf_counter() - began, 2),
-        "bytes_per_sample": round((folder / MANIFEST).stat().st_size / samples, 1),
+        "bytes_per_sample": round((folder / INDEX).stat().st_size / samples, 1),
     }
 
 

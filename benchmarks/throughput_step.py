@@ -94,7 +94,7 @@ def prepared(cfg: RunConfig, folder: Path) -> RunConfig:
     data, size = cfg.data, cfg.encoder.image_size
     root, shards = folder / "images", folder / "shards"
     cfg = replace(cfg, data=replace(data, root=str(root), shards=str(shards)))
-    if not (shards / "manifest.arrow").exists():
+    if not (shards / "index.arrow").exists():
         count = data.members + data.holdout + data.calibration + data.third_party + data.third_party_audit
         draws = np.random.default_rng(0)
         for number in range(count):

@@ -27,7 +27,8 @@ from distunlearn.config.checks import HANDED_OVER
 from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import known_keys
-from distunlearn.data.manifest.manifest import Manifest, has_manifest
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.roles import forget_facts
 from distunlearn.data.prepare.write_shards import write_shards
 from distunlearn.data.sources.dataset import PARTS, DatasetSource, fixed_roles, selection_digest
@@ -338,8 +339,8 @@ def _write_inputs(
     if template is not None:
         _keep_weights(template, out / WEIGHTS)
     folder, digest = shards_folder(cfg, out), selection_digest(data, roles)
-    if has_manifest(folder):
-        if Manifest.load(folder).info.get(HANDED_OVER, {}).get("sha256") != digest:
+    if has_request(out):
+        if Manifest.load(folder, run=out).facts.get(HANDED_OVER, {}).get("sha256") != digest:
             raise DataError(f"{folder} holds shards of other datasets or of another seed; choose another out.")
         return
     labels = dict(data.samples)
@@ -348,8 +349,9 @@ def _write_inputs(
     facts = forget_facts(members, labels, forget, cfg.data)
     facts[HANDED_OVER] = {"sha256": digest, "left_out_as_copies": {k: n for k, n in left_out.items() if n}}
     with shards_progress("prepare") as progress:
-        write_shards(
+        made = write_shards(
             [data], roles, folder, cfg.data.samples_per_shard, seed=cfg.seed, progress=progress,
             workers=cfg.data.prepare_workers or 1, copies=cfg.data.copies, near_distance=cfg.data.near_distance,
             max_pixels=cfg.data.max_pixels, facts=facts,
         )  # fmt: skip
+    made.save_request(out)

@@ -90,8 +90,8 @@ class DataConfig:
 
     source: str = "digits"  # a built-in source, or an own one: package.module:Name, path/to/file.py:Name
     root: Place = None  # folder of the source; None: the source's own default place
-    shards: Place = None  # folder of shards and manifest; None: <out>/shards
-    store: Annotated[str | None, LOCAL] = None  # URL of the folder of the shards; the manifest stays in data.shards
+    shards: Place = None  # folder of shards and their index; None: <out>/shards
+    store: Annotated[str | None, LOCAL] = None  # URL of the folder of the shards; the index stays in data.shards
     store_cache: Place = None  # local folder for copies of the store's shards; None: images are read by ranges
     store_cache_mib: LocalMib = 51_200  # of those copies, of all processes of a machine; the longest unused go first
     members: PositiveInt | None = 700  # images the original encoder is trained on; None: all that are left over

@@ -21,9 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distunlearn.common.files import file_sha256, sync_path
 from distunlearn.data.loading.verify import read_sample, verify_shards
-from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Sample, Shard
+from distunlearn.data.manifest.manifest import INDEX, SUMMARY, Manifest, Shard
 from distunlearn.data.sources.tar_index import group_samples, read_tar
 from distunlearn.errors import DataError
 
@@ -38,7 +40,7 @@ class Purged:
 
     images: forgotten images in the shards. copies: other images with the very bytes of one of them, which stay.
     shards: shards to rewrite. emptied: shards that vanish because nothing is left in them. bytes_before, bytes_after:
-    of all shards. before, after: sha256 of the manifest (`after` None before it is done).
+    of all shards. before, after: sha256 of the index (`after` None before it is done).
     """
 
     images: int
@@ -86,32 +88,32 @@ def plan_purge(manifest: Manifest, ids: Collection[str]) -> Purged:
         emptied=sum(all(s.id in gone for s in manifest.in_shard(name)) for name in touched),
         bytes_before=sum(shard.bytes for shard in manifest.shard_files.values()),
         bytes_after=None,
-        before=manifest.fingerprint,
+        before=manifest.index_sha256,
     )
 
 
 def _ours(manifest: Manifest) -> set[str]:
-    return {MANIFEST, SUMMARY, *manifest.shard_files}
+    return {INDEX, SUMMARY, *manifest.shard_files}
 
 
 def purged_before(folder: str | Path) -> Purged | None:
-    """The record of the last purge, if it left nothing to forget; what a kill after it left beside the folder goes.
+    """The record of the last purge, if there was one; what a kill after it left beside the folder goes.
 
     Raises:
         DataError: another process works on the folder.
     """
     manifest = Manifest.load(folder)
     history = manifest.info.get("purged")
-    if history is None or manifest.ids("forget"):
+    if history is None:
         return None
     with _work_folder(Path(folder).resolve()):
         size = sum(shard.bytes for shard in manifest.shard_files.values())
-        return Purged(history["images"], history["copies"], 0, 0, size, size, history["manifests"][-1],
-                     manifest.fingerprint)  # fmt: skip
+        return Purged(history["images"], history["copies"], 0, 0, size, size, history["steps"][-1]["index"],
+                     manifest.index_sha256)  # fmt: skip
 
 
 def purge_shards(folder: str | Path, ids: Collection[str]) -> Purged:
-    """Replace the shards and the manifest in `folder` by ones without the images `ids`; all of it or nothing.
+    """Replace the shards and the index in `folder` by ones without the images `ids`; all of it or nothing.
 
     Raises:
         DataError: as `plan_purge`; a shard differs from the manifest; another process works on the folder; or the
@@ -131,7 +133,7 @@ def purge_shards(folder: str | Path, ids: Collection[str]) -> Purged:
         raise DataError(
             f"the shards in {folder} cannot be purged ({error.strerror or error}); they are as they were."
         ) from error
-    return replace(planned, bytes_after=sum(s.bytes for s in made.shard_files.values()), after=made.fingerprint)
+    return replace(planned, bytes_after=sum(s.bytes for s in made.shard_files.values()), after=made.index_sha256)
 
 
 @contextmanager
@@ -159,8 +161,9 @@ def _work_folder(folder: Path) -> Iterator[Path]:
 
 def _write(manifest: Manifest, gone: set[str], work: Path, planned: Purged) -> Manifest:
     """The new shards and their manifest, durable, in `work`."""
-    samples: list[Sample] = []
-    files: dict[str, Shard] = {}
+    columns, files = manifest.columns, dict[str, Shard]()
+    offset, numbers = columns.offset.copy(), list(manifest.shard_files)
+    rows = np.array([row for row, sample_id in enumerate(columns.ids) if sample_id not in gone], dtype=np.int64)
     for name, shard in manifest.shard_files.items():
         inside = manifest.in_shard(name)
         kept = [sample for sample in inside if sample.id not in gone]
@@ -168,18 +171,22 @@ def _write(manifest: Manifest, gone: set[str], work: Path, planned: Purged) -> M
         if len(kept) == len(inside):
             _link(source, target)
             files[name] = shard
-            samples += kept
         elif kept:
             moved = _rewrite(source, target, {s.offset for s in inside if s.id in gone})
-            samples += [replace(s, offset=moved[s.offset]) for s in kept]
+            own = rows[columns.shard[rows] == numbers.index(name)]
+            offset[own] = [moved[at] for at in columns.offset[own].tolist()]
             files[name] = Shard(target.stat().st_size, file_sha256(target), len(kept))
-    before = manifest.info.get("purged", {"images": 0, "manifests": []})
+    left = np.cumsum([name in files for name in numbers]) - 1  # numbers of the shards that are left
+    shard_of = left.astype(np.uint32)[columns.shard]
+    before = manifest.info.get("purged", {"images": 0, "steps": []})
+    away = np.setdiff1d(np.arange(len(columns)), rows, assume_unique=True).tolist()
     history = {
         "images": before["images"] + planned.images,
         "copies": planned.copies,
-        "manifests": [*before["manifests"], manifest.fingerprint],
+        "steps": [*before["steps"], {"index": manifest.index_sha256, "rows": away}],
     }
-    made = Manifest(work, samples, files, {**manifest.info, "purged": history})
+    staying = replace(columns, offset=offset, shard=shard_of).take(rows)
+    made = Manifest(work, staying, files, {**manifest.info, "purged": history})
     made.save(work)
     sync_path(work)
     return made

@@ -16,9 +16,10 @@ from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import field_diff, marked
 from distunlearn.data.loading.verify import verify_shards
-from distunlearn.data.manifest.manifest import Manifest, has_manifest
+from distunlearn.data.manifest.manifest import Manifest, has_index
 from distunlearn.data.manifest.records import Remote
-from distunlearn.data.prepare.selection import check_list
+from distunlearn.data.manifest.request import has_request
+from distunlearn.data.prepare.selection import check_list, draw_request
 from distunlearn.data.storage.object_store_cache import verify_objects
 from distunlearn.distributed.world import World
 from distunlearn.engine.environment import environment
@@ -47,17 +48,18 @@ def shards_remote(cfg: RunConfig) -> Remote | None:
 
 
 def find_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
-    """The manifest of a run's shards, which knows where they lie; None if there is none yet.
+    """The index of a run's shards with the roles of its request, all `unused` where it has none yet; None: no index.
 
     Raises:
-        DataError: the manifest is damaged; or there is none of shards in an object store, where `prepare` writes none.
+        DataError: index or request are damaged, or not of each other; or there is no index of shards in an object
+            store, where `prepare` writes none.
     """
     folder, remote = shards_folder(cfg, out), shards_remote(cfg)
-    if has_manifest(folder):
-        return Manifest.load(folder, remote)
+    if has_index(folder):
+        return Manifest.load(folder, remote, out if has_request(out) else None)
     if remote is not None:
         raise DataError(
-            f"{folder} holds no manifest of the shards in {remote.url}; copy manifest* and summary.json there, or "
+            f"{folder} holds no index of the shards in {remote.url}; copy index.arrow and summary.json there, or "
             "index the shards."
         )
     return None
@@ -107,7 +109,7 @@ def claim(cfg: RunConfig, out: Path) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run directory that this attempt may write into, and the manifest of its shards.
+    """A run directory that this attempt may write into, and its images with their roles.
 
     may_write, release (None but on the main rank): to be called before anything is written, raises RankLostError once
         another attempt has claimed the directory; and gives it back.
@@ -123,18 +125,21 @@ class RunDirectory:
 def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunDirectory]:
     """Open `out` for one attempt at a run; given back at the end. Collective.
 
-    Whatever is refused is refused before anything is written. Then the main rank claims the directory, keeps settings
-    and environment in it, and copies finished encoders from the run that `runtime.reuse` names.
+    Whatever is refused is refused before anything is written. Then the main rank claims the directory, keeps settings,
+    roles and environment in it, and copies finished encoders from the run that `runtime.reuse` names.
 
     Raises:
         ConfigError: it belongs to a run with other settings, or another process is at work in it.
         DataError: its shards are missing, purged, or not as their manifest says.
         RankLostError: the ranks do not run the same.
     """
-    manifest = verified_manifest(cfg, out) or Manifest.load(shards_folder(cfg, out))  # which says that there is none
+    manifest = verified_manifest(cfg, out) or Manifest.load(shards_folder(cfg, out))  # which says what lacks
+    fresh = not has_request(out)
+    if fresh:  # the same on every rank
+        manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=cfg.encoder.checkpoint is not None)
     refuse_large_batches(cfg, manifest.count_roles())
     require_one_run(world, cfg, manifest)
-    lease = world.on_main(lambda: _begin(cfg, out))
+    lease = world.on_main(lambda: _begin(cfg, out, manifest if fresh else None))
     try:
         yield RunDirectory(out, manifest, lease.check if lease else None, lease.release if lease else None)
     finally:
@@ -142,13 +147,15 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
             lease.release()
 
 
-def _begin(cfg: RunConfig, out: Path) -> Lease:
+def _begin(cfg: RunConfig, out: Path, request: Manifest | None) -> Lease:
     """The main rank's part: the claim, and what is written with it. All ranks have the same settings by now."""
     refuse_other_settings(cfg, out)
     out.mkdir(parents=True, exist_ok=True)
     lease = Lease(out)
     try:
         claim(cfg, out)
+        if request is not None:
+            request.save_request(out)
         if not (out / "env.json").exists():
             write_json(out / "env.json", environment())
         if cfg.runtime.reuse:
@@ -160,10 +167,10 @@ def _begin(cfg: RunConfig, out: Path) -> Lease:
 
 
 def verified_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
-    """The manifest of a run's shards, which are as it says and not purged; None if there is none yet.
+    """`find_manifest`, whose shards are as it says and lack none of the request's images; None if there is none yet.
 
     Raises:
-        DataError: see `find_manifest`; the shards are purged, or not as it says; the forget list has changed since.
+        DataError: see `find_manifest`; images were purged, or shards are not as it says; the list has changed since.
     """
     manifest = find_manifest(cfg, out)
     if manifest is not None:
@@ -176,18 +183,19 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
 
     Of shards in an object store both are compared on one process; every process compares the length of what it reads.
     """
-    if "purged" in manifest.info:
+    if manifest.lost:
+        gone = ", ".join(f"{count} {role}" for role, count in manifest.lost.items())
         raise DataError(
-            f"{manifest.folder} holds shards from which {manifest.info['purged']['images']} forgotten images were "
-            "purged, but training and audits need them; prepare new shards for another run, or make this run's report."
+            f"Images of this request were purged from {manifest.folder} ({gone}), but training and audits need them; "
+            "the report can still be made, and another request can use the shards from another --out."
         )
-    if cfg.encoder.checkpoint is not None and manifest.info.get("non_members") == "drawn":
+    if cfg.encoder.checkpoint is not None and manifest.facts.get("non_members") == "drawn":
         raise ConfigError(
             f"encoder.checkpoint was trained elsewhere, but the non-members in {manifest.folder} were drawn among "
-            "images that it may have seen; prepare shards anew with data.holdout_root, or with a list that gives roles."
+            "images that it may have seen; prepare anew with data.holdout_root, or with a list that gives roles."
         )
     check_list(cfg.data, manifest)
-    key = (str(manifest.folder), manifest.place, manifest.fingerprint, cfg.data.verify)
+    key = (str(manifest.folder), manifest.place, manifest.index_sha256, cfg.data.verify)
     deep = cfg.data.verify == "digest" and is_main() and key not in _VERIFIED
     if manifest.remote is None:
         verify_shards(manifest, deep=deep)

@@ -12,8 +12,9 @@ from distunlearn.common.text import printable
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import digest
 from distunlearn.data.manifest.columns import NO_LABEL
+from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.draw import open_and_draw
-from distunlearn.data.prepare.selection import request_facts
+from distunlearn.data.prepare.selection import draw_request, request_facts
 from distunlearn.encoders.model import ContrastiveModel, build_model
 from distunlearn.engine.dose.looks import dose_images
 from distunlearn.engine.phases import pretrain_steps, take_checkpoint
@@ -98,10 +99,12 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
     """Images per role, members per label and facts of the request, from existing shards or else from the source."""
     known = out or cfg.data.shards or cfg.runtime.reuse
     manifest = verified_manifest(cfg, out or Path()) if known else None
+    if manifest is not None and not (out and has_request(out)):
+        manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=cfg.encoder.checkpoint is not None)
     if manifest is not None:
         found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
         found.pop(NO_LABEL, None)
-        return Counter(manifest.count_roles()), found, request_facts(manifest.info)
+        return Counter(manifest.count_roles()), found, request_facts({**manifest.info, **manifest.facts})
     opened, drawn = open_and_draw(cfg.data, cfg.seed, cfg.encoder.checkpoint is not None)
     roles = drawn.roles
     labels = Counter(

@@ -50,6 +50,7 @@ class RunFiles:
     env: dict[str, Any]
     plan: dict[str, Any]
     shards: dict[str, Any]
+    request: dict[str, Any]
     audit: dict[str, Any]
     done: dict[str, Any]
     original: dict[str, Any]  # its done.json
@@ -83,6 +84,7 @@ def load_run(run_dir: str | Path) -> RunFiles:
         env=_clean_file(folder / "env.json"),
         plan=_clean_file(folder / "plan.json"),
         shards=_clean_file(folder / "shards" / "summary.json"),
+        request=_clean_file(folder / "request.json"),
         audit=_clean_file(folder / "audit" / "summary.json"),
         done=_clean_file(folder / "done.json"),
         original=_clean_file(folder / "original" / "done.json"),

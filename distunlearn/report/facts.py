@@ -25,7 +25,7 @@ def request(run: RunFiles) -> dict[str, Any]:
     members = [counts.get("forget"), counts.get("retain")]
     source, method = _name(data, "source"), _name(tree(run.config, "method"), "name")
     third = data.get("third_party_source")
-    copies = number(run.shards, "info", "forget_with_copy_in_retain")
+    copies = number(run.request, "facts", "forget_with_copy_in_retain")
     return {
         "count": whole(requested if requested is not None else counts.get("forget")),
         "members": whole(None if None in members else sum(m or 0 for m in members)),
@@ -57,7 +57,8 @@ LEFT_OUT = (
 
 def _left_out(run: RunFiles) -> list[str]:
     """Sentences about images that are in no group, and about those that are doubtful in theirs."""
-    counts = ((sentence, tree(run.shards, "info", key)) for key, sentence in LEFT_OUT)
+    facts = {**tree(run.shards, "info"), **tree(run.request, "facts")}
+    counts = ((sentence, tree(facts, key)) for key, sentence in LEFT_OUT)
     sums = ((sentence, sum(number(found, name) or 0 for name in found)) for sentence, found in counts)
     return [sentence.format(whole(count)) for sentence, count in sums if count]
 
@@ -102,8 +103,8 @@ def _method(name: str) -> tuple[str, bool]:
 
 
 def _role_counts(run: RunFiles) -> dict[str, float]:
-    """Images of each role, from the summary of the shards or (they may lie elsewhere) the plan or the audit."""
-    found = tree(run.shards, "roles") or tree(run.plan, "roles") or tree(run.audit, "images")
+    """Images of each role, from the request, the plan or the audit."""
+    found = tree(run.request, "roles") or tree(run.plan, "roles") or tree(run.audit, "images")
     return {name: value for name in ROLES if (value := number(found, name)) is not None}
 
 

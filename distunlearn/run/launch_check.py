@@ -19,14 +19,16 @@ from distunlearn.common.text import printable
 from distunlearn.config.schema import OptimizerConfig, RunConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder
-from distunlearn.data.manifest.manifest import Manifest, has_manifest
+from distunlearn.data.manifest.manifest import Manifest, has_index
+from distunlearn.data.manifest.request import has_request
+from distunlearn.data.prepare.selection import draw_request
 from distunlearn.data.views.crops import Cutter
 from distunlearn.encoders.model import build_model
 from distunlearn.engine.backends import Backend, open_backend
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.phases import make_feeders
 from distunlearn.engine.provenance import require_one_run
-from distunlearn.engine.run_directory import shards_folder, shards_remote
+from distunlearn.engine.run_directory import find_manifest, shards_folder
 from distunlearn.methods.base import Method, method_class
 from distunlearn.methods.training import Pretrain
 from distunlearn.objectives.base import objective_class
@@ -51,7 +53,9 @@ def check_launch(cfg: RunConfig, out: Path) -> tuple[list[str], list[str]]:
     backend = open_backend(cfg)
     lines, problems = _processes(backend)
     folder = shards_folder(cfg, out)
-    manifest = Manifest.load(folder, shards_remote(cfg)) if has_manifest(folder) else None
+    manifest = find_manifest(cfg, out) if has_index(folder) else None
+    if manifest is not None and not has_request(out):
+        manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=cfg.encoder.checkpoint is not None)
     if not all(backend.world.gather_objects(manifest is not None)) or manifest is None:
         lines.append(f"samples: not checked, for not every process finds shards in {printable(folder)}; run prepare")
     else:

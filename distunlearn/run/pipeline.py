@@ -14,7 +14,9 @@ from distunlearn.audit.trainings.shadows import audit_shadows
 from distunlearn.audit.trainings.stress import audit_stress
 from distunlearn.common.launcher import is_main
 from distunlearn.config.schema import RunConfig
-from distunlearn.data.prepare.selection import check_selection
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.request import has_request
+from distunlearn.data.prepare.selection import check_selection, draw_request
 from distunlearn.distributed.process_group import wait_for_all
 from distunlearn.encoders.compile import require_compiler
 from distunlearn.engine import phases
@@ -32,12 +34,23 @@ VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCON
 
 
 def prepare(cfg: RunConfig, out: str | Path) -> str:
-    """Sources to shards, a manifest and a summary in `data.shards` or `<out>/shards`; returns a line that says what."""
+    """Shards with their index in `data.shards` or `<out>/shards`, unless they are there, and the roles of this request
+    in `out`; returns a line that says what.
+    """
     out = Path(out)
-    manifest = verified_manifest(cfg, out)
+    manifest, foreign = verified_manifest(cfg, out), cfg.encoder.checkpoint is not None
+    if manifest is not None and has_request(out):
+        if not (out / "run.yaml").exists():  # whose settings are compared else, and the source is not needed
+            check_selection(cfg.data, cfg.seed, manifest)
+        return describe(manifest)
     if manifest is None:
-        return describe(make_shards(cfg, shards_folder(cfg, out)))
-    check_selection(cfg.data, cfg.seed, manifest)
+        manifest = make_shards(cfg, shards_folder(cfg, out))
+    elif cfg.runtime.reuse:
+        manifest = Manifest.load(manifest.folder, manifest.remote, Path(cfg.runtime.reuse).expanduser())
+        check_selection(cfg.data, cfg.seed, manifest)
+    else:
+        manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=foreign)
+    manifest.save_request(out)
     return describe(manifest)
 
 

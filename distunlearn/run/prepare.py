@@ -19,26 +19,27 @@ QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a te
 
 
 def make_shards(cfg: RunConfig, folder: Path) -> Manifest:
-    """Sources to shards, a manifest and a summary in `folder`."""
+    """Sources to shards, an index and a summary in `folder`; the roles are in memory alone."""
     with shards_progress("prepare") as progress:
         foreign = cfg.encoder.checkpoint is not None
         return prepare_shards(cfg.data, cfg.seed, folder, progress=progress, foreign=foreign)
 
 
 def index_folder(cfg: RunConfig, folder: Path) -> Manifest:
-    """A manifest and a summary for WebDataset shards that exist, written beside them."""
+    """The index of WebDataset shards that exist, written beside them."""
     with shards_progress("index", "shards") as progress:
-        return index_shards(cfg.data, cfg.seed, folder, progress, foreign=cfg.encoder.checkpoint is not None)
+        return index_shards(cfg.data, folder, progress)
 
 
 def describe(manifest: Manifest) -> str:
     """Counts of a folder of shards in one line."""
-    roles = ", ".join(f"{count} {role}" for role, count in manifest.count_roles().items())
-    copies, near = manifest.info.get("copies_in_retain", 0), manifest.info.get("near_copies", {})
-    text = f"{len(manifest)} images in {len(manifest.shard_files)} shards: {roles}; {copies} retained exact copies"
-    if near:
+    text = f"{len(manifest)} images in {len(manifest.shard_files)} shards"
+    info = {**manifest.info, **manifest.facts}
+    if manifest.facts:
+        roles = ", ".join(f"{count} {role}" for role, count in manifest.count_roles().items())
+        text += f": {roles}; {info.get('copies_in_retain', 0)} retained exact copies"
+    if near := info.get("near_copies"):
         text += f", {near['retain']} retained near-copies of {near['forget']} images to forget"
-    info = manifest.info
     listed = info.get("forget_list", {})
     if listed.get("understood"):
         text += f"; the list was read as {printable(listed['understood'])}"

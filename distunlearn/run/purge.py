@@ -15,7 +15,8 @@ from distunlearn.verify.secret import commitment, make_secret
 def purge(run_dir: Path, apply: bool = False) -> dict:
     """Take the images that the run forgot out of its shards; without `apply` only say what would happen.
 
-    After it the run's report can still be made, but none of its encoders can be trained or audited again.
+    After it the run's report can still be made, but none of its encoders can be trained or audited again; the shards
+    serve other requests, and the next one of this chain.
 
     Returns:
         plain JSON: what is, or would be, removed; with `apply` it is also kept as `purge.json` in the run directory.
@@ -38,15 +39,17 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
             )
     shards = shards_folder(cfg, folder)
     facts: dict = {"applied": apply, "shards_folder": str(shards)}
-    done = purged_before(shards)
+    manifest = Manifest.load(shards, run=folder)
+    ids = manifest.ids("forget")
+    done = None if ids else purged_before(shards)
     if done is None:
-        manifest = Manifest.load(shards)
-        ids = manifest.ids("forget")
         if apply:  # salted: the plain digest of a list confirms whoever guesses the list
             content = "\n".join(sorted(ids)).encode()
             facts["ids_commitment"] = commitment(make_secret(folder), "purged ids", content)
         done = purge_shards(shards, ids) if apply else plan_purge(manifest, ids)
     facts |= done.facts()
+    if apply:
+        Manifest.load(shards, run=folder).save_request(folder)  # without the digests of what is gone
     if apply and ("ids_commitment" in facts or not (folder / "purge.json").exists()):
         write_json(folder / "purge.json", facts)
     return facts

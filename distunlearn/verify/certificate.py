@@ -39,7 +39,7 @@ LIMITS = {
        "operator's word.",
 }  # fmt: skip
 PRIVATE = ("run.yaml", "ledger.jsonl", "audit/scores-original.json", "audit/scores-unlearned.json",
-           "audit/scores-retrained.json", "dose/scores.npz", "shards/manifest.arrow")  # fmt: skip
+           "audit/scores-retrained.json", "dose/scores.npz", "request.json", "roles.arrow")  # fmt: skip
 
 
 class _Model(BaseModel):

@@ -295,7 +295,7 @@ def test_a_tiny_sweep_from_end_to_end(tmp_path, monkeypatch):
     )
     run_sweep(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    base, own = (Manifest.load(tmp_path / "bases" / name / "shards") for name in ("0", "1"))
+    base, own = (Manifest.of_run(tmp_path / "bases" / name) for name in ("0", "1"))
     assert not set(base.ids("forget")) & set(own.ids("forget")) and len(base.ids("forget")) == 24
     ended, diverged = (json.loads((tmp_path / "trials" / f"{index}.json").read_text()) for index in (0, 1))
     assert ended["code"] in (0, 6, 7) and ended["error"] is None and ended["figures"]["coverage"]["requested"] == 24

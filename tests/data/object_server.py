@@ -145,8 +145,9 @@ def bare(local: Manifest, tmp_path: Path, url: str, **options) -> Manifest:
     folder = tmp_path / "manifest"
     folder.mkdir(exist_ok=True)
     local.save(folder)
+    local.save_request(folder)
     assert not list(folder.glob("*.tar"))
-    return Manifest.load(folder, Remote(url, **options))
+    return Manifest.load(folder, Remote(url, **options), folder)
 
 
 def samples(manifest: Manifest, *roles: str) -> list[Sample]:

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from distunlearn.config.schema import DataConfig
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.loading.webdataset_pipeline import checked_samples
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.prepare.write_shards import write_shards
+from distunlearn.data.prepare.index_shards import index_shards
+from distunlearn.data.prepare.selection import draw_request
+from distunlearn.data.prepare.write_shards import Progress, write_shards
 from distunlearn.data.schedule import Batch
 from distunlearn.data.views.crops import Cutter
 
@@ -49,6 +52,11 @@ class Pictures:
         return (whole[: len(whole) // 2] if sample_id in self.bad else whole), "jpg"
 
 
+def indexed(cfg: DataConfig, seed: int, folder: Path, progress: Progress | None = None) -> Manifest:
+    """Shards that exist, with the roles that the settings give."""
+    return draw_request(cfg, seed, index_shards(cfg, folder, progress))
+
+
 def pictures(
     folder: Path, retain: int = 40, forget: int = 8, third_party: int = 6, bad: tuple[str, ...] = (), per_shard: int = 4
 ) -> Manifest:
@@ -57,7 +65,18 @@ def pictures(
     roles = {i: "retain" if n < retain else "forget" if n < retain + forget else "third_party"
              for n, i in enumerate(names)}  # fmt: skip
     source = Pictures([(i, n % 3) for n, i in enumerate(names)], frozenset(bad))
-    return write_shards([source], roles, folder, per_shard, seed=0)
+    made = write_shards([source], roles, folder, per_shard, seed=0)
+    made.save_request(_run(folder))
+    return made
+
+
+def _run(folder: Path) -> Path:
+    return Path(folder).with_name(f"{Path(folder).name}-run")
+
+
+def reloaded(folder: Path, like: Path | None = None) -> Manifest:
+    """What `pictures` wrote, read again; like: the folder of which this one is a copy."""
+    return Manifest.load(folder, run=_run(like or folder))
 
 
 def store(manifest: Manifest, **options) -> ImageStore:

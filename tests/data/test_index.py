@@ -17,14 +17,13 @@ from distunlearn.config.schema import DataConfig
 from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare import index_shards as module
-from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.purge import purge_shards
 from distunlearn.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from hostile_tars import img2dataset, jpeg, sample, write_tar  # noqa: E402
-from pictures import by_webdataset  # noqa: E402
+from pictures import by_webdataset, indexed  # noqa: E402
 
 ALL = DataConfig(
     source="webdataset", members=None, forget=6, holdout=6, calibration=4, third_party=4, third_party_audit=4
@@ -48,12 +47,14 @@ def test_an_index_lists_what_is_there_and_leaves_it_alone(shards):
     import webdataset
 
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
-    manifest = index_shards(ALL, 0, shards)
+    manifest = indexed(ALL, 0, shards)
     found = Manifest.load(shards)
     verify_shards(found, deep=True)
     assert {name: (shards / name).read_bytes() for name in before} == before
-    assert {p.name for p in shards.iterdir()} - before.keys() == {"manifest.arrow", "summary.json"}
-    assert found.fingerprint == manifest.fingerprint and found.info["indexed"]
+    assert {p.name for p in shards.iterdir()} - before.keys() == {"index.arrow", "summary.json"}
+    assert found.index_sha256 == manifest.index_sha256 and found.info["indexed"]
+    assert found.count_roles()["unused"] == 60  # roles are a request's
+    assert {(s.width, s.height) for s in found.samples} == {(24, 20)}
     oracle = {}
     for name in sorted(before):
         if name.endswith(".tar"):
@@ -67,20 +68,31 @@ def test_an_index_lists_what_is_there_and_leaves_it_alone(shards):
             wanted = {s.id for s in found.in_shard(name)}
             assert by_webdataset(found, name) == {i: oracle[i][1] for i in wanted}
     assert len(oracle) == 60 and {s.id: (s.shard, read_sample(found, s.id)) for s in found.samples} == oracle
-    assert found.count_roles() == {
+    assert manifest.count_roles() == {
         "retain": 36, "forget": 6, "third_party": 4, "third_party_audit": 4, "calibration": 4, "holdout": 6,
         "watch": 0,
     }  # fmt: skip
 
 
-def test_an_index_is_repeated_to_the_same_bytes_and_another_is_refused(shards):
-    first = index_shards(ALL, 0, shards)
+def test_an_index_serves_several_requests_and_no_shard_is_read_again(shards, tmp_path, monkeypatch):
+    """Case 11: another list on the same shards; both requests stand beside each other."""
+    indexed(ALL, 0, shards).save_request(tmp_path / "first")
     content = (shards / "summary.json").read_bytes()
-    index_shards(replace(ALL, prepare_workers=2), 0, shards)
-    assert (shards / "summary.json").read_bytes() == content
-    with pytest.raises(DataError, match="manifest of another selection"):
-        index_shards(ALL, 1, shards)
-    assert Manifest.load(shards).fingerprint == first.fingerprint and not (shards / ".index.partial").exists()
+    monkeypatch.setattr(module, "read_tar", lambda *args: pytest.fail("a shard was read again"))
+    indexed(replace(ALL, forget=9, prepare_workers=2), 1, shards).save_request(tmp_path / "second")
+    assert (shards / "summary.json").read_bytes() == content and not (shards / ".index.partial").exists()
+    first, second = (Manifest.load(shards, run=tmp_path / name) for name in ("first", "second"))
+    assert (len(first.ids("forget")), len(second.ids("forget"))) == (6, 9)
+    assert first.index_sha256 == second.index_sha256 and first.fingerprint != second.fingerprint
+
+
+def test_the_index_of_other_shards_is_refused(shards):
+    indexed(ALL, 0, shards)
+    with pytest.raises(DataError, match="other settings .*remove index.arrow"):
+        indexed(replace(ALL, near_distance=None), 0, shards)
+    write_tar(shards / "00002.tar", sample(99))
+    with pytest.raises(DataError, match="index of other shards"):
+        indexed(ALL, 0, shards)
 
 
 def test_an_interrupted_index_does_not_read_twice(shards, monkeypatch):
@@ -88,19 +100,19 @@ def test_an_interrupted_index_does_not_read_twice(shards, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        index_shards(ALL, 0, shards, stop)
+        indexed(ALL, 0, shards, stop)
     assert not (shards / "summary.json").exists() and (shards / ".index.partial" / "00000.tar.note").exists()
     read: list[str] = []
     real = module.read_tar
     monkeypatch.setattr(module, "read_tar", lambda path, *more: (read.append(path.name), real(path, *more))[1])
     shutil.copytree(shards, shards.parent / "changed")
-    made = index_shards(ALL, 0, shards)
+    made = indexed(ALL, 0, shards)
     assert read == ["00001.tar"] and not (shards / ".index.partial").exists()
     verify_shards(made, deep=True)
     read.clear()
     changed = shards.parent / "changed"
     write_tar(changed / "00000.tar", [part for k in range(40) for part in sample(k)])
-    verify_shards(index_shards(ALL, 0, changed), deep=True)  # what was noted of another file is not taken
+    verify_shards(indexed(ALL, 0, changed), deep=True)  # what was noted of another file is not taken
     assert read == ["00000.tar", "00001.tar"]
 
 
@@ -112,7 +124,7 @@ def test_ids_and_labels_come_from_the_samples_own_files(shards):
         facts = json.dumps({"id": f"patient/{k}" if k else 7}).encode()
         parts += [(f"{key}.json", facts), (f"{key}.seg.png", b"no image")]
     write_tar(shards / "00002.tar", parts)
-    manifest = index_shards(ALL, 0, shards)
+    manifest = indexed(ALL, 0, shards)
     found = manifest.in_shard("00002.tar")
     assert [s.id for s in found] == ["dir/90", "patient/1", "patient/2", "patient/3"]
     assert [s.label for s in found] == [0, 1, 2, 3] and manifest.samples[0].label is None
@@ -121,10 +133,10 @@ def test_ids_and_labels_come_from_the_samples_own_files(shards):
 
 def test_images_that_cannot_be_decoded_are_counted(shards):
     write_tar(shards / "00002.tar", [("7.jpg", jpeg(7)[:-200]), ("8.jpg", b"<html>"), ("9.jpg", jpeg(900))])
-    manifest = index_shards(ALL, 0, shards)
+    manifest = indexed(ALL, 0, shards)
     assert manifest.info["undecodable"] == 2 and manifest.info["undecodable_ids"] == ["7", "8"]
-    (shards / "summary.json").unlink(), (shards / "manifest.arrow").unlink()
-    assert index_shards(replace(ALL, near_distance=None), 0, shards).info["undecodable_ids"] == ["8"]  # headers only
+    (shards / "summary.json").unlink(), (shards / "index.arrow").unlink()
+    assert indexed(replace(ALL, near_distance=None), 0, shards).info["undecodable_ids"] == ["8"]  # headers only
 
 
 def test_copies_in_indexed_shards(shards, tmp_path):
@@ -134,13 +146,13 @@ def test_copies_in_indexed_shards(shards, tmp_path):
     path.write_text("id,role\n000000003,forget\n000000004,forget\na,retain\n")
     cfg = replace(ALL, forget=str(path))
     with pytest.raises(DataError, match="1 exact copies.*'a'"):
-        index_shards(cfg, 0, shards)
-    manifest = index_shards(replace(cfg, copies="forget"), 0, shards)
+        indexed(cfg, 0, shards)
+    manifest = indexed(replace(cfg, copies="forget"), 0, shards)
     assert set(manifest.ids("forget")) == {"000000003", "000000004", "a"}
 
 
 def test_forgotten_images_are_purged_from_indexed_shards(shards):
-    manifest = index_shards(ALL, 0, shards)
+    manifest = indexed(ALL, 0, shards)
     gone = manifest.ids("forget")
     kept = {s.id: read_sample(manifest, s.id) for s in manifest.samples if s.id not in gone}
     with pytest.raises(DataError, match="holds '00000_stats.json'.*move it away"):
@@ -159,17 +171,19 @@ def test_forgotten_images_are_purged_from_indexed_shards(shards):
 def test_the_command_and_a_run_on_it(shards, tmp_path, capsys):
     assert main(["index", str(shards), *sets(*SETTINGS)]) == 0
     said = capsys.readouterr()
-    assert said.err == "" and "60 images in 2 shards: 34 retain, 6 forget" in said.out and "2 unused" in said.out
+    assert said.err == "" and "60 images in 2 shards" in said.out and "retain" not in said.out
     use = sets(*SETTINGS, "data.source=webdataset", f"data.root={shards}", f"data.shards={shards}")
     assert main(["plan", "digits", "--out", str(tmp_path / "run"), *use]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["roles"]["forget"] == 6 and planned["roles"]["unused"] == 2
     assert planned["request"]["undecodable"] == 0
-    assert main(["prepare", "digits", "--out", str(tmp_path / "run"), *use]) == 0  # there is nothing to prepare
-    assert not (tmp_path / "run").exists() and capsys.readouterr().out.startswith("60 images")
+    assert main(["prepare", "digits", "--out", str(tmp_path / "run"), *use]) == 0  # the roles alone are written
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"request.json", "roles.arrow"}
+    assert "60 images in 2 shards: 34 retain, 6 forget" in (said := capsys.readouterr().out) and "2 unused" in said
     for other in ("seed=3", "data.source=digits"):
         assert main(["prepare", "digits", "--out", str(tmp_path / "run"), *use, "--set", other]) == 3
         assert "another selection" in capsys.readouterr().err
+    assert main(["prepare", "digits", "--out", str(tmp_path / "other"), *use, "--set", "data.source=digits"]) == 3
 
 
 def test_shards_of_others_are_a_source_for_shards_of_our_own(shards, tmp_path):
@@ -182,15 +196,15 @@ def test_shards_of_others_are_a_source_for_shards_of_our_own(shards, tmp_path):
 
 def test_what_cannot_be_indexed_is_refused(shards, tmp_path):
     with pytest.raises(ConfigError, match="third_party_source"):
-        index_shards(replace(ALL, third_party_source="digits"), 0, shards)
+        indexed(replace(ALL, third_party_source="digits"), 0, shards)
     with pytest.raises(DataError, match="no folder"):
-        index_shards(ALL, 0, shards / "00000.tar")
+        indexed(ALL, 0, shards / "00000.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no .tar files"):
-        index_shards(ALL, 0, tmp_path / "empty")
+        indexed(ALL, 0, tmp_path / "empty")
     (shards / "a b.tar").write_bytes((shards / "00000.tar").read_bytes())
     with pytest.raises(DataError, match="'a b.tar' is not a plain file name"):
-        index_shards(ALL, 0, shards)
+        indexed(ALL, 0, shards)
 
 
 def test_progress_shows_rate_and_time_once_the_work_takes_a_moment(tmp_path, capsys, monkeypatch):

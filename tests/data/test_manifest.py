@@ -39,12 +39,22 @@ def samples(n: int = 50, shards: int = 4) -> tuple[list[Sample], dict[str, Shard
     found = [
         Sample(
             f"caf\u00e9/{k}{'x' * (k % 7)}.jpg", names[k * shards // n], 512 + 1000 * k, int(rng.integers(1, 400)),
-            rng.bytes(32).hex(), module.CODES[k % len(module.CODES)], None if k % 3 else k,
+            rng.bytes(32).hex(), module.CODES[k % len(module.CODES)], None if k % 3 else k, 3 + k, 4 + k,
         )
         for k in range(n)
     ]  # fmt: skip
     counts = [sum(s.shard == name for s in found) for name in names]
     return found, {name: Shard(10**6, "ab" * 32, count) for name, count in zip(names, counts, strict=True)}
+
+
+def keep(manifest: Manifest, folder: Path) -> None:
+    """Index and request in one folder."""
+    manifest.save(folder)
+    manifest.save_request(folder)
+
+
+def load(folder: Path) -> Manifest:
+    return Manifest.load(folder, run=folder)
 
 
 @pytest.fixture(params=["objects", "views"])
@@ -56,9 +66,9 @@ def size(request, monkeypatch) -> str:
 
 def test_a_manifest_says_what_it_was_made_of(tmp_path, size):
     found, files = samples()
-    Manifest(tmp_path, found, files, {"a": 1}).save(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.arrow", "summary.json"}
-    for manifest in (Manifest(tmp_path, found, files), Manifest.load(tmp_path)):
+    keep(Manifest(tmp_path, found, files, {"a": 1}), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"index.arrow", "summary.json", "request.json", "roles.arrow"}
+    for manifest in (Manifest(tmp_path, found, files), load(tmp_path)):
         assert manifest.is_small == (size == "objects")
         assert list(manifest.samples) == found and len(manifest) == 50 and manifest.shard_files == files
         assert manifest.samples[7] == found[7] and manifest.samples[-1] == found[-1]
@@ -84,18 +94,19 @@ def test_a_manifest_says_what_it_was_made_of(tmp_path, size):
 def test_pandas_and_arrow_read_what_the_manifest_says(tmp_path):
     """Readers that know nothing of this package; the second maps the file."""
     found, files = samples()
-    Manifest(tmp_path, found, files).save(tmp_path)
-    table = pandas.read_feather(tmp_path / "manifest.arrow")
+    keep(Manifest(tmp_path, found, files), tmp_path)
+    table = pandas.read_feather(tmp_path / "index.arrow")
+    table["role"] = pandas.read_feather(tmp_path / "roles.arrow")["role"]
     for name in ("id", "shard", "offset", "length", "role"):
         assert table[name].tolist() == [getattr(s, name) for s in found], name
     assert [digest.hex() for digest in table["sha256"]] == [s.sha256 for s in found]
     assert [None if pandas.isna(label) else label for label in table["label"]] == [s.label for s in found]
-    assert table.groupby("role", observed=True).size().to_dict() == Manifest.load(tmp_path).count_roles()
-    with pa.memory_map(str(tmp_path / "manifest.arrow")) as file:
+    assert table.groupby("role", observed=True).size().to_dict() == load(tmp_path).count_roles()
+    with pa.memory_map(str(tmp_path / "index.arrow")) as file:
         mapped = pa.ipc.open_file(file).read_all()
-        assert mapped.filter(pc.equal(mapped["role"], "forget"))["id"].to_pylist() == [
-            s.id for s in found if s.role == "forget"
-        ]
+        with pa.memory_map(str(tmp_path / "roles.arrow")) as roles:
+            chosen = pc.equal(pa.ipc.open_file(roles).read_all()["role"], "forget")
+            assert mapped.filter(chosen)["id"].to_pylist() == [s.id for s in found if s.role == "forget"]
     index = {name: table[name].tolist() for name in ("hash", "hash_row")}
     assert index["hash"] == sorted(index["hash"]) and sorted(index["hash_row"]) == list(range(50))
     for value, row in zip(*index.values(), strict=True):
@@ -106,10 +117,12 @@ def test_pandas_and_arrow_read_what_the_manifest_says(tmp_path):
 def test_a_saved_manifest_has_the_fingerprint_it_had_before(tmp_path):
     found, files = samples()
     made = Manifest(tmp_path, found, files)
-    before = made.fingerprint
-    made.save(tmp_path)
-    assert Manifest.load(tmp_path).fingerprint == before == digest(tmp_path / "manifest.arrow")
-    assert Manifest(tmp_path, [replace(found[0], label=9), *found[1:]], files).fingerprint != before
+    before, index = made.fingerprint, made.index_sha256
+    keep(made, tmp_path)
+    assert load(tmp_path).fingerprint == before and index == digest(tmp_path / "index.arrow")
+    for change in ({"label": 9}, {"width": 9}, {"role": "holdout"}):
+        other = Manifest(tmp_path, [replace(found[0], **change), *found[1:]], files)
+        assert other.fingerprint != before and (other.index_sha256 == index) == ("role" in change)
 
 
 def test_a_manifest_has_the_same_bytes_whenever_and_by_whichever_arrow_it_is_written(tmp_path):
@@ -117,17 +130,15 @@ def test_a_manifest_has_the_same_bytes_whenever_and_by_whichever_arrow_it_is_wri
     found, files = samples()
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        Manifest(folder, found, files).save(folder)
-    assert (tmp_path / "one/manifest.arrow").read_bytes() == (tmp_path / "two/manifest.arrow").read_bytes()
-    assert digest(tmp_path / "one/manifest.arrow") == (
-        "58aba01d59d274896f7557ccd47be0ffb60106631d129ee18e1bb82307cdcf4a"
-    )
+        keep(Manifest(folder, found, files), folder)
+    assert (tmp_path / "one/index.arrow").read_bytes() == (tmp_path / "two/index.arrow").read_bytes()
+    assert digest(tmp_path / "one/index.arrow") == ("1d3d751f5c44a7619412cc29bfd7307958f5750c451e0138b1f9933bf877b094")
 
 
 FILE_DAMAGE = {
-    "a byte": (lambda f: flip(f), "manifest.arrow does not have the sha256"),
-    "cut": (lambda f: os.truncate(f, 300), "manifest.arrow does not have the sha256"),
-    "gone": (lambda f: f.unlink(), "manifest.arrow cannot be read"),
+    "a byte": (lambda f: flip(f), "index.arrow does not have the sha256"),
+    "cut": (lambda f: os.truncate(f, 300), "index.arrow does not have the sha256"),
+    "gone": (lambda f: f.unlink(), "index.arrow cannot be read"),
 }
 
 
@@ -140,25 +151,24 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("damage", FILE_DAMAGE)
 def test_a_damaged_file_is_refused(tmp_path, damage):
     found, files = samples()
-    Manifest(tmp_path, found, files).save(tmp_path)
-    assert len(Manifest.load(tmp_path)) == 50
+    keep(Manifest(tmp_path, found, files), tmp_path)
+    assert len(load(tmp_path)) == 50
     change, words = FILE_DAMAGE[damage]
-    change(tmp_path / "manifest.arrow")
+    change(tmp_path / "index.arrow")
     with pytest.raises(DataError, match=words):
-        Manifest.load(tmp_path)
+        load(tmp_path)
 
 
-def vouched(folder: Path, change: Callable[[pa.Table], pa.Table | bytes]) -> None:
+def vouched(folder: Path, change: Callable[[pa.Table], pa.Table | bytes], name: str = "index") -> None:
     """Change the file of a saved manifest and let the summary vouch for it, as a program with an error would."""
-    path = folder / "manifest.arrow"
+    path, voucher = folder / f"{name}.arrow", folder / {"index": "summary.json", "roles": "request.json"}[name]
     made = change(pa.ipc.open_file(path.read_bytes()).read_all())
     if isinstance(made, bytes):
         path.write_bytes(made)
     else:
         with pa.ipc.new_file(str(path), made.schema) as writer:
             writer.write_table(made)
-    summary = json.loads((folder / "summary.json").read_text())
-    (folder / "summary.json").write_text(json.dumps(summary | {"manifest_sha256": digest(path)}))
+    voucher.write_text(json.dumps(json.loads(voucher.read_text()) | {f"{name}_sha256": digest(path)}))
 
 
 def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
@@ -211,8 +221,6 @@ CONTRADICTIONS = {
     "shards out of order": (recoded("shard", lambda c: c[::-1].copy()), "contradict"),
     "all in one shard": (recoded("shard", np.zeros_like), "lists 50 samples of 00000.tar, not 13"),
     "no such shard": (recoded("shard", lambda c: c + np.int32(4)), "damaged"),
-    "no such role": (recoded("role", lambda c: c + np.int8(7)), "damaged"),
-    "negative role": (recoded("role", lambda c: c - np.int8(9)), "damaged"),
     "negative control: nothing": (raw_ids(lambda ends, _: ends.sort()), None),
     "ends of ids backwards": (raw_ids(lambda ends, _: ends[:-1][::-1].sort()), "damaged"),
     "an id beyond the file": (raw_ids(lambda ends, _: ends.__setitem__(-1, 10**9)), "damaged"),
@@ -227,11 +235,6 @@ CONTRADICTIONS = {
     "a column is missing": (lambda t: t.drop_columns(["label"]), "should hold the columns id, shard"),
     "labels of another kind": (changed("label", lambda c: c.astype(np.float32)), "should hold the columns"),
     "other shards": (lambda t: with_column(t, "shard", t["shard"].cast(pa.string()).combine_chunks()), "should hold"),
-    "names of others": (
-        lambda t: with_column(t, "role", pa.DictionaryArray.from_arrays(
-            t["role"].combine_chunks().indices, pa.array([*"abcdefgh"], pa.large_string()))),
-        "other shards or roles",
-    ),
     "a missing value": (lambda t: with_column(t, "length", pa.array([None, *t["length"].to_pylist()[1:]],
                                                                       pa.uint32())), "damaged|should hold"),
     "text": (lambda t: b'{"id": "a"}\n', "damaged"),
@@ -239,14 +242,57 @@ CONTRADICTIONS = {
 }  # fmt: skip
 
 
+ROLES_CONTRADICTIONS = {
+    "no such role": (recoded("role", lambda c: c + np.int8(8)), "damaged"),
+    "negative role": (recoded("role", lambda c: c - np.int8(9)), "damaged"),
+    "negative control: nothing": (recoded("role", lambda c: c), None),
+    "names of others": (
+        lambda t: with_column(t, "role", pa.DictionaryArray.from_arrays(
+            t["role"].combine_chunks().indices, pa.array([*"abcdefghi"], pa.large_string()))),
+        "should hold",
+    ),
+    "fewer rows": (lambda t: t.slice(0, 49), "roles of 49 images, but the index has 50"),
+    "a column is missing": (lambda t: t.drop_columns(["key"]), "damaged|should hold"),
+    "text": (lambda t: b'{"id": "a"}\n', "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ROLES_CONTRADICTIONS)
+def test_roles_that_contradict_themselves_are_refused_though_their_digest_agrees(tmp_path, fault):
+    found, files = samples()
+    keep(Manifest(tmp_path, found, files), tmp_path)
+    change, words = ROLES_CONTRADICTIONS[fault]
+    vouched(tmp_path, change, "roles")
+    with nullcontext() if words is None else pytest.raises(DataError, match=words):
+        assert list(load(tmp_path).samples) == found
+
+
+def test_a_request_of_another_index_and_a_changed_one_are_refused(tmp_path):
+    found, files = samples()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        keep(Manifest(tmp_path / name, [replace(found[0], label=7 if name == "one" else 8), *found[1:]],
+                      files), tmp_path / name)  # fmt: skip
+    with pytest.raises(DataError, match="to the images of another index"):
+        Manifest.load(tmp_path / "one", run=tmp_path / "two")
+    flip(tmp_path / "one" / "roles.arrow")
+    with pytest.raises(DataError, match=r"roles\.arrow does not have the sha256"):
+        load(tmp_path / "one")
+    (tmp_path / "two" / "request.json").write_text("{}")
+    with pytest.raises(DataError, match=r"request\.json is damaged"):
+        load(tmp_path / "two")
+    with pytest.raises(DataError, match=r"request\.json cannot be read .*prepare the run first"):
+        Manifest.load(tmp_path / "two", run=tmp_path)
+
+
 @pytest.mark.parametrize("fault", CONTRADICTIONS)
 def test_a_file_that_contradicts_itself_is_refused_though_its_digest_agrees(tmp_path, fault):
     found, files = samples()
-    Manifest(tmp_path, found, files).save(tmp_path)
+    keep(Manifest(tmp_path, found, files), tmp_path)
     change, words = CONTRADICTIONS[fault]
     vouched(tmp_path, change)
     with nullcontext() if words is None else pytest.raises(DataError, match=words):
-        assert list(Manifest.load(tmp_path).samples) == found
+        assert list(load(tmp_path).samples) == found
 
 
 def test_many_ids_are_refused_at_once_as_one_is():
@@ -292,18 +338,18 @@ def digest(path: Path) -> str:
 
 def test_an_id_that_is_there_twice_is_refused(tmp_path):
     found, files = samples()
-    Manifest(tmp_path, [*found[:-1], replace(found[-1], id=found[3].id)], files).save(tmp_path)
+    keep(Manifest(tmp_path, [*found[:-1], replace(found[-1], id=found[3].id)], files), tmp_path)
     with pytest.raises(DataError, match="twice"):
-        Manifest.load(tmp_path)
+        load(tmp_path)
 
 
 def test_a_version_of_the_future_is_refused(tmp_path):
     found, files = samples()
-    Manifest(tmp_path, found, files).save(tmp_path)
+    keep(Manifest(tmp_path, found, files), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    (tmp_path / "summary.json").write_text(json.dumps({**summary, "version": 4}))
-    with pytest.raises(DataError, match="version 4; expected 3"):
-        Manifest.load(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "version": 5}))
+    with pytest.raises(DataError, match="version 5; expected 4"):
+        load(tmp_path)
 
 
 def test_what_does_not_fit_into_the_columns_is_refused(tmp_path):
@@ -316,26 +362,27 @@ def test_what_does_not_fit_into_the_columns_is_refused(tmp_path):
 def test_shards_are_prepared_verified_and_purged(tmp_path, size):
     folder = tmp_path / "shards"
     made = prepare_shards(SMALL, 0, folder)
-    found = Manifest.load(folder)
+    made.save_request(tmp_path)
+    found = Manifest.of_run(tmp_path)
     verify_shards(found, deep=True)
     assert made.fingerprint == found.fingerprint
     kept = {s.id: read_sample(found, s.id) for s in found.samples if s.role != "forget"}
     purge_shards(folder, found.ids("forget"))
-    after = Manifest.load(folder)
+    after = Manifest.of_run(tmp_path)
     assert {s.id: read_sample(after, s.id) for s in after.samples} == kept
     assert purged_before(folder).images == 10
     assert prepare_shards(SMALL, 0, tmp_path / "again").fingerprint == made.fingerprint
 
 
-def test_a_sample_takes_73_bytes_and_its_id(tmp_path):
-    """Beside names, heads and ends of columns; and a bit where labels are unknown."""
+def test_a_sample_takes_96_bytes_and_its_id(tmp_path):
+    """Beside names, heads and ends of columns; and a bit for each of label, hash and name where some are unknown."""
     sizes = {}
     for n in (8_000, 16_000):
         found, files = samples(n)
-        Manifest(tmp_path, found, files).save(tmp_path)
-        sizes[n] = (tmp_path / "manifest.arrow").stat().st_size - sum(len(s.id.encode()) for s in found)
-    assert sizes[16_000] - sizes[8_000] == pytest.approx(8_000 * (73 + 1 / 8), abs=64)
-    assert sizes[8_000] < 8_000 * (73 + 1 / 8) + 6_000
+        keep(Manifest(tmp_path, found, files), tmp_path)
+        sizes[n] = (tmp_path / "index.arrow").stat().st_size - sum(len(s.id.encode()) for s in found)
+    assert sizes[16_000] - sizes[8_000] == pytest.approx(8_000 * (96 + 3 / 8), abs=64)
+    assert sizes[8_000] < 8_000 * (96 + 3 / 8) + 6_000
 
 
 def test_look_ups_in_mapped_columns_take_no_memory_that_stays(tmp_path):

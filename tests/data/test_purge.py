@@ -11,6 +11,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forked import killed_at
 from pictures import by_webdataset
@@ -30,11 +31,19 @@ SMALL = DataConfig(
 )
 
 
+RUN: list[Path] = []  # the run directory of the request
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "shards"
-    prepare_shards(SMALL, 0, folder)
+    RUN[:] = [folder.with_name("run")]
+    prepare_shards(SMALL, 0, folder).save_request(RUN[0])
     return folder
+
+
+def load(shards: Path) -> Manifest:
+    return Manifest.load(shards, run=RUN[0])
 
 
 @pytest.fixture
@@ -47,12 +56,12 @@ def images(manifest: Manifest) -> dict[str, bytes]:
 
 
 def test_what_stays_keeps_its_bytes_and_what_goes_is_gone(shards):
-    before = Manifest.load(shards)
+    before = load(shards)
     kept, forget = images(before), before.ids("forget")
     gone = {i: kept.pop(i) for i in forget}
     planned = plan_purge(before, forget)
     done = purge_shards(shards, forget)
-    after = Manifest.load(shards)
+    after = load(shards)
     verify_shards(after, deep=True)
     assert images(after) == kept
     assert [s.id for s in after.samples] == [s.id for s in before.samples if s.id not in gone]
@@ -64,36 +73,44 @@ def test_what_stays_keeps_its_bytes_and_what_goes_is_gone(shards):
     for sample_id, data in gone.items():
         assert data not in everything and f'"{sample_id}"'.encode() not in everything
     assert any(f'"{i}"'.encode() in everything for i in kept)  # control: names can be found
-    assert (done.images, done.before, done.after) == (10, before.fingerprint, after.fingerprint)
+    assert (done.images, done.before, done.after) == (10, before.index_sha256, after.index_sha256)
     assert planned == replace(done, after=None, bytes_after=None)
     assert done.bytes_after == sum(path.stat().st_size for path in shards.glob("*.tar")) < done.bytes_before
-    assert after.info["purged"] == {"images": 10, "copies": 0, "manifests": [before.fingerprint]}
+    rows = before.rows(["forget"]).tolist()
+    assert after.info["purged"] == {
+        "images": 10, "copies": 0, "steps": [{"index": before.index_sha256, "rows": rows}],
+    }  # fmt: skip
+    assert after.lost == {"forget": 10} and not before.lost
+    assert (after.columns.near == before.columns.near[np.isin(before.columns.ids.at(np.arange(len(before))),
+                                                               [s.id for s in after.samples])]).all()  # fmt: skip
     untouched = [n for n in before.shards() if not {s.id for s in before.in_shard(n)} & set(forget)]
     assert untouched and all(after.shard_files[n] == before.shard_files[n] for n in untouched)
     assert [p.name for p in shards.parent.iterdir()] == ["shards"]  # nothing is left beside it
 
 
 def test_a_second_purge_has_nothing_to_do_and_another_list_goes_on(shards):
-    forget, retain = (Manifest.load(shards).ids(role) for role in ("forget", "retain"))
+    forget, retain = (load(shards).ids(role) for role in ("forget", "retain"))
     purge_shards(shards, forget)
     with pytest.raises(DataError, match="10 images were purged from them before"):
         purge_shards(shards, forget)
     purge_shards(shards, retain[:1] + forget)
-    history = Manifest.load(shards).info["purged"]
-    assert history["images"] == 11 and len(set(history["manifests"])) == 2
+    after = load(shards)
+    history = after.info["purged"]
+    assert history["images"] == 11 and len({step["index"] for step in history["steps"]}) == 2
+    assert after.lost == {"forget": 10, "retain": 1} and after.ids("retain") == retain[1:]  # both steps, in turn
 
 
 def test_a_shard_of_forgotten_images_alone_vanishes(shards):
-    manifest = Manifest.load(shards)
+    manifest = load(shards)
     name = manifest.shards()[0]
     ids = [s.id for s in manifest.in_shard(name)]
     done = purge_shards(shards, ids)
     assert done.emptied == done.shards == 1
-    assert name not in Manifest.load(shards).shard_files and not (shards / name).exists()
+    assert name not in load(shards).shard_files and not (shards / name).exists()
 
 
 def test_copies_under_other_names_are_counted(shards):
-    manifest = Manifest.load(shards)
+    manifest = load(shards)
     first, second = manifest.samples[:2]
     twins = [replace(s, sha256=first.sha256) if s is second else s for s in manifest.samples]
     assert plan_purge(manifest, [first.id]).copies == 0
@@ -123,7 +140,7 @@ def test_members_of_other_writers_are_copied_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("damage", ["byte", "missing", "extra"])
 def test_damaged_shards_are_not_purged(shards, damage):
-    manifest = Manifest.load(shards)
+    manifest = load(shards)
     victim = manifest.shard_path(manifest.shards()[-1])
     if damage == "byte":
         content = bytearray(victim.read_bytes())
@@ -144,7 +161,7 @@ def test_damaged_shards_are_not_purged(shards, damage):
 def test_a_purge_that_went_wrong_replaces_nothing(shards, monkeypatch, lie):
     """The proof looks at what lies on the disk."""
     right = purge._rewrite
-    manifest = Manifest.load(shards)
+    manifest = load(shards)
 
     def wrong(source: Path, target: Path, gone: set[int]) -> dict[int, int]:
         if lie == "id left":
@@ -154,17 +171,17 @@ def test_a_purge_that_went_wrong_replaces_nothing(shards, monkeypatch, lie):
     monkeypatch.setattr(purge, "_rewrite", wrong)
     with pytest.raises((DataError, KeyError)):
         purge_shards(shards, manifest.ids("forget"))
-    assert Manifest.load(shards).fingerprint == manifest.fingerprint
+    assert load(shards).fingerprint == manifest.fingerprint
     verify_shards(manifest, deep=True)
 
 
 def test_one_purge_at_a_time(shards):
     with purge._work_folder(shards), pytest.raises(DataError, match="another purge works on"):
-        purge_shards(shards, Manifest.load(shards).ids("forget"))
+        purge_shards(shards, load(shards).ids("forget"))
 
 
 def test_everything_or_nothing_is_no_purge(shards):
-    manifest = Manifest.load(shards)
+    manifest = load(shards)
     with pytest.raises(DataError, match="delete the folder instead"):
         purge_shards(shards, [s.id for s in manifest.samples])
     with pytest.raises(DataError, match="none of the 1 images"):
@@ -187,18 +204,18 @@ def test_a_kill_leaves_the_old_set_or_the_new_one(original, tmp_path, monkeypatc
     monkeypatch.setattr(manifest_module, "SMALL", 10**6 if form == "objects" else 0)
     source = tmp_path / "source" / "shards"
     shutil.copytree(original, source)
-    forget, log = Manifest.load(source).ids("forget"), tmp_path / "log"
+    forget, log = load(source).ids("forget"), tmp_path / "log"
     whole = Path(shutil.copytree(source, tmp_path / "whole" / "shards"))
     assert killed_purge(0, whole, forget, log) == 0
-    events, new = int(log.read_text()), Manifest.load(whole).fingerprint
-    old = Manifest.load(source).fingerprint
+    events, new = int(log.read_text()), load(whole).fingerprint
+    old = load(source).fingerprint
     assert events > 40 and new != old
     points = sorted({round(1 + k * (events - 1) / 19) for k in range(20)})
     seen = []
     for point in points:
         folder = Path(shutil.copytree(source, tmp_path / str(point) / "shards"))
         assert killed_purge(point, folder, forget, log) == -signal.SIGKILL  # the kill came
-        found = Manifest.load(folder)
+        found = load(folder)
         verify_shards(found, deep=True)
         assert found.fingerprint in (old, new)
         seen.append(found.fingerprint == new)
@@ -207,7 +224,7 @@ def test_a_kill_leaves_the_old_set_or_the_new_one(original, tmp_path, monkeypatc
             purge_shards(folder, forget)
         else:
             assert purged_before(folder).images == 10
-        assert Manifest.load(folder).fingerprint == new
+        assert load(folder).fingerprint == new
         assert [p.name for p in folder.parent.iterdir()] == ["shards"]  # what the killed one left is gone
         assert json.loads((folder / "summary.json").read_text())["info"]["purged"]["images"] == 10
     assert len(points) == 20 and seen == sorted(seen) and not seen[0] and seen[-1]  # both sides of the exchange
@@ -221,8 +238,8 @@ def test_where_folders_cannot_be_exchanged_nothing_happens(shards, monkeypatch):
 
     monkeypatch.setattr(purge.ctypes, "CDLL", lambda *args, **how: Refuses)
     monkeypatch.setattr(purge.ctypes, "get_errno", lambda: 22)
-    before = Manifest.load(shards)
+    before = load(shards)
     with pytest.raises(DataError, match="cannot exchange two folders"):
         purge_shards(shards, before.ids("forget"))
-    verify_shards(Manifest.load(shards), deep=True)
-    assert Manifest.load(shards).fingerprint == before.fingerprint and os.listdir(shards.parent) == ["shards"]
+    verify_shards(load(shards), deep=True)
+    assert load(shards).fingerprint == before.fingerprint and os.listdir(shards.parent) == ["shards"]

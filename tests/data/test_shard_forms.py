@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-from pictures import jpeg
+from pictures import indexed, jpeg
 
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.loading.webdataset_pipeline import webdataset
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import CODES
-from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.purge import purge_shards
 from distunlearn.data.sources.tar_folder import ShardSource
 from distunlearn.errors import DataError
@@ -94,7 +93,7 @@ def form(request, tmp_path_factory):
     how, left, same = FORMS[request.param]
     for s in range(2):
         tar(folder / f"{s:05d}.tar", parts(s, **how))
-    return folder, index_shards(CFG, 0, folder), left, same, request.param
+    return folder, indexed(CFG, 0, folder), left, same, request.param
 
 
 def by_webdataset(folder: Path) -> list[bytes]:
@@ -139,7 +138,7 @@ def test_as_many_forms_as_were_promised():
 def test_forgotten_images_are_purged_from_every_form(tmp_path, form_):
     for s in range(2):
         tar(tmp_path / f"{s:05d}.tar", parts(s, **FORMS[form_][0]))
-    manifest = index_shards(CFG, 0, tmp_path)
+    manifest = indexed(CFG, 0, tmp_path)
     gone = manifest.ids("forget")
     kept = {s.id: read_sample(manifest, s.id) for s in manifest.samples if s.id not in gone}
     purge_shards(tmp_path, gone)
@@ -157,7 +156,7 @@ def test_compressed_shards_are_counted_not_read(tmp_path):
         tar(tmp_path / f"{s:05d}.tar", parts(s))
     tar(tmp_path / "z.tgz", parts(9), "w:gz")
     (tmp_path / "00000_stats.json").write_text("{}")
-    assert index_shards(CFG, 0, tmp_path).info["skipped_files"] == {".tgz": 1, ".json": 1}
+    assert indexed(CFG, 0, tmp_path).info["skipped_files"] == {".tgz": 1, ".json": 1}
 
 
 def test_classes_are_numbered_as_they_occur_and_forgotten_by_name(tmp_path):
@@ -168,11 +167,11 @@ def test_classes_are_numbered_as_they_occur_and_forgotten_by_name(tmp_path):
             found += [(f"{s}{i}.jpg", jpeg(100 * s + i)), (f"{s}{i}.cls", number)]
         tar(tmp_path / f"{s:05d}.tar", found)
     cfg = DataConfig(**{**vars(CFG), "forget": "class:500001000", "max_forget_share": 0.9})
-    manifest = index_shards(cfg, 0, tmp_path)
+    manifest = indexed(cfg, 0, tmp_path)
     assert manifest.info["classes"] == ["500000000", "500001000", "500002000"]
     assert {s.label for s in manifest.samples} == {0, 1, 2}
     assert {manifest.by_id[i].label for i in manifest.ids("forget")} == {1}
-    assert manifest.info["whole_classes"] == ["500001000"]
+    assert manifest.facts["whole_classes"] == ["500001000"]
 
 
 @pytest.mark.parametrize("by", ["url", "key", "sha256"])
@@ -187,11 +186,11 @@ def test_a_list_by_url_key_or_digest_of_shards(tmp_path, by):
         f"{by}\n" + {"url": "https://x.org/1/2", "key": "010002", "sha256": "12" * 32}[by]
     )
     cfg = DataConfig(**{**vars(CFG), "forget": str(tmp_path / "list.csv"), "forget_by": by})
-    assert index_shards(cfg, 0, folder).ids("forget") == ["010002"]
+    assert indexed(cfg, 0, folder).ids("forget") == ["010002"]
 
 
 def test_one_id_in_two_shards_is_refused_where_samples_name_themselves(tmp_path):
     for s in range(2):
         tar(tmp_path / f"{s}.tar", [("a.jpg", jpeg(s)), ("a.json", b'{"id": "same"}')])
     with pytest.raises(DataError, match="1.tar: the id 'same' is in 0.tar too"):
-        index_shards(CFG, 0, tmp_path)
+        indexed(CFG, 0, tmp_path)

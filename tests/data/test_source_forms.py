@@ -178,10 +178,15 @@ def test_all_damaged_images_in_one_answer(tmp_path):
     manifest = prepare_shards(cfg, 0, tmp_path / "shards")
     assert len(manifest) == 60 and manifest.info["undecodable_ids"] == sorted(f"class0/{name}" for name in bad)
     assert "4 images that cannot be decoded" in describe(manifest)
-    check_selection(cfg, 0, Manifest.load(tmp_path / "shards"))
+    check_selection(cfg, 0, saved(manifest, tmp_path))
     gone = config(root, max_undecodable=1.0, forget=_listed(tmp_path, ["class0/html.jpg", "class1/001.jpg"]))
     with pytest.raises(DataError, match="1 of them to be forgotten.*'class0/html.jpg'"):
         prepare_shards(gone, 0, tmp_path / "other")
+
+
+def saved(manifest, run):
+    manifest.save_request(run)
+    return Manifest.of_run(run)
 
 
 def _listed(tmp_path, ids, header=""):
@@ -205,11 +210,11 @@ def test_an_image_with_the_bytes_of_a_member_is_no_non_member(tmp_path):
     assert left and not trained & {s.sha256 for s in left}
     drawn = open_and_draw(cfg, 0)[1].roles
     lost = {role: list(drawn.values()).count(role) - count for role, count in manifest.count_roles().items()}
-    assert {r: n for r, n in lost.items() if n > 0} == manifest.info["dropped_copies"] and lost["retain"] == 0
+    assert {r: n for r, n in lost.items() if n > 0} == manifest.facts["dropped_copies"] and lost["retain"] == 0
     assert "dropped, for they have the bytes" in describe(manifest)
-    facts = request_facts(manifest.info)
-    assert facts["dropped_copies"] == manifest.info["dropped_copies"] and facts["non_members"] == "drawn"
-    check_selection(cfg, 0, Manifest.load(tmp_path / "shards"))
+    facts = request_facts(manifest.facts)
+    assert facts["dropped_copies"] == manifest.facts["dropped_copies"] and facts["non_members"] == "drawn"
+    check_selection(cfg, 0, saved(manifest, tmp_path))
 
 
 def test_copies_are_dropped_as_a_comparison_of_all_pairs_says():
@@ -237,7 +242,7 @@ def test_near_copies_of_members_are_counted(tmp_path):
         (others / f"{n}.png").write_bytes(encoded(photo(n if n < 5 else 500 + n).resize((96, 80)), "PNG"))
     cfg = config(root.parent, holdout_root=str(others.parent), holdout=18)
     manifest = prepare_shards(cfg, 0, tmp_path / "shards")
-    assert sum(manifest.info["near_copies_of_members"].values()) == 5 and manifest.info["dropped_copies"] == {}
+    assert sum(manifest.facts["near_copies_of_members"].values()) == 5 and manifest.facts["dropped_copies"] == {}
 
 
 def test_non_members_from_a_folder_of_their_own(tmp_path):

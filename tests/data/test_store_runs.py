@@ -19,7 +19,6 @@ from distunlearn.config.schema import DataConfig
 from distunlearn.data.loading.shard_reader import Reader
 from distunlearn.data.loading.verify import read_sample
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.storage.object_store_cache import verify_objects
 from distunlearn.engine import run_directory
 from distunlearn.engine.run_directory import find_manifest, refuse_other_settings, shards_remote
@@ -27,6 +26,7 @@ from distunlearn.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from hostile_tars import img2dataset  # noqa: E402
+from pictures import indexed  # noqa: E402
 
 # -- an index ------------------------------------------------------------------------------------------------------
 
@@ -44,20 +44,24 @@ def test_an_index_of_a_store_is_that_of_the_local_shards(tmp_path, scheme):
     with serving(tmp_path / "there") as server:
         url = server.url if scheme == "http" else (tmp_path / "there").as_uri()
         for workers in (1, 2):
-            manifest = index_shards(dataclasses.replace(ALL, store=url, prepare_workers=workers), 0, here)
-        assert manifest.fingerprint == index_shards(ALL, 0, expected).fingerprint
-        assert sorted(path.name for path in here.iterdir()) == ["manifest.arrow", "summary.json"]
+            manifest = indexed(dataclasses.replace(ALL, store=url, prepare_workers=workers), 0, here)
+        assert manifest.fingerprint == indexed(ALL, 0, expected).fingerprint
+        assert sorted(path.name for path in here.iterdir()) == ["index.arrow", "summary.json"]
         assert (here / "summary.json").read_bytes() == (expected / "summary.json").read_bytes()
         verify_objects(manifest, deep=True)
         wanted = samples(manifest, "forget")
         assert Reader(manifest).read(wanted) == [read_sample(Manifest.load(expected), s.id) for s in wanted]
         (tmp_path / "there" / "00001.tar").write_bytes(b"no tar" * 1000)
+        with pytest.raises(DataError, match="has an index of other shards"):
+            indexed(dataclasses.replace(ALL, store=url), 0, here)
+        for path in here.iterdir():
+            path.unlink()
         with pytest.raises(DataError, match="^00001.tar"):
-            index_shards(dataclasses.replace(ALL, store=url), 0, here)
+            indexed(dataclasses.replace(ALL, store=url), 0, here)
         for path in (tmp_path / "there").glob("*.tar"):
             path.unlink()
         with pytest.raises(DataError, match="lists no .tar files"):
-            index_shards(dataclasses.replace(ALL, store=url), 0, here)
+            indexed(dataclasses.replace(ALL, store=url), 0, here)
     assert not (here / ".index.partial").exists()
 
 
@@ -74,14 +78,14 @@ def test_an_index_that_was_interrupted_goes_on(tmp_path):
         cfg = dataclasses.replace(ALL, store=server.url, prepare_workers=1)
         first, second = server.folder / "00000.tar", server.folder / "00001.tar"
         with pytest.raises(KeyboardInterrupt):
-            index_shards(cfg, 0, here, interrupt)
+            indexed(cfg, 0, here, interrupt)
         assert server.sent[first.name] == first.stat().st_size and not server.sent[second.name]
         assert not list(here.rglob("*.tar"))
         with pytest.raises(KeyboardInterrupt):  # what was read is known, unless the object is another now
-            index_shards(cfg, 0, here, interrupt)
+            indexed(cfg, 0, here, interrupt)
         assert server.sent[first.name] == first.stat().st_size
         first.write_bytes(first.read_bytes() + bytes(512))
-        index_shards(cfg, 0, here)
+        indexed(cfg, 0, here)
         assert server.sent[first.name] == 2 * first.stat().st_size - 512
         assert server.sent[second.name] == second.stat().st_size
 
@@ -108,7 +112,6 @@ def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
     capsys.readouterr()
     assert main(["plan", "digits", "--out", str(out), *tiny.settings(f"data.shards={folder}")]) == 3  # control
     assert "missing from" in capsys.readouterr().err
-    out.mkdir()
     save_config(load_config("digits", None, there[1::2]), out / "run.yaml")
     refuse_other_settings(load_config("digits", None, [*tiny.TINY]), out)  # shards may move, a seed may not
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
@@ -127,7 +130,7 @@ def test_verbs_look_for_the_shards_where_they_are(tmp_path, capsys):
     for path in folder.iterdir():
         path.unlink()
     assert main(["prepare", "digits", "--out", str(out), *there]) == 3
-    assert "holds no manifest of the shards in file:///" in capsys.readouterr().err and not any(folder.iterdir())
+    assert "holds no index of the shards in file:///" in capsys.readouterr().err and not any(folder.iterdir())
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import by_webdataset, feeder, pictures, store
+from pictures import by_webdataset, feeder, pictures, reloaded, store
 from torchvision.transforms.v2 import functional as tv
 
 from distunlearn.config.schema import ViewsConfig
@@ -154,7 +154,7 @@ def test_resumed_anywhere_and_on_other_processes(manifest, seed):
     while step < 16:
         stop = min(16, step + int(draw.integers(1, 8)))
         world, workers = int(draw.choice([1, 2, 3, 4])), int(draw.choice([0, 1, 3]))
-        parts = stream(Manifest.load(manifest.folder), range(step, stop), world, workers, seed=seed)
+        parts = stream(reloaded(manifest.folder), range(step, stop), world, workers, seed=seed)
         for part, expected in zip(parts, straight[step:stop], strict=True):
             assert_same(whole(part), expected)
             views = [augmented(rows, seed) for rows in part]
@@ -242,7 +242,7 @@ def test_a_damaged_header_loses_nothing(manifest, tmp_path):
     with open(folder / name, "r+b") as file:
         file.seek(inside[2].offset - 512 + 148)  # the checksum of the third image's header
         file.write(b"9999999\0")
-    damaged = Manifest.load(folder)
+    damaged = reloaded(folder, manifest.folder)
     with pytest.raises(DataError, match=f"gave 2 samples; expected {len(inside)}: its contents are damaged"):
         by_webdataset(damaged, name)
     expected = stream(manifest, range(8))

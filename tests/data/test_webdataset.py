@@ -26,12 +26,12 @@ from distunlearn.data.loading.verify import read_sample
 from distunlearn.data.loading.webdataset_pipeline import webdataset
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import ROLES, Remote
-from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from hostile_tars import img2dataset, jpeg, sample, write_tar  # noqa: E402
+from pictures import indexed  # noqa: E402
 
 SMALL = DataConfig(
     members=40, forget=10, holdout=12, calibration=6, third_party=6, third_party_audit=6, samples_per_shard=8
@@ -41,14 +41,14 @@ SMALL = DataConfig(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "shards"
-    prepare_shards(SMALL, 0, folder)
+    prepare_shards(SMALL, 0, folder).save_request(folder.parent)
     return folder
 
 
 @pytest.fixture
 def shards(made, tmp_path) -> Path:
     """A copy to spoil."""
-    return Path(shutil.copytree(made, tmp_path / "shards"))
+    return Path(shutil.copytree(made.parent, tmp_path / "run")) / "shards"
 
 
 def plain(paths: list[Path], **how) -> list[dict]:
@@ -61,7 +61,7 @@ def plain(paths: list[Path], **how) -> list[dict]:
 
 
 def test_plain_webdataset_reads_what_prepare_writes(made):
-    manifest = Manifest.load(made)
+    manifest = Manifest.of_run(made.parent)
     found = plain([made / name for name in manifest.shards()])
     assert len(found) == len(manifest) == 70 and [int(record["__key__"]) for record in found] == list(range(70))
     for record, listed in zip(found, manifest.samples, strict=True):
@@ -76,7 +76,7 @@ def test_prepare_twice_gives_the_same_bytes(made, tmp_path):
     """Whatever the clock and the user: nothing of either is in the headers."""
     prepare_shards(SMALL, 0, tmp_path / "again")
     names = sorted(path.name for path in made.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "again").iterdir()) and "manifest.arrow" in names
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir()) and "index.arrow" in names
     for name in names:
         assert (made / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     for path in made.glob("*.tar"):
@@ -87,8 +87,8 @@ def test_prepare_twice_gives_the_same_bytes(made, tmp_path):
 
 @pytest.mark.parametrize("role", ["forget", ("retain", "forget"), ROLES, "third_party_audit"])
 def test_the_pipeline_gives_every_image_of_the_roles_once(made, role):
-    manifest = Manifest.load(made)
-    found = list(webdataset(made, role))
+    manifest = Manifest.of_run(made.parent)
+    found = list(webdataset(made.parent, role))
     wanted = [s for s in manifest.samples if s.role in ((role,) if isinstance(role, str) else role)]
     assert [record["__id__"] for record in found] == [s.id for s in wanted] and wanted
     for record, listed in zip(found, wanted, strict=True):
@@ -101,7 +101,7 @@ def test_the_pipeline_gives_every_image_of_the_roles_once(made, role):
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 2)])
 def test_ranks_and_workers_share_the_images(made, monkeypatch, world, workers):
     """With webdataset's own stages behind it, as training code has them."""
-    manifest, found, labels = Manifest.load(made), Counter(), {}
+    manifest, found, labels = Manifest.of_run(made.parent), Counter(), {}
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
@@ -116,7 +116,7 @@ def test_ranks_and_workers_share_the_images(made, monkeypatch, world, workers):
 
 def broken(folder: Path, number: int, change) -> tuple[Manifest, str]:
     """Change bytes of a shard near its image `number`; change(content, offset of the image)."""
-    manifest = Manifest.load(folder)
+    manifest = Manifest.of_run(folder.parent)
     name = manifest.shards()[1]
     content = bytearray((folder / name).read_bytes())
     change(content, manifest.in_shard(name)[number].offset)
@@ -168,7 +168,7 @@ def test_a_shard_that_differs_by_one_byte_raises(shards, damage):
 
 
 def test_shards_of_another_order_or_number_raise(shards):
-    manifest = Manifest.load(shards)
+    manifest = Manifest.of_run(shards.parent)
     first, second = manifest.shards()[:2]
     swapped = Manifest(shards, [replace(s, id=f"x/{s.id}") for s in manifest.samples], manifest.shard_files)
     with pytest.raises(DataError, match=f"{first} .number 1 of 8. has another or a partial sample where 'x/"):
@@ -183,8 +183,8 @@ def test_of_shards_made_by_others_only_image_class_and_json_are_handed_out(tmp_p
     img2dataset(tmp_path)
     parts = [*sample(70_000), ("000070000.pyd", pickle.dumps(Path("x")))]
     write_tar(tmp_path / "00002.tar", parts)
-    index_shards(replace(SMALL, members=0, near_distance=None), 0, tmp_path)
-    (found,) = (record for record in webdataset(tmp_path, (*ROLES, "unused")) if record["__id__"] == "000070000")
+    made = indexed(replace(SMALL, source="webdataset", members=0, near_distance=None), 0, tmp_path)
+    (found,) = (record for record in webdataset(made, (*ROLES, "unused")) if record["__id__"] == "000070000")
     assert found["jpg"] == jpeg(70_000) and set(found) <= {"__key__", "__url__", "__id__", "__role__", "jpg", "json"}
     assert "pyd" in plain([tmp_path / "00002.tar"])[0]  # it is there
     assert Image.open(io.BytesIO(found["jpg"])).size
@@ -196,12 +196,12 @@ def test_it_is_a_name_of_the_package():
 
 def test_what_cannot_be_read_is_refused_at_once(made, tmp_path):
     with pytest.raises(ConfigError, match="role is everything; expected some of retain, forget"):
-        webdataset(made, ["retain", "everything"])
+        webdataset(made.parent, ["retain", "everything"])
     with pytest.raises(ConfigError, match="role is empty"):
-        webdataset(made, [])
+        webdataset(made.parent, [])
     with pytest.raises(DataError, match="no image of the role unused"):
-        webdataset(made, "unused")
+        webdataset(made.parent, "unused")
     with pytest.raises(DataError, match=r"summary\.json cannot be read"):
         webdataset(tmp_path, "retain")
     with pytest.raises(DataError, match="lie in http://127.0.0.1:9/x; copy them"):
-        webdataset(Manifest.load(made, Remote("http://127.0.0.1:9/x")), "retain")
+        webdataset(Manifest.load(made, Remote("http://127.0.0.1:9/x"), made.parent), "retain")

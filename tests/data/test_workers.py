@@ -212,9 +212,8 @@ SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from pictures import feeder, store
-from distunlearn.data.manifest.manifest import Manifest
-images = store(Manifest.load(Path({folder!r})), workers=3)
+from pictures import feeder, reloaded, store
+images = store(reloaded(Path({folder!r})), workers=3)
 feeds = feeder(images)
 feeds.batch_at(0)
 print(*[p.pid for p in images.loader._processes], flush=True)

@@ -57,7 +57,7 @@ def ledger(out: Path) -> list[dict]:
 
 def spoil(folder: Path, role: str) -> str:
     """Make the first image of a role zero bytes, with the manifest agreeing: it was like that in the source."""
-    manifest = Manifest.load(folder)
+    manifest = Manifest.of_run(folder.parent)
     bad = manifest.by_id[manifest.ids(role)[0]]
     path = manifest.shard_path(bad.shard)
     with open(path, "r+b") as file:
@@ -70,7 +70,9 @@ def spoil(folder: Path, role: str) -> str:
     ]  # fmt: skip
     files = manifest.shard_files
     shard = Shard(files[bad.shard].bytes, file_sha256(path), files[bad.shard].samples)
-    Manifest(folder, samples, {**files, bad.shard: shard}, manifest.info).save(folder)
+    made = Manifest(folder, samples, {**files, bad.shard: shard}, manifest.info, facts=manifest.facts)
+    made.save(folder)
+    made.save_request(folder.parent)
     with pytest.raises(UndecodableError):  # the fault is there, and nothing else is wrong
         decode_image(read_sample(Manifest.load(folder), bad.id), bad.id, 10_000, 1)
     return bad.id

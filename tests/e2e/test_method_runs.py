@@ -99,7 +99,7 @@ def test_a_run(bases, tmp_path, method, objective):
 def forget_ids(base: Path) -> list[str]:
     from distunlearn.data.manifest.manifest import Manifest
 
-    return Manifest.load(base / "shards").ids("forget")
+    return Manifest.of_run(base).ids("forget")
 
 
 class Killed(Exception):

@@ -24,7 +24,7 @@ def test_purge_of_a_run(tmp_path):
     assert early.returncode == 3 and "finish the run (unlearn) before purging" in early.stderr
     assert tiny.run(out).returncode in (0, 6, 7)
     shards = out / "shards"
-    before, ids = files(shards), Manifest.load(shards).ids("forget")
+    before, ids = files(shards), Manifest.of_run(out).ids("forget")
 
     dry = tiny.command("purge", str(out))
     assert dry.returncode == 0, dry.stderr
@@ -37,7 +37,7 @@ def test_purge_of_a_run(tmp_path):
     facts = json.loads(done.stdout)
     assert facts == json.loads((out / "purge.json").read_text())
     assert (facts["images"], facts["before"], facts["applied"]) == (24, planned["before"], True)
-    assert facts["after"] == Manifest.load(shards).fingerprint
+    assert facts["after"] == Manifest.load(shards).index_sha256
     assert not set(ids) & set(Manifest.load(shards).by_id)
     assert not any(i in done.stdout for i in ids)
 
@@ -47,5 +47,6 @@ def test_purge_of_a_run(tmp_path):
     assert tiny.command("report", str(out)).returncode == 0
     for verb in (["audit", str(out)], ["run", "digits", "--out", str(out), *tiny.settings()]):
         over = tiny.command(*verb)
-        assert over.returncode == 3 and "24 forgotten images were purged" in over.stderr, over.stderr
+        assert over.returncode == 3 and "Images of this request were purged" in over.stderr, over.stderr
+        assert "(24 forget)" in over.stderr
         assert "Traceback" not in over.stderr

@@ -27,7 +27,7 @@ def summary(out):
 
 
 def test_one_single_image_is_forgotten_and_the_verdict_is_inconclusive(first, tmp_path):
-    sample = Manifest.load(first / "shards").ids("forget")[0]
+    sample = Manifest.of_run(first).ids("forget")[0]
     (tmp_path / "request.txt").write_text(f"{sample}\n")
     done = tiny.run(tmp_path / "run", f"data.forget={tmp_path / 'request.txt'}")
     assert done.returncode == 7, done.stderr[-3000:]

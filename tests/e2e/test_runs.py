@@ -44,8 +44,10 @@ def test_the_run_directory_is_complete(finished):
         "original/done.json",
         "original/export/model.safetensors",
         "retrained/done.json",
-        "shards/manifest.arrow",
+        "shards/index.arrow",
         "shards/summary.json",
+        "request.json",
+        "roles.arrow",
         "checkpoints/LATEST",
     ):
         assert (out / name).exists(), name

@@ -64,7 +64,7 @@ def test_tier_2_pools_shadows_that_never_see_what_they_must_not(tmp_path, monkey
     assert "rmia" in found["attacks"] and "rmia" in found["gates"] and "rmia" not in found["further_attacks"]
     assert "verdict" not in found["further_attacks"]["lira_alignment"]["gap"]
     raw = json.loads((out / "audit/shadows.json").read_text())["ids"]
-    ids = Manifest.load(out / "shards").ids("forget")
+    ids = Manifest.of_run(out).ids("forget")
     parts = assign_parts(24, 6, cfg.seed)
     for k in range(6):
         folder = out / "shadows" / f"{k:02d}"
@@ -121,7 +121,7 @@ def test_stress_tests_forget_what_they_say_and_nothing_else(tmp_path, monkeypatc
         folders = sorted((out / "stress").glob(f"{name}*"))
         assert planned["unlearn_steps"] == steps_in(folders, "unlearn") > 0, name
         assert planned["pretrain_steps"] == sum(steps_in(folders, phase) for phase in ("pretrain", "retrain")), name
-    manifest = Manifest.load(out / "shards")
+    manifest = Manifest.of_run(out)
     ids, members = set(manifest.ids("forget")), manifest.ids(("retain", "forget"))
 
     worst = {name: requested(out / f"stress/worst_case-{name}") for name in ("most", "random", "least")}

@@ -50,7 +50,7 @@ def shown(monkeypatch):
 def test_no_method_sees_what_audits_keep_for_themselves(method, base, shown, tmp_path):
     cfg = config(f"method.name={method}", f"runtime.reuse={base}")
     pipeline.unlearn(cfg, tmp_path / "run")
-    manifest = Manifest.load(base / "shards")
+    manifest = Manifest.of_run(base)
     kept = set(manifest.ids(("holdout", "third_party_audit")))
     assert shown and not shown & kept
     assert not shown & set(manifest.ids("forget")) or METHODS[method].forgets
@@ -61,5 +61,5 @@ def test_the_recorder_would_notice(base, shown, tmp_path):
     cfg = config("method.name=none", f"runtime.reuse={base}")
     pipeline.unlearn(cfg, tmp_path / "run")
     pipeline.audit(tmp_path / "run", cfg)
-    manifest = Manifest.load(base / "shards")
+    manifest = Manifest.of_run(base)
     assert set(manifest.ids(("holdout", "third_party_audit"))) <= shown

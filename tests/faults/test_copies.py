@@ -25,7 +25,7 @@ def twins(tmp_path) -> tuple[Path, str]:
 
 
 def role_of(out: Path, sample_id: str) -> str:
-    return Manifest.load(out / "shards").by_id[sample_id].role
+    return Manifest.of_run(out).by_id[sample_id].role
 
 
 def listed_ids(*ids: str) -> str:

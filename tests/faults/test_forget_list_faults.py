@@ -46,8 +46,8 @@ def test_f02_ids_that_no_image_has(tmp_path, capsys):
     capsys.readouterr()
     assert main(words) == 0
     assert "8 listed ids left out" in capsys.readouterr().out
-    summary = json.loads((out / "shards" / "summary.json").read_text())
-    found = summary["info"]["forget_list"]
+    summary = json.loads((out / "request.json").read_text())
+    found = summary["facts"]["forget_list"]
     assert summary["roles"]["forget"] == 3 and found["missing_ids"] == missing
     assert (found["entries"], found["forget"], found["missing"], found["duplicates"]) == (12, 3, 8, 1)
     request = plan(capsys, arguments("plan", out, setting, "data.allow_missing=true"))["request"]
@@ -109,7 +109,7 @@ def test_f08_a_list_edited_after_the_shards_were_made(tmp_path, capsys, edit):
     listed(tmp_path, digits(1, 2, 4) if edit == "another id" else ["# x", *digits(1, 2, 3)])
     for verb in ("plan", "prepare", "pretrain"):
         message = refusal(capsys, arguments(verb, out, setting), tmp_path)
-        assert "has changed since the shards" in message and "list.txt" in message
+        assert "has changed since the request" in message and "list.txt" in message
     listed(tmp_path, digits(1, 2, 3))
     assert main(arguments("plan", out, setting)) == 0
 
@@ -157,8 +157,8 @@ def test_f10_ids_that_are_formulas_markup_or_control_stay_text(tmp_path, capsys)
     out = tmp_path / "run"
     with heard() as done:
         assert main(of_folder("prepare", out, root, setting)) == 0
-    assert not done and set(Manifest.load(out / "shards").ids("forget")) == set(names)
-    assert not any(name.encode() in (out / "shards" / "summary.json").read_bytes() for name in names)
+    assert not done and set(Manifest.of_run(out).ids("forget")) == set(names)
+    assert not any(name.encode() in (out / "request.json").read_bytes() for name in names)
     said = capsys.readouterr()
     assert said.err == "" and (said.out.rstrip("\n")).isprintable()
     for name in [*names, "\x1b[31mred"]:
@@ -219,7 +219,7 @@ def test_f13_unicode_form_and_slashes_do_not_matter_and_case_does(tmp_path, caps
     out = tmp_path / "run"
     setting = listed(tmp_path, [other, "class0/000.jpg"])
     assert main(of_folder("prepare", out, root, setting)) == 0
-    assert set(Manifest.load(out / "shards").ids("forget")) == {name, "class0/000.jpg"}
+    assert set(Manifest.of_run(out).ids("forget")) == {name, "class0/000.jpg"}
     setting = listed(tmp_path, ["class0/upper.jpg"])
     message = refusal(capsys, of_folder("prepare", tmp_path / "no", root, setting), tmp_path)
     assert "'class0/UPPER.jpg' differs only in case" in message
@@ -273,11 +273,13 @@ def test_a_list_decides_the_roles_of_indexed_shards_too(tmp_path, capsys):
     paths = img2dataset(folder)
     before = [path.read_bytes() for path in paths]
     setting = listed(tmp_path, ["000000003", "000010004", "nobody"])
-    words = ["index", str(folder), *arguments("", Path(), setting)[4:]]
+    assert main(["index", str(folder)]) == 0
+    use = arguments("", Path(), setting, "data.source=webdataset", f"data.root={folder}", f"data.shards={folder}")
+    words = ["prepare", "digits", "--out", str(tmp_path / "run"), *use[4:]]
     assert "nobody" in refusal(capsys, words, tmp_path)
     assert main([*words, "--set", "data.allow_missing=true"]) == 0
     assert [path.read_bytes() for path in paths] == before
-    manifest = Manifest.load(folder)
+    manifest = Manifest.load(folder, run=tmp_path / "run")
     verify_shards(manifest, deep=True)
     assert set(manifest.ids("forget")) == {"000000003", "000010004"} and len(manifest) == 60
     assert manifest.count_roles()["unused"] == 60 - 40 - 18

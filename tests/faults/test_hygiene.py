@@ -141,7 +141,7 @@ def test_hostile_names_are_folders_like_any_other_or_refused(tmp_path, monkeypat
     monkeypatch.setattr(subprocess, "Popen", None)  # whatever would start a program fails
     out = tmp_path / name
     code = main(plan(out=out, verb="prepare"))
-    assert code == 0 and (out / "shards/manifest.arrow").exists()
+    assert code == 0 and (out / "shards/index.arrow").exists()
     shards = main(plan(f"data.shards={out}/shards", out=tmp_path / "x", verb="plan"))
     assert shards == (2 if "\n" in name else 0)
     said = capsys.readouterr().err

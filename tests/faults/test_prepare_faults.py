@@ -132,4 +132,4 @@ def test_s21_a_second_prepare_into_the_same_folder_is_refused(tmp_path, capsys):
 def test_two_indexes_of_one_folder(tmp_path):
     img2dataset(tmp_path / "shards")
     with _work_folder(tmp_path / "shards"), pytest.raises(DataError, match="Another index works on"):
-        index_shards(SMALL, 0, tmp_path / "shards")
+        index_shards(SMALL, tmp_path / "shards")

@@ -146,16 +146,17 @@ def _plan() -> dict[str, Any]:
 
 
 def _manifest(folder: Path, counts: dict[str, int]) -> Manifest:
-    """manifest.arrow and summary.json of shards that hold nothing."""
+    """index.arrow and summary.json of shards that hold nothing."""
     samples = [
         Sample(f"people/{role}-{row:04d}.png", "members-000000.tar", 512 * row, 100, "a" * 64, role, row % CLASSES)
         for role, count in counts.items()
         for row in range(count)
     ]
     files = {"members-000000.tar": Shard(512 * 10_000, "b" * 64, len(samples))}
-    manifest = Manifest(folder / "shards", samples, files, {"forget_with_copy_in_retain": 0})
+    manifest = Manifest(folder / "shards", samples, files, facts={"forget_with_copy_in_retain": 0})
     (folder / "shards").mkdir()
     manifest.save(folder / "shards")
+    manifest.save_request(folder)
     return manifest
 
 

@@ -18,7 +18,7 @@ def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
         "dropped_copies": {"holdout": 7},
         "near_copies_of_members": {"holdout": 0, "calibration": 2},
     }
-    change_json(run / "shards" / "summary.json", lambda found: found["info"].update(counts))
+    change_json(run / "request.json", lambda found: found["facts"].update(counts))
     shown = Page(render(load_run(run))).text("asked")
     assert "1 203 files of the source were left out" in shown
     assert "7 images were left out, because a member or an image of another group has the same bytes" in shown

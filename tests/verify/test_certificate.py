@@ -121,7 +121,7 @@ SIGNED = {  # row of the threats -> (edit of the predicate, level that notices, 
     "6 a figure": (lambda p: p["figures"]["aucs"]["bank_loss"].update(unlearned=0.5), 2, "figures.aucs.bank_loss"),
     "7 fewer attempts": (lambda p: p["ledger"]["attempts"].update(unlearn=0), 2, "ledger.attempts.unlearn"),
     "8 another manifest": (
-        lambda p: p["private"].update({"shards/manifest.arrow": "0" * 64}), 2, "shards/manifest.arrow"),
+        lambda p: p["private"].update({"shards/index.arrow": "0" * 64}), 2, "shards/index.arrow"),
     "9 more images": (lambda p: p["coverage"].update(consumed_min=9), 2, "coverage.consumed_min"),
     "12 another original": (lambda p: p["states"].update(original="0" * 64), 2, "states.original"),
     "a broken chain": (lambda p: p.update(sequence=2), 0, "its chain was changed"),

@@ -13,14 +13,17 @@ from pathlib import Path
 
 from distunlearn.data.loading.image_store import open_store
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.records import CODE
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.session import Session
 
 
 def with_roles(manifest: Manifest, roles: Mapping[str, str]) -> Manifest:
     """The same samples; those named in `roles` {id: role} have that role, all others keep theirs."""
-    samples = [dataclasses.replace(s, role=roles.get(s.id, s.role)) for s in manifest.samples]
-    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
+    role = manifest.columns.role.copy()
+    rows = manifest.columns.ids.find(list(roles), exact=True)
+    role[rows[rows >= 0]] = [CODE[name] for name, row in zip(roles.values(), rows, strict=True) if row >= 0]
+    return manifest.with_roles(role, manifest.facts)
 
 
 def with_copies(manifest: Manifest, copies: Mapping[str, int]) -> Manifest:
@@ -30,7 +33,7 @@ def with_copies(manifest: Manifest, copies: Mapping[str, int]) -> Manifest:
         samples.append(sample)
         for number in range(2, copies.get(sample.id, 1) + 1):
             samples.append(dataclasses.replace(sample, id=f"{sample.id}~{number}"))
-    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote)
+    return Manifest(manifest.folder, samples, manifest.shard_files, manifest.info, manifest.remote, manifest.facts)
 
 
 @contextlib.contextmanager

@@ -39,20 +39,20 @@ def webdataset(manifest: Manifest | str | Path, role: str | Sequence[str]) -> Ch
     others are left out. Shards are dealt to ranks and, among these, to the workers of a DataLoader.
 
     Args:
-        manifest: itself, or a local folder with shards and their manifest.
+        manifest: itself, or a run directory that holds its shards.
         role: names of roles, see `Manifest`.
 
     Raises:
         ConfigError: no such role. DataError: no manifest, no image of the role, shards that lie in an object store; and
             while it is read, a shard that is missing, damaged, or other than the manifest says, be it by one byte.
     """
-    manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
+    manifest = manifest if isinstance(manifest, Manifest) else Manifest.of_run(manifest)
     roles = (role,) if isinstance(role, str) else tuple(role)
     unknown = [name for name in roles if name not in CODES]
     if unknown or not roles:
         raise ConfigError(f"role is {', '.join(unknown) or 'empty'}; expected some of {', '.join(CODES)}.")
     if manifest.remote is not None:
-        raise DataError(f"The shards lie in {manifest.place}; copy them to a local folder, beside their manifest.")
+        raise DataError(f"The shards lie in {manifest.place}; copy them to a local folder, beside their index.")
     shards = manifest.select(roles).shards
     if not shards:
         raise DataError(f"{manifest.folder} holds no image of the role {', '.join(roles)}; choose another.")

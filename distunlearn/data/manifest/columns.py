@@ -1,8 +1,9 @@
-"""A manifest as columns: NumPy arrays of one row a sample, in memory or mapped from an Arrow IPC file.
+"""An index as columns: NumPy arrays of one row a sample, in memory or mapped from an Arrow IPC file.
 
-The file has one record batch, uncompressed. 73 bytes a sample and its id: shard 4, offset 8, length 4, sha256 32, role
-1, label 4, end of the id 8, hash 8 and its row 4; and one bit a sample where labels are unknown. `hash` and `hash_row`
-are the index of the ids: all hashes in ascending order, and the row of the id that each is of.
+The file has one record batch, uncompressed. 96 bytes a sample and its id: shard 4, offset 8, length 4, sha256 32, label
+4, width 4, height 4, near 8, end of the id 8, end of the name 8, hash 8 and its row 4; and one bit a sample for each of
+label, near and name where some are unknown. `hash` and `hash_row` are the index of the ids: all hashes in ascending
+order, and the row of the id that each is of. Roles are no part of the file: they belong to a request.
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ import pyarrow as pa
 
 from distunlearn.common.files import HashingFile, file_sha256, replacing
 from distunlearn.data.manifest.ids import WINDOW, IdTable, numbers, refused, texts
-from distunlearn.data.manifest.records import CODES, SUMMARY, Shard
+from distunlearn.data.manifest.records import CODE, SUMMARY, UNUSED, Shard
 from distunlearn.errors import DataError
 
 NO_LABEL = -(2**31)
+NO_HASH = 2**64 - 1  # no perceptual hash has all bits set: half of them lie below the median
 _NAMES = pa.large_string()
 SCHEMA = pa.schema(
     [
-        pa.field(name, kind, nullable=name == "label")
+        pa.field(name, kind, nullable=name in ("label", "near", "name"))
         for name, kind in {
             "id": pa.large_string(), "shard": pa.dictionary(pa.int32(), _NAMES), "offset": pa.uint64(),
-            "length": pa.uint32(), "sha256": pa.binary(32), "role": pa.dictionary(pa.int8(), _NAMES),
-            "label": pa.int32(), "hash": pa.uint64(), "hash_row": pa.uint32(),
+            "length": pa.uint32(), "sha256": pa.binary(32), "label": pa.int32(), "width": pa.uint32(),
+            "height": pa.uint32(), "near": pa.uint64(), "name": _NAMES, "hash": pa.uint64(), "hash_row": pa.uint32(),
         }.items()
     ]
 )  # fmt: skip
 _FIX = "run prepare again"
+_NUMERIC = ("shard", "offset", "length", "sha256", "label", "width", "height", "near")
+_NO_ROLE = CODE[UNUSED]
 
-Row = tuple[str, int, int, int, bytes, int, int]  # id, shard, offset, length, sha256, role, label or NO_LABEL
+# id, shard, offset, length, sha256, label or NO_LABEL, width, height, near or NO_HASH, name or None
+Row = tuple[str, int, int, int, bytes, int, int, int, int, str | None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Columns:
     """One row a sample, shard after shard, within a shard in file order.
 
     ids: a table of n ids. shard uint32 [n]: number of the shard. offset uint64, length uint32 [n]: of the encoded
-    image in it. sha256 uint8 [n, 32]. role uint8 [n]. label int32 [n], NO_LABEL where unknown.
+    image in it. sha256 uint8 [n, 32]. label int32 [n], NO_LABEL where unknown. width, height uint32 [n]: pixels, by the
+    header of the image; 0 for one that cannot be used. near uint64 [n]: perceptual hash, NO_HASH where there is none.
+    name [n]: by what else a list may name the image, null where there is nothing. role uint8 [n]: of the request.
     """
 
     ids: IdTable
@@ -50,16 +57,21 @@ class Columns:
     offset: np.ndarray
     length: np.ndarray
     sha256: np.ndarray
-    role: np.ndarray
     label: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    near: np.ndarray
+    name: pa.LargeStringArray
+    role: np.ndarray
 
     def __len__(self) -> int:
         return len(self.shard)
 
     @classmethod
     def build(cls, rows: Iterable[Row]) -> Columns:
-        """From rows, in order; DataError for what does not fit into them."""
-        ids, shard, offset, length, sha256, role, label = list(zip(*rows, strict=True)) or [()] * 7
+        """From rows, in order, without roles; DataError for what does not fit into them."""
+        columns = list(zip(*rows, strict=True)) or [()] * 10
+        ids, shard, offset, length, sha256, label, width, height, near, name = columns
         if length and (max(length) > 0xFFFFFFFF or max(label) > 2**31 - 1 or min(label) < NO_LABEL):
             raise DataError("An image of 4 GiB or more, or a label beyond 31 bits, is in the samples; take it out.")
         return cls(
@@ -68,16 +80,26 @@ class Columns:
             np.array(offset, dtype=np.uint64),
             np.array(length, dtype=np.uint32),
             np.frombuffer(b"".join(sha256), dtype=np.uint8).reshape(-1, 32),
-            np.array(role, dtype=np.uint8),
             np.array(label, dtype=np.int32),
+            np.array(width, dtype=np.uint32),
+            np.array(height, dtype=np.uint32),
+            np.array(near, dtype=np.uint64),
+            texts(name),
+            np.full(len(shard), _NO_ROLE, dtype=np.uint8),
         )
 
     @classmethod
     def join(cls, pieces: Sequence[Columns]) -> Columns:
         """All rows of several, in order."""
+        numeric = {name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in (*_NUMERIC, "role")}
         ids = IdTable(pa.concat_arrays([piece.ids.array for piece in pieces]))
-        names = ("shard", "offset", "length", "sha256", "role", "label")
-        return cls(ids, *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in names))
+        return cls(ids=ids, name=pa.concat_arrays([piece.name for piece in pieces]), **numeric)
+
+    def take(self, rows: np.ndarray) -> Columns:
+        """These rows alone. rows: int64, ascending."""
+        numeric = {name: getattr(self, name)[rows] for name in (*_NUMERIC, "role")}
+        chosen = numbers(pa.int64(), rows)
+        return Columns(ids=IdTable(self.ids.array.take(chosen)), name=self.name.take(chosen), **numeric)
 
     def with_roles(self, role: np.ndarray) -> Columns:
         """The same with other roles, uint8 [n]."""
@@ -92,8 +114,11 @@ class Columns:
             numbers(pa.uint64(), self.offset),
             numbers(pa.uint32(), self.length),
             numbers(pa.binary(32), self.sha256),
-            pa.DictionaryArray.from_arrays(numbers(pa.int8(), self.role), texts(CODES)),
             numbers(pa.int32(), self.label, self.label != NO_LABEL),
+            numbers(pa.uint32(), self.width),
+            numbers(pa.uint32(), self.height),
+            numbers(pa.uint64(), self.near, self.near != NO_HASH),
+            self.name,
             numbers(pa.uint64(), hashes),
             numbers(pa.uint32(), rows),
         ]
@@ -133,33 +158,37 @@ class Columns:
             _check_values(batch, mapped)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path} is damaged; {_FIX}.") from error
-        names = [batch[name].dictionary.to_pylist() for name in ("shard", "role")]
-        if names != [list(shards), list(CODES)]:
-            raise DataError(f"{path} names other shards or roles than {SUMMARY}; {_FIX}.")
+        if batch["shard"].dictionary.to_pylist() != list(shards):
+            raise DataError(f"{path} names other shards than {SUMMARY}; {_FIX}.")
         columns = cls._of(batch, mapped)
         columns._check(list(shards), [shard.bytes for shard in shards.values()], [s.samples for s in shards.values()])
         return columns
 
     @classmethod
     def _of(cls, batch: pa.RecordBatch, mapped: mmap.mmap) -> Columns:
-        """Arrays over the memory of a batch; only the labels are copied."""
+        """Arrays over the memory of a batch; only labels and hashes are copied, where some are unknown."""
 
         def values(array: pa.Array, kind: str, width: int = 1) -> np.ndarray:
             return np.frombuffer(array.buffers()[1] or b"", kind, len(array) * width)
 
-        known = batch["label"].buffers()[0]
-        label = values(batch["label"], "<i4")
-        if known is not None:
-            bits = np.unpackbits(np.frombuffer(known, np.uint8), count=len(batch), bitorder="little")
-            label = np.where(bits, label, np.int32(NO_LABEL))
+        def known_values(array: pa.Array, kind: str, unknown: int) -> np.ndarray:
+            if (known := array.buffers()[0]) is None:
+                return values(array, kind)
+            bits = np.unpackbits(np.frombuffer(known, np.uint8), count=len(array), bitorder="little")
+            return np.where(bits, values(array, kind), np.array(unknown, dtype=kind))
+
         return cls(
-            IdTable(batch["id"], values(batch["hash"], "<u8"), values(batch["hash_row"], "<u4"), mapped),
-            values(batch["shard"].indices, "<u4"),
-            values(batch["offset"], "<u8"),
-            values(batch["length"], "<u4"),
-            values(batch["sha256"], "|u1", 32).reshape(-1, 32),
-            values(batch["role"].indices, "|u1"),
-            label,
+            ids=IdTable(batch["id"], values(batch["hash"], "<u8"), values(batch["hash_row"], "<u4"), mapped),
+            shard=values(batch["shard"].indices, "<u4"),
+            offset=values(batch["offset"], "<u8"),
+            length=values(batch["length"], "<u4"),
+            sha256=values(batch["sha256"], "|u1", 32).reshape(-1, 32),
+            label=known_values(batch["label"], "<i4", NO_LABEL),
+            width=values(batch["width"], "<u4"),
+            height=values(batch["height"], "<u4"),
+            near=known_values(batch["near"], "<u8", NO_HASH),
+            name=batch["name"],
+            role=np.full(len(batch), _NO_ROLE, dtype=np.uint8),
         )
 
     def _check(self, names: Sequence[str], shard_bytes: Sequence[int], shard_samples: Sequence[int]) -> None:
@@ -178,23 +207,23 @@ class Columns:
                 and (end >= self.offset[part]).all()
                 and (end <= sizes[shard]).all()
             ):
-                raise DataError(f"The columns of the manifest contradict one another; {_FIX}.")
+                raise DataError(f"The columns of the index contradict one another; {_FIX}.")
             counts += np.bincount(shard, minlength=len(sizes))
             bad = refused(self.ids.array.slice(start, WINDOW))
             if bad:
-                raise DataError(f"The manifest lists {bad[0][:80]!r}, which can be no id; {_FIX}.")
+                raise DataError(f"The index lists {bad[0][:80]!r}, which can be no id; {_FIX}.")
             self.ids.release()
         wrong = np.flatnonzero(counts != np.array(shard_samples, dtype=np.int64))
         if len(wrong):
             k = int(wrong[0])
-            raise DataError(f"The manifest lists {counts[k]} samples of {names[k]}, not {shard_samples[k]}; {_FIX}.")
+            raise DataError(f"The index lists {counts[k]} samples of {names[k]}, not {shard_samples[k]}; {_FIX}.")
 
 
 def _check_values(batch: pa.RecordBatch, mapped: mmap.mmap) -> None:
-    """ValueError or ArrowException unless every text is UTF-8, every name is there, and only labels may be unknown."""
+    """ValueError or ArrowException unless every text is UTF-8, every value is there that must be."""
     for start in range(0, len(batch), WINDOW):
         part = batch.slice(start, WINDOW)
         part.validate(full=True)
-        if any(part[name].null_count for name in SCHEMA.names if name != "label"):
+        if any(part[field.name].null_count for field in SCHEMA if not field.nullable):
             raise ValueError("a value is missing")
         mapped.madvise(mmap.MADV_DONTNEED)

@@ -72,11 +72,13 @@ def numbers(kind: pa.DataType, values: np.ndarray, known: np.ndarray | None = No
     return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(np.ascontiguousarray(values))])
 
 
-def texts(values: Sequence[str]) -> pa.LargeStringArray:
-    """An Arrow array of texts."""
-    data = [value.encode() for value in values]
+def texts(values: Sequence[str | None]) -> pa.LargeStringArray:
+    """An Arrow array of texts, null for None."""
+    data = [b"" if value is None else value.encode() for value in values]
     ends = np.cumsum([0, *map(len, data)], dtype=np.int64)
-    return pa.LargeStringArray.from_buffers(len(data), pa.py_buffer(ends), pa.py_buffer(b"".join(data)))
+    known = np.array([value is not None for value in values], dtype=bool)
+    valid = None if known.all() else pa.py_buffer(np.packbits(known, bitorder="little"))
+    return pa.LargeStringArray.from_buffers(len(data), pa.py_buffer(ends), pa.py_buffer(b"".join(data)), valid)
 
 
 def refused(ids: pa.LargeStringArray) -> list[str]:

@@ -1,12 +1,15 @@
-"""The manifest: what lies where in the shards, and the digests that prove it.
+"""The manifest: the index of the shards, and the roles that a request gives to the images.
 
-`manifest.arrow` is an Arrow IPC file of one row a sample, in shard order, which is mapped, not read. Beside it,
-`summary.json` has the counts, each shard's size and sha256, and the sha256 of manifest.arrow.
+The index says what lies where, and the digests that prove it. It lies with the shards: `index.arrow` is an Arrow IPC
+file of one row a sample, in shard order, which is mapped, not read; `summary.json` has size and sha256 of each shard
+and the sha256 of index.arrow. The roles lie in a run directory, see `request`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,32 +20,35 @@ import numpy as np
 
 from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
-from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
+from distunlearn.data.manifest.columns import NO_HASH, NO_LABEL, Columns, Row
 from distunlearn.data.manifest.ids import IdList
 from distunlearn.data.manifest.records import (
     CODE,
     CODES,
     ROLES,
     SUMMARY,
+    UNUSED,
     VERSION,
     Sample,
     Shard,
     check_shard_name,
     read_summary,
 )
+from distunlearn.data.manifest.request import Request, keys_of
 from distunlearn.errors import DataError
 
 if TYPE_CHECKING:
     from distunlearn.data.manifest.records import Remote
 
-MANIFEST = "manifest.arrow"
+INDEX = "index.arrow"
+LOST = "purged"  # among the facts of a request
 SMALL = 200_000  # samples up to which they are kept as Python objects
 _FIX = "run prepare again"
 
 
-def has_manifest(folder: str | Path) -> bool:
-    """Whether a prepared folder of shards is there (it may be damaged: `Manifest.load` tells)."""
-    return any((Path(folder) / name).exists() for name in (MANIFEST, SUMMARY))
+def has_index(folder: str | Path) -> bool:
+    """Whether a folder of shards has an index (it may be damaged: `Manifest.load` tells)."""
+    return any((Path(folder) / name).exists() for name in (INDEX, SUMMARY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +61,18 @@ class _Selection:
 
 
 class Manifest:
-    """Samples of a folder of shards.
+    """Samples of a folder of shards, with the roles of one request.
 
     Args:
-        folder: of the manifest, and of the shards unless `remote` says otherwise.
+        folder: of the index, and of the shards unless `remote` says otherwise.
         samples: in shard order; within a shard, in file order. Or their columns.
         shard_files: size, digest and count of every shard, by name, in order.
-        info: further facts for summary.json (sources, classes, duplicates ...).
+        info: further facts for summary.json (sources, classes, images left out ...).
         remote: the object store that holds the shards; None: they lie in `folder`.
+        facts: of the request.
 
     Attributes:
-        columns: of all samples. fingerprint: sha256 of the manifest.
+        columns: of all samples. index_sha256: of index.arrow. fingerprint: of the index and the roles.
     """
 
     def __init__(
@@ -75,17 +82,21 @@ class Manifest:
         shard_files: Mapping[str, Shard],
         info: Mapping[str, Any] | None = None,
         remote: Remote | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.remote = remote
         self.shard_files = dict(shard_files)
         self.info = dict(info or {})
+        self.facts = dict(facts or {})
         self._names = list(self.shard_files)
         self._number = {name: number for number, name in enumerate(self._names)}
         if isinstance(samples, Columns):
             self.columns = samples
         else:
-            self.columns = Columns.build(_row(sample, self._number) for sample in samples)
+            listed = list(samples)
+            roles = np.array([CODE[sample.role] for sample in listed], dtype=np.uint8)
+            self.columns = Columns.build(_row(sample, self._number) for sample in listed).with_roles(roles)
         borders = np.searchsorted(self.columns.shard, np.arange(len(self._names) + 1))
         assert borders[-1] == len(self.columns) and (np.diff(borders) >= 0).all(), "samples are not in shard order"
         self._borders = borders.tolist()
@@ -115,9 +126,20 @@ class Manifest:
         return {sample.id: sample for sample in self.samples} if self.is_small else _ById(self)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of manifest.arrow."""
+    def index_sha256(self) -> str:
+        """Of index.arrow."""
         return self.columns.digest(self._names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what tells the images, their places and their roles."""
+        return hashlib.sha256(self.index_sha256.encode() + self.columns.role.tobytes()).hexdigest()
+
+    def with_roles(self, role: np.ndarray, facts: Mapping[str, Any]) -> Manifest:
+        """The same index with the roles of another request. role: uint8 [n]."""
+        made = Manifest(self.folder, self.columns.with_roles(role), self.shard_files, self.info, self.remote, facts)
+        made.index_sha256 = self.index_sha256
+        return made
 
     def ids(self, roles: str | Sequence[str]) -> list[str]:
         """Ids of one role or of several, in manifest order."""
@@ -166,50 +188,86 @@ class Manifest:
         return np.where(labels == NO_LABEL, -1, labels)
 
     def count_roles(self) -> dict[str, int]:
-        """Samples per role; `unused` only if there are any."""
+        """Samples per role; `unused` and `forgotten` only if there are any."""
         counts = dict(zip(CODES, np.bincount(self.columns.role, minlength=len(CODES)).tolist(), strict=True))
         return {role: count for role, count in counts.items() if count or role in ROLES}
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json holds: counts per role, sizes, digests."""
+        """What summary.json holds: sizes, digests, facts of the shards."""
         return {
             "version": VERSION,
-            "manifest_sha256": self.fingerprint,
+            "index_sha256": self.index_sha256,
             "samples": len(self),
-            "roles": self.count_roles(),
             "bytes": sum(shard.bytes for shard in self.shard_files.values()),
             "shards": {name: asdict(shard) for name, shard in self.shard_files.items()},
             "info": self.info,
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write manifest and summary, each atomically; the summary last, it vouches for the other."""
+        """Write index and summary, each atomically; the summary last, it vouches for the other."""
         folder = Path(folder)
-        self.fingerprint = self.columns.save(folder / MANIFEST, self._names)
+        self.index_sha256 = self.columns.save(folder / INDEX, self._names)
         write_atomic(folder / SUMMARY, (json.dumps(self.summary(), indent=2) + "\n").encode())
 
+    def save_request(self, run: str | Path) -> None:
+        """Write the roles into a run directory."""
+        columns = self.columns
+        Request(self.index_sha256, columns.role, keys_of(columns.sha256), self.facts).save(Path(run))
+
     @classmethod
-    def load(cls, folder: str | Path, remote: Remote | None = None) -> Manifest:
-        """Read and check a manifest; remote: where its shards lie, if not beside it.
+    def load(cls, folder: str | Path, remote: Remote | None = None, run: str | Path | None = None) -> Manifest:
+        """Read and check an index, and the roles of a request.
+
+        Args:
+            remote: where the shards lie, if not beside the index.
+            run: directory of the run whose request it is; None: all images are `unused`.
 
         Raises:
-            DataError: missing, damaged, or contradicting itself or its summary.
+            DataError: missing, damaged, or contradicting itself or its summary; the request is of another index.
         """
         folder = Path(folder)
         summary = read_summary(folder)
         shards = {check_shard_name(name): Shard(**entry) for name, entry in summary["shards"].items()}
-        columns = Columns.load(folder / MANIFEST, summary["manifest_sha256"], shards)
+        columns = Columns.load(folder / INDEX, summary["index_sha256"], shards)
         manifest = cls(folder, columns, shards, summary["info"], remote)
-        manifest.fingerprint = summary["manifest_sha256"]
+        manifest.index_sha256 = summary["index_sha256"]
         manifest._check_ids()
-        return manifest
+        return manifest if run is None else manifest._requested(Path(run))
+
+    @classmethod
+    def of_run(cls, run: str | Path) -> Manifest:
+        """That of a run directory which holds its shards."""
+        return cls.load(Path(run) / "shards", run=run)
+
+    def _requested(self, run: Path) -> Manifest:
+        request = Request.load(run)
+        steps = self.info.get("purged", {}).get("steps", [])
+        since = next((k for k, step in enumerate(steps) if step["index"] == request.index), None)
+        if request.index != self.index_sha256 and since is None:
+            raise DataError(
+                f"{run} gives roles to the images of another index than that in {self.folder}; give the shards that it "
+                "was prepared with, or choose another --out."
+            )
+        role, lost = request.role, Counter(request.facts.get(LOST, {}))
+        for step in steps[since:] if since is not None else ():
+            lost.update(CODES[code] for code in role[step["rows"]].tolist())
+            role = np.delete(role, step["rows"])
+        lost.pop(UNUSED, None)
+        if len(role) != len(self):
+            raise DataError(f"{run} has the roles of {len(role)} images, but the index has {len(self)}; {_FIX}.")
+        return self.with_roles(role, {**request.facts, **({LOST: dict(lost)} if lost else {})})
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Images of this request that were purged from the shards since, by role."""
+        return self.facts.get(LOST, {})
 
     def _check_ids(self) -> None:
         hashes, rows = self.columns.ids.index()
         for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
             first, second = (self.columns.ids[int(row)] for row in rows[place : place + 2])
             if first == second:
-                raise DataError(f"The manifest in {self.folder} lists the id {first[:80]!r} twice; {_FIX}.")
+                raise DataError(f"The index in {self.folder} lists the id {first[:80]!r} twice; {_FIX}.")
         self.columns.ids.release()
 
     def _rows_of(self, ids: Sequence[str]) -> np.ndarray:
@@ -224,8 +282,12 @@ class Manifest:
         digests = [row.tobytes().hex() for row in c.sha256[rows]]
         shards, roles = c.shard[rows].tolist(), c.role[rows].tolist()
         labels = (None if label == NO_LABEL else label for label in c.label[rows].tolist())
-        parts = (c.ids.at(rows), shards, c.offset[rows].tolist(), c.length[rows].tolist(), digests, roles, labels)
-        return [Sample(i, self._names[s], o, n, d, CODES[r], k) for i, s, o, n, d, r, k in zip(*parts, strict=True)]
+        numeric = (values[rows].tolist() for values in (c.offset, c.length, c.width, c.height))
+        parts = (c.ids.at(rows), shards, digests, roles, labels, *numeric)
+        return [
+            Sample(i, self._names[s], o, n, d, CODES[r], k, w, h)
+            for i, s, d, r, k, o, n, w, h in zip(*parts, strict=True)
+        ]
 
 
 class _Samples(Sequence[Sample]):
@@ -269,6 +331,6 @@ class _ById(Mapping[str, Sample]):
 def _row(sample: Sample, numbers: Mapping[str, int]) -> Row:
     label = NO_LABEL if sample.label is None else sample.label
     return (
-        sample.id, numbers[sample.shard], sample.offset, sample.length, bytes.fromhex(sample.sha256),
-        CODE[sample.role], label,
+        sample.id, numbers[sample.shard], sample.offset, sample.length, bytes.fromhex(sample.sha256), label,
+        sample.width, sample.height, NO_HASH, None,
     )  # fmt: skip

@@ -12,10 +12,11 @@ from distunlearn.errors import DataError
 
 SUMMARY = "summary.json"
 ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout", "watch")
-UNUSED = "unused"  # in shards that were indexed as they are: samples that have no role
-CODES = (*ROLES, UNUSED)
+UNUSED = "unused"  # in the shards, but without a role in this request
+FORGOTTEN = "forgotten"  # by an earlier request: in no loss, looked at by audits
+CODES = (*ROLES, UNUSED, FORGOTTEN)
 CODE = {role: code for code, role in enumerate(CODES)}
-VERSION = 3  # of summary.json and manifest.arrow
+VERSION = 4  # of summary.json and index.arrow, and of a request
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIX = "run prepare again"
@@ -32,6 +33,8 @@ class Sample:
     sha256: str  # of the encoded bytes
     role: str
     label: int | None
+    width: int = 0  # pixels, by the header; 0: it cannot be used
+    height: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         if summary["version"] != VERSION:
             raise DataError(f"{path} has version {summary['version']!r}; expected {VERSION}; {_FIX}.")
         good = (
-            isinstance(summary["manifest_sha256"], str)
+            isinstance(summary["index_sha256"], str)
             and isinstance(summary["info"], dict)
             and all(_good_shard(entry) for entry in summary["shards"].values())
         )
@@ -93,7 +96,7 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Remote:
-    """Where shards lie that are not beside their manifest.
+    """Where shards lie that are not beside their index.
 
     url: of the folder. retries: of a failed request. cache: local folder for copies of whole shards, of at most
     cache_mib MiB; None: no copies.

@@ -1,7 +1,6 @@
-"""A manifest for WebDataset shards that exist, such as those of img2dataset, which are read and left as they are.
+"""The index of WebDataset shards that exist, such as those of img2dataset, which are read and left as they are.
 
-Every sample of every shard is listed; one that has no role is `unused`. What an interrupted index had read is kept in
-`.index.partial` for the next one.
+Every sample of every shard is listed. What an interrupted index had read is kept in `.index.partial` for the next one.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,18 @@ import numpy as np
 
 from distunlearn.common.files import file_sha256, write_atomic
 from distunlearn.config.schema import DataConfig
-from distunlearn.data.manifest.columns import NO_LABEL, Columns
-from distunlearn.data.manifest.manifest import Manifest, Shard, check_shard_name, has_manifest
-from distunlearn.data.manifest.records import CODE, UNUSED, Remote
+from distunlearn.data.manifest.columns import NO_HASH, NO_LABEL, Columns
+from distunlearn.data.manifest.manifest import Manifest, Shard, check_shard_name, has_index
+from distunlearn.data.manifest.records import Remote
 from distunlearn.data.prepare.duplicates import perceptual_hash
 from distunlearn.data.prepare.process_pool import num_workers, run_jobs
-from distunlearn.data.prepare.roles import draw_roles
-from distunlearn.data.prepare.write_shards import Progress, duplicate_facts
-from distunlearn.data.sources.decode import check_header
-from distunlearn.data.sources.image_folder import left_out
+from distunlearn.data.prepare.write_shards import Progress
+from distunlearn.data.sources.decode import image_size
 from distunlearn.data.sources.tar_folder import file_names, other_files, tar_names
 from distunlearn.data.sources.tar_index import number_labels, read_tar, unique_ids
 from distunlearn.data.storage.object_store import ObjectStore
 from distunlearn.data.storage.retry import Counts
-from distunlearn.errors import ConfigError, DataError
+from distunlearn.errors import DataError
 
 _WORK = ".index.partial"
 _STAMPS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "Last-Modified", "LastModified", "mtime")
@@ -50,53 +47,61 @@ class _Shared:
     remote: Remote | None
     by: str
 
+    def facts(self) -> dict[str, Any]:
+        """What decides the columns, beside the shards."""
+        return {"hashes": self.hashes, "max_pixels": self.max_pixels, "named_by": self.by}
 
-def index_shards(
-    cfg: DataConfig, seed: int, folder: str | Path, progress: Progress | None = None, *, foreign: bool = False
-) -> Manifest:
-    """Read all shards of a folder once, draw the roles, and write manifest and summary beside the shards.
+
+def index_shards(cfg: DataConfig, folder: str | Path, progress: Progress | None = None) -> Manifest:
+    """The index of a folder of shards; all shards are read once, and not again where the folder has it already.
 
     Shards that lie in an object store (`cfg.store`) are fetched into the folder one at a time, for as long as they are
-    read; manifest and summary stay in the folder.
+    read; index and summary stay in the folder. No image has a role, see `selection.draw_request`.
 
     Args:
-        cfg: sizes of the roles, what to forget, policies; its source is not used.
-        progress: called with (shards read, shards in all). foreign: see `draw_roles`.
+        cfg: the store, limits, and `forget_by`, the names of images that are kept for lists.
+        progress: called with (shards read, shards in all).
 
     Raises:
-        DataError: `read_tar` refuses a shard, two samples have one id, roles or copies are refused, the folder has
-            another manifest, cannot be written, or another index works on it; see also `ObjectStore.sizes`.
-        ConfigError: a third-party source of its own is asked for.
+        DataError: `read_tar` refuses a shard, two samples have one id, the folder has the index of other shards or of
+            other settings, cannot be written, or another index works on it; see also `ObjectStore.sizes`.
     """
-    if cfg.third_party_source is not None or cfg.holdout_source is not None or cfg.holdout_root is not None:
-        raise ConfigError(
-            "data.third_party_source and data.holdout_source cannot be indexed with other shards; use prepare, or name "
-            "the non-members by roles in a list."
-        )
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards or their manifest.")
+        raise DataError(f"{str(folder)!r} is no folder; give a local folder that holds the shards or their index.")
     remote = Remote(cfg.store, cfg.read_retries) if cfg.store else None
     store = ObjectStore(remote.url, remote.retries) if remote else None
     listed = store.names(Counts()) if store else [*tar_names(folder), *file_names(folder)]
     names = [check_shard_name(n) for n in dict.fromkeys(listed) if n.endswith(".tar") and n[0] != "."]
     with _work_folder(folder) as work:
         shared = _Shared(folder, cfg.max_pixels, cfg.near_distance is not None, remote, cfg.forget_by)
-        total = sum(store.sizes(names, Counts()) if store else ((folder / name).stat().st_size for name in names))
-        workers = num_workers(cfg.prepare_workers, total >> 14, len(names))  # 16 KiB: a small image and its parts
-        found = _Found(other_files(listed))
-        for name, note in zip(names, run_jobs(_scan, shared, names, workers), strict=True):
-            found.add(name, note)
-            if progress is not None:
-                progress(len(found.files), len(names))
-        manifest = _manifest(cfg, seed, folder, found, foreign)
-        if has_manifest(folder) and Manifest.load(folder).fingerprint != manifest.fingerprint:
-            raise DataError(
-                f"{folder} has a manifest of another selection; remove manifest* and summary.json there first."
-            )
-        manifest.save(folder)
+        sizes = store.sizes(names, Counts()) if store else [(folder / name).stat().st_size for name in names]
+        manifest = _known(folder, shared, dict(zip(names, sizes, strict=True)))
+        if manifest is None:
+            workers = num_workers(cfg.prepare_workers, sum(sizes) >> 14, len(names))  # 16 KiB: an image and its parts
+            found = _Found(other_files(listed))
+            for name, note in zip(names, run_jobs(_scan, shared, names, workers), strict=True):
+                found.add(name, note)
+                if progress is not None:
+                    progress(len(found.files), len(names))
+            manifest = found.manifest(shared)
+            manifest.save(folder)
         manifest.remote = remote
         shutil.rmtree(work)
+    return manifest
+
+
+def _known(folder: Path, shared: _Shared, sizes: Mapping[str, int]) -> Manifest | None:
+    """The index that the folder has, if it is of these shards; None if it has none. Bytes are checked by each run."""
+    if not has_index(folder):
+        return None
+    manifest = Manifest.load(folder)
+    known = {name: shard.bytes for name, shard in manifest.shard_files.items()}
+    if known != sizes or manifest.info.get("indexed", shared.facts()) != shared.facts():
+        raise DataError(
+            f"{folder} has an index of other shards or of other settings (data.near_distance, max_pixels, forget_by); "
+            "remove index.arrow and summary.json there first, if no run needs them."
+        )
     return manifest
 
 
@@ -115,71 +120,35 @@ class _Found:
         self.samples += note["samples"]
         self.shards += [name] * len(note["samples"])
 
-    def columns(self) -> tuple[Columns, list[str]]:
-        """(one row a sample without a role yet, names of the classes by number)."""
+    def manifest(self, shared: _Shared) -> Manifest:
         number = {name: at for at, name in enumerate(self.files)}
         named = [(shard, sample[0], sample[1]) for shard, sample in zip(self.shards, self.samples, strict=True)]
         labels, classes = number_labels([sample[2] for sample in self.samples])
-        return Columns.build(
-            (sample_id, number[shard], sample[3], sample[4], bytes.fromhex(sample[5]), CODE[UNUSED],
-             NO_LABEL if label is None else label)
+        columns = Columns.build(
+            (sample_id, number[shard], sample[3], sample[4], bytes.fromhex(sample[5]),
+             NO_LABEL if label is None else label, *sample[6:])
             for sample_id, shard, sample, label in zip(unique_ids(named), self.shards, self.samples, labels,
                                                        strict=True)
-        ), classes  # fmt: skip
-
-
-def role_codes(
-    columns: Columns,
-    cfg: DataConfig,
-    seed: int,
-    classes: Sequence[str],
-    names: Sequence[Sequence[str]] | None = None,
-    *,
-    foreign: bool = False,
-    skipped: str = "",
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """(roles uint8 [n] drawn among all samples of indexed shards, facts for the summary). See `draw_roles`."""
-    labels = (None if label == NO_LABEL else label for label in columns.label.tolist())
-    samples = list(zip(columns.ids, labels, strict=True))
-    drawn = draw_roles(samples, cfg, seed, names=names, classes=classes, foreign=foreign, skipped=skipped)
-    unused = CODE[UNUSED]
-    codes = (CODE[drawn.roles[i]] if i in drawn.roles else unused for i in columns.ids)
-    return np.fromiter(codes, dtype=np.uint8, count=len(columns)), drawn.facts
-
-
-def _manifest(cfg: DataConfig, seed: int, folder: Path, scanned: _Found, foreign: bool) -> Manifest:
-    columns, classes = scanned.columns()
-    names = None
-    if cfg.forget_by != "id":
-        names = [[name for name in (sample[7], sample[5] if cfg.forget_by == "sha256" else None) if name]
-                 for sample in scanned.samples]  # fmt: skip
-    skipped = scanned.skipped + scanned.left_out
-    role, facts = role_codes(columns, cfg, seed, classes, names, foreign=foreign, skipped=left_out(skipped))
-    hashes = [sample[6] for sample in scanned.samples]
-    known = np.array([value is not None for value in hashes], dtype=bool)
-    words = np.array([value or 0 for value in hashes], dtype=np.uint64) if cfg.near_distance is not None else None
-    role, found = duplicate_facts(replace(columns, role=role), words, cfg.copies, cfg.near_distance, known)
-    bad = np.flatnonzero(~known)
-    info = {
-        "sources": ["webdataset"],
-        "classes": classes,
-        "labels_known": bool((columns.label != NO_LABEL).all()),
-        "skipped_files": dict(scanned.skipped),
-        "left_out": dict(scanned.left_out),
-        "indexed": True,
-        "undecodable": len(bad),
-        "undecodable_ids": columns.ids.at(bad[:_NAMED]),
-        **found,
-        **facts,
-    }
-    return Manifest(folder, columns.with_roles(role), scanned.files, info)
+        )  # fmt: skip
+        bad = np.flatnonzero(columns.width == 0)
+        info = {
+            "sources": ["webdataset"],
+            "classes": classes,
+            "labels_known": bool((columns.label != NO_LABEL).all()),
+            "skipped_files": dict(self.skipped),
+            "left_out": dict(self.left_out),
+            "indexed": shared.facts(),
+            "undecodable": len(bad),
+            "undecodable_ids": columns.ids.at(bad[:_NAMED]),
+        }
+        return Manifest(shared.folder, columns, self.files, info)
 
 
 def _scan(shared: _Shared, name: str) -> dict[str, Any]:
     """Samples, size and digest of one shard.
 
-    A sample is [id, whether it is from its .json, class as written, offset, length, sha256, perceptual hash, by what a
-    list may name it].
+    A sample is [id, whether it is from its .json, class as written, offset, length, sha256, width, height, perceptual
+    hash, by what else a list may name it].
     """
     note_path = shared.folder / _WORK / f"{name}.note"
     plan = _plan(shared, name)
@@ -239,24 +208,21 @@ def _samples(shared: _Shared, path: Path, left: Counter[str]) -> list[list[Any]]
             for sample in found:
                 data = os.pread(handle.fileno(), sample.image.size, sample.image.offset)
                 digest = hashlib.sha256(data).hexdigest()
-                near = _hash(shared, data, sample.id)
                 named = {"key": sample.key, **sample.facts}.get(shared.by) if shared.by != "id" else None
-                samples.append([sample.id, sample.named, sample.label, sample.image.offset, len(data), digest, near,
-                                None if named is None else str(named)])  # fmt: skip
+                samples.append([sample.id, sample.named, sample.label, sample.image.offset, len(data), digest,
+                                *_look(shared, data, sample.id), None if named is None else str(named)])  # fmt: skip
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the disk.") from error
     return samples
 
 
-def _hash(shared: _Shared, data: bytes, sample_id: str) -> int | None:
-    """Perceptual hash (0 where none is wanted); None for an image that cannot be used."""
+def _look(shared: _Shared, data: bytes, sample_id: str) -> tuple[int, int, int]:
+    """(width, height, perceptual hash or NO_HASH) of an image; no pixels for one that cannot be used."""
     try:
-        if shared.hashes:
-            return perceptual_hash(data, sample_id, shared.max_pixels)
-        check_header(data, sample_id, shared.max_pixels)
+        size = image_size(data, sample_id, shared.max_pixels)
+        return *size, perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes and size[0] else NO_HASH
     except DataError:
-        return None
-    return 0
+        return 0, 0, NO_HASH
 
 
 @contextmanager

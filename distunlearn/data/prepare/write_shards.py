@@ -29,13 +29,14 @@ import numpy as np
 
 from distunlearn.common.files import HashingFile, file_sha256, sync_path, write_atomic
 from distunlearn.config.schema import DataConfig
-from distunlearn.data.manifest.columns import NO_LABEL, Columns, Row
-from distunlearn.data.manifest.manifest import MANIFEST, SUMMARY, Manifest, Shard
+from distunlearn.data.manifest.columns import NO_HASH, NO_LABEL, Columns, Row
+from distunlearn.data.manifest.manifest import INDEX, SUMMARY, Manifest, Shard
 from distunlearn.data.manifest.records import CODE, UNUSED
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.duplicates import drop_copies, near_copies, perceptual_hash, settle_copies
 from distunlearn.data.prepare.process_pool import num_workers, run_jobs
 from distunlearn.data.schedule import permutation
+from distunlearn.data.sources.decode import image_size
 from distunlearn.data.sources.sources import Source
 from distunlearn.data.sources.tar_index import read_tar
 from distunlearn.errors import DataError, UndecodableError
@@ -48,7 +49,7 @@ _GROUPS = {
 # Of equal bytes the first one stays.
 NON_MEMBERS = ("third_party", "calibration", "third_party_audit", "holdout", "watch")
 _NAMED = 100  # undecodable images that are named at once; all of them are counted
-_OURS = (MANIFEST, SUMMARY)
+_OURS = (INDEX, SUMMARY)
 _OUR_SHARDS = re.compile(rf"({'|'.join(_GROUPS)})-\d{{6}}\.tar")
 Progress = Callable[[int, int], None]
 
@@ -81,7 +82,10 @@ def prepare_shards(
     progress: Progress | None = None,
     foreign: bool = False,
 ) -> Manifest:
-    """Sources to shards in one call: open, draw roles, write. See `write_shards`; foreign: see `draw_roles`."""
+    """Sources to shards in one call: open, draw roles, write. See `write_shards`; foreign: see `draw_roles`.
+
+    The roles are in memory alone; `Manifest.save_request` writes them into a run directory.
+    """
     opened, drawn = open_and_draw(cfg, seed, foreign)
     return write_shards(
         opened.all, drawn.roles, folder, cfg.samples_per_shard, seed=seed, replace=replace, progress=progress,
@@ -106,7 +110,7 @@ def write_shards(
     max_undecodable: float = 0.0,
     facts: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write every image that has a role, the manifest and the summary; all of it or nothing.
+    """Write every image that has a role, the index and the summary; all of it or nothing.
 
     Args:
         sources: where the ids of `roles` are read from; ids are unique over all sources.
@@ -118,7 +122,7 @@ def write_shards(
         workers: processes; 0: one a core for large sets, else this one.
         copies: what to do with retained images that have the bytes of one to forget, see `copies.settle_copies`.
         near_distance: bits of a perceptual hash up to which an image is counted as a near-copy; None: no search.
-        max_pixels: limit of the search for near-copies. facts: more for summary.json.
+        max_pixels: limit of the search for near-copies. facts: of the request.
         max_undecodable: share of a role's images that may be left out because they cannot be decoded; of those to
             forget none may.
 
@@ -134,12 +138,12 @@ def write_shards(
             readers = [source.reader() if hasattr(source, "reader") else source for source in sources]
             shared = _Shared(readers, partial, max_pixels, near_distance is not None)
             processes = num_workers(workers, len(roles), len(jobs))
-            columns, files, hashes, bad = _write_all(shared, jobs, roles, processes, progress)
+            columns, files, bad = _write_all(shared, jobs, roles, processes, progress)
             refuse_undecodable(bad, roles, max_undecodable)
-            role, found = duplicate_facts(columns, hashes, copies, near_distance)
+            role, found = duplicate_facts(columns, copies, near_distance)
             lost = {"undecodable": len(bad), "undecodable_ids": sorted(bad)} if bad else {}
-            info = {**_facts(sources), **found, **lost, **(facts or {})}
-            manifest = Manifest(partial, columns.with_roles(role), files, info)
+            settled, info = columns.with_roles(role), {**_facts(sources), **lost}
+            manifest = Manifest(partial, settled, files, info, facts={**found, **(facts or {})})
             for job in jobs:
                 _note(partial, job.name).unlink()
             manifest.save(partial)
@@ -152,22 +156,21 @@ def write_shards(
     return manifest
 
 
-def duplicate_facts(
-    columns: Columns,
-    hashes: np.ndarray | None,
-    policy: str,
-    near_distance: int | None,
-    known: np.ndarray | bool = True,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """(roles uint8 [n] after the policy for exact copies, facts for the summary).
-
-    hashes: uint64 [n], perceptual; known: bool [n], which of them are.
+def duplicate_facts(columns: Columns, policy: str, near_distance: int | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """(roles uint8 [n] after the policy for exact copies, facts of the request).
 
     Raises:
-        DataError: exact copies of forgotten images among the retained, and the policy is to refuse them.
+        DataError: exact copies of forgotten images among the retained, and the policy is to refuse them; or near-copies
+            are to be counted, and the index has no hashes.
     """
     role, facts = settle_roles(columns, columns.role, policy)
-    if near_distance is not None and hashes is not None:
+    if near_distance is not None:
+        hashes, known = columns.near, columns.near != NO_HASH
+        if len(columns) and not known.any() and (columns.width > 0).any():
+            raise DataError(
+                "The index of these shards has no perceptual hashes (data.near_distance was null); set "
+                "data.near_distance=null, or remove index.arrow and summary.json and index them again."
+            )
         forget, retain = (np.flatnonzero((role == CODE[name]) & known) for name in ("forget", "retain"))
         members = np.concatenate([forget, retain])
         near_members = {}
@@ -228,29 +231,29 @@ def _plan(sources: Sequence[Source], roles: Mapping[str, str], samples_per_shard
 
 def _write_all(
     shared: _Shared, jobs: Sequence[_Job], roles: Mapping[str, str], workers: int, progress: Progress | None
-) -> tuple[Columns, dict[str, Shard], np.ndarray | None, dict[str, str]]:
-    """All shards; their samples as columns, sizes and digests, perceptual hashes, and {id: why} that are left out."""
+) -> tuple[Columns, dict[str, Shard], dict[str, str]]:
+    """All shards; their samples as columns with roles, sizes and digests, and {id: why} that are left out."""
     files: dict[str, Shard] = {}
     pieces: list[Columns] = []
-    hashes: list[int] = []
+    codes: list[int] = []
     bad: dict[str, str] = {}
     done = 0
     for number, (job, note) in enumerate(zip(jobs, run_jobs(_write_shard, shared, jobs, workers), strict=True)):
         bad |= note["bad"]
         files[job.name] = Shard(note["bytes"], note["sha256"], len(note["images"]))
-        pieces.append(Columns.build(_rows(number, job, note, roles)))
-        hashes += [image[3] for image in note["images"]]
+        pieces.append(Columns.build(_rows(number, job, note)))
+        codes += [CODE[roles[sample_id]] for _, sample_id, _ in job.entries if sample_id not in note["bad"]]
         done += len(job.entries)
         if progress is not None:
             progress(done, len(roles))
-    return Columns.join(pieces), files, np.array(hashes, dtype=np.uint64) if shared.hashes else None, bad
+    return Columns.join(pieces).with_roles(np.array(codes, dtype=np.uint8)), files, bad
 
 
-def _rows(number: int, job: _Job, note: Mapping[str, Any], roles: Mapping[str, str]) -> Iterator[Row]:
+def _rows(number: int, job: _Job, note: Mapping[str, Any]) -> Iterator[Row]:
     good = [entry for entry in job.entries if entry[1] not in note["bad"]]
-    for (_, sample_id, label), (offset, length, sha256, _) in zip(good, note["images"], strict=True):
+    for (_, sample_id, label), (offset, length, sha256, near, width, height) in zip(good, note["images"], strict=True):
         known = NO_LABEL if label is None else label
-        yield sample_id, number, offset, length, bytes.fromhex(sha256), CODE[roles[sample_id]], known
+        yield sample_id, number, offset, length, bytes.fromhex(sha256), known, width, height, near, None
 
 
 def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
@@ -271,13 +274,14 @@ def _write_shard(shared: _Shared, job: _Job) -> dict[str, Any]:
         for number, (source, sample_id, label) in enumerate(job.entries, start=job.first):
             try:
                 data, kind = shared.readers[source].read(sample_id)
-                near = perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes else 0
+                width, height = image_size(data, sample_id, shared.max_pixels)
+                near = perceptual_hash(data, sample_id, shared.max_pixels) if shared.hashes else NO_HASH
             except UndecodableError as error:
                 bad[sample_id] = str(error)
                 continue
             sample = {"__key__": f"{number:08d}", kind: data, "json": json.dumps({"id": sample_id}).encode()}
             tar.write(sample if label is None else sample | {"cls": str(label).encode()})
-            images.append([0, len(data), hashlib.sha256(data).hexdigest(), near])
+            images.append([0, len(data), hashlib.sha256(data).hexdigest(), near, width, height])
     good = [entry for entry in job.entries if entry[1] not in bad]
     for image, (_, sample_id, label), found in zip(images, good, read_tar(path), strict=True):
         written = None if label is None else str(label)
@@ -389,8 +393,8 @@ def _check_replaceable(folder: Path, manifest: Manifest, replace: bool) -> None:
     if strange:
         raise DataError(f"{folder} holds {strange[0]!r}, which prepare did not write; give an empty or a new folder.")
     try:
-        found = Manifest.load(folder).fingerprint
+        found = Manifest.load(folder).index_sha256
     except DataError:
         return  # damaged shards, or an empty folder
-    if found != manifest.fingerprint and not replace:
+    if found != manifest.index_sha256 and not replace:
         raise DataError(f"{folder} holds shards of another selection; give another folder or remove that one.")

@@ -59,7 +59,12 @@ _SAMPLINGS = {(1, 1), (2, 1), (2, 2)}  # of the luma of JPEGs that need not be d
 
 
 def check_header(data: bytes, sample_id: str, max_pixels: int) -> str:
-    """The format of an encoded image (a value of `SUFFIXES`), after a check of its size from the header.
+    """The format of an encoded image (a value of `SUFFIXES`), after a check of its size. Errors: see `read_header`."""
+    return read_header(data, sample_id, max_pixels)[0]
+
+
+def read_header(data: bytes, sample_id: str, max_pixels: int) -> tuple[str, int, int]:
+    """(format, a value of `SUFFIXES`; width; height) of an encoded image, in pixels as they are stored.
 
     Raises:
         UndecodableError: another format, an unreadable header, no pixels, or width x height > max_pixels.
@@ -72,7 +77,15 @@ def check_header(data: bytes, sample_id: str, max_pixels: int) -> str:
     except Exception as error:  # hostile bytes: the parsers raise anything from struct.error to SyntaxError
         raise UndecodableError(f"The image {sample_id!r} has a damaged {kind} header; replace the file.") from error
     _check_size(width, height, sample_id, max_pixels)
-    return kind
+    return kind, width, height
+
+
+def image_size(data: bytes, sample_id: str, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in pixels as they are stored; 0 and 0 of an image that `read_header` refuses."""
+    try:
+        return read_header(data, sample_id, max_pixels)[1:]
+    except UndecodableError:
+        return 0, 0
 
 
 def open_image(data: bytes, sample_id: str, max_pixels: int) -> Image.Image:

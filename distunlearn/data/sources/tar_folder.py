@@ -11,7 +11,7 @@ from distunlearn.data.sources.image_folder import checked, file_stamp, without_l
 from distunlearn.data.sources.tar_index import Member, TarSample, number_labels, read_tar, unique_ids
 from distunlearn.errors import DataError
 
-_OURS = ("manifest.arrow", "summary.json", ".index.partial")
+_OURS = ("index.arrow", "summary.json", ".index.partial")
 
 
 class ShardSource:
