@@ -11,36 +11,67 @@ import numpy as np
 import pytest
 
 from distunlearn.config.load import load_config
-from distunlearn.plan.interval_widths import SPREAD, expected_widths
+from distunlearn.plan.interval_widths import ATTACKED, GENTLE, SPREAD, UNEVEN, expected_widths, spread
 
 CFG = load_config("digits", None, [])
 CELLS = Path(__file__).parents[2] / "benchmarks/results"
 
 
-def finished(method: str):
-    """(images by role, gaps by attack) of the committed runs of a method."""
+@pytest.fixture(scope="module")
+def finished():
+    """(kind of method, kind of encoder, attack, figures of it, what was expected) of every committed run and attack."""
+    found = []
     for path in sorted(CELLS.glob("forgetting-*/*.json")):
-        cell = json.loads(path.read_text())
-        if "summary" in cell and cell["cell"]["method"] == method:
-            yield cell["summary"]["images"], {name: a["gap"] for name, a in cell["summary"]["attacks"].items()}
+        content = json.loads(path.read_text())
+        if content.get("summary", {}).get("attacks", {}).get(ATTACKED[0], {}).get("gap", {}).get("low") is None:
+            continue  # of a sweep, or without a retrained encoder
+        cell, summary = content["cell"], content["summary"]
+        method = load_config("digits", None, [f"method.name={cell['method']}"]).method
+        encoder = replace(CFG.encoder, name="vit_tiny_patch16_224" if cell["encoder"] == "vit" else "resnet18")
+        expected = expected_widths(replace(CFG, method=method, encoder=encoder), summary["images"])["gates"]
+        kind = "gentle" if cell["method"] in GENTLE else "uneven" if cell["method"] in UNEVEN else cell["method"]
+        found += [(kind, cell["encoder"], a, summary["attacks"][a], expected[a]) for a in ATTACKED]
+    return found
 
 
-@pytest.mark.parametrize("attack", SPREAD)
-def test_widths_are_those_of_finished_runs(attack):
-    """Half of the runs lie within 20 % of what was expected, 70 to 90 % between low and high; the median within 5 %."""
-    ratios, inside = [], []
-    for images, gaps in finished("third_party"):
-        expected = expected_widths(CFG, images)["gates"][attack]
-        half = (gaps[attack]["high"] - gaps[attack]["low"]) / 2
-        ratios.append(half / expected["half_width"])
-        inside.append(expected["low"] <= half <= expected["high"])
-    assert len(ratios) >= 100 and abs(statistics.median(ratios) - 1) < 0.05
-    assert sum(abs(ratio - 1) <= 0.2 for ratio in ratios) > 0.6 * len(ratios)
-    assert 0.7 < sum(inside) / len(inside) < 0.9
+def width(figures) -> float:
+    return (figures["gap"]["high"] - figures["gap"]["low"]) / 2
+
+
+def within(runs) -> float:
+    """Share of widths that are within 20 % of what was expected."""
+    return statistics.mean(abs(width(found) / expected["half_width"] - 1) <= 0.2 for *_, found, expected in runs)
+
+
+def test_widths_are_those_of_finished_runs(finished):
+    """By how much the promise of 20 % is missed: 16 % of all widths, 22 % of third_party's."""
+    assert len(finished) == 480 * len(ATTACKED)
+    assert within(finished) > 0.83 and within([run for run in finished if run[0] == "third_party"]) > 0.76
+    inside = statistics.mean(expected["low"] <= width(found) <= expected["high"] for *_, found, expected in finished)
+    assert 0.75 < inside < 0.85
+    for kind, encoder in SPREAD:
+        for attack in ATTACKED:
+            runs = [run for run in finished if run[:3] == (kind, encoder, attack)]
+            assert (
+                abs(statistics.median(width(found) / expected["half_width"] for *_, found, expected in runs) - 1) < 0.05
+            )
+
+
+def test_why_the_promise_is_missed(finished):
+    """One encoder's interval is as wide as the formula says; what two share is known afterwards only, and differs."""
+    single, alike = [], []
+    for *_, attack, found, expected in finished:
+        sides = [(found[e]["auc_high"] - found[e]["auc_low"]) / 2 / 1.96 for e in ("unlearned", "retrained")]
+        alike.append((sides[0] ** 2 + sides[1] ** 2 - (width(found) / 1.645) ** 2) / (2 * sides[0] * sides[1]))
+        if attack != "encodermi_vector":  # which is fitted crosswise, a mean over parts
+            single.append(sides[1] / (expected["one_encoder"] / 1.645))
+    assert statistics.mean(abs(ratio - 1) < 0.1 for ratio in single) > 0.9
+    low, high = np.quantile(alike, [0.1, 0.9])
+    assert low < 0.1 and high > 0.8
 
 
 def test_the_formula_is_that_of_independent_scores():
-    """Bootstrap intervals of two independent AUCs of noise are 1.41 times as wide as `SPREAD` of 1 would say."""
+    """Bootstrap intervals of two independent AUCs of noise are 1.41 times as wide as a factor of 1 would say."""
     rng = np.random.default_rng(0)
     forget, holdout, halves = 40, 90, []
     plain = expected_widths(CFG, {"forget": forget, "holdout": holdout})["gates"]["view_agreement"]
@@ -53,7 +84,9 @@ def test_the_formula_is_that_of_independent_scores():
             sampled.append(wins[0] - wins[1])
         low, high = np.quantile(sampled, [0.05, 0.95])
         halves.append((high - low) / 2)
-    factor = statistics.mean(halves) / (plain["half_width"] / SPREAD["view_agreement"][1])
+    factor = statistics.mean(halves) / (
+        plain["half_width"] / spread(CFG.method.name, CFG.encoder.name)["view_agreement"][1]
+    )
     assert 1.3 < factor < 1.5
 
 
