@@ -57,7 +57,7 @@ def expected_widths(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, Any]
     """{"gates": {attack: figures}, "verdict": what it can be, in words}; {} without a retrained encoder (tier 0).
 
     Figures of an attack: `half_width` of the interval of AUC(unlearned) - AUC(retrained), from `low` to `high`, that of
-    `one_encoder`'s AUC, and `passes_within`: the largest difference that still passes at that width, None if no difference does.
+    `one_encoder`'s AUC, and `passes_within`: the largest difference that still passes at that width, None if none does.
 
     Args:
         counts: images by role.
