@@ -1,6 +1,20 @@
 """What the two views of an image are drawn from: published recipes by name, or an own callable.
 
-A pair's second view may be drawn otherwise than its first (BYOL, MoCo v3, DINO).
+A pair's second view may be drawn otherwise than its first (BYOL, MoCo v3, DINO). The numbers are those of the published
+code, read there:
+
+* simclr: `preprocess_for_train` and `batch_random_blur` of google-research/simclr, data_util.py, strength 1.
+* mocov2: `--aug-plus` of facebookresearch/moco, main_moco.py.
+* mocov3: `augmentation1` and `augmentation2` of facebookresearch/moco-v3, main_moco.py. `--crop-min` is 0.08 there; its
+  reference commands for ResNets (CONFIG.md) have 0.2: set `views.crop_scale_min`.
+* byol: `augment_config` of google-deepmind/deepmind-research, byol/utils/augmentations.py, and dataset.py beside it.
+* dino: the global crops of `DataAugmentationDINO` of facebookresearch/dino, main_dino.py, with its default scale; with
+  two views and no local crops its help recommends 0.14.
+
+Operations are torchvision's for all of them, as in moco, moco-v3 and dino. The code of simclr (TensorFlow) and byol
+(JAX) has the same strengths, but resizes without antialias, takes the contrast about the mean of each channel and the
+saturation in HSV; byol adds its brightness; simclr draws its windows by `sample_distorted_bounding_box`, which leaves
+out those below 0.1.
 """
 
 from __future__ import annotations
@@ -43,13 +57,11 @@ class View:
 _GREY = View(
     crop_scale_min=0.4, flip=0.0, jitter=1.0, saturation=0.0, hue=0.0, grayscale=0.0
 )  # of small grey images such as digits
-_SIMCLR = View(
-    interpolation="bicubic", brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5
-)  # Chen et al. 2020, appendix A, strength 1, and google-research/simclr, data_util.py
-_MOCO_V2 = View(crop_scale_min=0.2, saturation=0.4, blur=0.5)  # facebookresearch/moco, main_moco.py --aug-plus
-_MOCO_V3 = (View(blur=1.0), View(blur=0.1, solarize=0.2))  # facebookresearch/moco-v3, main_moco.py
-_BYOL = tuple(dataclasses.replace(v, interpolation="bicubic") for v in _MOCO_V3)  # Grill et al. 2020, appendix B
-_DINO = tuple(dataclasses.replace(v, crop_scale_min=0.4) for v in _BYOL)  # facebookresearch/dino: the global crops
+_SIMCLR = View(interpolation="bicubic", brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5)
+_MOCO_V2 = View(crop_scale_min=0.2, saturation=0.4, blur=0.5)
+_MOCO_V3 = (View(blur=1.0), View(blur=0.1, solarize=0.2))
+_BYOL = tuple(dataclasses.replace(v, interpolation="bicubic") for v in _MOCO_V3)
+_DINO = tuple(dataclasses.replace(v, crop_scale_min=0.4) for v in _BYOL)
 
 VIEW_RECIPES: dict[str, tuple[View, ...]] = {
     "grey": (_GREY, _GREY),
