@@ -11,11 +11,13 @@ from distunlearn.common.files import write_json
 from distunlearn.common.text import printable
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import digest
+from distunlearn.constraints.evaluators.base import LayersConfig
+from distunlearn.constraints.gradients.layers import left_out, left_out_text
 from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.selection import draw_request, request_facts
-from distunlearn.encoders.model import ContrastiveModel, build_model
+from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.engine.dose.looks import dose_images
 from distunlearn.engine.phases import pretrain_steps, take_checkpoint
 from distunlearn.engine.run_directory import refuse_large_batches, verified_manifest
@@ -27,6 +29,7 @@ from distunlearn.errors import (
 )
 from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
+from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
 from distunlearn.plan.dry_run import NotFollowed, count_training
@@ -42,7 +45,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
         retraining, peak memory of one process that has the whole batch and shards nothing), audit (the same of what the
         audit trains besides), intervals (how wide the gates' will be, see `expected_widths`), coverage,
-        encoder, config digest.
+        encoder, not_probed (layers that the constraint's and the audit's probes cannot follow), config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
@@ -88,6 +91,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "roles": dict(counts),
         "request": facts,
         "encoder": _encoder(cfg, model, max(classes, default=1) + 1) | ({"checkpoint": notes} if notes else {}),
+        "not_probed": _not_probed(cfg, model),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),
         "intervals": expected_widths(cfg, counts),
@@ -118,7 +122,8 @@ def _model(cfg: RunConfig, classes: int) -> tuple[ContrastiveModel, list[str]]:
     notes: list[str] = []
     model = build_model(cfg, classes if objective_class(cfg).head == "classifier" else None)
     if cfg.encoder.checkpoint is not None:
-        notes = take_checkpoint(Trained(model, None, None, {}), cfg)
+        momentum = MomentumEncoder(model) if make_objective(cfg.objective).needs_momentum else None
+        notes = take_checkpoint(Trained(model, momentum, None, {}), cfg)
     if cfg.audit.part_crops and not hasattr(model.backbone, "forward_intermediates"):
         raise ConfigError(
             f"audit.part_crops needs feature maps, which {cfg.encoder.name} does not give; set audit.part_crops=0."
@@ -139,6 +144,15 @@ def _encoder(cfg: RunConfig, model: ContrastiveModel, classes: int) -> dict[str,
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": classes if objective_class(cfg).head == "classifier" else None,
     }
+
+
+def _not_probed(cfg: RunConfig, model: ContrastiveModel) -> dict[str, str]:
+    """Layers that per-sample probes leave out, by who probes; nothing where all are followed."""
+    asked: dict[str, str | None] = {"audit": None}
+    if getattr(method_class(cfg)(cfg), "evaluator", None) and isinstance(cfg.constraint, LayersConfig):
+        asked["constraint"] = cfg.constraint.layers
+    found = {who: left_out_text(left_out(model, model, pattern)) for who, pattern in asked.items()}
+    return {who: text for who, text in found.items() if text}
 
 
 def _phases(

@@ -31,14 +31,14 @@ def request(run: RunFiles) -> dict[str, Any]:
         "members": whole(None if None in members else sum(m or 0 for m in members)),
         "source": SOURCES.get(source, source),
         "chosen": _chosen(data.get("forget"), run.config.get("seed")),
-        "third_party": SOURCES.get(third, third) if isinstance(third, str) else "the same source as the members",
+        "third_party": SOURCES.get(third, third) if isinstance(third, str) else _own_third_party(run),
         "method": _method(method)[0],
         "encoder": HIDDEN_PATH if "/" in (encoder := _name(tree(run.config, "encoder"), "name")) else encoder,
-        "objective": _name(tree(run.config, "objective"), "name"),
+        "objective": _trained_with(run),
         "when": run.finished or "not recorded",
         "length": _length(run),
         "copies": None if not copies else whole(copies),
-        "left_out": _left_out(run),
+        "left_out": [*_named(run), *_left_out(run), *_not_probed(run)],
         "checkpoint": _checkpoint(run),
         "reused": tree(run.config, "runtime").get("reuse") is not None,
         "roles": [
@@ -46,6 +46,32 @@ def request(run: RunFiles) -> dict[str, Any]:
             for name, (title, meaning) in ROLES.items()
         ],
     }
+
+
+def _non_members_were_named(run: RunFiles) -> bool:
+    return (tree(run.shards, "info") or tree(run.plan, "request")).get("non_members") == "named"
+
+
+def _own_third_party(run: RunFiles) -> str:
+    if _non_members_were_named(run):
+        return "the images that were named as never trained on"
+    return "the same source as the members"
+
+
+def _named(run: RunFiles) -> list[str]:
+    """Who says which images the encoder that was handed in was not trained on."""
+    if not tree(run.config, "encoder").get("checkpoint") or not _non_members_were_named(run):
+        return []
+    return [
+        "Which images the original encoder was never trained on was stated with the request. None of them has the "
+        "bytes of a training image; more cannot be checked."
+    ]
+
+
+def _trained_with(run: RunFiles) -> str:
+    """The loss of the original encoder."""
+    own = tree(run.config, "encoder").get("trained_with")
+    return own if isinstance(own, str) and own else _name(tree(run.config, "objective"), "name")
 
 
 LEFT_OUT = (
@@ -63,6 +89,17 @@ def _left_out(run: RunFiles) -> list[str]:
     return [sentence.format(whole(count)) for sentence, count in sums if count]
 
 
+def _not_probed(run: RunFiles) -> list[str]:
+    """Sentences about layers whose gradients nothing here looks at image by image."""
+    found = tree(run.plan, "not_probed")
+    who = {"constraint": "The method's gradient constraint", "audit": "The gradient classifier of the audit"}
+    return [
+        f"{words} sees the gradients of all layers that can be followed image by image, without these: {found[name]}."
+        for name, words in who.items()
+        if isinstance(found.get(name), str)
+    ]
+
+
 def _checkpoint(run: RunFiles) -> list[str]:
     """What was taken from the encoder that was handed in, and of what kind the yardstick then is."""
     encoder = tree(run.config, "encoder")
@@ -74,7 +111,20 @@ def _checkpoint(run: RunFiles) -> list[str]:
     notes.append(f"Its images are normalised by mean {means} and standard deviation {stds}.")
     objective = _name(tree(run.config, "objective"), "name")
     unnamed = f"It is taken to have been trained with {objective}, as no other loss was named."
-    return [*notes, *(other_kind(run) or [unnamed])]
+    return [*notes, *(other_kind(run) or [unnamed]), *_other_training(run)]
+
+
+def _other_training(run: RunFiles) -> list[str]:
+    """By which settings the yardstick was trained: nobody can read the original's from its weights."""
+    pretrain = tree(run.config, "pretrain")
+    epochs, batch = (number(pretrain, name) for name in ("epochs", "batch"))
+    if not number(run.audit, "cost", "retrain_images"):
+        return []
+    return [
+        f"The retrained encoder was trained by the settings of this run, {whole(epochs)} epochs in batches of "
+        f"{whole(batch)}. As far as the original was trained otherwise, a difference between the two need not come "
+        "from the images to forget."
+    ]
 
 
 def other_kind(run: RunFiles) -> list[str]:
@@ -182,7 +232,14 @@ def cost(run: RunFiles) -> dict[str, Any]:
                 "values": {name: value for name, value in values.items() if value is not None and value >= 0},
             }
         )
-    return {"rows": rows, "pretrain_images": whole(number(found, "pretrain_images"))}
+    images = number(found, "pretrain_images")
+    if not tree(run.config, "encoder").get("checkpoint"):
+        before = f"Training the original took {whole(images)} of them."
+    elif images:
+        before = f"Training new heads for the original took {whole(images)} of them."
+    else:
+        before = "What training the original took is not known."
+    return {"rows": rows, "before": before}
 
 
 def provenance(run: RunFiles) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import sys
@@ -17,12 +18,13 @@ from families import FAMILIES  # noqa: E402
 
 OWN = "own module"
 USUAL = {("convnext_atto", "sketch", "single"), ("swin_tiny_patch4_window7_224", "sketch", "fsdp2")}
+# Weights that are used past their own forward, and large enough for ZeRO-3 to free them between uses.
+PAST_THEIR_FORWARD = ("beit_base_patch16_224", "eva02_tiny_patch14_224")
+WIDE = {"embed_dim": 192, "num_heads": 3}
 CASES = [
-    pytest.param(
-        name, evaluator, backend, marks=() if (name, evaluator, backend) in USUAL else pytest.mark.matrix,
-        id=f"{name}-{evaluator}-{backend}",
-    )
-    for name in (*FAMILIES, OWN) for evaluator in ("head", "sketch") for backend in ("single", "fsdp2")
+    *((name, evaluator, backend) for name in (*FAMILIES, OWN) for evaluator in ("head", "sketch")
+      for backend in ("single", "fsdp2")),
+    *((name, evaluator, "zero3") for name in PAST_THEIR_FORWARD for evaluator in ("head", "sketch")),
 ]  # fmt: skip
 OWN_MODULE = """
 from torch import nn
@@ -41,23 +43,27 @@ class Net(nn.Module):
 LEFT_OUT = {name: bool(reasons) for name, (_, _, reasons) in FAMILIES.items()} | {OWN: True}
 
 
-def encoder_settings(name: str, folder: Path) -> list[str]:
+def encoder_settings(name: str, folder: Path, backend: str) -> list[str]:
     if name == OWN:
         (folder / "net.py").write_text(OWN_MODULE)
         place, size, args = f"{folder / 'net.py'}:Net", 32, {}
     else:
         place, (size, args, _) = name, FAMILIES[name]
+        args = args | WIDE if backend == "zero3" else args
     return [
         f"encoder.name={place}", f"encoder.image_size={size}", f"encoder.args={json.dumps(args)}",
         "encoder.stem=standard", "encoder.embed_dim=null", "encoder.in_chans=1",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "evaluator", "backend"), CASES)
+@pytest.mark.parametrize(
+    ("name", "evaluator", "backend"),
+    [pytest.param(*case, marks=() if case in USUAL else pytest.mark.matrix, id="-".join(case)) for case in CASES],
+)
 def test_a_run_to_its_report(tmp_path, name, evaluator, backend):
     out, world = tmp_path / "run", 1 if backend == "single" else 2
     values = [
-        *encoder_settings(name, tmp_path), f"constraint.evaluator={evaluator}", f"backend={backend}",
+        *encoder_settings(name, tmp_path, backend), f"constraint.evaluator={evaluator}", f"backend={backend}",
         "pretrain.epochs=1", "unlearn.steps=3", "audit.relearn_steps=0",
     ]  # fmt: skip
     arguments = ["run", "digits", "--out", str(out), *tiny.settings(*values)]
@@ -77,3 +83,7 @@ def test_a_run_to_its_report(tmp_path, name, evaluator, backend):
     assert steps[0]["constraint_gradient"] > 0
     told = "left out:" in (out / "logs/unlearn.log").read_text()
     assert told == (evaluator == "sketch" and LEFT_OUT[name])
+    named = json.loads((out / "plan.json").read_text())["not_probed"]
+    assert named.keys() == ({"audit"} if LEFT_OUT[name] else set()) | ({"constraint"} if told else set())
+    page = (out / "report.html").read_text()
+    assert all(html.escape(text, quote=False) in page for text in named.values())

@@ -23,3 +23,12 @@ def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
     assert "1 203 files of the source were left out" in shown
     assert "7 images were left out, because a member or an image of another group has the same bytes" in shown
     assert "2 images that count as never trained on look almost like a member" in shown
+
+
+def test_layers_that_probes_cannot_follow_are_named(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    names = {"audit": "2 convolutions in groups (backbone.a, backbone.b)", "constraint": "1 of <b>another</b> kind (c)"}
+    change_json(run / "plan.json", lambda found: found.update(not_probed=names))
+    shown = Page(render(load_run(run))).text("asked")
+    assert "gradient classifier of the audit" in shown and "2 convolutions in groups (backbone.a, backbone.b)" in shown
+    assert "gradient constraint" in shown and "1 of <b>another</b> kind (c)" in shown, "escaped, so shown as it is"
