@@ -20,11 +20,12 @@ __all__ = ["environment", "execute_ranks", "free_port", "launch", "start_ranks"]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread, the loopback, this very package, none of a surrounding launcher's variables."""
+    """One thread, the loopback, this very package, none of a surrounding launcher's variables, no transformers."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(("ACCELERATE_", "SLURM_"))}
     shared = Path(zygote.__file__).parent
-    root = os.pathsep.join(map(str, (Path(distunlearn.__file__).parents[1], shared.parent, shared)))
+    places = (shared.parent / "without_extras", Path(distunlearn.__file__).parents[1], shared.parent, shared)
+    root = os.pathsep.join(map(str, places))
     fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
     return {**kept, **fixed, **extra}
 

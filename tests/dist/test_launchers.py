@@ -153,6 +153,12 @@ def test_momentum_encoders_agree(alone, tmp_path, recipe):
         check(tmp_path / phase, expected, phase)
 
 
+def test_started_processes_cannot_import_transformers():
+    """Control: so the backends below, and whatever the tests fork, do without it."""
+    done = subprocess.run([sys.executable, "-c", "import transformers"], env=environment(), capture_output=True)
+    assert b"ModuleNotFoundError" in done.stderr
+
+
 @pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero2", "zero3"])
 def test_sharded_backends_lose_what_one_process_loses(alone, tmp_path, backend):
     expected = alone("digits")

@@ -150,6 +150,7 @@ def launched(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def _serve() -> None:
+    sys.modules["transformers"] = None  # type: ignore[assignment]  # an extra of the tests, which no run may need
     import matplotlib.backends.backend_svg  # noqa: F401
     import pytest  # noqa: F401
     import sklearn.linear_model  # noqa: F401
