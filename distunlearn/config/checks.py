@@ -167,7 +167,12 @@ def _encoder(cfg: RunConfig) -> Iterator[str]:
         if values is not None and len(values) != encoder.in_chans:
             yield f"encoder.{key} has {len(values)} numbers, expected encoder.in_chans={encoder.in_chans} of them"
     if encoder.checkpoint is not None:
-        if not Path(encoder.checkpoint).is_file():
+        if Path(encoder.checkpoint).is_dir():
+            yield (
+                f"encoder.checkpoint {encoder.checkpoint!r} is a folder without model.safetensors or "
+                "pytorch_model.bin; name the file of weights in it, or join several to one"
+            )
+        elif not Path(encoder.checkpoint).is_file():
             yield f"encoder.checkpoint {encoder.checkpoint!r} is not a file; check the path"
         elif encoder.mean is None and encoder.std is None:
             yield (

@@ -26,7 +26,7 @@ def photos_64() -> RunConfig:
         encoder=EncoderConfig(
             name="resnet50", image_size=64, in_chans=3, stem="standard", args={},
             mean=IMAGENET_MEAN, std=IMAGENET_STD,
-            crop_pct=0.875, interpolation="bilinear", embed_dim=2048,
+            crop_pct=0.875, interpolation="bilinear", embed_dim=None,
         ),
         objective=settings_of(
             OBJECTIVE, "moco", temperature=0.2, hidden_dim=2048, output_dim=128, momentum=0.999, queue_size=16384,
@@ -56,7 +56,7 @@ def photos_224() -> RunConfig:
         encoder=EncoderConfig(
             name="vit_small_patch16_224", image_size=224, in_chans=3, stem="standard", args={},
             mean=IMAGENET_MEAN, std=IMAGENET_STD,
-            crop_pct=0.875, interpolation="bicubic", embed_dim=384,
+            crop_pct=0.875, interpolation="bicubic", embed_dim=None,
         ),
         objective=settings_of(
             OBJECTIVE, "mocov3", temperature=0.2, hidden_dim=4096, output_dim=256, momentum=0.99,

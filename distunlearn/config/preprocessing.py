@@ -1,5 +1,7 @@
 """How a checkpoint's encoder wants its images, where that is written down: mean, standard deviation, evaluation crop.
 
+A folder of Hugging Face's, or of an export, stands for the file of weights in it.
+
 It is looked for in the folder of the checkpoint (config.json of timm and of an export, preprocessor_config.json of
 Hugging Face), and for a file that timm publishes, by name and digest, in timm's own register. Mean and standard
 deviation are never assumed; the crop is timm's plainest where nothing is found, and `plan` shows it.
@@ -19,16 +21,19 @@ from distunlearn.config.schema import EncoderConfig
 
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 BESIDE = ("config.json", "preprocessor_config.json")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there
 LARGEST = 1 << 20  # bytes of such a file
 INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", 2: "bilinear", 3: "bicubic"}  # by numbers: PIL's
 
 
 def with_preprocessing(encoder: EncoderConfig) -> EncoderConfig:
-    """The settings with what is not given and is written down in one way only."""
+    """The settings with what is not given and is written down in one way only, and with a file of weights."""
+    if encoder.checkpoint is not None:
+        encoder = dataclasses.replace(encoder, checkpoint=weights_file(encoder.checkpoint))
     if encoder.checkpoint is None or all(getattr(encoder, key) is not None for key in PREPROCESSING):
         return encoder
     path = Path(encoder.checkpoint)
-    found = [_read(content) for content in (*_beside(path), *_published(path, encoder.name))]
+    found = [_read(content) for content in (*beside(path), *_published(path, encoder.name))]
     taken: dict[str, Any] = {}
     pairs = {(f["mean"], f["std"]) for f in found if len(f["mean"]) == len(f["std"]) == encoder.in_chans}
     if encoder.mean is None and encoder.std is None and len(pairs) == 1:
@@ -40,7 +45,14 @@ def with_preprocessing(encoder: EncoderConfig) -> EncoderConfig:
     return dataclasses.replace(encoder, **taken)
 
 
-def _beside(path: Path) -> Iterator[Mapping[str, Any]]:
+def weights_file(place: str) -> str:
+    """The file of weights in a folder, else the place as it is."""
+    files = (Path(place, name) for name in WEIGHTS)
+    return next((str(file) for file in files if file.is_file()), place)
+
+
+def beside(path: Path) -> Iterator[Mapping[str, Any]]:
+    """What the configuration files in the folder of a checkpoint say, and those of parts of it."""
     for name in BESIDE:
         file = path.with_name(name)
         try:
@@ -48,7 +60,8 @@ def _beside(path: Path) -> Iterator[Mapping[str, Any]]:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, Mapping):
-            yield from (part for part in (content.get("pretrained_cfg"), content) if isinstance(part, Mapping))
+            parts = (content.get("pretrained_cfg"), content.get("vision_config"), content)
+            yield from (part for part in parts if isinstance(part, Mapping))
 
 
 def _published(path: Path, name: str) -> Iterator[Mapping[str, Any]]:

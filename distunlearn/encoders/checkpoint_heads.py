@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distunlearn.common.text import printable
 from distunlearn.encoders.checkpoint_names import COUNTER, Reading, precedence
 from distunlearn.encoders.model import ContrastiveModel, Head, MomentumEncoder
-from distunlearn.encoders.weights import Loaded, check_finite
+from distunlearn.encoders.weights import Loaded, bare, check_finite
 
 TENSORS = 40  # of a head, at most
 EPS = 1e-5  # of nn.BatchNorm1d
@@ -63,8 +62,15 @@ def head_shapes(
     return found
 
 
-def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded: Loaded) -> list[str] | None:
-    """Load the heads of a file whose backbone is loaded; what was taken, a sentence each. None: nothing was taken.
+class Taken(NamedTuple):
+    """What was taken: a sentence each, and the prefixes below which it stood."""
+
+    notes: list[str]
+    prefixes: list[str]
+
+
+def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded: Loaded) -> Taken | None:
+    """Load the heads of a file whose backbone is loaded. None: nothing was taken.
 
     The momentum encoder gets its own copies where the file has them, else those of the model.
     """
@@ -83,11 +89,11 @@ def take_heads(model: ContrastiveModel, momentum: MomentumEncoder | None, loaded
     check_finite({f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
     for name, state in states.items():
         heads[name].load_state_dict(state)
-    where = " and ".join(f"the {name} from below {printable(head.prefix)}" for name, head in chosen.items())
-    notes = [f"The checkpoint's own heads were taken: {where}."]
+    where = " and ".join(f"the {name} from below {bare(head.prefix)}" for name, head in chosen.items())
+    taken = Taken([f"The checkpoint's own heads were taken: {where}."], [head.prefix for head in chosen.values()])
     if momentum is not None:
-        notes += _take_momentum(model, momentum, loaded, found)
-    return notes
+        _take_momentum(model, momentum, loaded, found, taken)
+    return taken
 
 
 def other_heads(loaded: Loaded, embed_dim: int) -> list[str]:
@@ -97,26 +103,29 @@ def other_heads(loaded: Loaded, embed_dim: int) -> list[str]:
         if found.layers > 1 and found.inputs == embed_dim:
             norm = "with" if found.norm else "without"
             widths = "-".join(str(n) for n in (embed_dim, *found.widths))
-            described.append(f"below {printable(found.prefix)} {widths} {norm} BatchNorm")
+            described.append(f"below {bare(found.prefix)} {widths} {norm} BatchNorm")
     settings = "objective.hidden_dim, output_dim, head_layers and head_norm say which shapes fit."
     return [f"Its own are {' and '.join(described[:3])}; {settings}"] if described else []
 
 
 def _take_momentum(
-    model: ContrastiveModel, momentum: MomentumEncoder, loaded: Loaded, found: list[_Found]
-) -> list[str]:
+    model: ContrastiveModel, momentum: MomentumEncoder, loaded: Loaded, found: list[_Found], taken: Taken
+) -> None:
+    """Load the momentum encoder, and add to `taken` what was."""
     momentum.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("predictor.")})
     copies = [copy for copy in loaded.copies if precedence(copy.prefix) == 2]
     named = [f for f in found if precedence(f.prefix) == 2 and "pred" not in f.prefix]
-    fitting = [state for f in named if (state := _state(f, model.projector)) is not None]
+    fitting = [(f, state) for f in named if (state := _state(f, model.projector)) is not None]
     if len(copies) != 1 or len(fitting) != 1:
-        return ["It holds no momentum encoder with its projector; it begins as a copy of the encoder."]
+        taken.notes.append("It holds no momentum encoder with its projector; it begins as a copy of the encoder.")
+        return
     own = momentum.model.backbone.state_dict()
     state = {name: value.to(own[name].dtype) for name, value in copies[0].state.items()}
     check_finite(state)
     momentum.model.backbone.load_state_dict({**own, **state})
-    momentum.model.projector.load_state_dict(fitting[0])
-    return [f"The momentum encoder was taken from below {printable(copies[0].prefix)}."]
+    momentum.model.projector.load_state_dict(fitting[0][1])
+    taken.notes.append(f"The momentum encoder was taken from below {bare(copies[0].prefix)}.")
+    taken.prefixes.extend((copies[0].prefix, fitting[0][0].prefix))
 
 
 def _heads(tensors: Mapping[str, Tensor], backbones: list[str]) -> list[_Found]:

@@ -26,6 +26,7 @@ PARTS = 24  # of a dotted name
 TENSORS = 200_000
 LARGEST = 4  # times the backbone's size, of a tensor that is looked at
 PREFIXES = 32  # tried in every dialect
+PARTS_BELOW = (2, 8)  # a prefix has at least 1 / this of the backbone's number of tensors; the first that finds one
 
 
 class Reading(NamedTuple):
@@ -87,13 +88,15 @@ def whole_readings(
         prefix: take only what stands under it, with or without the keys of mappings; None: any.
         ignore: patterns (`*` and `?`) of names in the file that may be left out although they belong inside.
     """
-    found = [
-        _read(tensors, backbone, candidate, dialect, ignore)
-        for candidate in _prefixes(tensors, backbone, prefix)
-        for dialect in DIALECTS
-    ]
-    readings = [reading for reading in found if reading is not None]
-    whole = [reading for reading in readings if reading.is_whole]
+    readings: list[Reading] = []
+    whole: list[Reading] = []
+    for part in PARTS_BELOW:  # a smaller model's prefix, too, so that a refusal speaks of it
+        places = [(p, dialect) for p in _prefixes(tensors, backbone, prefix, part) for dialect in DIALECTS]
+        found = (_read(tensors, backbone, candidate, dialect, ignore) for candidate, dialect in places)
+        readings += [reading for reading in found if reading is not None]
+        whole = [reading for reading in readings if reading.is_whole]
+        if whole:
+            break
     if not whole:
         return [best_reading(readings)] if readings else []
     # timm's filter finds some prefixes by itself; what it read is below the longer one.
@@ -120,8 +123,8 @@ def precedence(prefix: str) -> int:
     return 2 if MOVING.search(prefix) else int("student" in prefix)
 
 
-def _prefixes(tensors: Mapping[str, Tensor], backbone: nn.Module, wanted: str | None) -> list[str]:
-    """Candidates: dotted prefixes with at least half as many tensors below them as the backbone has."""
+def _prefixes(tensors: Mapping[str, Tensor], backbone: nn.Module, wanted: str | None, part: int) -> list[str]:
+    """Candidates: dotted prefixes with at least 1 / `part` as many tensors below them as the backbone has."""
     own = sum(not name.endswith(COUNTER) for name in backbone.state_dict())
     below: Counter[str] = Counter()
     for name in tensors:
@@ -130,7 +133,7 @@ def _prefixes(tensors: Mapping[str, Tensor], backbone: nn.Module, wanted: str | 
     if wanted is not None:
         ending = f".{wanted.strip('.')}."
         return [prefix for prefix in below if f".{prefix}".endswith(ending)][:PREFIXES] if wanted.strip(".") else [""]
-    enough = [prefix for prefix, count in below.items() if 2 * count >= own]
+    enough = [prefix for prefix, count in below.items() if part * count >= own]
     return sorted(enough, key=lambda prefix: (below[prefix], -len(prefix)))[:PREFIXES] or [""]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from distunlearn.common.text import printable
+from distunlearn.config.preprocessing import weights_file
 from distunlearn.config.schema import EncoderConfig
 from distunlearn.encoders.backbone import create_backbone, embed_dim
 from distunlearn.encoders.checkpoint_file import read_checkpoint, shown
@@ -78,7 +79,7 @@ def recognise(file: str | Path, name: str | None = None, small: bool = False) ->
     Raises:
         ConfigError: no encoder is recognised. EncoderError: see `read_checkpoint`.
     """
-    path = Path(file)
+    path = Path(weights_file(str(file)))
     content = read_checkpoint(path)
     tensors = flatten(content)
     tried: list[str] = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distunlearn.common.text import printable
+from distunlearn.config.preprocessing import beside
 from distunlearn.config.schema import EncoderConfig
 from distunlearn.encoders.checkpoint_file import read_checkpoint, shown
 from distunlearn.encoders.checkpoint_names import COUNTER, Reading, flatten, whole_readings
@@ -22,10 +23,33 @@ STEM = "conv1.weight"  # of ResNets
 class Loaded(NamedTuple):
     """What was done: sentences for the log, how the backbone was read, its other copies, and all tensors by name."""
 
-    notes: list[str]
+    done: list[str]
     reading: Reading
     copies: list[Reading]
     tensors: dict[str, Tensor]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done and, if nothing else is taken from the file, what was left out."""
+        return [*self.done, *self.left_out()]
+
+    def left_out(self, taken: Sequence[str] = ()) -> list[str]:
+        """Sentences about what was left out. taken: prefixes of what was taken besides the backbone."""
+        notes = []
+        copies = [copy.prefix for copy in self.copies if copy.prefix not in taken]
+        if copies:
+            others = ", ".join(bare(prefix) or "the top" for prefix in copies)
+            notes.append(f"Copies below {others} were not taken; encoder.prefix chooses another one.")
+        elsewhere = tuple(prefix for prefix in (*taken, *(copy.prefix for copy in self.copies)) if prefix)
+        outside = [name for name in self.reading.outside if not name.startswith(elsewhere)]
+        if outside:
+            notes.append(f"The backbone fits; {len(outside)} tensors outside it were left out: {_names(outside)}.")
+        return notes
+
+
+def bare(prefix: str) -> str:
+    """A prefix fit to be printed, without the dot at its end."""
+    return printable(prefix.removesuffix("."))
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -71,7 +95,7 @@ def load_backbone(
         )
     reading, *copies = readings
     state = dict(reading.state)
-    notes = _describe(reading, copies)
+    notes = _describe(reading) + _activation(path, backbone, reading)
     grey = _grey_input(backbone, state, in_chans)
     _check_fit(path, own, state, reading)
     notes += grey + _resampled(tensors, reading, own) + _missing_counters(own, state) + _widened(own, state)
@@ -89,21 +113,34 @@ def load_checkpoint(backbone: nn.Module, encoder: EncoderConfig) -> Loaded:
     )
 
 
-def _describe(reading: Reading, copies: Sequence[Reading]) -> list[str]:
+def _describe(reading: Reading) -> list[str]:
     notes = []
     if reading.prefix:
-        notes.append(f"The backbone was read from below {printable(reading.prefix)} in the checkpoint.")
-    if copies:
-        others = ", ".join(printable(copy.prefix) or "the top" for copy in copies)
-        notes.append(f"Copies below {others} were not taken; encoder.prefix chooses another one.")
+        notes.append(f"The backbone was read from below {bare(reading.prefix)} in the checkpoint.")
     if reading.dialect != "timm":
         notes.append(f"Its names, of {reading.dialect}, were mapped to timm's.")
-    if "CLIP" in reading.dialect or reading.dialect == "open_clip":
-        notes.append("A file does not say which GELU a CLIP has: OpenAI's need an encoder.name with quickgelu.")
-    outside = [name for name in reading.outside if not any(c.prefix and name.startswith(c.prefix) for c in copies)]
-    if outside:
-        notes.append(f"The backbone fits; {len(outside)} tensors outside it were left out: {_names(outside)}.")
     return notes
+
+
+def _activation(path: Path, backbone: nn.Module, reading: Reading) -> list[str]:
+    """No tensor says which GELU a transformer has; a configuration of Hugging Face's does.
+
+    Raises:
+        EncoderError: it says another one than the backbone has.
+    """
+    said = {str(config["hidden_act"]) for config in beside(path) if "hidden_act" in config}
+    quick = any(type(part).__name__ == "QuickGELU" for part in backbone.modules())
+    if len(said) == 1 and reading.dialect.startswith("Hugging Face"):
+        if ("quick_gelu" in said) != quick:
+            raise EncoderError(
+                f"the configuration beside {shown(path)} has the activation {printable(said.pop())}, the encoder "
+                f"{'QuickGELU' if quick else 'another one'}; expected the same; set encoder.name to timm's model "
+                f"{'without' if quick else 'with'} quickgelu in its name."
+            )
+        return []
+    if "CLIP" in reading.dialect or reading.dialect == "open_clip":
+        return ["A file does not say which GELU a CLIP has: OpenAI's need an encoder.name with quickgelu."]
+    return []
 
 
 def _resampled(tensors: Mapping[str, Tensor], reading: Reading, own: Mapping[str, Tensor]) -> list[str]:
@@ -156,7 +193,7 @@ def _check_fit(path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor
     listed = [*problems, *(f"unexpected {name}" for name in reading.inside)]
     listing = "; ".join(printable(problem) for problem in listed[:FIRST])
     more = f"; {len(listed) - FIRST} more" if len(listed) > FIRST else ""
-    where = f" below {printable(reading.prefix)}" if reading.prefix else ""
+    where = f" below {bare(reading.prefix)}" if reading.prefix else ""
     raise EncoderError(
         f"{shown(path)} does not fit the encoder{where} in {len(listed)} places ({listing}{more}), expected its very "
         f"tensors; {_advice(own, state, reading, problems)}"

@@ -309,8 +309,8 @@ def take_checkpoint(trained: Trained, cfg: RunConfig) -> list[str]:
             trained.momentum = MomentumEncoder(trained.model)
         return [*loaded.notes, NEW_HEADS, *other_heads(loaded, trained.model.embed_dim)]
     if trained.queue is not None:
-        heads.append("A queue does not say whose keys it holds; its keys were made anew, of images that stay.")
-    return [*loaded.notes, *heads]
+        heads.notes.append("A queue does not say whose keys it holds; its keys were made anew, of images that stay.")
+    return [*loaded.done, *heads.notes, *loaded.left_out(heads.prefixes)]
 
 
 # -- schedule --------------------------------------------------------------------------------------------------------

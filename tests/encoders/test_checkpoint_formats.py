@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distunlearn.cli.main import main
+from distunlearn.config.load import load_config
 from distunlearn.encoders.weights import load_backbone
-from distunlearn.errors import EncoderError
+from distunlearn.errors import ConfigError, EncoderError
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(-1, 1, 1)
 
@@ -73,6 +74,41 @@ def test_wrong_mean_and_std_are_noticed_by_the_measure_above(sources, photos):
     with torch.no_grad():
         theirs, wrong = (source.embed(source.module, x) for x in ((photos - MEAN) / STD, photos * 2 - 1))
     assert nn.functional.cosine_similarity(theirs, wrong).min() < 0.9999
+
+
+HUGGING_FACE = {
+    "hf vit": "vit_tiny_patch16_224", "hf dinov2": "vit_small_patch14_dinov2", "hf resnet": "resnet18",
+    "hf clip": "vit_base_patch32_clip_quickgelu_224",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_folder_of_hugging_face_is_a_checkpoint_with_its_own_mean(name, sources, photos, tmp_path):
+    source = sources[name]
+    source.module.save_pretrained(tmp_path)
+    pixels = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3], "do_center_crop": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    cfg = load_config("digits", None, [f"encoder.checkpoint={tmp_path}", "encoder.in_chans=3", "data.holdout_root=x"])
+    assert cfg.encoder.checkpoint == str(tmp_path / "model.safetensors")
+    images = (photos - torch.tensor(cfg.encoder.mean).view(-1, 1, 1)) / torch.tensor(cfg.encoder.std).view(-1, 1, 1)
+    model = source.make()
+    with torch.no_grad():
+        loaded = load_backbone(model, cfg.encoder.checkpoint)
+        cosines = nn.functional.cosine_similarity(model(images), source.embed(source.module, images))
+    assert cosines.min() >= 0.9999 and tuple(cfg.encoder.std) == (0.2, 0.25, 0.3)
+    assert not any("which GELU" in note for note in loaded.notes)
+
+
+def test_another_gelu_than_the_configuration_says_is_refused(sources, tmp_path):
+    sources["hf clip"].module.save_pretrained(tmp_path)
+    other = timm.create_model("vit_base_patch32_clip_224", num_classes=0, pre_norm=True, **VIT)
+    with pytest.raises(EncoderError, match="activation quick_gelu.*with quickgelu in its name"):
+        load_backbone(other, tmp_path / "model.safetensors")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder without model.safetensors"):
+        load_config("digits", None, [f"encoder.checkpoint={tmp_path}", "data.holdout_root=x"])
 
 
 @pytest.mark.parametrize("name", ["vit", "hf vit", "dinov2", "hf dinov2 registers", "open_clip"])

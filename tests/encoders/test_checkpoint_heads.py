@@ -83,8 +83,10 @@ def test_heads_are_taken_and_give_what_they_gave(form, tmp_path):
     state, backbone, projector, predictor = checkpoint(form)
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     model, momentum = model_for(objective, **settings)
-    notes = take_heads(model, momentum, load_backbone(model.backbone, tmp_path / "w.pth"))
-    assert notes is not None and "own heads were taken" in notes[0]
+    loaded = load_backbone(model.backbone, tmp_path / "w.pth")
+    taken = take_heads(model, momentum, loaded)
+    assert taken is not None and "own heads were taken" in taken.notes[0] and "tensors outside" in loaded.notes[-1]
+    assert loaded.left_out(taken.prefixes) == [], "what was taken is not said to be left out"
     images = images_for(RESNET18)
     with torch.no_grad():
         found, embedding = model(images), backbone(images)
