@@ -15,7 +15,7 @@ from distunlearn import __version__
 from distunlearn.common.text import printable
 
 PACKAGES = (
-    "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "scikit-learn", "transformers",
+    "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "scikit-learn",
     "safetensors", "numpy", "scipy", "pillow", "pydantic", "ruamel.yaml", "tyro", "rich", "tensorboard", "matplotlib",
     "jinja2",
 )  # fmt: skip

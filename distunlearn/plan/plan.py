@@ -12,7 +12,7 @@ from distunlearn.common.text import printable
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import digest
 from distunlearn.constraints.evaluators.base import LayersConfig
-from distunlearn.constraints.gradients.layers import left_out, left_out_text
+from distunlearn.constraints.gradients.layers import left_out, left_out_parts
 from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.draw import open_and_draw
@@ -146,13 +146,13 @@ def _encoder(cfg: RunConfig, model: ContrastiveModel, classes: int) -> dict[str,
     }
 
 
-def _not_probed(cfg: RunConfig, model: ContrastiveModel) -> dict[str, str]:
-    """Layers that per-sample probes leave out, by who probes; nothing where all are followed."""
+def _not_probed(cfg: RunConfig, model: ContrastiveModel) -> dict[str, list[str]]:
+    """Layers that per-sample probes leave out, by who probes, a text a reason; nothing where all are followed."""
     asked: dict[str, str | None] = {"audit": None}
     if getattr(method_class(cfg)(cfg), "evaluator", None) and isinstance(cfg.constraint, LayersConfig):
         asked["constraint"] = cfg.constraint.layers
-    found = {who: left_out_text(left_out(model, model, pattern)) for who, pattern in asked.items()}
-    return {who: text for who, text in found.items() if text}
+    found = {who: left_out_parts(left_out(model, model, pattern)) for who, pattern in asked.items()}
+    return {who: parts for who, parts in found.items() if parts}
 
 
 def _phases(

@@ -12,7 +12,9 @@ from distunlearn.report.formatting import percent, seconds, text, whole
 from distunlearn.report.texts import NOT_EVALUATED, ROLES, SOURCES
 
 CLASS = re.compile(r"class:(-?\d{1,9})")
-PATH_KEYS = frozenset({"root", "shards", "store", "store_cache", "third_party_root", "checkpoint", "forget", "reuse"})
+PATH_KEYS = frozenset(
+    ("root", "shards", "store", "store_cache", "third_party_root", "holdout_root", "checkpoint", "forget", "reuse")
+)
 HIDDEN_PATH = "(a path, not shown)"
 MAX_ROWS = 300  # of settings or versions
 
@@ -44,6 +46,7 @@ def request(run: RunFiles) -> dict[str, Any]:
         "roles": [
             {"title": title, "meaning": meaning, "count": whole(counts.get(name))}
             for name, (title, meaning) in ROLES.items()
+            if name != "watch" or counts.get(name)
         ],
     }
 
@@ -94,9 +97,10 @@ def _not_probed(run: RunFiles) -> list[str]:
     found = tree(run.plan, "not_probed")
     who = {"constraint": "The method's gradient constraint", "audit": "The gradient classifier of the audit"}
     return [
-        f"{words} sees the gradients of all layers that can be followed image by image, without these: {found[name]}."
+        f"{words} sees the gradients of all layers that can be followed image by image, without these: "
+        f"{'; '.join(map(str, found[name]))}."
         for name, words in who.items()
-        if isinstance(found.get(name), str)
+        if isinstance(found.get(name), list)
     ]
 
 

@@ -208,3 +208,22 @@ def test_copies_share_the_pattern_of_their_midpoint():
         taken = pool(torch.stack([plus, minus])[:, None]).flatten()
     assert taken.tolist() == [1.0, 2.5]  # the midpoint is largest at the first element
     assert pool(plus[None, None]).item() == 2.0  # outside the block nothing is changed
+
+
+def test_rows_that_are_windows_go_with_their_sample_and_a_table_of_all_samples_keeps_its_pattern():
+    class Windows(nn.Module):
+        """Two windows of each sample; and a table, as Swin v2 has one for its positions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):  # [R, 2]
+            return self.relu(x.flatten()[:, None]).view_as(x), self.relu(torch.tensor([[1.0, -1.0]]))
+
+    x = torch.tensor([[0.3, -0.2], [-0.1, 0.4], [1.0, -1.0]])  # +, -, and one without a copy
+    model = Windows()
+    with shared_pattern(model, 1, 3):
+        out, table = model(x)
+    assert torch.equal(out, torch.tensor([[0.3, -0.2], [-0.1, 0.4], [1.0, 0.0]]))
+    assert torch.equal(table, torch.tensor([[1.0, 0.0]]))

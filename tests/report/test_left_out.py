@@ -27,8 +27,8 @@ def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
 
 def test_layers_that_probes_cannot_follow_are_named(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
-    names = {"audit": "2 convolutions in groups (backbone.a, backbone.b)", "constraint": "1 of <b>another</b> kind (c)"}
+    names = {"audit": ["2 in groups (backbone.a, b)", "1 else (d)"], "constraint": ["1 of <b>another</b> kind (c)"]}
     change_json(run / "plan.json", lambda found: found.update(not_probed=names))
     shown = Page(render(load_run(run))).text("asked")
-    assert "gradient classifier of the audit" in shown and "2 convolutions in groups (backbone.a, backbone.b)" in shown
+    assert "gradient classifier of the audit" in shown and "2 in groups (backbone.a, b); 1 else (d)." in shown
     assert "gradient constraint" in shown and "1 of <b>another</b> kind (c)" in shown, "escaped, so shown as it is"

@@ -88,13 +88,18 @@ def left_out(
 
 def left_out_text(left: dict[str, str]) -> str:
     """The names by reason, a few of each."""
+    return "; ".join(left_out_parts(left))
+
+
+def left_out_parts(left: dict[str, str]) -> list[str]:
+    """`left_out_text`, a text a reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left.items():
         reasons.setdefault(reason, []).append(name)
-    return "; ".join(
+    return [
         f"{len(names)} {reason} ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"
         for reason, names in reasons.items()
-    )
+    ]
 
 
 def _some(layers: dict[str, Layer], left: dict[str, str], pattern: str | None) -> dict[str, Layer]:

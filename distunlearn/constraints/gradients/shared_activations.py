@@ -11,7 +11,8 @@ to O(e^2), so the difference is that of a smooth function, and its limit that of
 either. The technique is ours. It reaches nn.ReLU and nn.MaxPool2d as modules.
 
 Shapes: R = V * total rows of one forward, V branches after one another; in each first `count` rows with +, then the
-same samples with -, then rows without a copy.
+same samples with -, then rows without a copy. A module may see m rows of each, one sample after the other (windows of
+an image); one that sees something else (a table that all images share) keeps its own forward.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Copies = Callable[[Tensor], "tuple[Tensor, Tensor] | None"]
+
 
 @contextmanager
 def shared_pattern(model: nn.Module, count: int, total: int) -> Iterator[None]:
@@ -29,24 +32,30 @@ def shared_pattern(model: nn.Module, count: int, total: int) -> Iterator[None]:
 
     count: samples with two copies. total: rows of one branch, copies included.
     """
-    handles = []
+    rows = [total]  # of the forward
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows[0] = args[0].shape[0]
+
+    def copies(x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Views of the rows with + and of those with -, [V, count, m, ...]."""
+        if x.shape[0] % rows[0]:
+            return None
+        assert rows[0] % total == 0, "whole branches of one forward"
+        by_branch = x.unflatten(0, (rows[0] // total, total, -1))
+        return by_branch[:, :count], by_branch[:, count : 2 * count]
+
+    handles = [model.register_forward_pre_hook(note)]
     for module in model.modules():
         if type(module) is nn.ReLU:
-            handles += _hold_relu(module, count, total)
+            handles += _hold_relu(module, copies)
         elif type(module) is nn.MaxPool2d:
-            handles += _hold_pool(module, count, total)
+            handles += _hold_pool(module, copies)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _copies(x: Tensor, count: int, total: int) -> tuple[Tensor, Tensor]:
-    """Views of the rows with + and of those with -, [V, count, ...]."""
-    assert x.shape[0] % total == 0, "whole branches of one forward"
-    by_branch = x.unflatten(0, (-1, total))
-    return by_branch[:, :count], by_branch[:, count : 2 * count]
 
 
 def _replaced(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> list:
@@ -63,11 +72,13 @@ def _replaced(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> list:
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _hold_relu(module: nn.ReLU, count: int, total: int) -> list:
+def _hold_relu(module: nn.ReLU, copies: Copies) -> list:
     def compute(x: Tensor) -> Tensor:
         active = x.detach() > 0
-        (plus, minus), both = _copies(x.detach(), count, total), _copies(active, count, total)
-        common = plus + minus > 0
+        before, both = copies(x.detach()), copies(active)
+        if before is None or both is None:
+            return F.relu(x)
+        common = before[0] + before[1] > 0
         for own in both:
             own.copy_(common)
         return x * active  # on a CPU seven times faster than where or masked_fill
@@ -75,13 +86,14 @@ def _hold_relu(module: nn.ReLU, count: int, total: int) -> list:
     return _replaced(module, compute)
 
 
-def _hold_pool(module: nn.MaxPool2d, count: int, total: int) -> list:
+def _hold_pool(module: nn.MaxPool2d, copies: Copies) -> list:
     def compute(x: Tensor) -> Tensor:
         still = x.detach().clone()
-        plus, minus = _copies(still, count, total)
-        middle = (plus + minus) / 2
-        for own in (plus, minus):
-            own.copy_(middle)
+        both = copies(still)
+        if both is not None:
+            middle = (both[0] + both[1]) / 2
+            for own in both:
+                own.copy_(middle)
         _, where = F.max_pool2d(
             still, module.kernel_size, module.stride, module.padding, module.dilation,
             ceil_mode=module.ceil_mode, return_indices=True,
