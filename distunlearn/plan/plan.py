@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distunlearn.audit.trainings.stress import check_count, largest_request, stress_names
 from distunlearn.common.files import write_json
 from distunlearn.common.text import printable
@@ -14,9 +16,11 @@ from distunlearn.config.shape import digest
 from distunlearn.constraints.evaluators.base import LayersConfig
 from distunlearn.constraints.gradients.layers import left_out, left_out_parts
 from distunlearn.data.manifest.columns import NO_LABEL
+from distunlearn.data.manifest.records import ROLES
 from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.selection import draw_request, request_facts
+from distunlearn.data.sources.decode import image_size
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.engine.dose.looks import dose_images
 from distunlearn.engine.phases import pretrain_steps, take_checkpoint
@@ -36,13 +40,14 @@ from distunlearn.plan.dry_run import NotFollowed, count_training
 from distunlearn.plan.interval_widths import expected_widths
 
 MIB = 1 << 20
+LOOKED_AT = 256  # members whose size is read before there is an index
 
 
 def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     """Resolve roles, encoder and schedule of `cfg` without writing anything.
 
     Returns:
-        plain JSON: roles, request (counts of listed, missing and copied images), phases (steps, images, share of
+        plain JSON: roles, request (counts of listed, missing, copied and small images), phases (steps, images, share of
         retraining, peak memory of one process that has the whole batch and shards nothing), audit (the same of what the
         audit trains besides), intervals (how wide the gates' will be, see `expected_widths`), coverage,
         encoder, not_probed (layers that the constraint's and the audit's probes cannot follow), config digest.
@@ -108,13 +113,28 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
     if manifest is not None:
         found = Counter(manifest.columns.label[manifest.rows(("retain", "forget"))].tolist())
         found.pop(NO_LABEL, None)
-        return Counter(manifest.count_roles()), found, request_facts({**manifest.info, **manifest.facts})
+        used = manifest.rows(ROLES)
+        sides = np.minimum(manifest.columns.width[used], manifest.columns.height[used])
+        facts = request_facts({**manifest.info, **manifest.facts}) | _enlarged(cfg, sides)
+        return Counter(manifest.count_roles()), found, facts
     opened, drawn = open_and_draw(cfg.data, cfg.seed, cfg.encoder.checkpoint is not None)
     roles = drawn.roles
     labels = Counter(
         label for i, label in opened.members.samples if label is not None and roles.get(i) in ("retain", "forget")
     )
-    return Counter(roles.values()), labels, request_facts(drawn.facts)
+    members = [i for i, role in roles.items() if role in ("retain", "forget")]
+    reader = opened.members.reader()
+    sides = np.array([
+        min(image_size(reader.read(i)[0], i, cfg.data.max_pixels)) for i in members[:: -(-len(members) // LOOKED_AT)]
+    ])  # fmt: skip
+    return Counter(roles.values()), labels, request_facts(drawn.facts) | _enlarged(cfg, sides)
+
+
+def _enlarged(cfg: RunConfig, sides: np.ndarray) -> dict[str, dict[str, int]]:
+    """Images whose shorter side, of those in pixels [n], is smaller than the encoder's: they are shown enlarged."""
+    return {
+        "smaller_than_the_encoder": {"images": int((sides < cfg.encoder.image_size).sum()), "looked_at": len(sides)}
+    }
 
 
 def _model(cfg: RunConfig, classes: int) -> tuple[ContrastiveModel, list[str]]:

@@ -79,11 +79,17 @@ def test_a_plan_and_two_steps(photos, tmp_path, recipe):
     overrides = [part for value in (f"data.root={photos}", *SMALL, *SIZES[recipe]) for part in ("--set", value)]
     planned = tiny.command("plan", recipe, *overrides)
     assert planned.returncode == 0, planned.stderr[-2000:]
+    small = {"images": 20 if recipe == "photos_224" else 0, "looked_at": 20}  # members, of 80 pixels
+    assert json.loads(planned.stdout)["request"]["smaller_than_the_encoder"] == small
     done = tiny.command("run", recipe, "--out", str(tmp_path / "run"), *overrides)
     assert done.returncode in (0, 6, 7), done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [(row["phase"], row["values"]["loss"]) for row in rows if "loss" in row["values"]]
     assert [phase for phase, _ in losses] == ["pretrain"] * 2 + ["unlearn"] * 2
     assert all(math.isfinite(loss) for _, loss in losses)
+    indexed = tiny.command("plan", recipe, "--out", str(tmp_path / "run"), *overrides)
+    assert indexed.returncode == 0, indexed.stderr[-2000:]
+    every = {name: 2 * count for name, count in small.items()}  # 40 images have a role
+    assert json.loads(indexed.stdout)["request"]["smaller_than_the_encoder"] == every
     unnamed = tiny.command("plan", recipe)
     assert unnamed.returncode == 2 and "data.root" in unnamed.stderr
