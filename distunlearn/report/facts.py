@@ -40,7 +40,7 @@ def request(run: RunFiles) -> dict[str, Any]:
         "when": run.finished or "not recorded",
         "length": _length(run),
         "copies": None if not copies else whole(copies),
-        "left_out": [*_named(run), *_left_out(run), *_not_probed(run)],
+        "left_out": [*_named(run), *_left_out(run), *_enlarged(run), *_not_probed(run)],
         "checkpoint": _checkpoint(run),
         "reused": tree(run.config, "runtime").get("reuse") is not None,
         "roles": [
@@ -52,7 +52,7 @@ def request(run: RunFiles) -> dict[str, Any]:
 
 
 def _non_members_were_named(run: RunFiles) -> bool:
-    return (tree(run.shards, "info") or tree(run.plan, "request")).get("non_members") == "named"
+    return {**tree(run.plan, "request"), **tree(run.request, "facts")}.get("non_members") == "named"
 
 
 def _own_third_party(run: RunFiles) -> str:
@@ -90,6 +90,18 @@ def _left_out(run: RunFiles) -> list[str]:
     counts = ((sentence, tree(facts, key)) for key, sentence in LEFT_OUT)
     sums = ((sentence, sum(number(found, name) or 0 for name in found)) for sentence, found in counts)
     return [sentence.format(whole(count)) for sentence, count in sums if count]
+
+
+def _enlarged(run: RunFiles) -> list[str]:
+    """A sentence about images that have fewer pixels than the encoder takes."""
+    small, looked_at = (number(run.plan, "request", "smaller_than_the_encoder", n) for n in ("images", "looked_at"))
+    if not small:
+        return []
+    size = whole(number(run.config, "encoder", "image_size"))
+    return [
+        f"Of {whole(looked_at)} images whose size was looked at, {whole(small)} are smaller than the {size} pixels "
+        "that the encoder takes; they are shown to it enlarged."
+    ]
 
 
 def _not_probed(run: RunFiles) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from rundir import Page, build_run, change_json
+from rundir import Page, build_run, change_json, settings
 
 from distunlearn.report.data import load_run
 from distunlearn.report.render import render
@@ -32,3 +33,23 @@ def test_layers_that_probes_cannot_follow_are_named(tmp_path: Path) -> None:
     shown = Page(render(load_run(run))).text("asked")
     assert "gradient classifier of the audit" in shown and "2 in groups (backbone.a, b); 1 else (d)." in shown
     assert "gradient constraint" in shown and "1 of <b>another</b> kind (c)" in shown, "escaped, so shown as it is"
+
+
+def test_of_an_encoder_from_elsewhere_nothing_is_said_that_nobody_knows(tmp_path: Path) -> None:
+    cfg = settings()
+    foreign = replace(cfg, encoder=replace(cfg.encoder, checkpoint="w.pth", trained_with="dino"))
+    run = build_run(tmp_path / "run", cfg=foreign)
+    change_json(run / "request.json", lambda found: found["facts"].update(non_members="named"))
+    small = {"smaller_than_the_encoder": {"images": 3, "looked_at": 40}}
+    change_json(run / "plan.json", lambda found: found["request"].update(small))
+    page = Page(render(load_run(run)))
+    asked = page.text("asked")
+    assert "trained with dino" in asked and "trained with simclr." not in asked
+    assert "from the images that were named as never trained on" in asked and "more cannot be checked" in asked
+    assert "The retrained encoder was trained by the settings of this run" in asked
+    assert "Of 40 images whose size was looked at, 3 are smaller than the 32 pixels" in asked
+    assert "Watch" not in asked, "no dose was chosen"
+    assert "Training new heads for the original took 420 000 of them" in page.text("cost")
+    own = Page(render(load_run(build_run(tmp_path / "own"))))
+    assert "Training the original took 420 000 of them" in own.text("cost")
+    assert "more cannot be checked" not in own.text("asked")
