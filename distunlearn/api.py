@@ -44,6 +44,8 @@ from distunlearn.run.pipeline import unlearn as unlearn_config
 from distunlearn.run.prepare import shards_progress
 from distunlearn.run.purge import purge
 from distunlearn.run.status import run_status as status
+from distunlearn.verify.records import find_record
+from distunlearn.verify.run import SUMMARY_FIELDS
 
 __all__ = [
     "Run", "audit", "load_config", "open_run", "plan", "prepare", "pretrain", "purge", "report", "run", "status",
@@ -79,10 +81,10 @@ class Run:
     @property
     def figures(self) -> dict[str, Any]:
         """Everything that the audit found, as plain data: `audit/summary.json`."""
-        path = self.out / "audit" / "summary.json"
-        if not path.exists():
+        found = find_record(self.out / "audit" / "summary.json", SUMMARY_FIELDS)
+        if found is None:
             raise DataError(f"{self.out} was not audited yet; call audit() first.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     @property
     def verdict(self) -> str:
@@ -98,10 +100,10 @@ class Run:
     @property
     def dose(self) -> dict[str, Any]:
         """What was seen at each dose, and the one that was chosen: `dose/curve.json`."""
-        path = self.out / "dose" / "curve.json"
-        if not path.exists():
+        found = find_record(self.out / "dose" / "curve.json")
+        if found is None:
             raise DataError(f"{self.out} has looked at no doses; set method.dose=auto, or call look_at_doses().")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def look_at_doses(self) -> dict[str, Any]:
         """Look at every dose, and change no encoder; the figures of `dose`. Needs watch images (`data.watch`)."""

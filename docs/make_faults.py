@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
     "C": "Settings and the command line", "F": "Forget lists", "S": "Shards and images", "E": "Encoders as input",
     "D": "Processes", "N": "Numerics", "K": "Checkpoints and the file system", "L": "SLURM",
-    "R": "Evidence and report", "X": "Secrets and traces",
+    "R": "Evidence and report", "X": "Secrets and traces", "O": "Found from outside",
 }  # fmt: skip
 HEAD = """\
 # Faults and the tests that show what happens

@@ -7,7 +7,6 @@ encoders and attacks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from distunlearn.common.files import write_json
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import plain as plain_settings
 from distunlearn.verify.figures import Raw, Rules, judge, plain
+from distunlearn.verify.records import read_record
 from distunlearn.verify.statistics import auc
 
 Scores = dict[str, dict[str, dict[str, Any]]]
@@ -187,4 +187,4 @@ def _parts(attack: str, signals: Signals, found: Attacked) -> tuple[int, dict[st
 
 def load_scores(folder: Path, encoder: str) -> dict[str, dict[str, Any]]:
     """The raw scores of one encoder, by sample id, as `write_audit` saved them."""
-    return json.loads((folder / f"scores-{encoder}.json").read_text(encoding="utf-8"))["samples"]
+    return read_record(folder / f"scores-{encoder}.json", {"samples": dict})["samples"]

@@ -1,7 +1,7 @@
 """`distunlearn doctor`: the environment as text that can be pasted into a bug report.
 
-No secret leaves: only variables of known families are shown, those whose names sound like a credential without
-their values, and user names and passwords are cut out of URLs. The home folder is written as ~.
+No secret leaves: of variables of known families the names are shown, and the values of those that are known to be no
+secret and do not look like one; user names and passwords are cut out of URLs. The home folder is written as ~.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import NoReturn
 
+from distunlearn.common.files import disk_trouble
 from distunlearn.common.launcher import announced_rank, is_main
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError, DistunlearnError, LaunchError, RankLostError, StoppedError
@@ -19,6 +20,7 @@ EXIT_STOPPED = 75
 
 def ended(error: BaseException) -> int:
     """Say what `error` means, and return the exit code."""
+    error = disk_trouble(error) or error
     if isinstance(error, DistunlearnError):
         complain(error)
         if error.agreed:
@@ -72,10 +74,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def complain(error: DistunlearnError) -> None:
     """One line on stderr. A bad config and what all ranks agreed on is said once; other errors may strike one rank."""
+    # Names of files are anybody's. Only the list of all problems of a configuration has several lines.
+    said = "\n".join(printable(line, 8000) for line in str(error).split("\n"))
     if is_main():
-        print(str(error) if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
+        print(said if isinstance(error, StoppedError) else f"error: {said}", file=sys.stderr)
     elif not error.agreed and (isinstance(error, LaunchError) or not isinstance(error, ConfigError)):
-        print(f"rank {announced_rank()}: error: {error}", file=sys.stderr)
+        print(f"rank {announced_rank()}: error: {said}", file=sys.stderr)
 
 
 def _leave_together() -> None:

@@ -28,6 +28,7 @@ from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.init import Init
 from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main as _is_main
+from distunlearn.common.launcher import restarts_left
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 from distunlearn.run.slurm import Job, script, submit
@@ -174,7 +175,10 @@ class Submit:
 
     def __call__(self) -> int:
         if not self.job.check():  # else `script` says it all
-            _settings(self.recipe, self.config, self.overrides, world=self.job.nodes * self.job.tasks)
+            from distunlearn.engine.run_directory import require_inputs
+
+            cfg = _settings(self.recipe, self.config, self.overrides, world=self.job.nodes * self.job.tasks)
+            require_inputs(cfg, self.out)
         text = script(self.job, self.recipe, self.out, self.config, self.overrides)
         print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
         return 0
@@ -354,12 +358,18 @@ def _quiet_system_exit() -> Iterator[_Parsing]:
 
 
 def _end(code: int, run_dir: Path) -> int:
-    """Print how an audited run ended; returns `code`."""
+    """Print how an audited run ended; returns `code`, or 0 where torchrun would take a verdict for a crash."""
     from distunlearn.report.terminal import ending
 
+    again = code != 0 and restarts_left() > 0
     if _is_main():
         print(ending(run_dir))
-    return code
+        if again:
+            print(
+                f"ends with 0 in place of {code}, for torchrun has restarts left and would audit again; the verdict is "
+                f"in {run_dir / 'audit' / 'summary.json'}"
+            )
+    return 0 if again else code
 
 
 def _pipeline() -> ModuleType:

@@ -18,6 +18,7 @@ from typing import Any
 
 from distunlearn.common.files import file_sha256
 from distunlearn.config.schema import EncoderConfig
+from distunlearn.verify.records import read_plain
 
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 BESIDE = ("config.json", "preprocessor_config.json")
@@ -56,7 +57,7 @@ def beside(path: Path) -> Iterator[Mapping[str, Any]]:
     for name in BESIDE:
         file = path.with_name(name)
         try:
-            content = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LARGEST else None
+            content = json.loads(read_plain(file, LARGEST).decode("utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, Mapping):

@@ -26,6 +26,7 @@ from ruamel.yaml.resolver import BaseResolver, implicit_resolvers
 
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
+from distunlearn.verify.records import open_plain
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -161,7 +162,7 @@ def read_yaml(path: Path) -> Any:
             the first wrong byte), or holds something that `parse_yaml` does not accept.
     """
     try:
-        with path.open("rb") as handle:
+        with open_plain(path) as handle:
             data = handle.read(MAX_BYTES + 1)
     except OSError as error:
         reason = error.strerror or type(error).__name__

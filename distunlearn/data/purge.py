@@ -26,7 +26,7 @@ import numpy as np
 from distunlearn.common.files import file_sha256, sync_path
 from distunlearn.data.loading.verify import read_sample, verify_shards
 from distunlearn.data.manifest.manifest import INDEX, SUMMARY, Manifest, Shard
-from distunlearn.data.sources.tar_index import group_samples, read_tar
+from distunlearn.data.sources.tar_index import group_samples, open_tar, read_tar
 from distunlearn.errors import DataError
 
 _END = 2 * tarfile.BLOCKSIZE  # zeros that end an archive
@@ -205,7 +205,7 @@ def _rewrite(source: Path, target: Path, gone: set[int]) -> dict[int, int]:
 
     With them go the AppleDouble files (`._x.jpg`) of their members.
     """
-    with tarfile.open(source, "r:") as tar:
+    with source.open("rb") as handle, open_tar(handle) as tar:
         members = tar.getmembers()
     files = ((member.name, member) for member in members if member.isreg())
     dropped: set[str] = set()

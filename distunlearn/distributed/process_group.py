@@ -14,10 +14,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from distunlearn.common.launcher import number
 from distunlearn.common.malloc import keep_freed_memory
 from distunlearn.common.openmp import sleep_when_idle
 from distunlearn.config.schema import RunConfig
-from distunlearn.distributed.rendezvous import meet, number, watch_launcher
+from distunlearn.distributed.rendezvous import meet, watch_launcher
 from distunlearn.distributed.world import World
 from distunlearn.errors import ConfigError, RankLostError
 

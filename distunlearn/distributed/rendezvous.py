@@ -1,13 +1,21 @@
 """How the processes of a run find one another: fast, and with the name of the variable that is wrong.
 
-Nobody waits longer than `join_s` for the others. What is wrong on this machine is found before: a variable that is
+What travels is plain data (see `plain_data`), and a token of the launch keeps processes of others out; the tensors
+themselves are not protected: the network between the machines is taken to be the cluster's own. Nobody waits longer
+than `join_s` for the others. What is wrong on this machine is found before: a variable that is
 missing or impossible, an address that has no number. What contradicts the other processes is found in the store where
 they meet: a rank that is taken, another WORLD_SIZE.
 """
 
 from __future__ import annotations
 
+import errno
+import hmac
+import ipaddress
+import json
 import os
+import re
+import secrets
 import signal
 import socket
 import sys
@@ -15,26 +23,17 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
+from distunlearn.common.launcher import number
 from distunlearn.errors import LaunchError, RankLostError
 
+TOKEN = "DISTUNLEARN_LAUNCH_TOKEN"  # of one launch, the same in all its processes and nobody else's
+MEETING = "distunlearn/meeting"
 ORPHANED = 600.0  # seconds for a process whose launcher is gone to stop by itself
 ADVICE = "start the processes by torchrun or `accelerate launch`, or export all of these variables"
-
-
-def number(name: str, default: int) -> int:
-    """The whole number in the variable `name`.
-
-    Raises:
-        LaunchError: it holds something else.
-    """
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise LaunchError(f"the variable {name} is {text!r}, expected a whole number; unset it or use torchrun.")
-    return int(text)
 
 
 def meet(world: int, needs_local_rank: bool, patience: timedelta) -> tuple[dist.Store, int]:
@@ -53,10 +52,9 @@ def meet(world: int, needs_local_rank: bool, patience: timedelta) -> tuple[dist.
         raise LaunchError(f"RANK is {rank}, expected less than WORLD_SIZE={world}; correct the variables.")
     place = _address()
     try:
-        store, _, _ = next(rendezvous("env://", rank, world, timeout=patience))
-        _compare(store, rank, world)
-    except (dist.DistError, TimeoutError, RuntimeError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+        store = _compare(_store(rank, patience), rank, world, patience, os.environ.get(TOKEN, ""))
+    except (dist.DistError, OSError, RuntimeError) as error:
+        if getattr(error, "errno", 0) == errno.EADDRINUSE or re.search("EADDRINUSE|address already in use", str(error)):
             raise LaunchError(
                 f"MASTER_PORT is {os.environ['MASTER_PORT']}, which another program uses; choose another one, or use "
                 "torchrun --standalone."
@@ -86,20 +84,109 @@ def _address() -> str:
     return f"{name}:{port}"
 
 
-def _compare(store: dist.Store, rank: int, world: int) -> None:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive an attempt
-    seats = dist.PrefixStore(f"distunlearn/{attempt}", store)
-    if seats.add(f"rank {rank}", 1) > 1:
+def _store(rank: int, patience: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR: that of torchrun's agent, or one that the main rank opens.
+
+    On an address of this machine alone nobody else is listened to.
+    """
+    host, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 0)
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    options: dict[str, Any] = {"is_master": serves, "timeout": patience, "wait_for_workers": False}
+    bound = _loopback(host, port) if serves else None
+    if bound is not None:
+        options["master_listen_fd"] = bound.detach()
+    return dist.TCPStore(host, port, **options)
+
+
+def _loopback(host: str, port: int) -> socket.socket | None:
+    """A socket at an address that only this machine reaches; None: other machines are meant."""
+    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if not ipaddress.ip_address(place[0]).is_loopback:
+        return None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(place)
+        bound.listen(1024)
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+def _compare(store: dist.Store, rank: int, world: int, patience: timedelta, token: str) -> dist.Store:
+    """Meet the others; returns the store of this meeting.
+
+    The main rank opens a meeting under a name of its own, for a store may outlive an attempt, and torchrun's agents
+    count their attempts each for itself. Every rank brings a number of its own, and proves by it that it knows the
+    token of the launch, if there is one. The meeting begins when the main rank has heard all others.
+    """
+    nonce = secrets.token_hex(16)
+    if rank == 0:
+        store.set(MEETING, nonce)
+    end = time.monotonic() + patience.total_seconds()
+    seen = ""
+    while True:
+        meeting = store.get(MEETING).decode()
+        here = dist.PrefixStore(f"distunlearn/{meeting}", store)
+        if meeting != seen:
+            seen = meeting
+            _take_seat(here, rank, world, nonce, token)
+        if rank == 0:
+            here.wait([f"seat {other}" for other in range(world)])
+            here.set("seats", json.dumps([here.get(f"seat {other}").decode() for other in range(world)]))
+        if here.check(["seats"]):
+            seats = json.loads(here.get("seats"))
+            if seats[rank] == nonce:
+                break
+            if "TORCHELASTIC_RUN_ID" not in os.environ:
+                raise LaunchError(f"RANK is {rank} in two processes; give every process a rank of its own.")
+        if time.monotonic() > end:
+            raise TimeoutError("the others did not come")
+        time.sleep(0.02)
+    _prove(here, rank, seats, token)
+    return here
+
+
+def _take_seat(here: dist.Store, rank: int, world: int, nonce: str, token: str) -> None:
+    if "TORCHELASTIC_RUN_ID" not in os.environ and here.add(f"taken {rank}", 1) > 1:
         raise LaunchError(f"RANK is {rank} in two processes; give every process a rank of its own.")
     if rank == 0:
-        seats.set("world", str(world))
-    announced = int(seats.get("world"))
+        here.set("world", str(world))
+        here.set("token", str(bool(token)))
+    announced = int(here.get("world"))
     if announced != world:
         raise LaunchError(
             f"WORLD_SIZE is {world} for rank {rank} and {announced} for rank 0; set the same in all processes."
         )
-    seats.set(f"joined {rank}", "")
-    seats.wait([f"joined {other}" for other in range(world)])  # nobody connects to one that has refused
+    if here.get("token").decode() != str(bool(token)):
+        raise LaunchError(
+            f"{TOKEN} is {'set' if token else 'not set'} for rank {rank} and not so for rank 0; set the same in all "
+            "processes."
+        )
+    here.set(f"seat {rank}", nonce)
+
+
+def _prove(here: dist.Store, rank: int, seats: list[str], token: str) -> None:
+    """Every rank knows the token, shown over the numbers that all have brought; nobody says the token itself.
+
+    Raises:
+        LaunchError: one does not.
+    """
+
+    def proof(of: int) -> bytes:
+        return hmac.digest(token.encode(), f"{of} {' '.join(seats)}".encode(), "sha256").hex().encode()
+
+    here.set(f"proof {rank}", proof(rank))
+    here.wait([f"proof {other}" for other in range(len(seats))])
+    strange = [
+        other for other in range(len(seats)) if not hmac.compare_digest(here.get(f"proof {other}"), proof(other))
+    ]
+    if strange:
+        raise LaunchError(
+            f"rank {strange[0]} does not know the token of this launch ({TOKEN}): a process of another launch, or of "
+            "somebody else, has taken its place; start all processes again with one token, on another MASTER_PORT."
+        )
 
 
 def watch_launcher() -> None:

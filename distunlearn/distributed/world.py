@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
-from distunlearn.errors import DistunlearnError, RankLostError
+from distunlearn import errors
+from distunlearn.common.files import disk_trouble
+from distunlearn.distributed.collectives import all_gather_detached, gather_sizes, sum_over_ranks
+from distunlearn.distributed.plain_data import decode, encode
+from distunlearn.errors import RankLostError
 
 T = TypeVar("T")
 
@@ -38,12 +41,15 @@ class World:
             dist.barrier()
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main rank's `value`, on every rank. Collective."""
+        """The main rank's `value`, plain data (see `plain_data`), on every rank. Collective."""
         if self.size == 1:
             return value
-        box = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        data = _tensor(encode(value) if self.is_main else b"", self.device)
+        length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        dist.broadcast(length, src=0)
+        data = data if self.is_main else data.new_empty(int(length))
+        dist.broadcast(data, src=0)
+        return decode(_bytes(data))
 
     def gather_ids(self, ids: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The ids of all ranks under each name, in rank order. Collective; the names are alike on all ranks."""
@@ -54,9 +60,9 @@ class World:
         """Every rank's `value`, plain data, in rank order. Collective."""
         if self.size == 1:
             return [value]
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, value)
-        return everyone
+        mine = _tensor(encode(value), self.device)
+        sizes = gather_sizes(len(mine), self.device)
+        return [decode(_bytes(part)) for part in all_gather_detached(mine, sizes).split(sizes)]
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Every rank's `numbers`, equally many on each, in rank order. Collective, and cheap enough for every step."""
@@ -77,18 +83,17 @@ class World:
             except Exception as found:
                 if self.size == 1:
                     raise
-                error = found
-        told = error if isinstance(error, DistunlearnError) else None if error is None else str(type(error).__name__)
-        told = self.broadcast_object(told)
-        if error is not None:
-            if isinstance(error, DistunlearnError):
-                error.agreed = True
-            raise error
-        if isinstance(told, DistunlearnError):
-            told.agreed = True
-            raise told
-        if told is not None:
-            raise RankLostError(f"the main rank failed ({told}) while rank {self.rank} waited; see what it said.")
+                error = disk_trouble(found) or found
+        told = self.broadcast_object(None if error is None else [type(error).__name__, str(error)])
+        known = getattr(errors, told[0], None) if told else None
+        if known is None and told:
+            raise error or RankLostError(
+                f"the main rank failed ({told[0]}) while rank {self.rank} waited; see what it said."
+            )
+        if known is not None:
+            agreed = error or known(told[1])
+            agreed.agreed = True
+            raise agreed
         return result
 
     def all_finite(self, value: Tensor) -> bool:
@@ -97,3 +102,15 @@ class World:
         if self.size == 1:
             return bool(fine)
         return bool(sum_over_ranks(fine.to(self.device, torch.int32)) == self.size)
+
+
+def _tensor(data: bytes, device: torch.device) -> Tensor:
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device=device)
+    )
+
+
+def _bytes(data: Tensor) -> bytes:
+    return data.cpu().numpy().tobytes()

@@ -27,6 +27,7 @@ from distunlearn.encoders.checkpoint_heads import Shape, head_shapes
 from distunlearn.encoders.checkpoint_names import Reading, flatten, precedence, whole_readings
 from distunlearn.encoders.timm_names import list_encoders
 from distunlearn.errors import ConfigError, EncoderError
+from distunlearn.verify.records import read_plain
 
 PATCHES = re.compile(r"(?:patch_embed\.proj|conv_proj|patch_embeddings\.projection|patch_embedding|conv1)\.weight$")
 POSITIONS = re.compile(
@@ -144,7 +145,7 @@ def _guesses(
 def _beside(path: Path) -> Mapping[str, Any]:
     """config.json of timm, of an export or of Hugging Face; {} where there is none."""
     try:
-        content = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path.with_name("config.json"), 1 << 20).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, Mapping) else {}

@@ -1,6 +1,7 @@
 """Append-only record of what entered the loss, when, and by which attempt.
 
-One JSON object a line. A `step` line names the forget ids that entered the loss at that step and counts every other
+One JSON object a line. A `cut` line says that so many bytes of a torn last line, which a killed writer left, were
+removed. A `step` line names the forget ids that entered the loss at that step and counts every other
 role; a `start` line begins an attempt and names the settings and the numerics that it works with. Which lines count:
 `distunlearn.verify.ledger`, which reads them.
 """
@@ -8,13 +9,12 @@ role; a `start` line begins an attempt and names the settings and the numerics t
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distunlearn.common.records import LineFile
 from distunlearn.errors import CoverageError
 from distunlearn.verify.ledger import Coverage
 
@@ -37,12 +37,9 @@ class Ledger:
         self.path = Path(path)
         self.facts = dict(facts or {})
         self.may_write = may_write or (lambda: None)
-        self._file = None
-        if is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _end_torn_line(self.path)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # it names people's images
-            self._file = open(handle, "a", encoding="utf-8")
+        self._file = LineFile(self.path, 0o600) if is_main else None  # it names people's images
+        if self._file is not None and self._file.cut:
+            self._write({"event": "cut", "bytes": self._file.cut})
 
     def start(self, phase: str, step: int, *, attempt: int, **facts: object) -> None:
         """A new attempt at `phase` goes on from `step` (0 for the first)."""
@@ -89,11 +86,11 @@ class Ledger:
     def sync(self) -> None:
         """Make everything written so far durable; another thread may go on writing."""
         if self._file is not None:
-            os.fsync(self._file.fileno())  # every line is flushed when it is written
+            self._file.sync()
 
     def size(self) -> int:
         """Bytes so far; only the main rank knows."""
-        return os.fstat(self._file.fileno()).st_size if self._file is not None else 0
+        return self._file.size() if self._file is not None else 0
 
     def head(self, size: int) -> dict[str, object]:
         """What a checkpoint keeps of the first `size` bytes: `bytes` and `sha256`."""
@@ -106,18 +103,18 @@ class Ledger:
 
     def close(self) -> None:
         """Sync and close; safe to call twice."""
-        if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.sync()
+            finally:
+                file.close()
 
     def _write(self, line: dict[str, object]) -> None:
         if self._file is None:
             return
         self.may_write()
-        line["time"] = round(time.time(), 3)
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._file.record({**line, "time": round(time.time(), 3)})
 
 
 def _sha256(path: Path, size: int) -> str:
@@ -127,15 +124,6 @@ def _sha256(path: Path, size: int) -> str:
             digest.update(piece)
             size -= len(piece)
     return digest.hexdigest()
-
-
-def _end_torn_line(path: Path) -> None:
-    """A killed writer may leave half a line: end it, so that the next line starts on its own."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
 
 
 def require_coverage(found: Coverage, forgets: bool) -> None:

@@ -9,7 +9,6 @@ and a phase resumed from a checkpoint at `start` logs `start + 1` next.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -19,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+from distunlearn.common.records import LineFile
 from distunlearn.common.text import printable
 from distunlearn.engine.progress import PROGRESS_INTERVAL, Progress
 from distunlearn.engine.trackers import Trackers
@@ -52,14 +52,11 @@ class Telemetry:
         self.stream = stream if stream is not None else sys.stderr
         self._trackers = Trackers(tracking if is_main else (), self.folder, self.note)
         self._starts: dict[str, int] = {}
-        self._logs: dict[str, IO[str]] = {}
-        self._metrics: IO[str] | None = None
+        self._logs: dict[str, LineFile] = {}
+        self._metrics: LineFile | None = None
         self._bar: Progress | None = None
         if is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / METRICS
-            _drop_torn_line(path)
-            self._metrics = path.open("a", encoding="ascii", newline="\n")
+            self._metrics = LineFile(self.folder / METRICS)
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl, and give the finite numbers among `values` to the trackers.
@@ -71,8 +68,7 @@ class Telemetry:
         plain = {printable(key, 64): _plain(value) for key, value in values.items()}
         row = {"phase": printable(phase, 64), "step": int(step), "wall": round(time.time(), 3), "attempt": self.attempt}
         row["values"] = {key: _jsonable(value) for key, value in plain.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._metrics.record(row)
         finite = {k: v for k, v in plain.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         self._trackers.log(_file_name(printable(phase, 64)), self._starts.get(phase, 0), int(step), finite)
 
@@ -119,28 +115,14 @@ class Telemetry:
     def _append(self, phase: str, line: str) -> None:
         log = self._logs.get(phase)
         if log is None:
-            folder = self.folder / "logs"
-            folder.mkdir(parents=True, exist_ok=True)
-            log = (folder / f"{_file_name(phase)}.log").open("a", encoding="utf-8", newline="\n")
-            self._logs[phase] = log
+            log = self._logs[phase] = LineFile(self.folder / "logs" / f"{_file_name(phase)}.log")
         stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        log.write(f"{stamp} attempt={self.attempt} {line}\n")
-        log.flush()
+        log.line(f"{stamp} attempt={self.attempt} {line}")
 
 
 def new_attempt() -> str:
     """Return a name for this start of the process: UTC time and process id, e.g. `20260131T120000Z-4711`."""
     return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut what a killed process left after the last newline, so that new rows start on a line of their own."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:

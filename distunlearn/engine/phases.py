@@ -49,7 +49,8 @@ from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import Context, EncoderView
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
-from distunlearn.verify.run import DONE
+from distunlearn.verify.records import read_record
+from distunlearn.verify.run import DONE, DONE_FIELDS
 
 KEYS_AT_ONCE = 256
 CHECKPOINT = "checkpoint"  # in `done.json` of the original encoder: what was taken from `encoder.checkpoint`
@@ -147,7 +148,7 @@ def unlearn(session: Session, start: Path | None = None) -> Path:
     refuse_missing(cfg, {role: len(session.manifest.ids(role)) for role in ROLES})
     digest = unlearn_digest(session)
     if start is not None:
-        digest = _digest(unlearn=digest, start=json.loads((start / DONE).read_text(encoding="utf-8"))["state"])
+        digest = _digest(unlearn=digest, start=read_record(start / DONE, DONE_FIELDS)["state"])
     begun = (start or session.out / "original") if method.begins == "original" else None
     if begun is None or not method.dosed(cfg):
         _train(session, "unlearn", session.out, method, digest, start=begun)

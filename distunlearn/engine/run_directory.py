@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
-from distunlearn.config.checks import batch_problems
+from distunlearn.config.checks import batch_problems, forget_is_file
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import field_diff, marked
@@ -26,6 +26,8 @@ from distunlearn.engine.environment import environment
 from distunlearn.engine.provenance import require_one_run
 from distunlearn.engine.run_lock import Lease
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.verify.records import find_record
+from distunlearn.verify.run import DONE
 
 
 def shards_folder(cfg: RunConfig, out: Path) -> Path:
@@ -150,6 +152,7 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
 def _begin(cfg: RunConfig, out: Path, request: Manifest | None) -> Lease:
     """The main rank's part: the claim, and what is written with it. All ranks have the same settings by now."""
     refuse_other_settings(cfg, out)
+    require_reusable(cfg)
     out.mkdir(parents=True, exist_ok=True)
     lease = Lease(out)
     try:
@@ -206,6 +209,27 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
 
 
 _VERIFIED: set[tuple[str, ...]] = set()
+
+
+def require_inputs(cfg: RunConfig, out: Path) -> None:
+    """ConfigError if a file or folder that the settings name, and that is still needed, is not there."""
+    named = {"encoder.checkpoint": cfg.encoder.checkpoint, "runtime.reuse": cfg.runtime.reuse}
+    if not cfg.runtime.reuse and not has_index(shards_folder(cfg, out)):
+        named |= {f"data.{key}": getattr(cfg.data, key) for key in ("root", "holdout_root", "third_party_root")}
+        named["data.forget"] = str(cfg.data.forget) if forget_is_file(cfg.data.forget) else None
+    gone = [f"{key}={value}" for key, value in named.items() if value and not Path(value).expanduser().exists()]
+    if gone:
+        raise ConfigError(f"{', '.join(gone)}: there is no such file or folder; check the path.")
+
+
+def require_reusable(cfg: RunConfig) -> None:
+    """DataError if `runtime.reuse` names a run that has no finished original encoder: it would be trained anew."""
+    source = Path(cfg.runtime.reuse or "").expanduser()
+    if cfg.runtime.reuse and find_record(source / "original" / DONE) is None:
+        raise DataError(
+            f"runtime.reuse names {source}, which has no finished original encoder (original/{DONE} is missing); "
+            "finish that run (pretrain) first, or leave runtime.reuse out."
+        )
 
 
 def _take_over(source: Path, out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from distunlearn.encoders.own_module import is_own, locate
 from distunlearn.encoders.weights import check_finite
 from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend, open_backend
+from distunlearn.engine.checkpoint.format import exposed
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.preemption import StopRequest
@@ -41,7 +41,8 @@ from distunlearn.errors import DataError
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
-from distunlearn.verify.run import DONE, STATE, require_encoder
+from distunlearn.verify.records import find_record
+from distunlearn.verify.run import DONE, DONE_FIELDS, STATE, require_encoder
 from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 
@@ -71,6 +72,8 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
         ledger = Ledger(out / "ledger.jsonl", is_main=world.is_main, may_write=opened.may_write, facts=facts)
         stack.callback(ledger.close)
         telemetry = stack.enter_context(Telemetry(out, world.is_main, tracking=cfg.tracking))
+        if world.is_main and (trouble := exposed(out)):
+            telemetry.note("run", f"warning: {trouble}; whoever can write there can change what this run shows")
         stop = stack.enter_context(StopRequest(out))
         yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
 
@@ -138,10 +141,9 @@ def is_done(folder: Path, digest: str) -> bool:
     Raises:
         DataError: it holds one of other settings, or its weights or its export do not match done.json.
     """
-    path = folder / DONE
-    if not path.exists():
+    facts = find_record(folder / DONE, DONE_FIELDS)
+    if facts is None:
         return False
-    facts = json.loads(path.read_text(encoding="utf-8"))
     if facts["digest"] != digest:
         raise DataError(
             f"{folder} holds a finished {facts['phase']} of other settings or data; expected this run's own; "
@@ -174,8 +176,8 @@ def save_trained(session: Session, folder: Path, tensors: Mapping[str, torch.Ten
         NumericsError: weights that are not finite; nothing is written.
     """
     check_finite(tensors)
-    folder.mkdir(parents=True, exist_ok=True)
     session.ledger.may_write()
+    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / STATE, tensors)
     plain = build_model(session.cfg, session.num_classes)
     plain.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -192,9 +194,9 @@ def load_trained(folder: Path, session: Session) -> Trained:
         DataError: not finished, or the weights or the export differ from what done.json names.
         NumericsError: weights that are not finite.
     """
-    if not (folder / DONE).exists():
+    facts = find_record(folder / DONE, DONE_FIELDS)
+    if facts is None:
         raise DataError(f"{folder} holds no finished encoder ({DONE} is missing); run the phase that trains it first.")
-    facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
     require_encoder(folder, facts)
     tensors = load_file(folder / STATE)
     check_finite(tensors)

@@ -32,16 +32,22 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
 from distunlearn.distributed.process_group import lost_rank
 from distunlearn.engine.run_lock import born
-from distunlearn.errors import RankLostError
+from distunlearn.errors import DataError, RankLostError
+from distunlearn.verify.records import read_record
 
 WATCH = "watch"
 INTERVAL = 15.0  # seconds between two looks, at most
 GRACE = 10.0  # seconds for the other processes to come to the same conclusion, at most
 SLACK = 5.0  # seconds that a busy machine may let a thread wait
 LAST_WORDS = 3.0  # seconds for a process that fails to say so
+REPORT = {
+    "host": str, "pid": int, "count": int, "phase": str, "step": int, "place": str, "age": (int, float),
+    "sequence": int, "waits": bool, "stack": list,
+}  # fmt: skip
 PACKAGE = f"{os.sep}distunlearn{os.sep}"
 COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"  # who is in there waits for others
 
@@ -89,6 +95,8 @@ class Watch:
             number = int(re.sub(r"\D", "", old.name) or 0)
             if number == self.rank or (self.rank == 0 and number >= self.world):
                 old.unlink(missing_ok=True)
+        for left in self.folder.glob(f".rank-{self.rank:04d}.*"):  # of a process that was killed as it wrote
+            left.unlink(missing_ok=True)
         self._publish()
         self._thread.start()
         return self
@@ -96,14 +104,16 @@ class Watch:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._ended.set()
         self._thread.join()
-        if error is None or getattr(error, "agreed", False):
-            self._path(self.rank).unlink(missing_ok=True)
+        lost = None if error is None else lost_rank(error)
+        with contextlib.suppress(OSError):  # a full disk, or a folder that is gone, must not hide the error
+            if error is None or getattr(error, "agreed", False):
+                self._path(self.rank).unlink(missing_ok=True)
+            elif lost is None:
+                self._publish(error=printable(f"{type(error).__name__}: {error}", 300))
+            else:
+                self._publish(lost=True)
+        if lost is None or getattr(error, "agreed", False):
             return
-        lost = lost_rank(error)
-        if lost is None:
-            self._publish(error=printable(f"{type(error).__name__}: {error}", 300))
-            return
-        self._publish(lost=True)
         raise RankLostError(f"{self._who_failed()}; {lost}") from error
 
     @property
@@ -176,7 +186,7 @@ class Watch:
 
     def _verdict(self, reports: dict[int, dict[str, Any]]) -> str:
         tail = f"; stacks are in {printable(self.folder)}; the same command goes on from the last checkpoint."
-        failed = [f"rank {n} failed ({r['error']})" for n, r in reports.items() if "error" in r]
+        failed = [f"rank {n} failed ({printable(r['error'], 300)})" for n, r in reports.items() if "error" in r]
         silent = [f"rank {n} says nothing any more{_who(reports.get(n))}" for n in self._silent(reports)]
         if failed or silent:
             return "; ".join(failed + silent) + tail
@@ -206,16 +216,14 @@ class Watch:
             "waits": any(COLLECTIVES in path for path, _, _ in stack),
             "stack": [f"{Path(path).name}:{line} {name}" for path, line, name in stack if PACKAGE in path][-6:], **more,
         }  # fmt: skip
-        temporary = self.folder / f".rank-{self.rank:04d}.tmp"
-        temporary.write_text(json.dumps(report) + "\n", encoding="utf-8")
-        os.replace(temporary, self._path(self.rank))
+        write_atomic(self._path(self.rank), json.dumps(report) + "\n", durable=False)
 
     def _reports(self) -> dict[int, dict[str, Any]]:
         """The last report of every rank that has one, by rank."""
         found = {}
         for rank in range(self.world):
-            with contextlib.suppress(OSError, ValueError):
-                found[rank] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            with contextlib.suppress(DataError):
+                found[rank] = read_record(self._path(rank), REPORT)
         return found
 
     def _silent(self, reports: dict[int, dict[str, Any]]) -> list[int]:
@@ -233,9 +241,9 @@ class Watch:
             reports = self._reports()
             for rank, report in reports.items():
                 if rank != self.rank and "error" in report:
-                    return f"rank {rank} failed ({report['error']})"
+                    return f"rank {rank} failed ({printable(report['error'], 300)})"
                 if rank != self.rank and "verdict" in report:
-                    return f"rank {rank} ended the run: {report['verdict'].rstrip('.')}"
+                    return f"rank {rank} ended the run: {printable(report['verdict'], 1000).rstrip('.')}"
             gone = [n for n, r in reports.items() if r["host"] == socket.gethostname() and born(r["pid"]) is None]
             if gone:
                 return f"rank {gone[0]} is gone (process {reports[gone[0]]['pid']}, without a word)"
@@ -263,13 +271,17 @@ def _sequence() -> int:
 
 
 def _places(reports: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    return {(r["count"], *r["stack"]) for r in reports}
+    return {(r["count"], *map(str, r["stack"])) for r in reports}
 
 
 def _place(report: dict[str, Any]) -> str:
     where = f" ({report['stack'][-1]})" if report["stack"] else ""
-    return f"{report['phase']} step {report['step']}, {report['place']}{where}".strip()
+    return printable(f"{report['phase']} step {report['step']}, {report['place']}{where}".strip(), 300)
 
 
 def _who(report: dict[str, Any] | None) -> str:
-    return "" if report is None else f" (process {report['pid']} on {report['host']}, last in {_place(report)})"
+    return (
+        ""
+        if report is None
+        else f" (process {report['pid']} on {printable(report['host'], 80)}, last in {_place(report)})"
+    )

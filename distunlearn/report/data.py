@@ -7,8 +7,8 @@ module alone knows the format of audit/scores-*.json.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,8 @@ from distunlearn.common.text import printable
 from distunlearn.config.yaml import read_yaml
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.verify.figures import Rules
+from distunlearn.verify.ledger import read_ledger
+from distunlearn.verify.records import find_record, read_plain
 from distunlearn.verify.run import Checked, check_run
 
 ENCODER_NAMES = ("original", "unlearned", "retrained")
@@ -90,7 +92,7 @@ def load_run(run_dir: str | Path) -> RunFiles:
         original=_clean_file(folder / "original" / "done.json"),
         dose=_clean_file(folder / "dose" / "curve.json"),
         scores=scores,
-        config_sha256=hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else None,
+        config_sha256=hashlib.sha256(read_plain(settings)).hexdigest() if settings.is_file() else None,
         finished=_finished(folder / "ledger.jsonl"),
     )
 
@@ -150,30 +152,18 @@ def _scores(raw: dict[str, Any], encoder: str) -> Scores:
 
 
 def _finished(ledger: Path) -> str | None:
-    """When the last `unlearn` ended, e.g. `2026-01-31 12:00 UTC`; step lines, which name ids, are not parsed."""
+    """When the last `unlearn` ended, e.g. `2026-01-31 12:00 UTC`."""
     found = None
-    if ledger.is_file():
-        with ledger.open("rb") as lines:
-            for line in lines:
-                if line.startswith(b'{"event":"done"'):
-                    with suppress(ValueError, OverflowError, OSError):
-                        event = json.loads(line)
-                        seconds = number(event, "time")
-                        if event.get("phase") == "unlearn" and seconds is not None:
-                            found = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    for line in read_ledger(ledger) if os.path.lexists(ledger) else ():
+        seconds = number(line, "time")
+        if line["event"] == "done" and line["phase"] == "unlearn" and seconds is not None:
+            with suppress(ValueError, OverflowError, OSError):
+                found = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
     return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise DataError(f"{printable(path)} is not whole JSON; restore it or run that part again.") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{printable(path)} holds no JSON object; restore it or run that part again.")
-    return value
+    return find_record(path) or {}
 
 
 def _clean_file(path: Path) -> dict[str, Any]:

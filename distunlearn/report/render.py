@@ -13,9 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distunlearn import __version__
 from distunlearn.common.files import write_atomic
+from distunlearn.engine.run_lock import owned
 from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
-from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, checked_run, number
+from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, checked_run, load_run, number
 from distunlearn.report.dose import dose_table
 
 REPORT = "report.html"
@@ -31,10 +32,13 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `<run_dir>/report.html` and return its path.
 
     The same files give the same bytes; SOURCE_DATE_EPOCH, if set, adds a date. Whatever is missing is
-    stated as "not evaluated". Raises DataError when the folder holds no run or a file of it is damaged.
+    stated as "not evaluated". Raises DataError when the folder holds no run or a file of it is damaged, ConfigError
+    when a process is at work in it.
     """
     target = Path(run_dir) / REPORT
-    write_atomic(target, render(checked_run(run_dir)))
+    load_run(run_dir)  # which says that there is no run, before anything is claimed
+    with owned(Path(run_dir)):
+        write_atomic(target, render(checked_run(run_dir)))
     return target
 
 

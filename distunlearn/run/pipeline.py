@@ -22,7 +22,15 @@ from distunlearn.encoders.compile import require_compiler
 from distunlearn.engine import phases
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.phases import check_coverage
-from distunlearn.engine.run_directory import refuse_other_settings, saved_config, shards_folder, verified_manifest
+from distunlearn.engine.preemption import stop_kept
+from distunlearn.engine.run_directory import (
+    refuse_other_settings,
+    require_reusable,
+    saved_config,
+    shards_folder,
+    verified_manifest,
+)
+from distunlearn.engine.run_lock import refuse_if_owned
 from distunlearn.engine.session import open_session
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, StoppedError
@@ -38,6 +46,7 @@ def prepare(cfg: RunConfig, out: str | Path) -> str:
     in `out`; returns a line that says what.
     """
     out = Path(out)
+    refuse_if_owned(out)
     manifest, foreign = verified_manifest(cfg, out), cfg.encoder.checkpoint is not None
     if manifest is not None and has_request(out):
         if not (out / "run.yaml").exists():  # whose settings are compared else, and the source is not needed
@@ -123,6 +132,8 @@ def begin(cfg: RunConfig, out: str | Path) -> dict:
     def make_ready() -> None:
         require_trackers(cfg.tracking)
         refuse_other_settings(cfg, out)
+        require_reusable(cfg)
+        refuse_if_owned(out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
 
     open_backend(cfg).world.on_main(make_ready)  # what the main process refuses ends the others, too
@@ -131,9 +142,11 @@ def begin(cfg: RunConfig, out: str | Path) -> dict:
 
 def run(cfg: RunConfig, out: str | Path) -> int:
     """All verbs in order; the exit code is the audit's. What `plan` finds is refused before anything is written."""
-    pretrain(cfg, out, begin(cfg, out))
-    unlearn(cfg, out)
-    code = audit(out, cfg)
+    planned = begin(cfg, out)
+    with stop_kept():  # one that comes between two verbs is for the next
+        pretrain(cfg, out, planned)
+        unlearn(cfg, out)
+        code = audit(out, cfg)
     if is_main():
         report(out)
     wait_for_all()  # a launcher ends all processes when the first leaves with a code, while this one still writes

@@ -8,6 +8,7 @@ from distunlearn.common.files import write_json
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.purge import plan_purge, purge_shards, purged_before
 from distunlearn.engine.run_directory import saved_config, shards_folder, shards_remote
+from distunlearn.engine.run_lock import owned
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.verify.secret import commitment, make_secret
 
@@ -20,6 +21,8 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
 
     Returns:
         plain JSON: what is, or would be, removed; with `apply` it is also kept as `purge.json` in the run directory.
+
+    With `apply` the run directory is claimed, so that no audit reads the shards meanwhile.
 
     Raises:
         DataError: the run has not forgotten yet, was not audited, or its shards are not as the manifest says.
@@ -38,6 +41,13 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
                 f"{folder} has no {name}, so its images are still needed; finish the run ({verb}) before purging them."
             )
     shards = shards_folder(cfg, folder)
+    if not apply:
+        return _purge(folder, shards, apply)
+    with owned(folder):
+        return _purge(folder, shards, apply)
+
+
+def _purge(folder: Path, shards: Path, apply: bool) -> dict:
     facts: dict = {"applied": apply, "shards_folder": str(shards)}
     manifest = Manifest.load(shards, run=folder)
     ids = manifest.ids("forget")

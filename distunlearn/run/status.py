@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.errors import DataError
 from distunlearn.verify.ledger import effective_steps, read_ledger
+from distunlearn.verify.records import find_record, read_records
+from distunlearn.verify.run import DONE, DONE_FIELDS, SUMMARY_FIELDS
 
 FOLDERS = {"pretrain": "original", "unlearn": ".", "retrain": "retrained"}
 
@@ -28,15 +30,15 @@ def run_status(run_dir: Path) -> dict[str, Any]:
             "of a run."
         )
     ledger = folder / "ledger.jsonl"
-    lines = read_ledger(ledger) if ledger.exists() else []
+    lines = read_ledger(ledger) if os.path.lexists(ledger) else []
     phases = {name: _phase(folder / where, name, lines) for name, where in FOLDERS.items()}
-    summary = _json(folder / "audit" / "summary.json")
+    summary = find_record(folder / "audit" / "summary.json", SUMMARY_FIELDS)
     jobs = folder / "slurm" / "jobs.jsonl"
     found: dict[str, Any] = {
         "phases": phases,
-        "audit": {"verdict": summary["gates"]["verdict"], "coverage": summary["coverage"]} if summary else None,
+        "audit": {"verdict": summary["gates"].get("verdict"), "coverage": summary["coverage"]} if summary else None,
         "report": (folder / "report.html").exists(),
-        "jobs": [json.loads(line)["job"] for line in jobs.read_text().splitlines()] if jobs.exists() else [],
+        "jobs": [line.get("job") for _, line in read_records(jobs)] if os.path.lexists(jobs) else [],
     }
     waiting = next((name for name, phase in phases.items() if phase["state"] != "done"), None)
     found["next"] = waiting or ("audit" if not summary else "report" if not found["report"] else None)
@@ -44,19 +46,15 @@ def run_status(run_dir: Path) -> dict[str, Any]:
 
 
 def _phase(folder: Path, name: str, lines: list[dict]) -> dict[str, Any]:
-    done = _json(folder / "done.json")
+    done = find_record(folder / DONE, DONE_FIELDS)
     starts = [line for line in lines if line.get("phase") == name and line["event"] == "start"]
     checkpoint, rejected = latest_checkpoint(folder / "checkpoints")
     return {
         "state": "done" if done else "stopped" if starts else "waiting",
         "steps": max(effective_steps(lines, name), default=-1) + 1,
-        "of": done.get("steps", starts[-1].get("steps") if starts else None),
+        "of": done["steps"] if done else starts[-1].get("steps") if starts else None,
         "attempts": len(starts),
-        "world": starts[-1]["world"] if starts else None,
+        "world": starts[-1].get("world") if starts else None,
         "checkpoint": checkpoint.step if checkpoint else None,
         "rejected_checkpoints": rejected,
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -14,11 +14,13 @@ whose images to forget no trial of the sweep was asked to forget.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from distunlearn.verify.records import read_record
+from distunlearn.verify.run import SUMMARY_FIELDS
 
 
 def strongest(summary: Mapping[str, Any], count: int) -> list[str]:
@@ -46,7 +48,7 @@ def average_gap(found: Mapping[str, float | None]) -> float | None:
 
 def facts(run_dir: Path) -> dict[str, Any]:
     """What a task keeps of its run: all that scores, tables and costs are made of."""
-    summary = json.loads((run_dir / "audit" / "summary.json").read_text(encoding="utf-8"))
+    summary = read_record(run_dir / "audit" / "summary.json", SUMMARY_FIELDS)
     attacks = {
         name: {key: figures[key] for key in ("original", "unlearned", "retrained", "gap") if key in figures}
         for name, figures in summary["attacks"].items()

@@ -40,6 +40,7 @@ from distunlearn.errors import ConfigError, DataError, DistunlearnError, Numeric
 from distunlearn.methods.search_space import grid, random
 from distunlearn.run import pipeline
 from distunlearn.sweep.results import average_gap, choose, facts, gaps, page, strongest
+from distunlearn.verify.records import read_json
 
 STAGES = ("bases", "trials", "reports")
 ENDED = (0, 6, 7)  # codes of a run with an audit; the verdict is no failure of a trial
@@ -92,7 +93,7 @@ def prepare_sweep(cfg: RunConfig, sweep: Search, out: Path) -> None:
     path, listed = out / "sweep.json", out / "validation_ids.txt"
     text = "\n".join(ids) + "\n"
     if path.exists():
-        found = _read(path)
+        found = read_json(path)
         if found != plain or (ids and listed.read_text(encoding="utf-8") != text):
             differing = sorted(key for key in plain if found.get(key) != plain[key]) or [listed.name]
             raise ConfigError(f"{out} holds another sweep ({', '.join(differing)} differ); choose another --out.")
@@ -157,7 +158,7 @@ def _validation_forget(cfg: RunConfig, sweep: Search) -> tuple[Any, list[str]]:
 
 def plan_stage(out: Path, stage: str) -> list[Task]:
     """The tasks of a stage, also written to `DIR/<stage>.json`; those before it must have ended."""
-    what = _read(out / "sweep.json")
+    what = read_json(out / "sweep.json")
     make = {"bases": _bases, "trials": _trials, "reports": _reports}[stage]
     tasks = []
     for index, (method, settings, fixed) in enumerate(make(out, what)):
@@ -284,7 +285,7 @@ def run_task(folder: Path, extra: Sequence[str] = ()) -> None:
         DistunlearnError: what a run raises, but for one that diverges: that is a result.
     """
     stage, out = folder.parent.name, folder.parent.parent
-    tasks = _read(out / f"{stage}.json") if (out / f"{stage}.json").is_file() else []
+    tasks = read_json(out / f"{stage}.json") if (out / f"{stage}.json").is_file() else []
     found = next((task for task in tasks if str(task["index"]) == folder.name), None)
     if found is None:
         raise DataError(f"{folder} is no task of a sweep; plan the sweep first: distunlearn sweep RECIPE --out DIR.")
@@ -322,7 +323,7 @@ def pending(out: Path, stage: str, tasks: Iterable[Task]) -> list[Task]:
         path = out / stage / f"{task.index}.json"
         if not path.exists():
             left.append(task)
-        elif _read(path)["digest"] != task.digest:
+        elif read_json(path)["digest"] != task.digest:
             raise ConfigError(f"{path} is the result of other settings; choose another --out.")
     return left
 
@@ -331,11 +332,11 @@ def pending(out: Path, stage: str, tasks: Iterable[Task]) -> list[Task]:
 
 
 def _results(out: Path, stage: str) -> list[dict[str, Any]]:
-    return [_read(out / stage / f"{task['index']}.json") for task in _read(out / f"{stage}.json")]
+    return [read_json(out / stage / f"{task['index']}.json") for task in read_json(out / f"{stage}.json")]
 
 
 def _attacks(out: Path, what: Mapping[str, Any]) -> list[str]:
-    return strongest(_read(out / "bases" / "0.json")["figures"], what["attacks"])
+    return strongest(read_json(out / "bases" / "0.json")["figures"], what["attacks"])
 
 
 def _chosen(out: Path, what: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
@@ -345,7 +346,7 @@ def _chosen(out: Path, what: Mapping[str, Any]) -> dict[str, Mapping[str, Any] |
 
 def write_chosen(out: Path) -> Path:
     """chosen.json, {method: {key: value}} of all methods with a choice, from the results of all trials; its path."""
-    chosen = _chosen(out, _read(out / "sweep.json"))
+    chosen = _chosen(out, read_json(out / "sweep.json"))
     settings = {method: trial["settings"] for method, trial in chosen.items() if trial is not None}
     write_json(out / "chosen.json", settings)
     return out / "chosen.json"
@@ -353,7 +354,7 @@ def write_chosen(out: Path) -> Path:
 
 def write_results(out: Path) -> Path:
     """results.json and results.md from the results of all tasks; returns the latter's path."""
-    what = _read(out / "sweep.json")
+    what = read_json(out / "sweep.json")
     attacks, chosen = _attacks(out, what), _chosen(out, what)
     trials, reports, bases = (_results(out, stage) for stage in ("trials", "reports", "bases"))
 
@@ -383,7 +384,3 @@ def write_results(out: Path) -> Path:
     write_json(out / "results.json", results)
     write_atomic(out / "results.md", page(results))
     return out / "results.md"
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ entered the loss; these attacks then gave these figures. It names no image, no p
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,8 @@ from .errors import DataError, EvidenceError
 from .figures import Rules, judge, plain
 from .gates import MIN_IMAGES
 from .ledger import effective_steps, read_ledger
-from .run import PHASES, check_run
+from .records import parse_record, read_plain
+from .run import PHASES, SUMMARY_FIELDS, check_run
 from .scores import raw_scores, read_scores
 from .secret import commitment, make_secret
 from .states import export_digests
@@ -175,16 +175,14 @@ def subject(folder: Path) -> dict[str, str]:
 
 def private(folder: Path, secret: bytes) -> dict[str, str]:
     """Salted commitments of the files that name images, where they are there."""
-    return {
-        name: commitment(secret, name, (folder / name).read_bytes()) for name in PRIVATE if (folder / name).exists()
-    }
+    return {name: commitment(secret, name, read_plain(folder / name)) for name in PRIVATE if (folder / name).exists()}
 
 
 def state_facts(folder: Path, rules: Rules) -> dict[str, Any]:
     """`ledger`, `states`, `coverage`, `summary`, `figures` and `verdict` from the files of a checked run."""
     lines = read_ledger(folder / "ledger.jsonl")
-    text = (folder / "audit" / "summary.json").read_bytes()
-    summary = json.loads(text)
+    text = read_plain(folder / "audit" / "summary.json")
+    summary = parse_record(text, str(folder / "audit" / "summary.json"), SUMMARY_FIELDS, EvidenceError)
     files = read_scores(folder / "audit")
     states = {encoder: content["state"] for encoder, content in files.items()}
     judged = plain(judge(raw_scores(files), rules, unchanged=states["original"] == states["unlearned"]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from .check import verify
 from .errors import ConfigError, DistunlearnError
 from .keys import read_trust
+from .records import read_plain
 
 
 def run(
@@ -28,7 +29,7 @@ def run(
         ConfigError: an input is not there.
     """
     try:
-        data = Path(certificate).read_bytes()
+        data = read_plain(certificate)
     except OSError as error:
         raise ConfigError(
             f"{certificate} cannot be read ({error.strerror or error}); give a certificate.json."

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError
+from .records import read_plain
 
 Role = Literal["operator", "officer", "auditor"]
 
@@ -47,7 +48,7 @@ def read_trust(path: Path) -> Trust:
         ConfigError: it is none, or a key is in it twice: one holder must not count as two.
     """
     try:
-        trust = Trust.model_validate_json(Path(path).read_bytes())
+        trust = Trust.model_validate_json(read_plain(path, 1 << 20))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}); give a trust file.") from None
     except ValidationError as error:
@@ -100,7 +101,7 @@ def load_key(path: Path, passphrase: str) -> Ed25519PrivateKey:
         ConfigError: the file or the passphrase is wrong.
     """
     try:
-        key = serialization.load_pem_private_key(Path(path).read_bytes(), passphrase.encode() or None)
+        key = serialization.load_pem_private_key(read_plain(path, 1 << 20), passphrase.encode() or None)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}); give the file of a key.") from None
     except (ValueError, TypeError):

@@ -7,13 +7,20 @@ checkpoint and no longer count. Coverage is computed from these lines and from n
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import DataError
+from .records import FIX, read_records
+
+# What a line of each event must have; `images` are lists of ids, where they are there.
+EVENTS: Mapping[str, Mapping[str, type]] = {
+    "start": {"phase": str, "step": int}, "step": {"phase": str, "step": int, "count": dict},
+    "done": {"phase": str, "step": int}, "dose": {"phase": str}, "code": {"version": str, "digest": str},
+}  # fmt: skip
+MAY_HAVE: Mapping[str, type] = {"numerics": dict, "faults": dict, "settings": str, "forget": list, "misused": list}
 
 
 @dataclass(frozen=True)
@@ -39,29 +46,20 @@ class Coverage:
 
 
 def read_ledger(path: Path) -> list[dict]:
-    """All whole lines, in order.
+    """All whole lines, in order; a last line without a line end, which a killed writer left, is left out.
 
     Raises:
-        DataError: a line is damaged that no interruption explains (only a line followed by a `start`, or the last
-            one, may be torn).
+        DataError: a line is damaged, or lacks what a line of its event has.
     """
-    lines: list[dict] = []
-    torn: int | None = None
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            if not (isinstance(line, dict) and isinstance(line.get("event"), str)):
-                raise ValueError
-        except (ValueError, RecursionError):
-            if torn is not None:
-                raise DataError(f"{path}: lines {torn} and {number} are damaged; expected whole JSON lines.") from None
-            torn = number
-            continue
-        if torn is not None and line.get("event") != "start":
-            raise DataError(
-                f"{path}: line {torn} is damaged in the middle of an attempt; the ledger was changed by hand."
-            )
-        torn = None
+    lines = []
+    for where, line in read_records(path):
+        event = line.get("event")
+        fields = EVENTS.get(event, {}) if isinstance(event, str) else None
+        if fields is None or not all(type(line.get(name)) is kind for name, kind in fields.items()):
+            raise DataError(f"{where} is no line of a ledger; {FIX}.")
+        wrong = [name for name, kind in MAY_HAVE.items() if name in line and not isinstance(line[name], kind)]
+        if wrong or not all(isinstance(i, str) for name in ("forget", "misused") for i in line.get(name, ())):
+            raise DataError(f"{where} has a {(wrong or ['name'])[0]} of another kind; {FIX}.")
         lines.append(line)
     return lines
 

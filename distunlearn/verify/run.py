@@ -7,8 +7,8 @@ together. They do not show who wrote them: whoever can write the directory can w
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from .errors import EvidenceError
 from .figures import Rules, judge, plain
 from .ledger import coverage, effective_steps, read_ledger
+from .records import find_record, read_plain
 from .scores import raw_scores, read_scores
 from .states import export_digests, read_tensors, require_same_backbone, state_digest
 
@@ -25,6 +26,8 @@ STATE = "training_state.safetensors"
 FOLDERS = {"original": "original", "unlearned": ".", "retrained": "retrained"}
 PHASES = {"original": "pretrain", "unlearned": "unlearn", "retrained": "retrain"}
 MAY_BE_ONE = {"none": {"original", "unlearned"}, "retrain": {"unlearned", "retrained"}}  # by method
+DONE_FIELDS = {"phase": str, "digest": str, "state": str, "export": dict, "steps": int}
+SUMMARY_FIELDS = {"attacks": dict, "utility": dict, "gates": dict, "coverage": dict}
 CLOSE = 1e-9  # figures of another machine may differ by rounding
 
 
@@ -51,7 +54,7 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
         DataError: a file is damaged. EvidenceError: two files contradict each other.
     """
     folder, found = Path(folder), Checked()
-    lines = read_ledger(folder / "ledger.jsonl") if (folder / "ledger.jsonl").exists() else []
+    lines = read_ledger(folder / "ledger.jsonl") if os.path.lexists(folder / "ledger.jsonl") else []
     if lines:
         require_settings(folder, lines)
         found.notes.extend(_notes(lines))
@@ -59,7 +62,7 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
         found.gaps.append("The ledger is not there, so nothing shows what was processed.")
     named, dose = {}, None
     for encoder, place in FOLDERS.items():
-        done = _json(folder / place / DONE)
+        done = find_record(folder / place / DONE, DONE_FIELDS, EvidenceError)
         if done is None:
             continue
         named[encoder] = done.get("state")
@@ -71,7 +74,7 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
             found.notes.append(f"The weights of the {encoder} encoder are not there, so their digest is not checked.")
         if lines:
             _require_steps(lines, PHASES[encoder], done)
-    summary = _json(folder / "audit" / "summary.json")
+    summary = find_record(folder / "audit" / "summary.json", None, EvidenceError)
     if summary is not None:
         _require_summary(folder, summary, named, dose, rules, lines, found)
     return found
@@ -84,7 +87,7 @@ def require_settings(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         EvidenceError: one did not.
     """
     path = folder / "run.yaml"
-    now = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    now = hashlib.sha256(read_plain(path)).hexdigest() if path.exists() else None
     for line in lines:
         if line["event"] == "start" and line.get("settings") != now:
             raise EvidenceError(
@@ -189,7 +192,8 @@ def _coverage(lines: Sequence[dict], files: Mapping[str, Any], summary: Mapping[
     for line in effective_steps(lines, "unlearn").values():
         ids.update(line.get("forget", ()))
     covered = coverage(lines, sorted(ids)).as_dict()
-    requested = summary.get("coverage", {}).get("requested")
+    told = summary.get("coverage")
+    requested = told.get("requested") if isinstance(told, dict) else None
     if isinstance(requested, int) and requested > len(ids):  # those that nothing names entered no loss
         mean = covered["consumed_mean"] * len(ids) / requested
         covered |= {"requested": requested, "consumed_min": 0, "consumed_mean": mean}
@@ -226,15 +230,3 @@ def _notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     elif faults:
         notes.append("A variable that asks for injected faults was set; it did nothing.")
     return notes
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise EvidenceError(f"{path} is not whole JSON; restore it or run that part again.")
-    return found

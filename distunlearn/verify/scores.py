@@ -7,8 +7,8 @@ An attack that is fitted crosswise has its scores as `<attack>_fold0` and so on,
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from .errors import EvidenceError
 from .figures import ENCODERS, UTILITIES, Raw
+from .records import read_record
 from .statistics import Comparison, Part
 
 
@@ -34,7 +35,7 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for encoder in ENCODERS:
         path = Path(folder) / f"scores-{encoder}.json"
-        if path.exists():
+        if os.path.lexists(path):
             found[encoder] = _read(path, encoder)
     listed = {e: [(i, row.get("role")) for i, row in content["samples"].items()] for e, content in found.items()}
     signs = {e: content["signs"] for e, content in found.items()}
@@ -48,13 +49,9 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path, encoder: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        samples, signs = content["samples"], content["signs"]
-        whole = content["encoder"] == encoder and all(sign in (1, -1) for sign in signs.values())
-        whole = whole and all(_is_row(row) for row in samples.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
+    content = read_record(path, {"samples": dict, "signs": dict}, EvidenceError)
+    whole = content.get("encoder") == encoder and all(sign in (1, -1) for sign in content["signs"].values())
+    whole = whole and all(isinstance(row, dict) and _is_row(row) for row in content["samples"].values())
     if not whole:
         raise EvidenceError(
             f"audit/{path.name} is not the file of raw scores that an audit writes; restore it or audit the run again."
@@ -66,7 +63,7 @@ def _is_row(row: Mapping[str, Any]) -> bool:
     """A role and numbers."""
     numbers = [value for name, value in row.items() if name != "role"]
     kinds = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers)
-    return isinstance(row["role"], str) and kinds and all(map(math.isfinite, numbers))
+    return isinstance(row.get("role"), str) and kinds and all(map(math.isfinite, numbers))
 
 
 def raw_scores(files: Mapping[str, Mapping[str, Any]]) -> Raw:

@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 
 from .errors import EvidenceError
+from .records import read_plain
 
 SECRET = Path("evidence") / "secret"  # in the run directory, of the operator alone
 BYTES = 32
@@ -19,7 +20,7 @@ def make_secret(folder: Path) -> bytes:
     path = Path(folder) / SECRET
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except FileExistsError:
         return read_secret(path)
     with open(handle, "wb") as file:
@@ -36,7 +37,7 @@ def read_secret(path: Path) -> bytes:
         EvidenceError: it is not there, or no secret.
     """
     try:
-        found = Path(path).read_bytes()
+        found = read_plain(path, 1 << 20)
     except OSError as error:
         raise EvidenceError(f"{path} cannot be read ({error.strerror or error}); expected the run secret.") from None
     if len(found) != BYTES:

@@ -17,6 +17,7 @@ import rfc8785
 
 from .errors import EvidenceError
 from .merkle import leaf_hash, root
+from .records import open_plain
 
 BACKBONE = "model.backbone."  # names of the exported weights within a state
 EXPORTED = ("config.json", "model.safetensors")
@@ -40,7 +41,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         EvidenceError: it cannot be read, or is no such file, whole and without anything between the tensors.
     """
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             return _tensors(file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvidenceError(f"{path} is not a whole file of weights ({error}); restore it.") from None
@@ -101,7 +102,7 @@ def export_digests(folder: Path) -> dict[str, str]:
     found = {}
     for name in EXPORTED:
         try:
-            with open(Path(folder) / name, "rb") as file:
+            with open_plain(Path(folder) / name) as file:
                 found[name] = _sha256(file, os.fstat(file.fileno()).st_size)
         except (OSError, ValueError) as error:
             raise EvidenceError(f"{Path(folder) / name} cannot be read ({error}); restore it.") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from distunlearn.engine import run_lock as module
 from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.run_lock import OWNER, STALE, Lease
-from distunlearn.errors import ConfigError, RankLostError
+from distunlearn.errors import ConfigError, DataError, RankLostError
 from distunlearn.verify.ledger import read_ledger
 
 NO_MOMENTS = {"optimizer": "SGD", "state": {}}
@@ -68,7 +70,7 @@ def test_a_dead_owner_and_a_number_used_again_are_no_owners(tmp_path):
 def test_an_owner_on_another_machine_lives_while_it_renews(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RENEWED", 0.05)
     first = Lease(tmp_path)
-    rewrite(tmp_path, host="elsewhere")
+    rewrite(tmp_path, host="elsewhere", place="elsewhere")
     old = time.time() - STALE - 30
     os.utime(tmp_path / OWNER, (old, old))
     deadline = time.monotonic() + 10
@@ -104,6 +106,80 @@ def test_the_next_attempt_of_a_slurm_job_takes_over_from_one_that_lives(tmp_path
     heir.release()
 
 
+@pytest.mark.parametrize("count", [None, "", "2"])
+def test_a_second_start_in_one_attempt_of_a_slurm_job_is_refused(tmp_path, monkeypatch, count):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    if count is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    first = Lease(tmp_path)
+    with pytest.raises(ConfigError, match=r"in use by process .*\(SLURM job 4711\)"):
+        Lease(tmp_path)
+    first.check()
+    first.release()
+
+
+def test_a_process_number_of_another_container_with_this_host_name_tells_nothing(tmp_path, monkeypatch):
+    """It lives in the other one, and here it is nobody's or somebody else's: the renewals decide."""
+    first = Lease(tmp_path)
+    rewrite(tmp_path, pid=2**22 - 1, born=1)  # nobody's here
+    with monkeypatch.context() as other:
+        other.setattr(module, "_place", lambda: "boot pid:[2]")
+        with pytest.raises(ConfigError, match="in use by process"):
+            Lease(tmp_path)
+    first.release()
+
+
+def test_what_is_said_of_an_owner_is_one_line(tmp_path):
+    first = Lease(tmp_path)
+    rewrite(tmp_path, host="evil\n\x1b[31mok: done")
+    with pytest.raises(ConfigError) as caught:
+        Lease(tmp_path)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value) and "evil" in str(caught.value)
+    first.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b'{"token": 1, "host": 2, "pid": "x", "place": null}'])
+def test_a_claim_that_is_none_is_nobodys(tmp_path, content):
+    (tmp_path / OWNER).write_bytes(content)
+    lease = Lease(tmp_path)
+    lease.check()
+    lease.release()
+
+
+def test_a_restarted_process_waits_until_an_owner_elsewhere_is_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RENEWED", 3600.0)  # nobody renews
+    monkeypatch.setattr(module, "RESTARTED", 1.5)
+    Lease(tmp_path)
+    rewrite(tmp_path, host="elsewhere", place="elsewhere")
+    with pytest.raises(ConfigError):  # control: a first start does not wait
+        Lease(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Lease(tmp_path).release()
+
+
+def test_a_folder_that_is_gone_ends_its_owner_with_a_sentence(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lease = Lease(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="is gone, it was moved or deleted while this run was at work"):
+        lease.check()
+    lease.release()
+    assert not folder.exists()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        fired.append(1)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fired = []
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    with pytest.raises(DataError, match="cannot be claimed by a file owner.json \\(No locks available\\)"):
+        Lease(tmp_path)
+    assert fired
+
+
 def test_an_orphan_can_neither_commit_nor_write_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     orphan = Lease(tmp_path)
@@ -114,6 +190,7 @@ def test_an_orphan_can_neither_commit_nor_write_a_line(tmp_path, monkeypatch):
 
     def in_between():  # taken over while the orphan writes its files: the second question
         if len(asked) == 1:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
             heir.append(Lease(tmp_path))
         asked.append(True)
         orphan.check()
@@ -145,7 +222,7 @@ def test_a_deleted_claim_ends_its_owner(tmp_path):
 def test_an_owner_on_another_machine_may_miss_a_few_renewals(tmp_path, monkeypatch, age, lives):
     monkeypatch.setattr(module, "RENEWED", 3600.0)  # nobody renews
     first = Lease(tmp_path)
-    rewrite(tmp_path, host="elsewhere")
+    rewrite(tmp_path, host="elsewhere", place="elsewhere")
     old = time.time() - age
     os.utime(tmp_path / OWNER, (old, old))
     if lives:

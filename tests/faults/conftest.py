@@ -28,6 +28,12 @@ def trained(zygote, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A copy of a whole finished run."""
+    return Path(shutil.copytree(finished_run()[0], tmp_path / "run"))
+
+
+@pytest.fixture
 def copied(trained, tmp_path) -> Path:
     """A copy of it, to forget in."""
     return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,11 +17,14 @@ from sizes import SMALL
 from distunlearn.config.schema import RunConfig, RuntimeConfig
 from distunlearn.config.shape import marked
 from distunlearn.distributed import process_group, rendezvous
+from distunlearn.distributed.plain_data import decode, encode
 from distunlearn.distributed.world import World
 from distunlearn.engine import provenance
 from distunlearn.engine.backends.base import Backend
-from distunlearn.errors import ConfigError, RankLostError
+from distunlearn.errors import ConfigError, LaunchError, RankLostError
 from distunlearn.run.launch_check import sample_problems
+
+PATIENCE = timedelta(seconds=2)
 
 # -- meeting ---------------------------------------------------------------------------------------------------------
 
@@ -72,13 +80,73 @@ def test_variables_that_contradict_one_another(zygote, copied, name, values, sai
 
 
 def test_a_rank_that_is_taken_is_refused():
+    """Of three processes two say that they are rank 1."""
+    told = meet_in_threads([0, 1, 1], 2)
+    assert [str(error) for error in told if error] == [
+        "RANK is 1 in two processes; give every process a rank of its own."
+    ]
+
+
+def meet_in_threads(ranks: list[int], world: int, tokens: dict[int, str] | None = None) -> list[Exception | None]:
+    """What each of the processes of these ranks, played by a thread, ends the meeting with."""
     store = torch.distributed.HashStore()
-    store.set("distunlearn/0/joined 0", "")  # as if all had come
-    store.set("distunlearn/0/joined 1", "")
-    rendezvous._compare(store, 0, 2)
-    rendezvous._compare(store, 1, 2)
-    with pytest.raises(ConfigError, match="RANK is 1 in two processes"):
-        rendezvous._compare(store, 1, 2)
+    store.set_timeout(PATIENCE)
+
+    def one(number: int) -> Exception | None:
+        try:
+            rendezvous._compare(store, ranks[number], world, PATIENCE, (tokens or {}).get(number, ""))
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one, range(len(ranks))))
+
+
+def test_processes_meet_with_and_without_a_token():
+    assert meet_in_threads([0, 1, 2], 3) == [None] * 3
+    assert meet_in_threads([1, 0], 2, {0: "of this launch", 1: "of this launch"}) == [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [({0: "a", 1: "a", 2: "b"}, "does not know the token of this launch"),
+     ({0: "a", 1: "a"}, "DISTUNLEARN_LAUNCH_TOKEN is not set for rank 2 and not so for rank 0")],
+)  # fmt: skip
+def test_whoever_sits_in_as_a_rank_without_the_token_is_found_before_anything_is_sent(tokens, said):
+    told = meet_in_threads([0, 1, 2], 3, tokens)
+    assert any(said in str(error) for error in told), told
+    assert all(isinstance(error, (LaunchError, RuntimeError, TimeoutError)) for error in told), told
+
+
+def test_a_meeting_of_an_earlier_attempt_is_not_joined(monkeypatch):
+    """torchrun's agents count restarts each for itself, and their store outlives the processes."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    store = torch.distributed.HashStore()
+    store.set_timeout(PATIENCE)
+    with ThreadPoolExecutor(2) as pool:
+        for attempt in range(3):
+            second = pool.submit(rendezvous._compare, store, 1, 2, PATIENCE, "")  # finds the meeting of before
+            time.sleep(0.1)
+            first = rendezvous._compare(store, 0, 2, PATIENCE, "")
+            first.set("attempt", str(attempt))
+            assert second.result().get("attempt") == str(attempt).encode()
+
+
+def test_what_processes_tell_one_another_is_plain_data():
+    """Numbers, texts, lists, dicts, arrays of numbers come back as they were; nothing else leaves."""
+    sent = {"a": [1, 2.5, None, True, "ä\n"], "n": float("nan"), "x": np.arange(6, dtype=np.float32).reshape(2, 3),
+            "i": np.int64(7), "empty": np.zeros((0, 3), dtype=np.int16), "d": {"y": {"z": []}}}  # fmt: skip
+    found = decode(encode(sent))
+    assert found["a"] == sent["a"] and found["d"] == sent["d"] and found["i"] == 7 and found["n"] != found["n"]
+    for name in ("x", "empty"):
+        assert found[name].dtype == sent[name].dtype and np.array_equal(found[name], sent[name])
+    for value in ({1: 2}, [object()], {"a": {3}}, np.array([object()], dtype=object), b"bytes"):
+        with pytest.raises(TypeError):
+            encode(value)
+    for data in (pickle.dumps(print), b'{"\\u0000array": ["|O", [1], "AAAAAAAAAAA="]}', b"\xff"):
+        with pytest.raises(ValueError):
+            decode(data)
 
 
 # -- the same run ----------------------------------------------------------------------------------------------------
@@ -123,7 +191,7 @@ def test_ranks_may_differ_in_what_changes_nothing():
 
 def test_what_the_main_rank_refuses_is_refused_by_all():
     class Other(_Two):
-        told = ConfigError("no")
+        told = ["ConfigError", "no"]
 
         def broadcast_object(self, value):
             assert value is None
@@ -133,7 +201,7 @@ def test_what_the_main_rank_refuses_is_refused_by_all():
     with pytest.raises(ConfigError, match="no") as caught:
         other.on_main(lambda: 1)
     assert caught.value.agreed
-    Other.told = "OSError"
+    Other.told = ["OSError", "no"]
     with pytest.raises(RankLostError, match="OSError"):
         other.on_main(lambda: 1)
     Other.told = None

@@ -98,7 +98,9 @@ def test_hostile_text_is_inert_wherever_it_stands(passing: Path, text: str) -> N
     settings |= {group: dict.fromkeys(keys, short) for group, keys in groups.items()}
     (passing / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
     with (passing / "ledger.jsonl").open("a") as ledger:
-        ledger.write(json.dumps({"event": "done", "phase": text, "time": text}, separators=(",", ":")) + "\n")
+        ledger.write(
+            json.dumps({"event": "done", "phase": text, "step": 0, "time": text}, separators=(",", ":")) + "\n"
+        )
     found = page(passing)
     assert_inert(found)
     assert "49" not in found.text("asked") and "\u202e" not in found.text() and "\u2066" not in found.text()

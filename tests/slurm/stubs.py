@@ -33,7 +33,9 @@ import json, os, signal, sys, time
 from pathlib import Path
 told = json.loads(os.environ["RANK_DOES"])
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+more = ("SRUN_CPUS_PER_TASK", "DISTUNLEARN_LAUNCH_TOKEN")
 seen = {"arguments": sys.argv[1:], "variables": {n: os.environ.get(n) for n in names}}
+seen["more"] = {n: os.environ.get(n) for n in more}
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 if told.get("step"):
     with open(out / "ledger.jsonl", "a") as handle:

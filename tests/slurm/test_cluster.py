@@ -18,6 +18,7 @@ import torch
 from cluster import Cluster, has_step, log_of
 from safetensors.torch import load_file
 
+from distunlearn.run.slurm import Job, script
 from distunlearn.verify.ledger import read_ledger
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -221,3 +222,28 @@ def test_scaling_over_the_nodes_of_an_allocation(cluster, tmp_path):
         found = json.loads((out / f"nodes-{nodes}.json").read_text())
         assert (found["cell"]["backend"], found["cell"]["world"], found["images"]) == (backend, nodes, 4 * nodes)
         assert len(found["samples"]) == 2 and all(sample["seconds"] > 0 for sample in found["samples"])
+
+
+def test_what_a_job_asks_for_reaches_slurm_and_its_tasks(cluster, tmp_path):
+    """cpus per task in srun, a setup file like conda's, a reservation, a qos, a day in minutes, any other option."""
+    python, setup, seen = tmp_path / "python", tmp_path / "setup.sh", tmp_path / "variables"
+    python.write_text(f"#!/bin/bash\nenv > {seen}\n")
+    python.chmod(0o755)
+    setup.write_text('[ -z "$PS1" ] || echo interactive\nexport FROM_SETUP=1\n')
+    cluster.ask("scontrol", "create", "reservation", "ReservationName=mine", "StartTime=now", "Duration=60",
+                "Users=root", "Nodes=n1")  # fmt: skip
+    job = Job(
+        cpus=2, setup=str(setup), reservation="mine", qos="normal", time="50", exclude="n2", sbatch=("comment=x",)
+    )
+    path = tmp_path / "job.sbatch"
+    path.write_text(script(job, None, tmp_path / "run", python=str(python)))
+    number = cluster.ask("sbatch", "--parsable", f"--output={tmp_path / 'log'}", str(path))
+    cluster.wait_for_state(number, *ENDED, limit=60)
+    assert cluster.state(number) == "COMPLETED", (tmp_path / "log").read_text()
+    cluster.ask("scontrol", "delete", "ReservationName=mine")
+    told = cluster.job(number)
+    wanted = {"CPUs/Task": "2", "Reservation": "mine", "TimeLimit": "00:50:00", "ExcNodeList": "n2", "Comment": "x"}
+    assert {key: told[key] for key in wanted} == wanted
+    found = dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line)
+    assert found["SLURM_CPUS_PER_TASK"] == found["SRUN_CPUS_PER_TASK"] == "2" and found["FROM_SETUP"] == "1"
+    assert len(found["DISTUNLEARN_LAUNCH_TOKEN"]) == 32

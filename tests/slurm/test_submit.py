@@ -6,6 +6,7 @@ import importlib.util
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from stubs import Stubs
 
 from distunlearn.cli.main import main
 from distunlearn.errors import ConfigError
-from distunlearn.run.slurm import Job, script, submit
+from distunlearn.run.slurm import Job, _seconds, script, submit
 
 ROOT = Path(__file__).parents[2]
 WAITS = {"code": 75, "wait": True, "step": True}
@@ -47,14 +48,20 @@ def test_hostile_values_reach_the_ranks_as_they_are(tmp_path, stubs, monkeypatch
 
 def test_directives_are_numbers_and_plain_words(tmp_path):
     job = Job(
-        nodes=2, tasks=4, gpus=4, cpus=3, memory="64G", time="1-02:03:04", partition="a,b", account="x_y", array="0-3%2"
-    )
+        nodes=2, tasks=4, gpus=4, cpus=3, memory="64G", time="1-02:03:04", partition="a,b", account="x_y",
+        array="0-3%2",
+        gpu_type="a100", qos="high", reservation="mine", exclude="n[1-3],n7", mail_type="END,FAIL",
+        mail_user="me@x.org",
+        sbatch=("licenses=x:1", "exclusive"),
+    )  # fmt: skip
     lines = [line for line in script(job, None, tmp_path).splitlines() if line.startswith("#SBATCH")]
     assert set(lines) == {
         "#SBATCH --job-name=distunlearn", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "#SBATCH --requeue",
-        "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR1@120", "#SBATCH --gpus-per-node=4",
+        "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR1@120", "#SBATCH --gpus-per-node=a100:4",
         "#SBATCH --cpus-per-task=3", "#SBATCH --mem=64G", "#SBATCH --time=1-02:03:04", "#SBATCH --partition=a,b",
-        "#SBATCH --account=x_y", "#SBATCH --array=0-3%2",
+        "#SBATCH --account=x_y", "#SBATCH --array=0-3%2", "#SBATCH --qos=high", "#SBATCH --reservation=mine",
+        "#SBATCH --exclude=n[1-3],n7", "#SBATCH --mail-type=END,FAIL", "#SBATCH --mail-user=me@x.org",
+        "#SBATCH --licenses=x:1", "#SBATCH --exclusive",
     }  # fmt: skip
 
 
@@ -62,13 +69,15 @@ def test_directives_are_numbers_and_plain_words(tmp_path):
     {"nodes": 0}, {"tasks": 0}, {"gpus": -1}, {"warning": 0}, {"requeues": -1}, {"tasks": 2, "gpus": 4},
     {"partition": "a b"}, {"partition": "x\n#SBATCH --uid=0"}, {"account": "--wrap=id"}, {"name": "$(id)"},
     {"constraint": "a;b"}, {"memory": "1 G"}, {"time": "soon"}, {"time": "1:2:3"}, {"array": "a-b"},
-    {"container": "x\ny"}, {"setup": "a\0b"},
+    {"container": "x\ny"}, {"setup": "a\0b"}, {"setup": "nowhere.sh"}, {"warning": 600, "time": "1"},
+    {"warning": 600, "time": "10"}, {"gpu_type": "a100"}, {"qos": "a b"}, {"sbatch": ("x=1\n#SBATCH --uid=0",)},
+    {"sbatch": ("rm -rf",)}, {"sbatch": ("--wrap=id",)}, {"mail_user": "a;b"},
 ])  # fmt: skip
 def test_what_no_job_can_be_is_refused_with_its_option(wrong, tmp_path):
     with pytest.raises(ConfigError) as caught:
         script(Job(**wrong), None, tmp_path)
     said = str(caught.value)
-    names = ("control character", "--tasks", f"--{list(wrong)[-1]}")
+    names = ("control character", "--tasks", f"--{list(wrong)[-1].replace('_', '-')}")
     assert said.count("\n") == 0 and any(name in said for name in names)
 
 
@@ -117,6 +126,46 @@ def test_setup_and_container(tmp_path, stubs):
     text = script(Job(setup=str(setup), container="my image.sqsh"), None, tmp_path / "run", python=stubs.python)
     assert "srun --wait=60 --container-image='my image.sqsh' bash" in text
     assert stubs.run(text, {"code": 0})[0] == 9
+
+
+def test_a_setup_file_may_read_variables_that_are_not_set(tmp_path, stubs, monkeypatch):
+    """As conda's activate scripts and ~/.bashrc do; the rest of the script still may not."""
+    monkeypatch.delenv("PS1", raising=False)
+    (tmp_path / "setup.sh").write_text('[ -z "$PS1" ] || echo interactive\nexport MINE=1 RANK_DOES=\'{"code": 9}\'\n')
+    text = script(Job(setup=str(tmp_path / "setup.sh")), None, tmp_path / "run", python=stubs.python)
+    code, said = stubs.run(text, {"code": 0})
+    assert code == 9 and "unbound variable" not in said
+    code, said = stubs.run(
+        text.replace("# Every process finds", 'echo "$NOT_SET_AT_ALL"\n# Every process finds'), {"code": 0}
+    )
+    assert code != 9 and "unbound variable" in said  # control
+
+
+def test_cpus_per_task_and_a_token_reach_the_tasks(tmp_path, stubs):
+    text = script(Job(cpus=8), None, tmp_path / "run", python=stubs.python)
+    tokens = set()
+    for _ in range(2):
+        assert stubs.run(text, {"code": 0}, SLURM_CPUS_PER_TASK="8")[0] == 0
+        found = stubs.rank()["more"]
+        assert found["SRUN_CPUS_PER_TASK"] == "8"
+        tokens.add(found["DISTUNLEARN_LAUNCH_TOKEN"])
+    assert len(tokens) == 2 and all(len(token) == 32 for token in tokens)
+    assert stubs.run(text, {"code": 0}, SLURM_RESTART_COUNT="")[0] == 0
+    assert stubs.rank()["more"]["SRUN_CPUS_PER_TASK"] is None
+
+
+def test_a_container_brings_its_own_python(tmp_path):
+    assert " python -m distunlearn" in script(Job(container="image.sqsh"), None, tmp_path)
+    assert f" {sys.executable} -m distunlearn" in script(Job(), None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("1440", 86_400), ("999", 59_940), ("10:30", 630), ("24:00:00", 86_400), ("1-0", 86_400), ("1-12:30", 131_400),
+     ("2-01:02:03", 176_523), ("soon", None), ("1:2", None), ("-5", None)],
+)  # fmt: skip
+def test_a_time_is_read_as_sbatch_reads_it(time, seconds):
+    assert _seconds(time) == seconds
 
 
 # -- signals and requeueing ------------------------------------------------------------------------------------------
@@ -199,6 +248,10 @@ def test_without_sbatch_the_command_says_so(tmp_path, monkeypatch, capsys):
     (["--set", "pretrain.lr=-1"], "pretrain.lr"),
     (["--set", "backend=ddp", "--nodes", "7"], "7"),  # the batches do not divide by the processes of the job
     (["--tasks", "2", "--gpus", "4"], "--tasks"),
+    (["--set", "data.forget=nolist.txt"], "data.forget=nolist.txt: there is no such file"),
+    (["--set", "data.source=imagefolder", "--set", "data.root=nowhere"], "nowhere: there is no such file or folder"),
+    (["--setup", "does-not-exist.sh"], "--setup is does-not-exist.sh, which is no file"),
+    (["--time", "1", "--warning", "600"], "--time is 1 (60 s) and --warning 600 s"),
 ])  # fmt: skip
 def test_what_would_fail_on_the_nodes_is_refused_here(wrong, tmp_path, stubs, monkeypatch, capsys):
     stubs.install(monkeypatch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.errors import DataError
+from distunlearn.verify.records import read_plain
 
 SUMMARY = "summary.json"
 ROLES = ("retain", "forget", "third_party", "third_party_audit", "calibration", "holdout", "watch")
@@ -57,7 +58,7 @@ def check_shard_name(name: object) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_plain(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}); {_FIX}.") from error
 

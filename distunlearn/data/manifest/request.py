@@ -19,6 +19,7 @@ from distunlearn.common.files import HashingFile, file_sha256, replacing, write_
 from distunlearn.data.manifest.ids import numbers, texts
 from distunlearn.data.manifest.records import CODES, VERSION
 from distunlearn.errors import DataError
+from distunlearn.verify.records import read_plain
 
 REQUEST = "request.json"
 ROLES_FILE = "roles.arrow"
@@ -80,7 +81,7 @@ class Request:
         """
         path = run / REQUEST
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_plain(path))
             good = found["version"] == VERSION and isinstance(found["facts"], dict)
             request = (found["index_sha256"], found["roles_sha256"], found["facts"])
         except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.errors import DataError
+from distunlearn.verify.records import open_plain
 
 ENDINGS = (".txt", ".csv", ".tsv", ".jsonl")
 _MAX_LINE = 65_536  # an id is a short relative name
@@ -206,7 +208,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 def _encoding(path: Path) -> str:
     try:
-        with path.open("rb") as handle:
+        with open_plain(path) as handle:
             head = handle.read(4096)
     except OSError as error:
         raise DataError(
@@ -224,7 +226,7 @@ def _encoding(path: Path) -> str:
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end), decoded strictly, in bounded memory."""
     try:
-        with path.open(encoding=encoding) as handle:
+        with io.TextIOWrapper(open_plain(path), encoding=encoding) as handle:
             number = 0
             while line := handle.readline(_MAX_LINE + 2):
                 number += 1
@@ -244,7 +246,7 @@ def _bad_byte(path: Path, encoding: str) -> int:
     """Offset of the first byte that cannot be decoded."""
     decoder = codecs.getincrementaldecoder(encoding.removesuffix("-sig"))()
     done = 0
-    with path.open("rb") as handle:
+    with open_plain(path) as handle:
         while True:
             piece = handle.read(1 << 16)
             waiting = len(decoder.getstate()[0])

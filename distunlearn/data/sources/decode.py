@@ -13,6 +13,7 @@ machine; without such a decoder PIL decodes them too.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from functools import cache
@@ -55,6 +56,8 @@ _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK"
 _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _ORIENTATION = 0x0112  # EXIF tag; 1: as the viewer sees it
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each costs as much as a whole image
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # of a JPEG, but for restarts and stuffed bytes
 _SAMPLINGS = {(1, 1), (2, 1), (2, 2)}  # of the luma of JPEGs that need not be decoded by PIL: 4:4:4, 4:2:2, 4:2:0
 
 
@@ -106,6 +109,8 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int, channels: int, bo
     kind = _recognise(data, sample_id)
     if kind != "jpg":  # of a JPEG PIL reads no more than the header either, before its size is checked
         check_header(data, sample_id, max_pixels)
+    else:
+        _check_scans(data, sample_id)
     try:
         image = _OPENERS[kind](io.BytesIO(data))
         _check_size(image.width, image.height, sample_id, max_pixels)
@@ -237,6 +242,25 @@ def _check_size(width: int, height: int, sample_id: str, max_pixels: int) -> Non
         raise UndecodableError(
             f"The image {sample_id!r} claims {width} x {height} pixels; allowed are 1 to {max_pixels} in all "
             "(data.max_pixels), so remove it or raise the limit."
+        )
+
+
+def _check_scans(data: bytes, sample_id: str) -> None:
+    """UndecodableError if a JPEG has more than `MAX_SCANS` scans: a small file would be decoded for minutes."""
+    if data.count(b"\xff\xda") <= MAX_SCANS:  # fast, and true of all but hostile files and films
+        return
+    at, scans = 2, 0
+    while (marker := _MARKER.search(data, at)) is not None:
+        code = data[marker.start() + 1]
+        if code == 0xD9:  # what follows is another image, or a film
+            return
+        scans += code == 0xDA
+        if scans > MAX_SCANS:
+            raise UndecodableError(
+                f"The image {sample_id!r} is a JPEG of more than {MAX_SCANS} scans; save it again as an ordinary one."
+            )
+        at = marker.end() + (
+            0 if code in (0x01, 0xD8) else int.from_bytes(data[marker.end() : marker.end() + 2], "big")
         )
 
 

@@ -14,7 +14,9 @@ from distunlearn.common.text import printable
 from distunlearn.data.manifest.ids import check_id
 from distunlearn.data.sources.decode import SUFFIXES, check_header, decode_image
 from distunlearn.errors import DataError
+from distunlearn.verify.records import read_plain
 
+MAX_IMAGE = 1 << 30  # bytes of one encoded image
 _HIDDEN = ("@eaDir", "__MACOSX")  # thumbnails of a NAS, and what macOS packs beside files
 
 
@@ -75,7 +77,7 @@ class FolderSource:
 
     def bytes_of(self, sample_id: str) -> bytes:
         try:
-            data = (self._root / sample_id.removeprefix(self._prefix)).read_bytes()
+            data = read_plain(self._root / sample_id.removeprefix(self._prefix), MAX_IMAGE)
         except OSError as error:
             raise DataError(f"The image {sample_id!r} cannot be read ({error.strerror or error}).") from error
         return data

@@ -23,10 +23,15 @@ from distunlearn.data.manifest.ids import check_id, normal_id
 from distunlearn.data.sources.decode import SUFFIXES
 from distunlearn.data.sources.image_folder import is_hidden
 from distunlearn.errors import DataError
+from distunlearn.verify.records import open_plain
 
 IMAGE_KINDS = tuple(SUFFIXES)
 MAX_MEMBER = 1 << 30  # bytes; no image, label or caption is larger
 _MAX_TEXT = 1 << 20  # bytes of a .json or .cls
+MAX_EXTENDED = 1 << 20  # bytes of a long name, or of a pax header
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
 _MAX_CLASS = 200  # characters of a class's name
 _META = re.compile(r"__[^/]*__($|/)")  # what webdataset skips
 
@@ -135,7 +140,7 @@ def walk_tar(path: Path, left_out: Counter[str] | None = None) -> Iterator[Membe
     """
     found = 0
     try:
-        with path.open("rb") as handle, _open_tar(handle) as tar:
+        with open_plain(path) as handle, open_tar(handle) as tar:
             while (member := tar.next()) is not None:
                 if member.isdir():
                     if left_out is not None:
@@ -152,7 +157,7 @@ def walk_tar(path: Path, left_out: Counter[str] | None = None) -> Iterator[Membe
                 yield Member(member.name, member.offset, member.offset_data, member.size)
                 tar.members = []  # type: ignore[attr-defined]  # else they would pile up
             _check_end(handle, tar.offset, path, found)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path.name} is no whole tar file ({error}): it ends or breaks after {found} members; write it again."
         ) from error
@@ -160,8 +165,20 @@ def walk_tar(path: Path, left_out: Counter[str] | None = None) -> Iterator[Membe
         raise DataError(f"{path} cannot be read ({error.strerror or error}); check the disk and the path.") from error
 
 
-def _open_tar(handle: BinaryIO) -> tarfile.TarFile:
-    return tarfile.open(fileobj=handle, mode="r:")
+class BoundedMember(tarfile.TarInfo):
+    """A member whose extended headers, which tarfile reads as a whole, are of the size of a name and a few numbers."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and not 0 <= self.size <= MAX_EXTENDED:
+            raise tarfile.ReadError(
+                f"an extended header at byte {self.offset} claims {self.size} bytes, expected at most {MAX_EXTENDED}"
+            )
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+def open_tar(handle: BinaryIO) -> tarfile.TarFile:
+    """An uncompressed archive, as tarfile reads it, with bounded headers. tarfile.TarError: it is none."""
+    return tarfile.open(fileobj=handle, mode="r:", tarinfo=BoundedMember)
 
 
 def _kind(member: tarfile.TarInfo) -> str:
@@ -189,7 +206,7 @@ def read_tar(path: Path, left_out: Counter[str] | None = None) -> list[TarSample
     counted: Counter[str] = Counter() if left_out is None else left_out
     members = ((member.name, member) for member in walk_tar(path, counted))
     samples = [TarSample(key, parts) for key, parts in group_samples(members, path.name, counted)]
-    with path.open("rb") as handle:
+    with open_plain(path) as handle:
         for sample in samples:
             _finish(sample, handle, path)
     return samples

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,8 +25,12 @@ class DDP(Backend):
     def _wrap(self) -> Callable[[Tensor], Any]:
         threads = torch.get_num_threads()
         if DDP._accelerator is None:
-            # mixed_precision is ours (see `_in_precision`), whatever a launcher's ACCELERATE_MIXED_PRECISION says.
-            DDP._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+            # Precision and compilation are the settings' (see `_in_precision`, `encoders/compile.py`), whatever the
+            # variables say that `accelerate launch` sets by its own configuration (ACCELERATE_DYNAMO_BACKEND ...).
+            DDP._accelerator = Accelerator(
+                cpu=self.device.type == "cpu", mixed_precision="no",
+                dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
+            )  # fmt: skip
         module = DDP._accelerator.prepare_model(self.model)
         torch.set_num_threads(threads)  # accelerate sets a number of its own on a CPU
         if self.world.size > 1:

@@ -9,7 +9,6 @@ a stop at once.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +43,7 @@ from distunlearn.engine.checkpoint.tensors import OPTIMIZER, write_pieces
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.preemption import StopRequest
 from distunlearn.errors import DataError, DistunlearnError, NumericsError, RankLostError
+from distunlearn.verify.records import read_record
 
 LARGE = 64 * 2**20  # weights above which `auto` shards (float32: 256 MiB, and twice that for AdamW)
 PATIENCE = 600.0  # seconds the main rank waits for the parts of the others
@@ -233,7 +233,7 @@ class Saver:
                         f"rank {rank} did not write its part of the checkpoint of step {job.step} within "
                         f"{PATIENCE:.0f} s; see what that rank says; the one before is intact."
                     )
-            files |= json.loads(path.read_text(encoding="utf-8"))
+            files |= read_record(path)
             path.unlink()
         return files
 

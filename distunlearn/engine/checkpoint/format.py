@@ -13,9 +13,11 @@ favour of the one before.
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import json
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -24,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distunlearn.common.files import file_sha256, sync_path, write_json
+from distunlearn.common.files import file_sha256, sync_path, write_atomic, write_json
 from distunlearn.errors import DataError
+from distunlearn.verify.records import read_record
 
 FORMAT = 2
 KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
@@ -75,11 +78,7 @@ def commit(
         os.replace(final, damaged)
     os.replace(temporary, final)
     sync_path(folder)
-    pointer = folder / ".LATEST.tmp"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    sync_path(pointer)
-    os.replace(pointer, folder / "LATEST")
-    sync_path(folder)
+    write_atomic(folder / "LATEST", f"{final.name}\n")
     shutil.rmtree(damaged, ignore_errors=True)
     return final, _remove_old(folder, step, sound)
 
@@ -158,7 +157,10 @@ def read_commit(folder: Path) -> Checkpoint | None:
         DataError: it is of another format.
     """
     try:
-        content = json.loads((folder / "COMMIT.json").read_text(encoding="utf-8"))
+        content = read_record(folder / "COMMIT.json")
+    except DataError:
+        return None  # a torn folder: the caller goes on to the one before
+    try:
         version = content.get("format")
         if isinstance(version, int) and version != FORMAT:
             raise DataError(
@@ -171,8 +173,8 @@ def read_commit(folder: Path) -> Checkpoint | None:
             return None
         if all(PLAIN.fullmatch(name) and entry["sha256"] for name, entry in content["files"].items()):
             return Checkpoint(folder, content["step"], content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # a torn folder: the caller goes on to the one before
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
     return None
 
 
@@ -192,7 +194,18 @@ def exposed(folder: Path) -> str | None:
         return f"{folder} belongs to user {found.st_uid}, not to the user of this process ({os.geteuid()})"
     if found.st_mode & stat.S_IWOTH:
         return f"{folder} may be written by every user of this machine"
+    if found.st_mode & stat.S_IWGRP and not _private(found.st_gid):
+        return f"{folder} may be written by every member of the group {found.st_gid}"
     return None
+
+
+def _private(group: int) -> bool:
+    """Whether it is the group that many systems give to this user alone, under the user's name."""
+    try:
+        found, user = grp.getgrgid(group), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 def _steps(folder: Path) -> list[Path]:

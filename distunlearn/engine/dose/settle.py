@@ -28,7 +28,8 @@ from distunlearn.engine.dose.looks import FEATURES, ROLES, Viewer
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.session import Session, load_trained, save_trained
 from distunlearn.errors import DataError, StoppedError
-from distunlearn.verify.run import DONE, STATE
+from distunlearn.verify.records import read_record
+from distunlearn.verify.run import DONE, DONE_FIELDS, STATE
 
 FULL = "full_dose"  # folder of the encoder as the method left it
 FOLDER = "dose"
@@ -47,7 +48,7 @@ def settle_dose(session: Session, start: Path, full: Path, digest: str) -> None:
         StoppedError: a stop was asked for; what was seen is kept.
     """
     dose: float | str = session.cfg.method.dose
-    facts = json.loads((full / DONE).read_text(encoding="utf-8"))
+    facts = read_record(full / DONE, DONE_FIELDS)
     if dose == "auto":
         found = measure_dose(session, start, full)
         dose = found["dose"]
@@ -64,8 +65,8 @@ def measure_dose(session: Session, start: Path, full: Path) -> dict[str, Any]:
 
     Nothing but that folder and the ledger is written: no encoder changes.
     """
-    digests = {name: json.loads((at / DONE).read_text(encoding="utf-8"))["state"]
-               for name, at in (("original", start), ("full", full))}  # fmt: skip
+    ends = (("original", start), ("full", full))
+    digests = {name: read_record(at / DONE, DONE_FIELDS)["state"] for name, at in ends}
     folder = session.out / FOLDER
     key = _key(session, digests)
     viewer = Viewer(session)
@@ -207,7 +208,7 @@ def _said(session: Session, dose: float) -> str:
     end = "; the encoder is left as it was, and nothing is forgotten" if dose == 0 else ""
     if session.cfg.method.dose != "auto":
         return f"{dose:g} of the method's change, as asked for{end}"
-    found = json.loads((session.out / FOLDER / CURVE).read_text(encoding="utf-8"))
+    found = read_record(session.out / FOLDER / CURVE, dict.fromkeys(("low", "high", "best"), (int, float)))
     interval = f"interval {found['low']:g} to {found['high']:g}"
     if dose == 0 and found["best"] > 0:
         return f"0: {found['images']['watch']} watch images do not tell {found['best']:g} from 0 ({interval}){end}"

@@ -1,0 +1,95 @@
+"""Faults that were found from outside, and the tests that bring them about."""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+LEASE = "tests/engine/test_lease.py"
+RECORDS = "tests/common/test_records.py"
+OWNERS = "tests/faults/test_owners_and_disks.py"
+FILES = "tests/faults/test_hostile_files.py"
+AROUND = "tests/faults/test_surroundings.py"
+START = "tests/faults/test_start.py"
+SUBMIT = "tests/slurm/test_submit.py"
+FORGED = "tests/verify/test_contradictions.py"
+FUZZ = "tests/faults/test_fuzz.py"
+
+ROWS: dict[str, tuple[str, list[str] | str]] = {
+    "O01": ("two starts in one attempt of a SLURM job, or in two containers with one host name: the second is refused",
+            [f"{LEASE}::test_a_second_start_in_one_attempt_of_a_slurm_job_is_refused",
+             f"{LEASE}::test_a_process_number_of_another_container_with_this_host_name_tells_nothing"]),
+    "O02": ("any verb beside a living owner, purge beside an audit among them: exit 2, nothing written, plan.json neither",
+            [f"{OWNERS}::test_no_verb_works_beside_a_living_owner"]),
+    "O03": ("the folder of a run at work is deleted: one sentence, exit 3, and it is not made again",
+            [f"{LEASE}::test_a_folder_that_is_gone_ends_its_owner_with_a_sentence",
+             f"{OWNERS}::test_a_run_whose_folder_is_deleted_ends_with_a_sentence"]),
+    "O04": ("`runtime.reuse` of a run that has not finished: refused, not trained anew",
+            [f"{OWNERS}::test_a_run_that_another_reuses_must_be_finished"]),
+    "O05": ("a torn line at the end of a record, the very first one too: cut off, counted, and the run goes on",
+            [f"{OWNERS}::test_a_torn_first_line_does_not_end_a_run_for_good",
+             f"{RECORDS}::test_whatever_is_cut_off_the_end_the_lines_before_stay_and_the_next_follows"]),
+    "O06": ("lines and files that are JSON but no records, or no UTF-8: exit 3, with the file and the line",
+            [f"{RECORDS}::test_what_is_no_record_is_refused_in_one_sentence",
+             f"{RECORDS}::test_a_line_in_the_middle_that_is_no_record_is_refused",
+             f"{OWNERS}::test_lines_that_are_no_records_are_told_in_one_sentence",
+             f"{OWNERS}::test_a_damaged_record_is_told_in_one_sentence"]),
+    "O07": ("a disk that is full, over its quota or failing under ledger, metrics or logs: exit 3, no half line, and the next start goes on",
+            [f"{OWNERS}::test_a_disk_that_fails_in_training_ends_it_with_3_and_the_file",
+             f"{RECORDS}::test_a_full_disk_leaves_no_half_line", f"{RECORDS}::test_an_error_of_the_disk_is_one_sentence",
+             f"{LEASE}::test_a_file_system_without_locks_is_named"]),
+    "O08": ("a read-only run directory: exit 3 and a sentence by every verb",
+            [f"{OWNERS}::test_a_read_only_run_directory_ends_every_verb_with_a_sentence"]),
+    "O09": ("folders in the place of files, files in the place of folders: exit 3",
+            [f"{OWNERS}::test_a_folder_in_the_place_of_a_file_or_the_other_way_round"]),
+    "O10": ("pipes and devices among images, or as lists, settings and records: not opened, no hang, no memory",
+            [f"{FILES}::test_special_files_among_images_neither_hang_nor_fill_the_memory",
+             f"{FILES}::test_special_files_as_lists_and_settings_neither_hang_nor_fill_the_memory",
+             f"{RECORDS}::test_only_plain_files_are_opened_and_nothing_is_waited_for",
+             f"{RECORDS}::test_a_file_that_is_too_large_is_not_read"]),
+    "O11": ("a JPEG of thousands of scans: refused before it is decoded",
+            [f"{FILES}::test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded"]),
+    "O12": ("extended headers of a tar that claim gigabytes: refused unread",
+            [f"{FILES}::test_an_extended_header_of_4_gib_is_refused_unread"]),
+    "O13": ("links under the names of temporary files, planted before or at the last moment: not followed",
+            [f"{RECORDS}::test_a_planted_link_under_a_temporary_name_is_not_followed",
+             f"{RECORDS}::test_a_link_that_is_planted_at_the_last_moment_is_refused",
+             f"{RECORDS}::test_lines_go_into_the_users_own_plain_files_alone",
+             f"{OWNERS}::test_a_folder_that_others_may_write_into_is_warned_of"]),
+    "O14": ("a module of a library's name in the current folder: not run",
+            [f"{AROUND}::test_a_module_in_the_current_folder_is_not_run"]),
+    "O15": ("a process of somebody else sits in as a rank: found by the token before anything is sent; what is sent is plain data",
+            [f"{START}::test_whoever_sits_in_as_a_rank_without_the_token_is_found_before_anything_is_sent",
+             f"{START}::test_what_processes_tell_one_another_is_plain_data"]),
+    "O16": ("accelerate's wish to compile, by a variable: not heard, and named in env.json",
+            [f"{AROUND}::test_accelerates_wish_to_compile_is_not_heard"]),
+    "O17": ("secrets in variables of any name: named, never shown",
+            [f"{AROUND}::test_no_variable_shows_a_secret_whatever_its_name"]),
+    "O18": ("control characters in variables and in owner.json: shown as escapes",
+            [f"{AROUND}::test_what_a_variable_says_is_one_line", f"{LEASE}::test_what_is_said_of_an_owner_is_one_line"]),
+    "O19": ("a signal after the last step of a verb, or between two verbs; SIGHUP: the next verb stops and saves",
+            [f"{AROUND}::test_a_signal_between_two_verbs_is_heard_by_the_next", f"{AROUND}::test_nohup_is_respected"]),
+    "O20": ("a RANK that is left over in the environment silences nothing",
+            [f"{AROUND}::test_a_stray_rank_silences_nothing"]),
+    "O21": ("a verdict under torchrun's `--max_restarts`: no crash, nothing is audited again",
+            [f"{AROUND}::test_a_verdict_is_no_crash_to_torchrun"]),
+    "O22": ("ranks that are started again while others still hold the last meeting",
+            [f"{START}::test_a_meeting_of_an_earlier_attempt_is_not_joined",
+             f"{LEASE}::test_a_restarted_process_waits_until_an_owner_elsewhere_is_silent"]),
+    "O23": ("times above 999 minutes, setup files that read unset variables, cpus per task, missing files, pass-through",
+            [f"{SUBMIT}::test_a_time_is_read_as_sbatch_reads_it",
+             f"{SUBMIT}::test_a_setup_file_may_read_variables_that_are_not_set",
+             f"{SUBMIT}::test_cpus_per_task_and_a_token_reach_the_tasks",
+             f"{SUBMIT}::test_directives_are_numbers_and_plain_words",
+             f"{SUBMIT}::test_what_would_fail_on_the_nodes_is_refused_here"]),
+    "O24": ("gates left out of the summary, another encoder shipped, steps replaced by forged lines",
+            [f"{FORGED}::test_report_refuses", f"{FORGED}::test_audit_refuses"]),
+    "O25": ("the variable that asks for faults: does nothing outside the tests, and is named",
+            [f"{FORGED}::test_the_variable_of_faults_does_nothing_outside_the_tests_and_is_named"]),
+    "O26": ("images that exist twice and would be members and non-members at once: counted and left out",
+            ["tests/data/test_source_forms.py::test_an_image_with_the_bytes_of_a_member_is_no_non_member"]),
+    "O27": ("bytes that somebody made up, to every reader: an answer or a sentence within 10 s and 1 GiB",
+            [f"{FUZZ}::test_made_up_bytes_are_answered_or_refused_in_a_sentence"]),
+    "O28": ("two draws of chance that would be one, of trainings and of audits: one register of streams",
+            ["tests/architecture/test_random_streams.py::test_no_two_streams_share_a_key",
+             "tests/architecture/test_random_streams.py::test_no_stream_is_named_outside_the_register"]),
+}  # fmt: skip
