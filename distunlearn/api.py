@@ -5,8 +5,8 @@
     run.encoder; run.audit().verdict; run.report; run.figures
 
 The verbs of the command line are functions here: `prepare`, `pretrain`, `unlearn_config`, `audit`, `report`, `run`,
-`plan`, `purge`, `status`, each of settings (`load_config`) or of a run directory. Errors are exceptions
-(`distunlearn.errors`); nothing here ends the process.
+`plan`, `purge`, `status`, each of settings (`load_config`; `next_config` for the next request on a finished run) or of
+a run directory. Errors are exceptions (`distunlearn.errors`); nothing here ends the process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from distunlearn.engine.run_directory import saved_config, shards_folder
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.plan.plan import make_plan as plan
 from distunlearn.run import pipeline
-from distunlearn.run.pipeline import audit, prepare, pretrain, report, run
+from distunlearn.run.pipeline import audit, next_config, prepare, pretrain, report, run
 from distunlearn.run.pipeline import unlearn as unlearn_config
 from distunlearn.run.prepare import shards_progress
 from distunlearn.run.purge import purge
@@ -48,8 +48,8 @@ from distunlearn.verify.records import find_record
 from distunlearn.verify.run import SUMMARY_FIELDS
 
 __all__ = [
-    "Run", "audit", "load_config", "open_run", "plan", "prepare", "pretrain", "purge", "report", "run", "status",
-    "unlearn", "unlearn_config",
+    "Run", "audit", "load_config", "next_config", "open_run", "plan", "prepare", "pretrain", "purge", "report", "run",
+    "status", "unlearn", "unlearn_config",
 ]  # fmt: skip
 
 WEIGHTS = "encoder.safetensors"  # that a module was handed over with

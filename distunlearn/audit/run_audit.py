@@ -17,8 +17,10 @@ from distunlearn.audit.relearn import Relearned, relearn
 from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_key
 from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
 from distunlearn.audit.summary import summarise, write_audit
+from distunlearn.data.manifest.records import FORGOTTEN
 from distunlearn.engine.session import Session, load_trained
 from distunlearn.objectives.forward import EncoderView
+from distunlearn.verify.chain import CHAIN, Chain
 from distunlearn.verify.ledger import coverage, read_ledger
 from distunlearn.verify.run import DONE, FOLDERS, PHASES, require_distinct, require_settings
 
@@ -59,11 +61,28 @@ def collect_evidence(
     }  # fmt: skip
     covered = coverage(lines, session.manifest.ids("forget")).as_dict()
     summary, scores = summarise(
-        signals, cfg, cost=cost, coverage=covered, relearned=relearned, pooled=pooled, stress=stress, states=states
+        signals,
+        cfg,
+        cost=cost,
+        coverage=covered,
+        relearned=relearned,
+        pooled=pooled,
+        stress=stress,
+        states=states,
+        request_of=_requests(session),
     )
     session.ledger.may_write()
     write_audit(out / "audit", summary, scores)
     return summary["gates"]["verdict"]
+
+
+def _requests(session: Session) -> dict[str, int]:
+    """Which earlier request forgot each image that still is in the shards; 0: a list said so (`data.exclude`)."""
+    samples = session.manifest.lookup(session.manifest.ids(FORGOTTEN))
+    if not samples or not (session.out / CHAIN).exists():
+        return dict.fromkeys((sample.id for sample in samples), 0)
+    numbers = Chain.load(session.out).requests_of(bytes.fromhex(sample.sha256) for sample in samples)
+    return dict(zip((sample.id for sample in samples), numbers, strict=True))
 
 
 def _signals(session: Session, name: str, encoder: EncoderView, state: str) -> Signals:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from distunlearn.audit.attacks import Attacked, run_attacks
+from distunlearn.audit.figures.earlier import earlier_figures
 from distunlearn.audit.figures.level import level
 from distunlearn.audit.figures.retained import retained_figures
 from distunlearn.audit.figures.retrain_distance import average_gap, iam, tow
@@ -42,6 +43,7 @@ def summarise(
     pooled: Mapping[str, Any] | None = None,
     stress: Mapping[str, Any] | None = None,
     states: Mapping[str, str] | None = None,
+    request_of: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Any], Scores]:
     """Attack, measure, compare and judge.
 
@@ -51,6 +53,7 @@ def summarise(
         pooled: figures of the shadow encoders (`pooled.pooled_figures`); None: there are none.
         stress: figures of the stress tests (`stress.audit_stress`); None: none was asked for.
         states: digests of the encoders' weights (`Trained.facts`), which the files then name.
+        request_of: {id: request} of the images that earlier requests forgot; None: there are none.
 
     Returns:
         What `audit/summary.json` and, by encoder, `audit/scores-<encoder>.json` hold: plain JSON, None for "not
@@ -80,6 +83,7 @@ def summarise(
         "pooled": pooled,
         "retained": retained_figures(signals, cfg),
         "stress": stress,
+        "earlier": earlier_figures(signals, request_of, cfg) if request_of else None,
         "tier": cfg.audit.tier,
         "cost": dict(cost),
         "coverage": dict(coverage),

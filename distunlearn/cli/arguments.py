@@ -23,4 +23,8 @@ Recipe = Annotated[
         metavar="[RECIPE]", help="settings to start from: see distunlearn list recipes", help_behavior_hint=""
     ),
 ]
+Previous = Annotated[
+    Path | None,
+    tyro.conf.arg(metavar="RUN", help="run directory of the request before, which goes on", help_behavior_hint=""),
+]
 RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="run directory")]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import tyro
 
 from distunlearn import __version__
-from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, RunDir
+from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir
 from distunlearn.cli.convert import Convert
 from distunlearn.cli.evidence import Certify, Keygen, Verify
 from distunlearn.cli.exit import EXIT_STOPPED, ended
@@ -41,10 +41,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped."""
+    """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped.
+
+    With --previous: the next request on what a finished run has left, with that run's settings.
+    """
 
     recipe: Recipe = None
     out: Out = tyro.MISSING
+    previous: Previous = None
     config: Config = None
     overrides: Overrides = ()
 
@@ -220,6 +224,7 @@ class Plan:
     out: Annotated[
         Path | None, tyro.conf.arg(metavar="DIR", help="run directory to look at", help_behavior_hint="")
     ] = None
+    previous: Previous = None
     config: Config = None
     overrides: Overrides = ()
 
@@ -385,6 +390,10 @@ def _settings(recipe: str | None, config: Path | None, overrides: Sequence[str],
 
 
 def _resolve(verb: Any) -> RunConfig:
+    if getattr(verb, "previous", None) is not None:
+        if verb.recipe is not None or verb.config is not None:
+            raise ConfigError("--previous takes the settings of that run; leave the recipe and --config out")
+        return _pipeline().next_config(verb.previous, list(verb.overrides))
     if verb.recipe is None and verb.config is None:
         raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
     return _settings(verb.recipe, verb.config, verb.overrides)

@@ -40,9 +40,15 @@ SHARDED = ("fsdp2", "zero3")  # backends whose weights exist on no process as a 
 MAX_SEED = 2**32 - 1  # scikit-learn takes no larger one
 
 
-def cross_checks(cfg: RunConfig, world: int = 1) -> list[str]:
-    """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none."""
-    checks = (_seed, _text, _sources, _store, _forget, _sizes, _encoder, _views, _optimizers, _parts, _dose, _audit)
+def cross_checks(cfg: RunConfig, world: int = 1, begun: bool = False) -> list[str]:
+    """All reasons why `cfg` cannot run on `world` processes, one sentence each, naming the keys; empty if none.
+
+    begun: of a run that is there, which may no longer need a file that it has read.
+    """
+    encoder = functools.partial(_encoder, begun=begun)
+    checks = (
+        _seed, _text, _sources, _store, _forget, _requests, _sizes, encoder, _views, _optimizers, _parts, _dose, _audit,
+    )  # fmt: skip
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
     problems.extend(_shares(cfg, world))
@@ -128,6 +134,17 @@ def _forget(cfg: RunConfig) -> Iterator[str]:
         yield "data.forget_column and data.forget_by are of a list, but data.forget names none; unset them"
 
 
+def _requests(cfg: RunConfig) -> Iterator[str]:
+    """Of the settings for what was forgotten before."""
+    data = cfg.data
+    if data.exclude is not None and not (data.exclude.lower().endswith((*ID_FILES, ".json")) or "/" in data.exclude):
+        yield f"data.exclude is {data.exclude!r}, expected a list ({', '.join(ID_FILES)}) or a chain.json"
+    if data.previous is not None and data.exclude is not None:
+        yield "data.previous knows what was forgotten before; unset data.exclude"
+    if data.previous is not None and (cfg.runtime.reuse or cfg.encoder.checkpoint):
+        yield "data.previous gives the encoder to start from; unset runtime.reuse and encoder.checkpoint"
+
+
 def _sizes(cfg: RunConfig) -> Iterator[str]:
     """What the numbers in the settings say before images are counted."""
     data = cfg.data
@@ -157,7 +174,7 @@ def batch_problems(cfg: RunConfig, counts: Mapping[str, int]) -> Iterator[str]:
             yield f"{key}={batch} is larger than {of.format(size)}; lower the batch"
 
 
-def _encoder(cfg: RunConfig) -> Iterator[str]:
+def _encoder(cfg: RunConfig, begun: bool) -> Iterator[str]:
     encoder = cfg.encoder
     if not encoder.name.strip():
         yield "encoder.name is empty; expected the name of a timm model such as resnet18"
@@ -172,7 +189,7 @@ def _encoder(cfg: RunConfig) -> Iterator[str]:
                 f"encoder.checkpoint {encoder.checkpoint!r} is a folder without model.safetensors or "
                 "pytorch_model.bin; name the file of weights in it, or join several to one"
             )
-        elif not Path(encoder.checkpoint).is_file():
+        elif not begun and not Path(encoder.checkpoint).is_file():
             yield f"encoder.checkpoint {encoder.checkpoint!r} is not a file; check the path"
         elif encoder.mean is None and encoder.std is None:
             yield (

@@ -84,7 +84,7 @@ class _Draft:
 
 
 def load_config(
-    recipe: str | None, config_file: Path | None, overrides: list[str], *, world: int | None = None
+    recipe: str | None, config_file: Path | None, overrides: list[str], *, world: int | None = None, begun: bool = False
 ) -> RunConfig:
     """Resolve and check one run.
 
@@ -95,6 +95,7 @@ def load_config(
             (or `[...]`, `{...}`), and an empty value is null.
         world: number of processes the batches are shared by. None: what the launcher announced in
             WORLD_SIZE, since this runs before any process group exists.
+        begun: see `cross_checks`.
 
     Raises:
         ConfigError: with all problems of the resolved config, each in one sentence.
@@ -117,7 +118,7 @@ def load_config(
         draft.tree["encoder"] |= {k: None for k in PREPROCESSING if ("encoder", k) not in draft.origins}
     cfg = _validated(draft, fallback)
     cfg = dataclasses.replace(cfg, encoder=with_preprocessing(cfg.encoder))
-    checks = cross_checks(cfg, _world_announced() if world is None else world)
+    checks = cross_checks(cfg, _world_announced() if world is None else world, begun)
     draft.problems += [check for check in checks if not any(key in check for key in draft.refused)]
     _raise(draft.problems)
     return cfg
@@ -234,7 +235,7 @@ def _put(draft: _Draft, given: _Given) -> None:
     mark = {} if free else marks(draft.fields[path])
     is_path = "path" in mark or (name == "data.forget" and forget_is_file(value))
     if is_path and isinstance(value, str):
-        value = os.path.expanduser(value)
+        value = _whole_path(value)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -245,6 +246,11 @@ def _put(draft: _Draft, given: _Given) -> None:
     if free:
         draft.origins[path[:-1]] = origin
     draft.refused.discard(name)
+
+
+def _whole_path(value: str) -> str:
+    """Absolute, so that a run directory can be used from any folder; a URL stays what it is."""
+    return value if "://" in value or not value else os.path.abspath(os.path.expanduser(value))
 
 
 def _unknown(draft: _Draft, path: Key) -> str:

@@ -111,6 +111,8 @@ class DataConfig:
     holdout_root: Place = None  # folder of images the encoder never saw; needed with encoder.checkpoint, or list roles
     third_party_source: str | None = None  # None: the non-members' own source
     third_party_root: Place = None
+    previous: Annotated[str | None, CHECKPOINT] = None  # run directory of the request before, from which this goes on
+    exclude: Annotated[str | None, CHECKPOINT] = None  # list, or chain.json, of images that were forgotten elsewhere
     samples_per_shard: PositiveInt = 256
     prepare_workers: SpeedInt = 0  # processes that write shards; 0: one a core for large sets, else this one
     max_pixels: PositiveInt = 64_000_000  # width x height above which an image is refused before decoding

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from distunlearn.common.files import file_sha256
 from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.config.schema import RunConfig
-from distunlearn.config.shape import without_effect
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.stream import RoleFeeder, epoch_order
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.manifest.records import ROLES
+from distunlearn.data.manifest.records import FORGOTTEN, ROLES
 from distunlearn.data.schedule import Cycle
 from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.world import World
@@ -36,6 +34,7 @@ from distunlearn.encoders.checkpoint_heads import other_heads, take_heads
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
 from distunlearn.encoders.weights import load_checkpoint
 from distunlearn.engine import fault_injection
+from distunlearn.engine.digests import CHECKPOINT_SHA256, digest_of, training_digest, unlearn_digest
 from distunlearn.engine.dose.settle import FULL, measure_dose, settle_dose
 from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
@@ -50,7 +49,7 @@ from distunlearn.objectives.forward import Context, EncoderView
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
 from distunlearn.verify.records import read_record
-from distunlearn.verify.run import DONE, DONE_FIELDS
+from distunlearn.verify.run import DONE, DONE_FIELDS, STATE
 
 KEYS_AT_ONCE = 256
 CHECKPOINT = "checkpoint"  # in `done.json` of the original encoder: what was taken from `encoder.checkpoint`
@@ -60,69 +59,34 @@ NEW_HEADS = (
 )
 
 
-# -- digests ---------------------------------------------------------------------------------------------------------
-
-
-def _digest(**parts: object) -> str:
-    plain = {k: _deciding(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _deciding(section: Any) -> dict[str, Any]:
-    """The settings of a section that decide results."""
-    free = without_effect(section)
-    return {key: value for key, value in dataclasses.asdict(section).items() if key not in free}
-
-
-def training_digest(session: Session, phase: str) -> str:
-    """What decides the weights of `original` or `retrained`: settings and the ids trained on, not where they lie."""
-    cfg = session.cfg
-    foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
-    roles = ("retain", "forget") if phase == "pretrain" and not foreign else ("retain",)
-    chosen = (session.manifest.by_id[i] for i in sorted(session.manifest.ids(roles)))
-    samples = [(s.id, s.sha256, s.label) for s in chosen]
-    return _digest(
-        phase=phase,
-        seed=cfg.seed,
-        precision=cfg.precision,
-        sync=cfg.sync_batchnorm,
-        encoder=dataclasses.replace(cfg.encoder, checkpoint=None),
-        objective=cfg.objective,
-        views=cfg.views,
-        pretrain=cfg.pretrain,
-        samples=samples,
-        **({"checkpoint": file_sha256(Path(foreign))} if foreign else {}),
-        decode_size=cfg.data.decode_size,
-    )
-
-
-def unlearn_digest(session: Session) -> str:
-    """What decides the weights of the unlearned encoder."""
-    cfg = session.cfg
-    return _digest(
-        original=training_digest(session, "pretrain"),
-        retain=training_digest(session, "retrain"),
-        unlearn=cfg.unlearn,
-        method=dataclasses.replace(cfg.method, dose="auto"),
-        constraint=cfg.constraint,
-        data=session.manifest.fingerprint,
-    )
-
-
-# -- phases ----------------------------------------------------------------------------------------------------------
-
-
 def pretrain(session: Session) -> Path:
     """Train the original encoder on all members; returns its folder.
 
     With `encoder.checkpoint` the original encoder is that file's. Heads, momentum encoder and queue are the file's too
     where they fit the objective; else the backbone is not touched and new heads are trained on the images that stay,
     so that no head of this run knows an image that is forgotten, or one that the audit holds against it.
+
+    With `data.previous` it is what that run left: its unlearned encoder with heads, momentum encoder and queue.
     """
     folder = session.out / "original"
+    if session.cfg.data.previous:
+        _take_previous(session, folder, Path(session.cfg.data.previous))
+        return folder
     method = _pretraining(session.cfg)
     _train(session, "pretrain", folder, method, training_digest(session, "pretrain"), start=None)
     return folder
+
+
+def _take_previous(session: Session, folder: Path, previous: Path) -> None:
+    """The unlearned encoder of a run, weights unchanged, as the original one of the next."""
+    digest = training_digest(session, "pretrain")
+    if is_done(folder, digest):
+        return
+    load_trained(previous, session)  # which checks it, and that it fits
+    if session.world.is_main:
+        facts = dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))
+        save_trained(session, folder, load_file(previous / STATE), {"phase": "pretrain", "digest": digest, **facts})
+    session.world.barrier()
 
 
 def _pretraining(cfg: RunConfig) -> Pretrain:
@@ -148,12 +112,12 @@ def unlearn(session: Session, start: Path | None = None) -> Path:
     refuse_missing(cfg, {role: len(session.manifest.ids(role)) for role in ROLES})
     digest = unlearn_digest(session)
     if start is not None:
-        digest = _digest(unlearn=digest, start=read_record(start / DONE, DONE_FIELDS)["state"])
+        digest = digest_of(unlearn=digest, start=read_record(start / DONE, DONE_FIELDS)["state"])
     begun = (start or session.out / "original") if method.begins == "original" else None
     if begun is None or not method.dosed(cfg):
         _train(session, "unlearn", session.out, method, digest, start=begun)
         return session.out
-    dosed = _digest(unlearn=digest, amount=str(cfg.method.dose), dose=cfg.dose if cfg.method.dose == "auto" else None)
+    dosed = digest_of(unlearn=digest, amount=str(cfg.method.dose), dose=cfg.dose if cfg.method.dose == "auto" else None)
     if not is_done(session.out, dosed):
         full = session.out / FULL
         _train(session, "unlearn", session.out, method, digest, start=begun, result=full)
@@ -234,13 +198,13 @@ def _train(
         total = cfg.unlearn.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
         phase = Phase(
             name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
-            sample=session.sample, forget_ids=frozenset(session.manifest.ids("forget")), digest=digest,
+            sample=session.sample, forget_ids=frozenset(session.manifest.ids(("forget", FORGOTTEN))), digest=digest,
             names_forget="" if name == "pretrain" else "forget", refuse=session.store.undecodable.check,
         )  # fmt: skip
         records = (session.ledger, session.telemetry, session.stop, session.watch)
         facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
     if notes:
-        facts[CHECKPOINT] = notes
+        facts |= {CHECKPOINT: notes, CHECKPOINT_SHA256: file_sha256(Path(str(cfg.encoder.checkpoint)))}
     _finish(session, name, result, digest, model, trained, facts)
 
 

@@ -17,7 +17,7 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import field_diff, marked
 from distunlearn.data.loading.verify import verify_shards
 from distunlearn.data.manifest.manifest import Manifest, has_index
-from distunlearn.data.manifest.records import Remote
+from distunlearn.data.manifest.records import FORGOTTEN, Remote
 from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.selection import check_list, draw_request
 from distunlearn.data.storage.object_store_cache import verify_objects
@@ -79,7 +79,7 @@ def saved_config(run_dir: Path, world: int | None = None) -> RunConfig:
     path = Path(run_dir) / "run.yaml"
     if not path.exists():
         raise DataError(f"{run_dir} is not a run directory (run.yaml is missing); give the --out folder of a run.")
-    return load_config(None, path, [], world=world)
+    return load_config(None, path, [], world=world, begun=True)
 
 
 def refuse_other_settings(cfg: RunConfig, out: Path) -> None:
@@ -186,8 +186,9 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
 
     Of shards in an object store both are compared on one process; every process compares the length of what it reads.
     """
-    if manifest.lost:
-        gone = ", ".join(f"{count} {role}" for role, count in manifest.lost.items())
+    needed = {role: count for role, count in manifest.lost.items() if role != FORGOTTEN}
+    if needed:
+        gone = ", ".join(f"{count} {role}" for role, count in needed.items())
         raise DataError(
             f"Images of this request were purged from {manifest.folder} ({gone}), but training and audits need them; "
             "the report can still be made, and another request can use the shards from another --out."

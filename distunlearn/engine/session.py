@@ -105,7 +105,7 @@ class Session:
         """Classes of the members, for an objective whose head is a classifier; None for others."""
         if objective_class(self.cfg).head != "classifier":
             return None
-        labels = self.manifest.labels(self.manifest.ids(("retain", "forget")))
+        labels = self.manifest.labels(self.manifest.ids(("retain", "forget", "forgotten")))
         if len(labels) == 0 or labels.min() < 0:
             raise DataError(
                 f"objective.name={self.cfg.objective.name} needs labels, but not every member has one; expected all."

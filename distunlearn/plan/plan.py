@@ -86,7 +86,8 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     assert model is not None, "or there was a problem"
     trains_heads = model.backbone_frozen
     model.requires_grad_(True).backbone_frozen = False
-    phases = _phases(cfg, model, counts, None if cfg.encoder.checkpoint is None else trains_heads)
+    begins = None if cfg.encoder.checkpoint is None else trains_heads
+    phases = _phases(cfg, model, counts, False if cfg.data.previous else begins)
     return {
         "recipe": cfg.recipe,
         "digest": digest(cfg),
@@ -180,7 +181,7 @@ def _phases(
 ) -> dict[str, dict[str, Any]]:
     """Steps, images, share of retraining and memory of every training; steps alone where code cannot be followed.
 
-    trains_heads: whether new heads are trained on a checkpoint's backbone; None: there is no checkpoint.
+    trains_heads: whether new heads are trained on a backbone that is given; None: the encoder is trained first.
     """
     method = method_class(cfg)(cfg)
     retraining = pretrain_steps(cfg, counts["retain"])

@@ -21,6 +21,7 @@ import numpy as np
 from distunlearn.common.text import printable
 from distunlearn.config.yaml import read_yaml
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.verify.chain import chain_facts
 from distunlearn.verify.figures import Rules
 from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.records import find_record, read_plain
@@ -53,6 +54,8 @@ class RunFiles:
     plan: dict[str, Any]
     shards: dict[str, Any]
     request: dict[str, Any]
+    chain: dict[str, Any]  # see `chain_facts`
+    purge: dict[str, Any]
     audit: dict[str, Any]
     done: dict[str, Any]
     original: dict[str, Any]  # its done.json
@@ -87,6 +90,8 @@ def load_run(run_dir: str | Path) -> RunFiles:
         plan=_clean_file(folder / "plan.json"),
         shards=_clean_file(folder / "shards" / "summary.json"),
         request=_clean_file(folder / "request.json"),
+        chain=chain_facts(folder),
+        purge=_clean_file(folder / "purge.json"),
         audit=_clean_file(folder / "audit" / "summary.json"),
         done=_clean_file(folder / "done.json"),
         original=_clean_file(folder / "original" / "done.json"),

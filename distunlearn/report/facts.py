@@ -7,14 +7,16 @@ from typing import Any
 
 from distunlearn.config.registry import METHOD, find
 from distunlearn.errors import ConfigError
+from distunlearn.report.chain import chain
 from distunlearn.report.data import RunFiles, number, tree
 from distunlearn.report.formatting import percent, seconds, text, whole
 from distunlearn.report.texts import NOT_EVALUATED, ROLES, SOURCES
 
 CLASS = re.compile(r"class:(-?\d{1,9})")
 PATH_KEYS = frozenset(
-    ("root", "shards", "store", "store_cache", "third_party_root", "holdout_root", "checkpoint", "forget", "reuse")
-)
+    ("root", "shards", "store", "store_cache", "third_party_root", "holdout_root", "checkpoint", "forget", "reuse",
+     "previous", "exclude")
+)  # fmt: skip
 HIDDEN_PATH = "(a path, not shown)"
 MAX_ROWS = 300  # of settings or versions
 
@@ -41,6 +43,7 @@ def request(run: RunFiles) -> dict[str, Any]:
         "length": _length(run),
         "copies": None if not copies else whole(copies),
         "left_out": [*_named(run), *_left_out(run), *_enlarged(run), *_not_probed(run)],
+        "chain": chain(run),
         "checkpoint": _checkpoint(run),
         "reused": tree(run.config, "runtime").get("reuse") is not None,
         "roles": [

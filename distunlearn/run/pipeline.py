@@ -6,6 +6,8 @@ repeated: what is finished is checked and kept, what was interrupted goes on fro
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from distunlearn.audit.run_audit import collect_evidence
 from distunlearn.audit.trainings.shadows import audit_shadows
 from distunlearn.audit.trainings.stress import audit_stress
 from distunlearn.common.launcher import is_main
+from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.request import has_request
-from distunlearn.data.prepare.selection import check_selection, draw_request
+from distunlearn.data.prepare.selection import check_selection, draw_request, without_chain
 from distunlearn.distributed.process_group import wait_for_all
 from distunlearn.encoders.compile import require_compiler
 from distunlearn.engine import phases
@@ -33,9 +36,10 @@ from distunlearn.engine.run_directory import (
 from distunlearn.engine.run_lock import refuse_if_owned
 from distunlearn.engine.session import open_session
 from distunlearn.engine.trackers import require_trackers
-from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, StoppedError
+from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
 from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report.render import write_report
+from distunlearn.run.chain import keep_chain
 from distunlearn.run.prepare import describe, make_shards
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
@@ -53,7 +57,7 @@ def prepare(cfg: RunConfig, out: str | Path) -> str:
             check_selection(cfg.data, cfg.seed, manifest)
         return describe(manifest)
     if manifest is None:
-        manifest = make_shards(cfg, shards_folder(cfg, out))
+        manifest = without_chain(cfg.data, make_shards(cfg, shards_folder(cfg, out)))
     elif cfg.runtime.reuse:
         manifest = Manifest.load(manifest.folder, manifest.remote, Path(cfg.runtime.reuse).expanduser())
         check_selection(cfg.data, cfg.seed, manifest)
@@ -80,6 +84,8 @@ def unlearn(cfg: RunConfig, out: str | Path) -> None:
     with open_session(cfg, Path(out)) as session:
         phases.unlearn(session)
         check_coverage(session)
+        if session.world.is_main:
+            keep_chain(session.cfg, session.out, session.manifest)
 
 
 def dose(run_dir: str | Path) -> dict[str, Any]:
@@ -120,6 +126,26 @@ def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:
 def report(run_dir: str | Path) -> Path:
     """Write `report.html` from what the audit saved."""
     return write_report(Path(run_dir))
+
+
+def next_config(previous: Path, overrides: Sequence[str], world: int | None = None) -> RunConfig:
+    """Settings of the next request on what a run has left: its own, with what the overrides change.
+
+    Raises:
+        ConfigError: no override names what to forget now. DataError: there is no finished run.
+    """
+    previous = Path(previous).expanduser().resolve()
+    saved = saved_config(previous, world=1)
+    if not (previous / "done.json").exists():
+        raise DataError(f"{previous} has not forgotten yet (done.json is missing); finish that run first.")
+    if not any(text.partition("=")[0].strip() == "data.forget" for text in overrides):
+        raise ConfigError(f"--previous {previous} needs what to forget now; give --set data.forget=LIST.")
+    shards = shards_folder(saved, previous).resolve()
+    own = {"data.previous": str(previous), "data.shards": str(shards), "data.members": None, "data.exclude": None,
+           "data.forget_column": None, "data.forget_by": "id", "encoder.checkpoint": None, "runtime.reuse": None,
+           "runtime.accept_code_change": False}  # fmt: skip
+    given = [f"{key}={'' if value is None else json.dumps(value)}" for key, value in own.items()]
+    return load_config(None, previous / "run.yaml", [*given, *overrides], world=world)
 
 
 def begin(cfg: RunConfig, out: str | Path) -> dict:

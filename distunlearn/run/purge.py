@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from distunlearn.common.files import write_json
+from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.purge import plan_purge, purge_shards, purged_before
 from distunlearn.engine.run_directory import saved_config, shards_folder, shards_remote
 from distunlearn.engine.run_lock import owned
 from distunlearn.errors import ConfigError, DataError
+from distunlearn.run.chain import keep_chain
 from distunlearn.verify.secret import commitment, make_secret
 
 
@@ -42,14 +44,16 @@ def purge(run_dir: Path, apply: bool = False) -> dict:
             )
     shards = shards_folder(cfg, folder)
     if not apply:
-        return _purge(folder, shards, apply)
+        return _purge(cfg, folder, shards, apply)
     with owned(folder):
-        return _purge(folder, shards, apply)
+        return _purge(cfg, folder, shards, apply)
 
 
-def _purge(folder: Path, shards: Path, apply: bool) -> dict:
+def _purge(cfg: RunConfig, folder: Path, shards: Path, apply: bool) -> dict:
     facts: dict = {"applied": apply, "shards_folder": str(shards)}
     manifest = Manifest.load(shards, run=folder)
+    if apply and manifest.ids("forget"):
+        keep_chain(cfg, folder, manifest)  # by which the next request knows them
     ids = manifest.ids("forget")
     done = None if ids else purged_before(shards)
     if done is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from distunlearn.engine.checkpoint.format import latest_checkpoint
 from distunlearn.errors import DataError
+from distunlearn.verify.chain import chain_facts
 from distunlearn.verify.ledger import effective_steps, read_ledger
 from distunlearn.verify.records import find_record, read_records
 from distunlearn.verify.run import DONE, DONE_FIELDS, SUMMARY_FIELDS
@@ -16,7 +17,8 @@ FOLDERS = {"pretrain": "original", "unlearn": ".", "retrain": "retrained"}
 
 
 def run_status(run_dir: Path) -> dict[str, Any]:
-    """Plain JSON: `phases` (state, steps done and planned, attempts, newest checkpoint), `audit`, `jobs`, `next`.
+    """Plain JSON: `phases` (state, steps done and planned, attempts, newest checkpoint), `audit`, `chain`
+    (`chain_facts`), `purged` (images, if they were), `jobs`, `next`.
 
     A phase is "done", "stopped" (begun and not done; it may be at work in another process) or "waiting".
 
@@ -38,6 +40,8 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         "phases": phases,
         "audit": {"verdict": summary["gates"].get("verdict"), "coverage": summary["coverage"]} if summary else None,
         "report": (folder / "report.html").exists(),
+        "chain": chain_facts(folder) or None,
+        "purged": (find_record(folder / "purge.json") or {}).get("images"),
         "jobs": [line.get("job") for _, line in read_records(jobs)] if os.path.lexists(jobs) else [],
     }
     waiting = next((name for name, phase in phases.items() if phase["state"] != "done"), None)

@@ -78,7 +78,8 @@ def effective_steps(lines: Sequence[dict], phase: str) -> dict[int, dict]:
 
 
 def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn") -> Coverage:
-    """Consumption counts of the requested ids in `phase`; `used_as_retain` also counts the retrained reference.
+    """Consumption counts of the requested ids in `phase`; `used_as_retain` counts every image of this or an earlier
+    request that entered under another role, in the retrained reference too.
 
     Args:
         lines: from `read_ledger`.
@@ -91,13 +92,12 @@ def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn
         misused.update(line.get("misused", ()))
     for line in effective_steps(lines, "retrain").values():
         misused.update(line.get("misused", ()))
-    requested = set(forget)
     numbers = [counts[i] for i in forget]
     return Coverage(
         requested=len(forget),
         consumed_min=min(numbers),
         consumed_max=max(numbers),
         consumed_mean=sum(numbers) / len(numbers),
-        used_as_retain=len(misused & requested),
+        used_as_retain=len(misused),
         counts={i: counts[i] for i in forget},
     )

@@ -86,7 +86,7 @@ def test_home_is_expanded_in_paths_only():
 
 def test_values_of_set_are_whole():
     assert load("data.root=/data/a b #1: 'c'").data.root == "/data/a b #1: 'c'"
-    assert load("data.root='5'").data.root == "5"
+    assert load("data.root='5'").data.root == os.path.abspath("5")  # text, and a path that holds from any folder
     assert load("data.root=").data.root is None
     assert load("encoder.embed_dim=null").encoder.embed_dim is None
 

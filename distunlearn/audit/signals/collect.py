@@ -24,6 +24,7 @@ from distunlearn.config.schema import AuditConfig, RunConfig
 from distunlearn.constraints.gradients.last_layer import head_gradients, sketch_matrices
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.records import FORGOTTEN
 from distunlearn.data.views.colour import plain_view
 from distunlearn.engine.session import Session, Trained
 from distunlearn.errors import NumericsError
@@ -31,7 +32,7 @@ from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.objectives.memory_bank import Bank
 
-AUDITED = ("retain", "forget", "third_party_audit", "holdout")
+AUDITED = ("retain", "forget", "third_party_audit", "holdout", FORGOTTEN)
 AUDIT_EPOCH = VIEW_EPOCHS["audit"][0]  # views that no training and no calibration has seen
 PER_ROLE = 10_000  # audited images of a role; a role with more is sampled, the same way for every encoder
 BANK_IMAGES = 512

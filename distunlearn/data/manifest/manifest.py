@@ -232,18 +232,25 @@ class Manifest:
         manifest = cls(folder, columns, shards, summary["info"], remote)
         manifest.index_sha256 = summary["index_sha256"]
         manifest._check_ids()
-        return manifest if run is None else manifest._requested(Path(run))
+        return manifest if run is None else manifest.requested(Path(run))
 
     @classmethod
     def of_run(cls, run: str | Path) -> Manifest:
         """That of a run directory which holds its shards."""
         return cls.load(Path(run) / "shards", run=run)
 
-    def _requested(self, run: Path) -> Manifest:
-        request = Request.load(run)
-        steps = self.info.get("purged", {}).get("steps", [])
+    def has_been(self, index: str) -> bool:
+        """Whether this is the index of that sha256, or what a purge has left of it."""
+        return index == self.index_sha256 or any(step["index"] == index for step in self._purges())
+
+    def _purges(self) -> list[dict[str, Any]]:
+        return self.info.get("purged", {}).get("steps", [])
+
+    def requested(self, run: Path) -> Manifest:
+        """The same images with the roles of the request in a run directory; errors: see `load`."""
+        request, steps = Request.load(run), self._purges()
         since = next((k for k, step in enumerate(steps) if step["index"] == request.index), None)
-        if request.index != self.index_sha256 and since is None:
+        if not self.has_been(request.index):
             raise DataError(
                 f"{run} gives roles to the images of another index than that in {self.folder}; give the shards that it "
                 "was prepared with, or choose another --out."

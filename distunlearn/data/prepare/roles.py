@@ -50,6 +50,7 @@ def draw_roles(
     holdout: _Samples | None = None,
     *,
     names: Sequence[Collection[str]] | None = None,
+    excluded: Collection[str] = (),
     classes: Sequence[str] = (),
     skipped: str = "",
     foreign: bool = False,
@@ -64,6 +65,7 @@ def draw_roles(
         third_party: (id, label) of the third-party source; required if cfg.third_party_source is set.
         holdout: (id, label) of the non-members' source; None: they are drawn from `samples`, or named by the list.
         names: by what a list may mean each of `samples`, see `resolve_list`. classes: names of the labels.
+        excluded: ids that get no role.
         skipped: what the source left out, for messages.
         foreign: the encoder was trained elsewhere, so non-members must be named, not drawn.
 
@@ -73,6 +75,10 @@ def draw_roles(
         ConfigError: a count or share that cannot be; unnamed non-members of a foreign encoder.
     """
     assert (third_party is not None) == (cfg.third_party_source is not None), "third-party samples and config differ"
+    if excluded:
+        kept = [place for place, (sample_id, _) in enumerate(samples) if sample_id not in excluded]
+        names = None if names is None else [names[place] for place in kept]
+        samples = [samples[place] for place in kept]
     labels = dict(samples)
     listed, facts = _read_list(cfg, samples, names, skipped)
     named = {i: role for role in LIST_ROLES[2:] for i in listed.get(role, ())}
@@ -94,7 +100,7 @@ def draw_roles(
     order = first + [i for i in order if i not in first_set and i not in named]
     members, rest = order[:num_members], order[num_members:]
 
-    forget = _require_some(_choose_forget(members, labels, cfg, seed, listed["forget"], classes), num_members, cfg)
+    forget = _require_some(choose_forget(members, labels, cfg, seed, listed["forget"], classes), num_members, cfg)
     facts |= forget_facts(members, labels, forget, cfg, classes)
     roles = {sample_id: "forget" if sample_id in forget else "retain" for sample_id in members}
     if own:
@@ -106,7 +112,7 @@ def draw_roles(
         roles.update(_draw_outside(holdout, left, seed, labels, "holdout", cfg.holdout_source or cfg.source))
     if third_party is not None:
         roles.update(_draw_outside(third_party, strangers, seed, labels, "third_party", cfg.third_party_source))
-    return Drawn(roles, facts)
+    return Drawn(roles, facts | ({"excluded": len(excluded)} if excluded else {}))
 
 
 def _require_named(non_members: str, cfg: DataConfig, foreign: bool) -> None:
@@ -203,7 +209,7 @@ def _whole_classes(members: Sequence[str], labels: Mapping[str, int | None], for
     return sorted(label for label, count in gone.items() if label is not None and count == total[label])
 
 
-def _choose_forget(
+def choose_forget(
     members: list[str],
     labels: dict[str, int | None],
     cfg: DataConfig,
@@ -211,6 +217,7 @@ def _choose_forget(
     listed: list[str],
     classes: Sequence[str],
 ) -> Iterable[str]:
+    """Ids of the members that `data.forget` means. listed: those of its list. classes: names of the labels."""
     forget = cfg.forget
     if isinstance(forget, str):
         return _of_class(members, labels, forget, classes) if forget.startswith("class:") else listed

@@ -15,11 +15,12 @@ from distunlearn.data.manifest.columns import NO_LABEL
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import CODE, UNUSED
 from distunlearn.data.prepare.draw import open_and_draw
+from distunlearn.data.prepare.duplicates import duplicate_facts, settle_roles
+from distunlearn.data.prepare.exclude import excluded_ids, excluding_chain
 from distunlearn.data.prepare.forget_list import list_sha256
+from distunlearn.data.prepare.previous import leave_out, names_of, next_request
 from distunlearn.data.prepare.roles import draw_roles, is_list
-from distunlearn.data.prepare.write_shards import duplicate_facts, settle_roles
 from distunlearn.data.sources.image_folder import left_out
-from distunlearn.data.sources.sources import ShardSource, names_by
 from distunlearn.errors import ConfigError, DataError
 
 
@@ -38,12 +39,16 @@ def check_list(cfg: DataConfig, manifest: Manifest) -> None:
 
 def check_selection(cfg: DataConfig, seed: int, manifest: Manifest) -> None:
     """DataError unless the settings give every image the role it has in the request."""
-    if HANDED_OVER in manifest.facts:
+    if cfg.previous:
+        drawn = draw_request(cfg, seed, manifest).columns.role
+        same = bool((drawn == manifest.columns.role).all())
+    elif HANDED_OVER in manifest.facts:
         same = cfg.source == HANDED_OVER  # the settings say no more than the datasets did
     else:
         drawn, _ = _drawn(cfg, seed, manifest, foreign=False)
         policy = "forget" if cfg.copies == "forget" else "keep"  # what would be refused was refused before
         drawn, facts = settle_roles(manifest.columns, drawn, policy)
+        drawn = without_chain(cfg, manifest.with_roles(drawn, {})).columns.role
         refused = cfg.copies == "refuse" and facts["copies_in_retain"]
         same = not refused and bool((drawn == manifest.columns.role).all())
     if not same:
@@ -56,13 +61,26 @@ def check_selection(cfg: DataConfig, seed: int, manifest: Manifest) -> None:
 def draw_request(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool = False) -> Manifest:
     """The index with the roles that the settings give; no image is read. foreign: see `draw_roles`.
 
+    With `cfg.previous` they follow from those of that run, see `next_request`.
+
     Raises:
         DataError: roles or copies are refused, or the shards lack images that the settings give a role.
         ConfigError: indexed shards have no third-party or holdout source of their own.
     """
+    if cfg.previous:
+        return next_request(cfg, seed, manifest, Path(cfg.previous))
     drawn, facts = _drawn(cfg, seed, manifest, foreign=foreign)
     role, found = duplicate_facts(manifest.columns.with_roles(drawn), cfg.copies, cfg.near_distance)
-    return manifest.with_roles(role, {**found, **facts})
+    return without_chain(cfg, manifest.with_roles(role, {**found, **facts}))
+
+
+def without_chain(cfg: DataConfig, manifest: Manifest) -> Manifest:
+    """The manifest without a role for images that the chain of `cfg.exclude` has forgotten; itself without a chain."""
+    chain = excluding_chain(cfg)
+    if chain is None:
+        return manifest
+    role, facts = leave_out(manifest, manifest.columns.role, chain, cfg.near_distance)
+    return manifest.with_roles(role, {**manifest.facts, "excluded_chain": facts})
 
 
 def _drawn(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool) -> tuple[np.ndarray, dict[str, Any]]:
@@ -81,8 +99,9 @@ def _drawn(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool) -> 
             )
         labels = (None if label == NO_LABEL else label for label in columns.label.tolist())
         skipped = left_out(Counter(info["skipped_files"]) + Counter(info["left_out"]))
+        names, ids = names_of(cfg, manifest), list(columns.ids)
         drawn = draw_roles(
-            list(zip(columns.ids, labels, strict=True)), cfg, seed, names=_names(cfg, manifest),
+            list(zip(ids, labels, strict=True)), cfg, seed, names=names, excluded=excluded_ids(cfg, ids, names),
             classes=info["classes"], foreign=foreign, skipped=skipped,
         )  # fmt: skip
         roles = drawn.roles
@@ -100,28 +119,11 @@ def _drawn(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool) -> 
     return np.fromiter(codes, dtype=np.uint8, count=len(columns)), drawn.facts
 
 
-def _names(cfg: DataConfig, manifest: Manifest) -> list[list[str]] | None:
-    """By what a list may name each image of indexed shards; None for ids."""
-    if not is_list(cfg.forget) or cfg.forget_by == "id":
-        return None
-    kept = manifest.info["indexed"]["named_by"]
-    if cfg.forget_by not in (kept, "sha256"):
-        if manifest.remote is None:  # the headers of the shards say it
-            return names_by(ShardSource(manifest.folder, cfg.max_pixels), cfg.forget_by)
-        raise DataError(
-            f"The index in {manifest.folder} does not keep data.forget_by={cfg.forget_by} of the images; remove "
-            f"index.arrow and summary.json there and index with data.forget_by={cfg.forget_by}."
-        )
-    told = manifest.columns.name.to_pylist() if cfg.forget_by == kept else [None] * len(manifest)
-    digests = [row.tobytes().hex() for row in manifest.columns.sha256] if cfg.forget_by == "sha256" else told
-    return [[name for name in dict.fromkeys(names) if name] for names in zip(told, digests, strict=True)]
-
-
 def request_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     """What shards and request, or the draw of the roles, say about the request: counts and digests, no ids."""
     names = ("forget_list", "forget_share", "whole_classes", "forget_with_copy_in_retain", "copies_in_retain",
              "dropped_copies", "copies_policy", "near_copies", "near_copies_of_members", "undecodable", "skipped_files",
-             "left_out", "non_members")  # fmt: skip
+             "left_out", "non_members", "excluded", "excluded_chain", "previous", "purged")  # fmt: skip
     facts = {name: info[name] for name in names if name in info}
     if "forget_list" in facts:
         facts["forget_list"] = {k: v for k, v in facts["forget_list"].items() if k != "missing_ids"}

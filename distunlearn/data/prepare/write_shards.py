@@ -31,9 +31,9 @@ from distunlearn.common.files import HashingFile, file_sha256, sync_path, write_
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.columns import NO_HASH, NO_LABEL, Columns, Row
 from distunlearn.data.manifest.manifest import INDEX, SUMMARY, Manifest, Shard
-from distunlearn.data.manifest.records import CODE, UNUSED
+from distunlearn.data.manifest.records import CODE
 from distunlearn.data.prepare.draw import open_and_draw
-from distunlearn.data.prepare.duplicates import drop_copies, near_copies, perceptual_hash, settle_copies
+from distunlearn.data.prepare.duplicates import duplicate_facts, perceptual_hash
 from distunlearn.data.prepare.process_pool import num_workers, run_jobs
 from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.decode import image_size
@@ -46,8 +46,6 @@ _GROUPS = {
     "third_party": ("third_party", "third_party_audit"),
     "reserve": ("calibration", "holdout", "watch"),
 }
-# Of equal bytes the first one stays.
-NON_MEMBERS = ("third_party", "calibration", "third_party_audit", "holdout", "watch")
 _NAMED = 100  # undecodable images that are named at once; all of them are counted
 _OURS = (INDEX, SUMMARY)
 _OUR_SHARDS = re.compile(rf"({'|'.join(_GROUPS)})-\d{{6}}\.tar")
@@ -154,47 +152,6 @@ def write_shards(
         raise DataError(f"Shards cannot be written to {folder} ({reason}); choose another folder.") from error
     manifest.folder = folder
     return manifest
-
-
-def duplicate_facts(columns: Columns, policy: str, near_distance: int | None) -> tuple[np.ndarray, dict[str, Any]]:
-    """(roles uint8 [n] after the policy for exact copies, facts of the request).
-
-    Raises:
-        DataError: exact copies of forgotten images among the retained, and the policy is to refuse them; or near-copies
-            are to be counted, and the index has no hashes.
-    """
-    role, facts = settle_roles(columns, columns.role, policy)
-    if near_distance is not None:
-        hashes, known = columns.near, columns.near != NO_HASH
-        if len(columns) and not known.any() and (columns.width > 0).any():
-            raise DataError(
-                "The index of these shards has no perceptual hashes (data.near_distance was null); set "
-                "data.near_distance=null, or remove index.arrow and summary.json and index them again."
-            )
-        forget, retain = (np.flatnonzero((role == CODE[name]) & known) for name in ("forget", "retain"))
-        members = np.concatenate([forget, retain])
-        near_members = {}
-        for name in NON_MEMBERS:
-            rows = np.flatnonzero((role == CODE[name]) & known)
-            near_members[name] = int(near_copies(hashes[rows], hashes[members], near_distance)[0].sum())
-        facts["near_copies_of_members"] = {name: count for name, count in near_members.items() if count}
-        near_forget, near_retain = near_copies(hashes[forget], hashes[retain], near_distance)
-        facts["near_copies"] = {
-            "distance": near_distance,
-            "forget": int(near_forget.sum()),
-            "retain": int(near_retain.sum()),
-        }
-    return role, facts
-
-
-def settle_roles(columns: Columns, role: np.ndarray, policy: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """(roles after the policy, without non-members that have the bytes of a member or of another role; facts)."""
-    role, facts = settle_copies(columns.ids, columns.sha256, role, CODE["forget"], CODE["retain"], policy)
-    order = [(CODE["retain"], CODE["forget"]), *((CODE[name],) for name in NON_MEMBERS)]
-    settled = drop_copies(columns.sha256, role, order, CODE[UNUSED])
-    dropped = {name: int(((role == CODE[name]) & (settled != role)).sum()) for name in NON_MEMBERS}
-    facts["dropped_copies"] = {name: count for name, count in dropped.items() if count}
-    return settled, facts
 
 
 def refuse_undecodable(bad: Mapping[str, str], roles: Mapping[str, str], share: float) -> None:

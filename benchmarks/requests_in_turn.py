@@ -1,0 +1,175 @@
+"""Three requests in turn on one encoder: do the images of the first stay forgotten while the later ones are served?
+
+    python benchmarks/requests_in_turn.py digits --seed 0 --out DIR            [--purge] [--processes 2] [--set K=V ...]
+    python benchmarks/requests_in_turn.py photos --seed 0 --out DIR --purge
+
+`digits`: the recipe of that name. `photos`: 600 generated photos and, as the original encoder, a checkpoint of a
+backbone alone that was trained elsewhere: by a run of another seed, on the images that are the members here.
+
+Every run is `distunlearn run`, the later ones with `--previous`. The images of the first request are kept aside before
+they are purged, and every encoder is shown them here, in the way of the audit. Prints and writes DIR/result.json: view
+agreement (AUC against the holdout) of the first request's images in the encoder before it, after it, and after the
+third, and how often one of them is in a batch of a later run, by the ledger and by the roles. Goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from photos import jpeg
+from safetensors.torch import load_file
+
+from distunlearn.audit.attacks.lira import alignment
+from distunlearn.audit.signals.collect import collect_signals
+from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.image_store import open_store
+from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.encoders.model import MomentumEncoder, build_model
+from distunlearn.engine.run_directory import saved_config, shards_folder
+from distunlearn.objectives import make_objective
+from distunlearn.objectives.forward import EncoderView
+from distunlearn.verify.run import STATE
+from distunlearn.verify.statistics import Comparison, auc
+
+SETS = {
+    "digits": [
+        "data.members=400", "data.forget=60", "data.holdout=300", "pretrain.epochs=150", "unlearn.steps=60",
+        "audit.views=6",
+    ],
+    "photos": [
+        "data.source=imagefolder", "data.members=300", "data.forget=40", "data.holdout=120", "data.calibration=60",
+        "data.third_party=80", "data.third_party_audit=40", "encoder.in_chans=3", "views.recipe=simclr",
+        "pretrain.batch=100", "pretrain.epochs=120", "unlearn.retain_batch=64", "unlearn.steps=60", "audit.views=6",
+    ],
+}  # fmt: skip
+NEXT = {"digits": 60, "photos": 40}
+ENDED = (0, 6, 7)
+
+
+def command(processes: int, *words: str) -> None:
+    """One `distunlearn` command; its verdict does not matter here."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    done = subprocess.run([*start, "distunlearn", *words], capture_output=True, text=True, check=False)
+    if done.returncode not in ENDED:
+        raise SystemExit(f"{' '.join(words[:3])} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def sets(values: list[str]) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def photos(folder: Path) -> list[str]:
+    """600 generated photos; settings that name them."""
+    root = folder / "photos"
+    for number in range(600):
+        path = root / f"class{number % 5}" / f"{number:04d}.jpg"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(number, (120, 90)))
+    return [f"data.root={root}"]
+
+
+def foreign(folder: Path, settings: list[str], seed: int) -> list[str]:
+    """A checkpoint of a backbone alone, of a run of another seed; settings that name it and a list of all roles.
+
+    The roles are those of that run, so that members are what the encoder was trained on.
+    """
+    other, listed = folder / "elsewhere", folder / "request.csv"
+    if not (other / "original" / "done.json").exists():
+        command(1, "prepare", "digits", "--out", str(other), *sets([*settings, f"seed={seed + 100}"]))
+        command(1, "pretrain", "digits", "--out", str(other), *sets([*settings, f"seed={seed + 100}"]))
+    manifest = Manifest.of_run(other)
+    rows = [f"{s.id},{s.role}" for s in manifest.samples if s.role != "unused"]
+    listed.write_text("id,role\n" + "\n".join(rows) + "\n")
+    checkpoint = other / "original" / "export" / "model.safetensors"
+    return [f"encoder.checkpoint={checkpoint}", f"data.forget={listed}"]
+
+
+def view_agreement(run: Path, cfg: RunConfig, kept: Manifest) -> float:
+    """AUC of the first request's images against the holdout, in the encoder of a model folder."""
+    state = load_file(run / STATE)
+    model = build_model(cfg, None)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    momentum = None
+    if any(name.startswith("momentum.") for name in state):
+        momentum = MomentumEncoder(model)
+        momentum.load_state_dict(
+            {k.removeprefix("momentum."): v for k, v in state.items() if k.startswith("momentum.")}
+        )
+    encoder = EncoderView(
+        model, momentum.model if momentum else None, make_objective(cfg.objective), cfg.views, cfg.seed
+    )
+    signals = collect_signals(encoder, open_store(kept, cfg, torch.device("cpu")), kept, cfg)
+    known = alignment(signals)
+    return auc(Comparison.of(known[signals.of("forget")], known[signals.of("holdout")]))
+
+
+def in_later_batches(run: Path, kept: Manifest) -> int:
+    """Times that an image of the first request is in a batch of a later run: named by its ledger, or by its roles."""
+    gone = {sample.sha256 for sample in kept.lookup(kept.ids("forget"))}
+    ids = set(kept.ids("forget"))
+    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+    named = sum(i in ids for line in lines for part in ("forget", "misused") for i in line.get(part, ()))
+    now = Manifest.load(shards_folder(saved_config(run, world=1), run), run=run)
+    trained = now.lookup(now.ids(("retain", "forget", "third_party", "calibration")))
+    return named + sum(sample.sha256 in gone for sample in trained)
+
+
+def requests(asked: argparse.Namespace) -> dict:
+    folder = asked.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [*SETS[asked.kind], f"seed={asked.seed}", "audit.tier=0", "audit.bootstrap=100", *asked.set]
+    if asked.kind == "photos":
+        settings += photos(folder)
+        settings += foreign(folder, settings, asked.seed)
+    settings += [f"backend={'ddp' if asked.processes > 1 else 'single'}"]
+    runs = [folder / name for name in ("first", "second", "third")]
+    kept_run = folder / "kept"
+    if not (runs[0] / "report.html").exists():
+        command(asked.processes, "run", "digits", "--out", str(runs[0]), *sets(settings))
+    if not kept_run.exists():
+        shutil.copytree(runs[0] / "shards", folder / ".kept" / "shards", dirs_exist_ok=True)
+        for name in ("request.json", "roles.arrow"):
+            shutil.copy(runs[0] / name, folder / ".kept" / name)
+        (folder / ".kept").rename(kept_run)
+    for before, run in zip(runs, runs[1:], strict=False):
+        if asked.purge and not (before / "purge.json").exists():
+            command(1, "purge", str(before), "--apply")
+        if not (run / "report.html").exists():
+            again = [f"data.forget={NEXT[asked.kind]}", f"seed={asked.seed}"]
+            command(asked.processes, "run", "--previous", str(before), "--out", str(run), *sets(again))
+    cfg, kept = saved_config(runs[0], world=1), Manifest.of_run(kept_run)
+    found = {
+        "kind": asked.kind, "seed": asked.seed, "purge": asked.purge, "processes": asked.processes,
+        "before": view_agreement(runs[0] / "original", cfg, kept),
+        **{run.name: view_agreement(run, cfg, kept) for run in runs},
+        "in_later_batches": {run.name: in_later_batches(run, kept) for run in runs[1:]},
+    }  # fmt: skip
+    found["moved"] = found["third"] - found["first"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=sorted(SETS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--purge", action="store_true", help="purge the shards between the requests")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], help="further settings of the first run")
+    asked = parser.parse_args()
+    found = requests(asked)
+    (asked.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
