@@ -233,17 +233,17 @@ def test_what_a_job_asks_for_reaches_slurm_and_its_tasks(cluster, tmp_path):
     cluster.ask("scontrol", "create", "reservation", "ReservationName=mine", "StartTime=now", "Duration=60",
                 "Users=root", "Nodes=n1")  # fmt: skip
     job = Job(
-        cpus=2, setup=str(setup), reservation="mine", qos="normal", time="50", exclude="n2", sbatch=("comment=x",)
+        cpus=1, setup=str(setup), reservation="mine", qos="normal", time="50", exclude="n2", sbatch=("comment=x",)
     )
     path = tmp_path / "job.sbatch"
     path.write_text(script(job, None, tmp_path / "run", python=str(python)))
     number = cluster.ask("sbatch", "--parsable", f"--output={tmp_path / 'log'}", str(path))
     cluster.wait_for_state(number, *ENDED, limit=60)
     assert cluster.state(number) == "COMPLETED", (tmp_path / "log").read_text()
-    cluster.ask("scontrol", "delete", "ReservationName=mine")
     told = cluster.job(number)
-    wanted = {"CPUs/Task": "2", "Reservation": "mine", "TimeLimit": "00:50:00", "ExcNodeList": "n2", "Comment": "x"}
+    cluster.ask("scontrol", "delete", "ReservationName=mine")
+    wanted = {"CPUs/Task": "1", "Reservation": "mine", "TimeLimit": "00:50:00", "ExcNodeList": "n2", "Comment": "x"}
     assert {key: told[key] for key in wanted} == wanted
     found = dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line)
-    assert found["SLURM_CPUS_PER_TASK"] == found["SRUN_CPUS_PER_TASK"] == "2" and found["FROM_SETUP"] == "1"
+    assert found["SLURM_CPUS_PER_TASK"] == found["SRUN_CPUS_PER_TASK"] == "1" and found["FROM_SETUP"] == "1"
     assert len(found["DISTUNLEARN_LAUNCH_TOKEN"]) == 32
