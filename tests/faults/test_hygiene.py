@@ -105,16 +105,19 @@ OPTIONS = {
     "audit": "", "report": "", "run": "--out --config --set", "purge": "--apply --no-apply", "status": "",
     "plan": "--out --config --set", "list": "", "doctor": "--out --config --set",
     "index": "--config --set", "dose": "", "keygen": "", "certify": "--key",
+    "init": "--checkpoint --encoder --images --non-members --request",
     "convert": "--args --image-size --in-chans --name --out --prefix --to",
     "verify": "--export --json --run --secret --trust",
     "submit": (
         "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run "
-        "--no-dry-run --gpus --memory --name --nodes --partition --requeues --setup --tasks --time --warning"
+        "--no-dry-run --exclude --gpu-type --gpus --logs --mail-type --mail-user --memory --name --nodes --partition "
+        "--qos --requeues --reservation --sbatch --setup --tasks --time --warning"
     ),
     "sweep": (
         "--out --config --set --account --array --attacks --constraint --container --container-image --cpus --dry-run "
-        "--no-dry-run --gpus --jobs --memory --methods --name --nodes --no-report --no-submit --no-task --partition "
-        "--processes --report --requeues --search --search-seed --seeds --setup --submit --task --tasks --time "
+        "--no-dry-run --exclude --gpu-type --gpus --jobs --logs --mail-type --mail-user --memory --methods --name "
+        "--nodes --no-report --no-submit --no-task --partition --processes --qos --report --requeues --reservation "
+        "--sbatch --search --search-seed --seeds --setup --submit --task --tasks --time "
         "--trials --validation-seed --warning"
     ),
 }  # fmt: skip
