@@ -39,16 +39,18 @@ from distunlearn.verify.statistics import Comparison, auc
 
 SETS = {
     "digits": [
-        "data.members=400", "data.forget=60", "data.holdout=300", "pretrain.epochs=150", "unlearn.steps=60",
-        "audit.views=6",
+        "data.members=240", "data.forget=30", "data.holdout=200", "data.calibration=60", "data.third_party=120",
+        "data.third_party_audit=30", "pretrain.epochs=100", "pretrain.batch=60", "unlearn.steps=40",
+        "unlearn.retain_batch=48", "unlearn.forget_batch=16", "unlearn.third_party_batch=24", "audit.views=6",
     ],
     "photos": [
-        "data.source=imagefolder", "data.members=300", "data.forget=40", "data.holdout=120", "data.calibration=60",
-        "data.third_party=80", "data.third_party_audit=40", "encoder.in_chans=3", "views.recipe=simclr",
-        "pretrain.batch=100", "pretrain.epochs=120", "unlearn.retain_batch=64", "unlearn.steps=60", "audit.views=6",
+        "data.source=imagefolder", "data.members=260", "data.forget=30", "data.holdout=160", "data.calibration=60",
+        "data.third_party=90", "data.third_party_audit=30", "encoder.in_chans=3", "pretrain.epochs=80",
+        "pretrain.batch=60", "unlearn.steps=40", "unlearn.retain_batch=48", "unlearn.forget_batch=16",
+        "unlearn.third_party_batch=24", "audit.views=6",
     ],
 }  # fmt: skip
-NEXT = {"digits": 60, "photos": 40}
+NEXT = {"digits": 30, "photos": 30}
 ENDED = (0, 6, 7)
 
 

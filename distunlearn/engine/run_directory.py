@@ -49,16 +49,18 @@ def shards_remote(cfg: RunConfig) -> Remote | None:
     )
 
 
-def find_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
+def find_manifest(cfg: RunConfig, out: Path | None) -> Manifest | None:
     """The index of a run's shards with the roles of its request, all `unused` where it has none yet; None: no index.
+
+    out: run directory; None: there is none.
 
     Raises:
         DataError: index or request are damaged, or not of each other; or there is no index of shards in an object
             store, where `prepare` writes none.
     """
-    folder, remote = shards_folder(cfg, out), shards_remote(cfg)
+    folder, remote = shards_folder(cfg, out or Path()), shards_remote(cfg)
     if has_index(folder):
-        return Manifest.load(folder, remote, out if has_request(out) else None)
+        return Manifest.load(folder, remote, out if out and has_request(out) else None)
     if remote is not None:
         raise DataError(
             f"{folder} holds no index of the shards in {remote.url}; copy index.arrow and summary.json there, or "
@@ -169,7 +171,7 @@ def _begin(cfg: RunConfig, out: Path, request: Manifest | None) -> Lease:
     return lease
 
 
-def verified_manifest(cfg: RunConfig, out: Path) -> Manifest | None:
+def verified_manifest(cfg: RunConfig, out: Path | None) -> Manifest | None:
     """`find_manifest`, whose shards are as it says and lack none of the request's images; None if there is none yet.
 
     Raises:

@@ -108,7 +108,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
 def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int], dict[str, Any]]:
     """Images per role, members per label and facts of the request, from existing shards or else from the source."""
     known = out or cfg.data.shards or cfg.runtime.reuse
-    manifest = verified_manifest(cfg, out or Path()) if known else None
+    manifest = verified_manifest(cfg, out) if known else None
     if manifest is not None and not (out and has_request(out)):
         manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=cfg.encoder.checkpoint is not None)
     if manifest is not None:

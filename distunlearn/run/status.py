@@ -26,10 +26,9 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         DataError: no run directory, or a damaged ledger.
     """
     folder = Path(run_dir)
-    if not (folder / "run.yaml").exists() and not (folder / "shards" / "summary.json").exists():
+    if not (folder / "run.yaml").exists() and not (folder / "request.json").exists():
         raise DataError(
-            f"{run_dir} is not a run directory (run.yaml and shards/summary.json are missing); give the --out folder "
-            "of a run."
+            f"{run_dir} is not a run directory (run.yaml and request.json are missing); give the --out folder of a run."
         )
     ledger = folder / "ledger.jsonl"
     lines = read_ledger(ledger) if os.path.lexists(ledger) else []

@@ -102,8 +102,8 @@ def test_plan_reports_every_problem_at_once_and_writes_nothing(tmp_path, capsys)
 
 OPTIONS = {
     "prepare": "--out --config --set", "pretrain": "--out --config --set", "unlearn": "--out --config --set",
-    "audit": "", "report": "", "run": "--out --config --set", "purge": "--apply --no-apply", "status": "",
-    "plan": "--out --config --set", "list": "", "doctor": "--out --config --set",
+    "audit": "", "report": "", "run": "--out --previous --config --set", "purge": "--apply --no-apply", "status": "",
+    "plan": "--out --previous --config --set", "list": "", "doctor": "--out --config --set",
     "index": "--config --set", "dose": "", "keygen": "", "certify": "--key",
     "init": "--checkpoint --encoder --images --non-members --request",
     "convert": "--args --image-size --in-chans --name --out --prefix --to",
