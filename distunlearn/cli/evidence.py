@@ -1,36 +1,39 @@
-"""The verbs of evidence: keygen, certify, verify."""
+"""The verbs of evidence: keygen, commit, countersign, certify, receipt, revoke, verify."""
 
 from __future__ import annotations
 
-import getpass
+import importlib
+import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import tyro
 
 from distunlearn import __version__
-from distunlearn.cli.arguments import RunDir
+from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir
+from distunlearn.common.launcher import is_main
+from distunlearn.common.passphrase import passphrase
 from distunlearn.errors import ConfigError
 
-PASSPHRASE = "DISTUNLEARN_PASSPHRASE"
 File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 Key = Annotated[Path, tyro.conf.arg(metavar="FILE", help="private key, as keygen makes it")]
+Target = Annotated[Path, tyro.conf.arg(metavar="FILE", help="file to write; it must not be there")]
 
 
-TrustFile = Annotated[
-    Path | None, tyro.conf.arg(metavar="FILE", help="your own file of the keys that you trust", help_behavior_hint="")
-]
-Export = Annotated[
-    Path | None, tyro.conf.arg(metavar="DIR", help="folder of the encoder that is deployed", help_behavior_hint="")
-]
-Run = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="run directory", help_behavior_hint="")]
-SecretFile = Annotated[
-    Path | None,
-    tyro.conf.arg(metavar="FILE", help="its run secret, where it is not in the run directory", help_behavior_hint=""),
-]
+CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # of a processor, as torch calls them
+
+
+def _module(name: str) -> ModuleType:
+    """A module of the package, imported when it is used: `--help` stays quick."""
+    return importlib.import_module(f"distunlearn.{name}")
+
+
+def _file(words: str, metavar: str = "FILE") -> type:
+    """An optional path."""
+    return Annotated[Path | None, tyro.conf.arg(metavar=metavar, help=words, help_behavior_hint="")]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,51 @@ class Keygen:
     file: File
 
     def __call__(self) -> int:
-        from distunlearn.verify.keys import make_key
+        make_key = _module("verify.keys").make_key
+        print(f"key {make_key(self.file, passphrase(twice=True))}")
+        return 0
 
-        print(f"key {make_key(self.file, _passphrase(twice=True))}")
+
+@dataclass(frozen=True)
+class Commit:
+    """Check and prepare everything, train nothing, and write what an officer is to countersign."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    previous: Previous = None
+    overrides: Overrides = ()
+
+    def __call__(self) -> int:
+        if (self.recipe is None and self.config is None) == (self.previous is None):
+            raise ConfigError("name a recipe, or give --config or, without them, --previous")
+        if self.previous is not None:
+            cfg = _module("run.pipeline").next_config(self.previous, list(self.overrides))
+        else:
+            cfg = _module("config.load").load_config(self.recipe, self.config, list(self.overrides))
+        path = _module("run.commit").commit(cfg, self.out)
+        if is_main():
+            print(path)
+        return 0
+
+
+@dataclass(frozen=True)
+class Countersign:
+    """Officer: show a commitment in words, draw the nonce, sign, and enter it in the register."""
+
+    request: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REQUEST")]
+    key: Key = tyro.MISSING
+    register: Annotated[Path, tyro.conf.arg(metavar="FILE", help="your register; made if it is not there")] = (
+        tyro.MISSING
+    )
+    reference: Annotated[str, tyro.conf.arg(metavar="WORD", help="your own word for the request to forget")] = (
+        tyro.MISSING
+    )
+
+    def __call__(self) -> int:
+        commit = _module("run.commit")
+        print(commit.in_words(self.request))
+        print(commit.countersign(self.request, self.key, passphrase(), self.register, self.reference))
         return 0
 
 
@@ -52,43 +97,116 @@ class Certify:
 
     out: RunDir
     key: Key = tyro.MISSING
+    previous: _file("certificate of the encoder that this run began with") = None  # type: ignore[valid-type]
 
     def __call__(self) -> int:
-        from distunlearn.run.certify import certify
-
-        path = certify(self.out, self.key, _passphrase(), __version__)
+        certify = _module("run.certify").certify
+        path = certify(self.out, self.key, passphrase(), __version__, self.previous)
         print(f"{path}: {path.stat().st_size} bytes")
         return 0
 
 
 @dataclass(frozen=True)
-class Verify:
-    """Check a certificate as far as the inputs allow; needs no network and trains nothing."""
+class Receipt:
+    """Write the receipt for one image of a certified run; it goes to that person alone."""
+
+    run_dir: RunDir
+    id: Annotated[str, tyro.conf.arg(metavar="ID", help="of the image")] = tyro.MISSING
+    out: Target = tyro.MISSING
+
+    def __call__(self) -> int:
+        receipt = _module("run.certify").receipt
+        path = receipt(self.run_dir, self.id, self.out)
+        print(f"{path}: {path.stat().st_size} bytes")
+        return 0
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Print who still holds images, ids or weights of a run: what `dispose` deletes, and what is out of reach."""
+
+    run_dir: RunDir
+
+    def __call__(self) -> int:
+        print(json.dumps(_module("run.dispose").residuals(self.run_dir), indent=1))
+        return 0
+
+
+@dataclass(frozen=True)
+class Dispose:
+    """Delete images, ids and weights of a certified run, and sign a record; without --apply only list them."""
+
+    run_dir: RunDir
+    key: Key = tyro.MISSING
+    apply: Annotated[bool, tyro.conf.arg(help="delete, for good", help_behavior_hint="")] = False
+
+    def __call__(self) -> int:
+        if not self.apply:
+            return Residuals(self.run_dir)()
+        print(_module("run.dispose").dispose(self.run_dir, self.key, passphrase()))
+        return 0
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """Sign that a certificate is no longer to be relied on."""
 
     certificate: File
-    trust: TrustFile = None
-    export: Export = None
-    run: Run = None
-    secret: SecretFile = None
+    reason: Annotated[str, tyro.conf.arg(metavar="WORD")] = tyro.MISSING
+    key: Key = tyro.MISSING
+    out: Target = tyro.MISSING
+
+    def __call__(self) -> int:
+        revoke = _module("run.certify").revoke
+        print(revoke(self.certificate, self.reason, self.key, passphrase(), self.out))
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a certificate as far as the inputs allow; needs no network."""
+
+    certificate: File
+    trust: _file("your own file of the keys that you trust") = None  # type: ignore[valid-type]
+    commitment: _file("countersigned before the run; else the run directory's") = None  # type: ignore[valid-type]
+    register: _file("the officer's register of commitments") = None  # type: ignore[valid-type]
+    revocations: _file("folder of revocations", "DIR") = None  # type: ignore[valid-type]
+    previous: _file("the certificate before this one") = None  # type: ignore[valid-type]
+    disposal: _file("what the operator signed about deletion") = None  # type: ignore[valid-type]
+    receipt: _file("receipt of one image") = None  # type: ignore[valid-type]
+    image: _file("the very file of that image") = None  # type: ignore[valid-type]
+    export: _file("folder of the encoder that is deployed", "DIR") = None  # type: ignore[valid-type]
+    run: _file("run directory", "DIR") = None  # type: ignore[valid-type]
+    secret: _file("its run secret; else the run directory's") = None  # type: ignore[valid-type]
+    shards: _file("folder of the shards, for your own audit", "DIR") = None  # type: ignore[valid-type]
+    replay: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="K|all", help="segments to repeat; needs --run and --shards", help_behavior_hint=""),
+    ] = None
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="plain data in place of words")] = False
 
     def __call__(self) -> int:
-        from distunlearn.verify import cli
+        cli = _module("verify.cli")
+        inputs = {name: getattr(self, name) for name in cli.INPUTS}
+        more = {}
+        if self.replay is not None and (self.run is None or self.shards is None or not _is_count(self.replay)):
+            raise ConfigError("--replay takes a number of segments or all, and needs --run and --shards.")
+        if self.run is not None and self.shards is not None:
+            _compute_as(self.run)
+            more = _module("run.replay").further(self.run, self.shards, self.replay)
+        return cli.run(self.certificate, inputs, more, as_json=self.json, silent=not is_main())
 
-        return cli.run(
-            self.certificate, trust=self.trust, export=self.export, run_dir=self.run, secret=self.secret,
-            as_json=self.json,
-        )  # fmt: skip
+
+def _compute_as(run: Path) -> None:
+    """Ask torch, before it is imported, for the kernels that a run was made with; they may not be this processor's."""
+    lines = _module("verify.ledger").read_ledger(run / "ledger.jsonl")
+    device = next((line["numerics"]["device"] for line in lines if line["event"] == "start"), None)
+    if device in CAPABILITIES:
+        os.environ.setdefault("ATEN_CPU_CAPABILITY", device.lower())
 
 
-def _passphrase(*, twice: bool = False) -> str:
-    """Of the variable, or typed."""
-    found = os.environ.get(PASSPHRASE)
-    if found is not None:
-        return found
-    if not sys.stdin.isatty():
-        raise ConfigError(f"no passphrase; set {PASSPHRASE}, or call this from a terminal.")
-    found = getpass.getpass("passphrase: ")
-    if twice and getpass.getpass("again: ") != found:
-        raise ConfigError("the passphrases differ; try again.")
-    return found
+def _is_count(text: str) -> bool:
+    return text == "all" or text.isdecimal()
+
+
+VERBS = (Keygen, Commit, Countersign, Certify, Receipt, Residuals, Dispose, Revoke, Verify)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import tyro
 
 from distunlearn import __version__
+from distunlearn.cli import evidence
 from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir
 from distunlearn.cli.convert import Convert
-from distunlearn.cli.evidence import Certify, Keygen, Verify
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.init import Init
@@ -284,7 +284,7 @@ class Doctor:
 
 VERBS = (
     Init, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan,
-    List, Doctor, Keygen, Certify, Verify,
+    List, Doctor, *evidence.VERBS,
 )  # fmt: skip
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
 ONLY_PRINT = (Init, Plan, List, Doctor, Status)

@@ -335,6 +335,17 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """What a run keeps for those who check it (docs/assurance.md)."""
+
+    __pydantic_config__ = STRICT
+
+    commitment: Place = None  # countersigned commitment to settings, request and images; None: nothing is declared
+    key: Place = None  # the operator's private key, which signs the commitment
+    keep: Annotated[Literal["newest", "all"], FREE] = "newest"  # checkpoints; all: every step can be repeated
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `seed` decides roles, order, views, initial weights and bootstrap draws."""
 
@@ -358,3 +369,4 @@ class RunConfig:
     constraint: Annotated[ConstraintConfig, _of(EVALUATOR)] = field(default_factory=lambda: settings_of(EVALUATOR))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)

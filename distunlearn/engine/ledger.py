@@ -1,14 +1,17 @@
 """Append-only record of what entered the loss, when, and by which attempt.
 
 One JSON object a line. A `cut` line says that so many bytes of a torn last line, which a killed writer left, were
-removed. A `step` line names the forget ids that entered the loss at that step and counts every other
-role; a `start` line begins an attempt and names the settings and the numerics that it works with. Which lines count:
-`distunlearn.verify.ledger`, which reads them.
+removed. A `step` line names the forget ids that entered the loss at that step and counts every other role; a `start`
+line begins an attempt and names the settings and the numerics that it works with; a `state` line has the digest of a
+checkpoint or of a finished encoder. Every line has its number and the SHA-256 of the line before it, the first one that
+of the commitment. Which lines count: `distunlearn.verify.ledger`, which reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 
 from distunlearn.common.records import LineFile
 from distunlearn.errors import CoverageError
-from distunlearn.verify.ledger import Coverage
+from distunlearn.verify.ledger import Coverage, next_link
 
 
 class Ledger:
@@ -29,17 +32,22 @@ class Ledger:
         is_main: bool = True,
         may_write: Callable[[], None] | None = None,
         facts: Mapping[str, object] | None = None,
+        anchor: str | None = None,
     ) -> None:
         """may_write: asked before every line; raises where the directory belongs to another attempt.
 
         facts: what every `start` line names besides, such as settings and numerics.
+        anchor: digest of the commitment that a new ledger goes back to; None: there is none.
         """
         self.path = Path(path)
         self.facts = dict(facts or {})
         self.may_write = may_write or (lambda: None)
         self._file = LineFile(self.path, 0o600) if is_main else None  # it names people's images
-        if self._file is not None and self._file.cut:
-            self._write({"event": "cut", "bytes": self._file.cut})
+        self._lock = threading.Lock()  # the thread that saves writes, too
+        if self._file is not None:
+            self._next = next_link(self.path, anchor)
+            if self._file.cut:
+                self._write({"event": "cut", "bytes": self._file.cut})
 
     def start(self, phase: str, step: int, *, attempt: int, **facts: object) -> None:
         """A new attempt at `phase` goes on from `step` (0 for the first)."""
@@ -66,6 +74,10 @@ class Ledger:
             if misused:
                 line["misused"] = misused
         self._write(line)
+
+    def state(self, phase: str, step: int, digest: str, **facts: object) -> None:
+        """After `step` steps `phase` was in the state of this digest, which is that of a checkpoint unless `final`."""
+        self._write({"event": "state", "phase": phase, "step": step, "digest": digest, **facts})
 
     def done(self, phase: str, step: int, **facts: object) -> None:
         """`phase` ended after `step` steps."""
@@ -114,7 +126,12 @@ class Ledger:
         if self._file is None:
             return
         self.may_write()
-        self._file.record({**line, "time": round(time.time(), 3)})
+        with self._lock:
+            number, before = self._next
+            whole = {**line, "time": round(time.time(), 3), "n": number, "prev": before}
+            text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
+            self._file.line(text)
+            self._next = number + 1, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path, size: int) -> str:

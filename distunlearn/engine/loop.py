@@ -9,11 +9,14 @@ a killed run, started again, ends in the same weights.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.tensor_shards import whole
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
-from distunlearn.engine.checkpoint.format import Checkpoint
+from distunlearn.engine.checkpoint.format import KEEP, KEEP_ALL, Checkpoint, files_digest
 from distunlearn.engine.checkpoint.tensors import optimizer_state, read_state
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
@@ -56,6 +59,7 @@ class Phase:
     digest: str
     names_forget: str = "forget"  # consumed role whose ids the ledger names; "" where members are trained on
     refuse: Callable[[Collection[str]], None] | None = None  # raises if so many images may not be undecodable
+    begins: str | None = None  # state digest of the encoder that it begins with; None: fresh weights, or a foreign file
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def train_phase(
     """
     folder, note = phase.folder / "checkpoints", functools.partial(telemetry.note, phase.name)
     batches = Batches(phase.feeders, ctx.device, phase.steps * phase.optim.accumulate)
-    with watch.training(), batches, Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note) as saver:
+    keep = KEEP_ALL if ctx.cfg.evidence.keep == "all" else KEEP
+    with watch.training(), batches, Saver(folder, backend, ctx.cfg.checkpoint, ledger, stop, note, keep) as saver:
         return _Runner(phase, ctx, backend, ledger, telemetry, stop, watch, saver, batches).run()
 
 
@@ -132,6 +137,10 @@ def _close(found: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence
     )
 
 
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 class _Runner:
     def __init__(
         self, phase: Phase, ctx: Context, backend: Backend, ledger: Ledger, telemetry: Telemetry, stop: StopRequest,
@@ -149,6 +158,7 @@ class _Runner:
         self.elapsed = 0.0
         self.started: dict[str, float] = {}
         self.undecodable: set[str] = set()  # images found so far, on any rank, that others were taken for
+        self.head = ""  # hash over every step so far and the ids that this process had in it
 
     def run(self) -> PhaseResult:
         phase, ctx = self.phase, self.ctx
@@ -157,7 +167,11 @@ class _Runner:
         note = functools.partial(self.telemetry.note, phase.name)
         checkpoint = agreed_checkpoint(self.folder, self.backend.world, self.ledger, note)
         first = self.first = self._restore(checkpoint)
-        self.ledger.start(phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps)
+        began = phase.begins if checkpoint is None else files_digest(checkpoint.facts["files"])
+        heads = [] if checkpoint is None else checkpoint.facts["ranks"]
+        self.ledger.start(
+            phase.name, first, attempt=self.attempt, world=ctx.world, steps=phase.steps, state=began, ranks=heads
+        )
         clock = time.monotonic()
         if checkpoint is None:
             self.started = phase.method.calibrate(ctx, phase.sample)
@@ -180,7 +194,7 @@ class _Runner:
         self.saver.wait()
         self.elapsed += time.monotonic() - clock
         images = ctx.images * ctx.world
-        self.ledger.done(phase.name, phase.steps, images=images)
+        self.ledger.done(phase.name, phase.steps, images=images, ranks=self.backend.world.gather_objects(self.head))
         self.ledger.sync()
         return PhaseResult(phase.steps, images, self.elapsed, self.attempt, self.started)
 
@@ -227,7 +241,9 @@ class _Runner:
         self._at("ledger", step)
         fault_injection.reach("ledger", step, phase.name)
         replaced = [i for part in parts for i in part.replaced]
-        consumed = backend.world.gather_ids({**_merged([part.consumed for part in parts]), REPLACED: replaced})
+        own = {**_merged([part.consumed for part in parts]), REPLACED: replaced}
+        self.head = _digest([self.head, phase.name, step, own])
+        consumed = backend.world.gather_ids(own)
         counted = self._replaced(consumed)
         self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
         return {"lr": rate, "grad_norm": float(norm), **counted, **self._over_ranks(_mean(figures))}
@@ -284,13 +300,16 @@ class _Runner:
 
     def _save_watched(self, step: int) -> None:
         self._at("checkpoint", step, slow=True)
-        self._require_same_state()
+        heads = self._require_same_state()
         fault_injection.reach("save", step, self.phase.name)
-        self._save(step)
+        self._save(step, heads)
         fault_injection.reach("saved", step, self.phase.name)
 
-    def _require_same_state(self) -> None:
+    def _require_same_state(self) -> list[str]:
         """What every rank keeps a copy of is alike on all of them: the main rank's is what a checkpoint holds.
+
+        Returns:
+            `head` of every rank.
 
         Raises:
             RankLostError: it is not.
@@ -300,7 +319,9 @@ class _Runner:
         # Its running statistics are each rank's own where sync_batchnorm is off.
         copies |= {"momentum encoder": dict(ctx.momentum.model.named_parameters())} if ctx.momentum else {}
         copies |= {"queue": ctx.queue.state_dict()} if ctx.queue else {}
-        everyone = self.backend.world.gather_objects({name: _sums(state) for name, state in copies.items()})
+        sums = {name: _sums(state) for name, state in copies.items()}
+        gathered = self.backend.world.gather_objects((sums, self.head))
+        everyone = [found for found, _ in gathered]
         for name in copies:
             others = [rank for rank, found in enumerate(everyone) if not _close(found[name], everyone[0][name])]
             if others:
@@ -310,8 +331,9 @@ class _Runner:
                 )
                 error.agreed = True
                 raise error
+        return [head for _, head in gathered]
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, heads: list[str]) -> None:
         ctx = self.ctx
         extras = {f"momentum.{k}": v for k, v in ctx.momentum.state_dict().items()} if ctx.momentum else {}
         extras |= {f"queue.{k}": v for k, v in ctx.queue.state_dict().items()} if ctx.queue else {}
@@ -325,6 +347,7 @@ class _Runner:
             "seconds": self.elapsed,
             "attempt": self.attempt,
             "started": self.started,
+            "ranks": heads,
         }
         self.saver.save(step, extras, facts)
         self.saved = step
@@ -355,6 +378,8 @@ class _Runner:
         self.attempt = facts["attempt"] + 1
         self.started = facts["started"]
         self.saved = checkpoint.step
+        heads = facts["ranks"]  # of other processes: a new one each, from all of them
+        self.head = heads[ctx.rank] if len(heads) == ctx.world else _digest([heads, ctx.rank])
         self.saver.resumed(checkpoint.step)
         self.telemetry.note(self.phase.name, f"goes on from step {checkpoint.step} (attempt {self.attempt})")
         return checkpoint.step

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,15 @@ from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
-from distunlearn.engine.session import Session, Trained, is_done, load_trained, save_trained, scratch
+from distunlearn.engine.session import (
+    Session,
+    Trained,
+    is_done,
+    load_trained,
+    phase_settings,
+    save_trained,
+    scratch,
+)
 from distunlearn.errors import ConfigError, DataError, EvidenceError
 from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
@@ -200,6 +208,7 @@ def _train(
             name=name, folder=folder, steps=total, optim=optim, method=method, feeders=feeders,
             sample=session.sample, forget_ids=frozenset(session.manifest.ids(("forget", FORGOTTEN))), digest=digest,
             names_forget="" if name == "pretrain" else "forget", refuse=session.store.undecodable.check,
+            begins=trained.facts["state"] if start else None,
         )  # fmt: skip
         records = (session.ledger, session.telemetry, session.stop, session.watch)
         facts = dataclasses.asdict(train_phase(phase, ctx, backend, *records))
@@ -326,19 +335,20 @@ def _require_schedule(session: Session, lines: Sequence[dict]) -> None:
     Raises:
         EvidenceError: the ledger says otherwise.
     """
-    cfg, manifest = session.cfg, session.manifest
-    for phase, method in (
-        ("pretrain", _pretraining(cfg)),
-        ("unlearn", method_class(cfg)(cfg)),
-        ("retrain", Retrain(cfg)),
-    ):
+    manifest = session.manifest
+    makers: dict[str, Callable[[RunConfig], Method]] = {
+        "pretrain": _pretraining, "unlearn": lambda cfg: method_class(cfg)(cfg), "retrain": Retrain,
+    }  # fmt: skip
+    for phase, make in makers.items():
+        cfg = phase_settings(session, phase)
+        method = make(cfg)
         if not any(line.get("phase") == phase and line["event"] == "done" for line in lines):
             continue
         steps, sizes = effective_steps(lines, phase), method.batch_sizes()
         accumulate = (cfg.unlearn if method.steps == "unlearn" else cfg.pretrain).accumulate
         images = len(manifest.ids(FEEDER_ROLES[next(iter(sizes))]))
         total = cfg.unlearn.steps if method.steps == "unlearn" else pretrain_steps(cfg, images)
-        cycle = _forget_cycle(session, sizes["forget"] // accumulate) if "forget" in sizes else None
+        cycle = _forget_cycle(manifest, cfg.seed, sizes["forget"] // accumulate) if "forget" in sizes else None
         for step in range(max(total, len(steps))):
             found = steps.get(step, {})
             named = Counter(found.get("forget", ()))
@@ -354,7 +364,6 @@ def _require_schedule(session: Session, lines: Sequence[dict]) -> None:
                 )
 
 
-def _forget_cycle(session: Session, batch: int) -> Cycle:
+def _forget_cycle(manifest: Manifest, seed: int, batch: int) -> Cycle:
     """Which images to forget each draw has, of all ranks together."""
-    seed, manifest = session.cfg.seed, session.manifest
     return Cycle(lambda epoch: epoch_order(manifest, FEEDER_ROLES["forget"], seed, epoch), batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,24 @@ def require_one_run(world: World, cfg: RunConfig, manifest: Manifest) -> None:
 
 def start_facts(cfg: RunConfig, out: Path, world: World) -> dict[str, Any]:
     """What the ledger names at the start of every attempt: digest of run.yaml, what rounding depends on, faults."""
-    facts: dict[str, Any] = {
-        "settings": hashlib.sha256((out / "run.yaml").read_bytes()).hexdigest(),
-        "numerics": {
-            "torch": torch.__version__,
-            "device": _device(),
-            "threads": torch.get_num_threads(),
-            "world": world.size,
-            "backend": cfg.backend,
-            "precision": cfg.precision,
-            "default dtype": str(torch.get_default_dtype()),
-        },
-    }
+    settings = hashlib.sha256((out / "run.yaml").read_bytes()).hexdigest()
+    facts: dict[str, Any] = {"settings": settings, "numerics": numerics(cfg, world)}
     asked = fault_injection.asked()
     return facts | ({"faults": asked} if asked else {})
+
+
+def numerics(cfg: RunConfig, world: World) -> dict[str, str | int]:
+    """What rounding depends on."""
+    return {
+        "torch": torch.__version__,
+        "safetensors": metadata.version("safetensors"),
+        "device": _device(),
+        "threads": torch.get_num_threads(),
+        "world": world.size,
+        "backend": cfg.backend,
+        "precision": cfg.precision,
+        "default dtype": str(torch.get_default_dtype()),
+    }
 
 
 def _device() -> str:

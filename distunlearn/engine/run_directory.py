@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,9 @@ def _begin(cfg: RunConfig, out: Path, request: Manifest | None) -> Lease:
         if not (out / "env.json").exists():
             write_json(out / "env.json", environment())
         if cfg.runtime.reuse:
-            _take_over(Path(cfg.runtime.reuse).expanduser(), out)
+            # With a nonce of its own a run trains a retrained encoder of its own.
+            names = ("original",) if cfg.evidence.commitment else ("original", "retrained")
+            _take_over(Path(cfg.runtime.reuse).expanduser(), out, names)
     except BaseException:
         lease.release()
         raise
@@ -235,9 +237,9 @@ def require_reusable(cfg: RunConfig) -> None:
         )
 
 
-def _take_over(source: Path, out: Path) -> None:
-    """Copy the finished original and retrained encoders of a run; their digests are checked when they are used."""
-    for name in ("original", "retrained"):
+def _take_over(source: Path, out: Path, names: Sequence[str]) -> None:
+    """Copy finished encoders of a run; their digests are checked when they are used."""
+    for name in names:
         if (source / name / "done.json").exists() and not (out / name).exists():
             partial = out / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)

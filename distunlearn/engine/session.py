@@ -30,6 +30,7 @@ from distunlearn.encoders.weights import check_finite
 from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend, open_backend
 from distunlearn.engine.checkpoint.format import exposed
+from distunlearn.engine.commitment import Declared, declared
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.preemption import StopRequest
@@ -41,22 +42,23 @@ from distunlearn.errors import DataError
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
+from distunlearn.verify.commitment import phase_seed
 from distunlearn.verify.records import find_record
 from distunlearn.verify.run import DONE, DONE_FIELDS, STATE, require_encoder
 from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 
 @contextmanager
-def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
+def open_session(cfg: RunConfig, out: Path, known: Declared | None = None) -> Iterator[Session]:
     """Join the other processes, open the run directory, its shards and its records; closed in reverse. Collective.
+
+    known: the commitment, where it is another run directory's, of which this is a copy; None: see `declared`.
 
     Raises:
         ConfigError, RankLostError: see `open_backend`.
         ConfigError, DataError, RankLostError: see `open_run_directory`.
     """
-    if is_own(cfg.encoder.name):
-        locate(cfg.encoder.name)  # part of the code that the ranks compare and the ledger records
-    own_attacks(cfg.audit.gates.also)
+    load_own_parts(cfg)
     backend = open_backend(cfg)
     world = backend.world
     world.on_main(lambda: require_trackers(cfg.tracking))
@@ -69,13 +71,41 @@ def open_session(cfg: RunConfig, out: Path) -> Iterator[Session]:
         store = open_store(manifest, cfg, backend.device)
         stack.callback(store.close)
         facts = start_facts(cfg, out, world) if world.is_main else {}
-        ledger = Ledger(out / "ledger.jsonl", is_main=world.is_main, may_write=opened.may_write, facts=facts)
+        if known is None:
+            known = Declared(*world.broadcast_object(world.on_main(lambda: tuple(declared(cfg, out, world, manifest)))))
+        path = out / "ledger.jsonl"
+        ledger = Ledger(path, is_main=world.is_main, may_write=opened.may_write, facts=facts, anchor=known.digest)
         stack.callback(ledger.close)
         telemetry = stack.enter_context(Telemetry(out, world.is_main, tracking=cfg.tracking))
         if world.is_main and (trouble := exposed(out)):
             telemetry.note("run", f"warning: {trouble}; whoever can write there can change what this run shows")
         stop = stack.enter_context(StopRequest(out))
-        yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch)
+        yield Session(cfg, out, manifest, store, backend, ledger, telemetry, stop, watch, known.nonce)
+
+
+def load_own_parts(cfg: RunConfig) -> None:
+    """Load what the run has from outside: part of the code that ranks compare and the ledger records."""
+    if is_own(cfg.encoder.name):
+        locate(cfg.encoder.name)
+    own_attacks(cfg.audit.gates.also)
+
+
+@contextmanager
+def seeded(session: Session, phase: str) -> Iterator[Session]:
+    """The session with the seed of `unlearn`, `retrain` or the `audit`, see `phase_settings`. Collective."""
+    cfg = phase_settings(session, phase)
+    if cfg is session.cfg:
+        yield session
+        return
+    with contextlib.closing(open_store(session.manifest, cfg, session.backend.device)) as store:
+        yield dataclasses.replace(session, cfg=cfg, store=store)
+
+
+def phase_settings(session: Session, phase: str) -> RunConfig:
+    """The settings with the seed that follows from the nonce of the run's commitment, where there is one."""
+    if session.nonce is None or phase == "pretrain":
+        return session.cfg
+    return dataclasses.replace(session.cfg, seed=phase_seed(session.cfg.seed, session.nonce, phase))
 
 
 CALIBRATION_LIMIT = 2048  # images a method may calibrate on, per role
@@ -94,6 +124,7 @@ class Session:
     telemetry: Telemetry
     stop: StopRequest
     watch: Watch
+    nonce: str | None = None  # of the commitment
 
     @property
     def world(self) -> World:
@@ -182,9 +213,10 @@ def save_trained(session: Session, folder: Path, tensors: Mapping[str, torch.Ten
     plain = build_model(session.cfg, session.num_classes)
     plain.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     export_backbone(plain.backbone, session.cfg.encoder, folder / "export")
-    session.ledger.may_write()
-    made = {"state": state_digest(read_tensors(folder / STATE)), "export": export_digests(folder / "export")}
-    write_json(folder / DONE, {**facts, **made})
+    state = state_digest(read_tensors(folder / STATE))
+    session.ledger.state(facts["phase"], facts["steps"], state, final=True)
+    session.ledger.sync()
+    write_json(folder / DONE, {**facts, "state": state, "export": export_digests(folder / "export")})
 
 
 def load_trained(folder: Path, session: Session) -> Trained:

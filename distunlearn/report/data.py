@@ -22,7 +22,7 @@ from distunlearn.common.text import printable
 from distunlearn.config.yaml import read_yaml
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.verify.chain import chain_facts
-from distunlearn.verify.figures import Rules
+from distunlearn.verify.commitment import run_rules
 from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.records import find_record, read_plain
 from distunlearn.verify.run import Checked, check_run
@@ -64,6 +64,7 @@ class RunFiles:
     config_sha256: str | None  # of the bytes of run.yaml
     finished: str | None  # when the forgetting ended, from the ledger, UTC
     checked: Checked = field(default_factory=Checked)  # what `check_run` found
+    folder: Path | None = None  # of the run
 
 
 def load_run(run_dir: str | Path) -> RunFiles:
@@ -99,6 +100,7 @@ def load_run(run_dir: str | Path) -> RunFiles:
         scores=scores,
         config_sha256=hashlib.sha256(read_plain(settings)).hexdigest() if settings.is_file() else None,
         finished=_finished(folder / "ledger.jsonl"),
+        folder=folder,
     )
 
 
@@ -110,7 +112,7 @@ def checked_run(run_dir: str | Path) -> RunFiles:
     """
     run = load_run(run_dir)
     try:
-        rules = Rules.of(run.config)
+        rules = run_rules(run.config, Path(run_dir))
     except (KeyError, TypeError, ValueError, AttributeError):
         rules = None
     return replace(run, checked=check_run(Path(run_dir), rules))

@@ -16,6 +16,7 @@ from distunlearn.common.files import write_atomic
 from distunlearn.engine.run_lock import owned
 from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
+from distunlearn.report.assurance import assurance
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, checked_run, load_run, number
 from distunlearn.report.dose import dose_table
 
@@ -76,6 +77,7 @@ def render(run: RunFiles) -> str:
         controls=evidence.controls(run),
         cost=_cost(run),
         provenance=facts.provenance(run),
+        assurance=assurance(run.folder) if run.folder else ([], ""),
         encoders=texts.ENCODERS,
         limits=texts.LIMITS,
         colours=figures.COLOURS,

@@ -34,7 +34,7 @@ from distunlearn.engine.run_directory import (
     verified_manifest,
 )
 from distunlearn.engine.run_lock import refuse_if_owned
-from distunlearn.engine.session import open_session
+from distunlearn.engine.session import open_session, seeded
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError, DataError, StoppedError
 from distunlearn.plan.plan import make_plan, write_plan
@@ -82,7 +82,8 @@ def unlearn(cfg: RunConfig, out: str | Path) -> None:
         CoverageError: a forget sample never entered the loss of a method that forgets, or entered it as retain.
     """
     with open_session(cfg, Path(out)) as session:
-        phases.unlearn(session)
+        with seeded(session, "unlearn") as own:
+            phases.unlearn(own)
         check_coverage(session)
         if session.world.is_main:
             keep_chain(session.cfg, session.out, session.manifest)
@@ -91,7 +92,8 @@ def unlearn(cfg: RunConfig, out: str | Path) -> None:
 def dose(run_dir: str | Path) -> dict[str, Any]:
     """Look at every dose of a run that has unlearned, and change nothing; the figures of `<run>/dose/curve.json`."""
     with open_session(saved_config(Path(run_dir)), Path(run_dir)) as session:
-        return phases.dose(session)
+        with seeded(session, "unlearn") as own:
+            return phases.dose(own)
 
 
 def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:
@@ -111,13 +113,15 @@ def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:
         if (Path(run_dir) / "done.json").exists():  # else the missing encoder itself is what to complain about
             check_coverage(session)
         if cfg.audit.tier:
-            phases.retrain(session)
+            with seeded(session, "retrain") as own:
+                phases.retrain(own)
         if session.stop.agreed(session.world):
             reason = session.stop.honoured(session.world)
             raise StoppedError(f"stopped by {reason} before the audit; the same command goes on from there.")
         pooled = audit_shadows(session) if cfg.audit.tier == 2 else None
         stressed = audit_stress(session) if cfg.audit.stress else None
-        verdict = collect_evidence(session, pooled, stressed) if session.world.is_main else None
+        with seeded(session, "audit") as own:
+            verdict = collect_evidence(own, pooled, stressed) if session.world.is_main else None
         session.world.barrier()
         verdict = session.world.broadcast_object(verdict)
     return VERDICT_CODES[verdict]

@@ -12,7 +12,11 @@ people who check and do not train: they import each other by relative names alon
 | `states` | digest of an encoder's weights; the exported encoder is the audited one |
 | `merkle` | trees of RFC 9162 |
 | `run` | a run directory as a whole: its files agree with each other |
+| `dose` | the dose chosen again from the scores that it was chosen by |
 | `secret` | the run secret, and salted commitments of files that name images |
 | `keys`, `envelope` | Ed25519 keys, the trust file; signed statements, read strictly |
+| `forms` | what statements are made of |
+| `commitment` | what is declared before the run; the officer's register of tries |
+| `receipt`, `disposal`, `revocation` | for one person; what was deleted; what is no longer to be relied on |
 | `certificate`, `check`, `cli` | what a certificate states; `verify`, level by level; its command |
 """

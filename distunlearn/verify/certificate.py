@@ -7,29 +7,29 @@ entered the loss; these attacks then gave these figures. It names no image, no p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from .commitment import kept_commitment, require_ledger
+from .dose import DosePart, dose_facts
 from .errors import DataError, EvidenceError
 from .figures import Rules, judge, plain
+from .forms import Count, Digest, Form, Number, RulesPart, Share, Tree, Word, read_form, rules_part
 from .gates import MIN_IMAGES
-from .ledger import effective_steps, read_ledger
-from .records import parse_record, read_plain
-from .run import PHASES, SUMMARY_FIELDS, check_run
+from .ledger import effective_states, effective_steps, next_link, read_ledger
+from .receipt import ROWS, outcomes, read_rows, request_leaves, tree
+from .records import parse_record, read_plain, read_record
+from .run import DONE, PHASES, SUMMARY_FIELDS, check_run
 from .scores import raw_scores, read_scores
 from .secret import commitment, make_secret
 from .states import export_digests
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=-1, le=1)]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:+ -]{1,80}$")]
 Encoder = Literal["original", "unlearned", "retrained"]
 Verdict = Literal["pass", "fail", "inconclusive"]
+Phase = Literal["pretrain", "unlearn", "retrain"]
 LIMITS = {
     1: "Below level 3 the raw scores themselves are the operator's word.",
     2: "The settings were declared by the operator's word: no commitment was made before the run.",
@@ -37,42 +37,36 @@ LIMITS = {
     4: "Copies of images, weights or ids outside this program are not covered.",
     5: "That the request was complete, the holdout never trained on, and the original the encoder in use, is the "
        "operator's word.",
+    6: "An officer and an operator who act together, and a verifier's machine that others control, are not covered.",
+    7: "Forgotten images that return under other bytes are not found.",
+    8: "On a GPU no step is repeated: weights within rounding of honest ones are not told apart.",
 }  # fmt: skip
+CERTIFICATE = Path("evidence") / "certificate.json"  # in the run directory
 PRIVATE = ("run.yaml", "ledger.jsonl", "audit/scores-original.json", "audit/scores-unlearned.json",
-           "audit/scores-retrained.json", "dose/scores.npz", "request.json", "roles.arrow")  # fmt: skip
+           "audit/scores-retrained.json", "dose/scores.npz", "request.json", "roles.arrow",
+           "chain.json", str(ROWS))  # fmt: skip
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class RulesPart(_Model):
-    """`figures.Rules`."""
-
-    seed: Count
-    bootstrap: Count
-    confidence: Number
-    view_agreement: Number
-    attack: Number
-    utility_points: Number
-    gates: list[Word]
-    method: Word
-
-    def rules(self) -> Rules:
-        """The same for `judge`."""
-        return Rules(**{**self.model_dump(), "gates": tuple(self.gates)})
-
-
-class LedgerPart(_Model):
-    """lines: of the file. attempts, steps: by phase."""
+class LedgerPart(Form):
+    """lines: of the file, torn ones too. head: SHA-256 of the last one. attempts, steps: by phase."""
 
     lines: Count
-    attempts: dict[Literal["pretrain", "unlearn", "retrain"], Count]
-    steps: dict[Literal["pretrain", "unlearn", "retrain"], Count]
+    head: Digest
+    attempts: dict[Phase, Count]
+    steps: dict[Phase, Count]
     codes: list[Digest]
 
 
-class CoveragePart(_Model):
+class SegmentsPart(Form):
+    """first, last: state digests that a training began and ended with; first is null for fresh weights. segments:
+    between two states of the ledger."""
+
+    first: Digest | None
+    last: Digest
+    segments: Count
+
+
+class CoveragePart(Form):
     """As in `audit/summary.json`."""
 
     requested: Count
@@ -82,7 +76,7 @@ class CoveragePart(_Model):
     used_as_retain: Count
 
 
-class GatePart(_Model):
+class GatePart(Form):
     """value, low, high: None where they were not evaluated, or left out because of too few images."""
 
     verdict: Literal["pass", "fail", "inconclusive", "not_evaluated"]
@@ -92,22 +86,22 @@ class GatePart(_Model):
     margin: Number
 
 
-class FiguresPart(_Model):
+class FiguresPart(Form):
     """Gates by name, and the AUC of every judged attack by encoder; without AUCs below 20 images."""
 
     gates: dict[Word, GatePart]
     aucs: dict[Word, dict[Encoder, Share | None]]
 
 
-class ToolPart(_Model):
+class ToolPart(Form):
     """Who made the certificate: version and digest of the code."""
 
     version: Word
     code: Digest
 
 
-class Predicate(_Model):
-    """See the names. private: salted commitments of files that name images."""
+class Predicate(Form):
+    """See the names. private: salted commitments of files that name images. request, outcome: see `receipt`."""
 
     commitment: Digest | None
     run: Digest
@@ -116,7 +110,11 @@ class Predicate(_Model):
     rules: RulesPart
     ledger: LedgerPart
     states: dict[Encoder, Digest]
+    segments: dict[Phase, SegmentsPart]
+    request: Tree
+    outcome: Tree
     coverage: CoveragePart
+    dose: DosePart | None
     private: dict[str, Digest]
     summary: Digest
     figures: FiguresPart
@@ -131,23 +129,26 @@ def read_predicate(statement: Mapping[str, Any]) -> Predicate:
     Raises:
         EvidenceError: it has not the form of a certificate, version 1.
     """
-    try:
-        found = Predicate.model_validate(statement["predicate"])
-        if found.limits != sorted(LIMITS):
-            raise EvidenceError("the certificate leaves out sentences about what it does not cover; it is none.")
-        return found
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise EvidenceError(f"the certificate has {where!r} in another form ({first['msg']}); it is none.") from None
+    found = read_form(Predicate, statement["predicate"], "the certificate")
+    if found.limits != limits(found.commitment):
+        raise EvidenceError("the certificate leaves out sentences about what it does not cover; it is none.")
+    return found
 
 
-def make_predicate(folder: Path, rules: Rules, tool: Mapping[str, str]) -> dict[str, Any]:
+def limits(committed: str | None) -> list[int]:
+    """Numbers of the sentences that a certificate has."""
+    return [number for number in sorted(LIMITS) if number != 2 or committed is None]
+
+
+def make_predicate(
+    folder: Path, rules: Rules, tool: Mapping[str, str], chain: tuple[int, str | None] = (1, None)
+) -> dict[str, Any]:
     """What a certificate states about a finished run, which is checked before.
 
     Args:
         rules: of its settings.
         tool: version and code digest of the program.
+        chain: number of the certificate, and digest of the one before; a commitment's go before.
 
     Raises:
         DataError: something that a certificate needs is missing. EvidenceError: files contradict each other.
@@ -157,12 +158,14 @@ def make_predicate(folder: Path, rules: Rules, tool: Mapping[str, str]) -> dict[
     if found.gaps or not (folder / "audit" / "summary.json").exists() or "unlearned" not in found.states:
         lacking = " ".join(found.gaps) or "The audit or the weights are not there."
         raise DataError(f"{folder} cannot be certified. {lacking} Finish the run first.")
-    secret = make_secret(folder)
-    part = {**vars(rules), "gates": list(rules.gates)}
+    secret, kept = make_secret(folder), kept_commitment(folder)
+    digest = kept[0].digest if kept else None
+    sequence, previous = (kept[1].sequence, kept[1].previous) if kept else chain
+    require_ledger(digest, kept[1] if kept else None, read_ledger(folder / "ledger.jsonl"))
     predicate = {
-        "commitment": None, "run": commitment(secret, "run", b""), "sequence": 1, "previous": None,
-        "rules": part, **state_facts(folder, rules), "private": private(folder, secret),
-        "limits": sorted(LIMITS), "tool": dict(tool),
+        "commitment": digest, "run": commitment(secret, "run", b""), "sequence": sequence, "previous": previous,
+        "rules": rules_part(rules), **state_facts(folder, rules, secret), "private": private(folder, secret),
+        "limits": limits(digest), "tool": dict(tool),
     }  # fmt: skip
     read_predicate({"predicate": predicate})
     return predicate
@@ -178,9 +181,11 @@ def private(folder: Path, secret: bytes) -> dict[str, str]:
     return {name: commitment(secret, name, read_plain(folder / name)) for name in PRIVATE if (folder / name).exists()}
 
 
-def state_facts(folder: Path, rules: Rules) -> dict[str, Any]:
-    """`ledger`, `states`, `coverage`, `summary`, `figures` and `verdict` from the files of a checked run."""
-    lines = read_ledger(folder / "ledger.jsonl")
+def state_facts(folder: Path, rules: Rules, secret: bytes) -> dict[str, Any]:
+    """`ledger`, `states`, `segments`, `request`, `outcome`, `coverage`, `dose`, `summary`, `figures` and `verdict` from
+    the files of a checked run."""
+    lines, rows = read_ledger(folder / "ledger.jsonl"), read_rows(folder)
+    count, head = next_link(folder / "ledger.jsonl")
     text = read_plain(folder / "audit" / "summary.json")
     summary = parse_record(text, str(folder / "audit" / "summary.json"), SUMMARY_FIELDS, EvidenceError)
     files = read_scores(folder / "audit")
@@ -189,17 +194,37 @@ def state_facts(folder: Path, rules: Rules) -> dict[str, Any]:
     phases = [phase for phase in PHASES.values() if any(line.get("phase") == phase for line in lines)]
     return {
         "ledger": {
-            "lines": len(lines),
+            "lines": count,
+            "head": head,
             "attempts": {p: sum(x["event"] == "start" and x["phase"] == p for x in lines) for p in phases},
             "steps": {phase: len(effective_steps(lines, phase)) for phase in phases},
             "codes": sorted({line["digest"] for line in lines if line["event"] == "code"}),
         },
         "states": states,
+        "segments": {phase: segments(lines, phase) for phase in phases},
+        "request": tree(request_leaves(rows, secret)),
+        "outcome": tree(outcomes(rows, secret, lines)),
         "coverage": summary["coverage"],
+        "dose": dose_facts(folder, lines, _done(folder), set(_audited(files)), rows),
         "summary": hashlib.sha256(text).hexdigest(),
         "figures": figures(judged, raw_scores(files).forget),
         "verdict": judged["gates"]["verdict"],
     }
+
+
+def _done(folder: Path) -> dict[str, Any]:
+    return read_record(folder / DONE, None, EvidenceError)
+
+
+def _audited(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Ids of the non-members that the audit shows to the encoders."""
+    return [i for i, row in files["unlearned"]["samples"].items() if row["role"] not in ("retain", "forget")]
+
+
+def segments(lines: Sequence[dict], phase: str) -> dict[str, Any]:
+    """`SegmentsPart` of a finished training."""
+    states = [state["digest"] for _, state in sorted(effective_states(lines, phase).items())]
+    return {"first": states[0], "last": states[-1], "segments": len(states) - 1}
 
 
 def figures(judged: Mapping[str, Any], images: int) -> dict[str, Any]:

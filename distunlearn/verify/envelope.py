@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .keys import key_id
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATES = "https://distunlearn.invalid/attestation/"  # names, never fetched
+PREDICATES = "tag:distunlearn,2026:attestation/"  # names, never fetched
 LARGEST = 4 << 20  # bytes of an envelope
 
 
@@ -33,6 +34,15 @@ class Envelope:
     statement: dict[str, Any]
     payload: bytes
     signatures: dict[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the statement: what other statements name it by, whoever signs it later."""
+        return hashlib.sha256(self.payload).hexdigest()
+
+    def also_signed(self, key: Ed25519PrivateKey) -> bytes:
+        """The bytes of the envelope with the signature of one more key."""
+        return _envelope(self.payload, {**self.signatures, key_id(key.public_key()): key.sign(_encoded(self.payload))})
 
     def signed_by(self, keys: Mapping[str, Ed25519PublicKey]) -> list[str]:
         """Ids of those keys whose signature holds."""
@@ -57,8 +67,12 @@ def sign(kind: str, subject: Mapping[str, str], predicate: Mapping[str, Any], ke
         "predicate": dict(predicate),
     }
     payload = rfc8785.dumps(statement)
-    signature = {"keyid": key_id(key.public_key()), "sig": _base64(key.sign(_encoded(payload)))}
-    return rfc8785.dumps({"payload": _base64(payload), "payloadType": PAYLOAD_TYPE, "signatures": [signature]})
+    return _envelope(payload, {key_id(key.public_key()): key.sign(_encoded(payload))})
+
+
+def _envelope(payload: bytes, signatures: Mapping[str, bytes]) -> bytes:
+    listed = [{"keyid": name, "sig": _base64(signature)} for name, signature in sorted(signatures.items())]
+    return rfc8785.dumps({"payload": _base64(payload), "payloadType": PAYLOAD_TYPE, "signatures": listed})
 
 
 def read(data: bytes, kind: str) -> Envelope:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -104,7 +105,7 @@ def load_key(path: Path, passphrase: str) -> Ed25519PrivateKey:
         key = serialization.load_pem_private_key(read_plain(path, 1 << 20), passphrase.encode() or None)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error}); give the file of a key.") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ConfigError(f"{path} does not open with this passphrase, or is no key; try again.") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{path} is no Ed25519 key; make one by `distunlearn keygen`.")
@@ -119,7 +120,7 @@ def public_key(pem: bytes) -> Ed25519PublicKey:
     """
     try:
         key = serialization.load_pem_public_key(pem)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError("a key in the trust file is no Ed25519 public key in PEM; take the .pub file of `keygen`.")

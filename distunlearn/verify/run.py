@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import EvidenceError
 from .figures import Rules, judge, plain
-from .ledger import coverage, effective_steps, read_ledger
+from .ledger import coverage, effective_states, effective_steps, read_ledger
 from .records import find_record, read_plain
 from .scores import raw_scores, read_scores
 from .states import export_digests, read_tensors, require_same_backbone, state_digest
@@ -74,6 +74,7 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
             found.notes.append(f"The weights of the {encoder} encoder are not there, so their digest is not checked.")
         if lines:
             _require_steps(lines, PHASES[encoder], done)
+            _require_states(lines, PHASES[encoder], done, named.get("original"))
     summary = find_record(folder / "audit" / "summary.json", None, EvidenceError)
     if summary is not None:
         _require_summary(folder, summary, named, dose, rules, lines, found)
@@ -145,6 +146,24 @@ def _require_steps(lines: Sequence[dict], phase: str, done: Mapping[str, Any]) -
         raise EvidenceError(
             f"the ledger has {len(found)} steps of {phase} that count, and {DONE} says {steps}; expected each of them "
             "once; the ledger was changed."
+        )
+
+
+def _require_states(lines: Sequence[dict], phase: str, done: Mapping[str, Any], original: str | None) -> None:
+    """A finished phase ended with the encoder that is there, and forgetting began with the original one."""
+    states = sorted(effective_states(lines, phase).items())
+    if not states:
+        return  # taken over from another run
+    (first, began), (_, ended) = states[0], states[-1]
+    if ended["digest"] != done.get("state") or not ended.get("final"):
+        raise EvidenceError(
+            f"the ledger says that {phase} ended with state {str(ended['digest'])[:12]}, and {DONE} names "
+            f"{str(done.get('state'))[:12]}; the weights were put there afterwards; train them again."
+        )
+    if phase == "unlearn" and len(states) > 1 and first == 0 and began["digest"] not in (None, original):
+        raise EvidenceError(
+            f"unlearn began with state {str(began['digest'])[:12]}, and the original encoder has "
+            f"{str(original)[:12]}; one of them was changed; unlearn again."
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 BOOTSTRAP = 0xA0D17  # stream of the draws, see `common/random.py`
+DOSE_UTILITY = 0xD05F  # the same of the bounds of a dose's cost
 MIN_FALSE_POSITIVES = 10  # a rate estimated from fewer negatives than this above the threshold says nothing
 CHUNK_BYTES = 64 << 20  # of one block of bootstrap weights
 

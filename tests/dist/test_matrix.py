@@ -83,7 +83,7 @@ def cell_of(choice: dict) -> Cell:
 def feasible() -> list[tuple[Cell, set[tuple]]]:
     """Every combination of choices that a run accepts, with the pairs in it.
 
-    But for compilation under zero3, left to the marker `matrix`: one cell takes as long as all others together to trace.
+    But for compilation under zero3, left to the marker `matrix`: one cell takes as long as all others to trace.
     """
     found = []
     for values in itertools.product(*FACTORS.values()):

@@ -51,7 +51,11 @@ def train_and_save(kind: str, folder: Path) -> dict:
     ledger = Ledger(folder / f"ledger-{backend.world.rank}.jsonl")
     settings = CheckpointConfig(sharded="always")
     with Saver(folder / kind, backend, settings, ledger, StopRequest(folder), print) as saver:
-        saver.save(STEPS, {"momentum.w": torch.full((5,), 7.0)}, {"digest": kind, "world": backend.world.size})
+        saver.save(
+            STEPS,
+            {"momentum.w": torch.full((5,), 7.0)},
+            {"digest": kind, "world": backend.world.size, "phase": "unlearn", "ranks": []},
+        )
         saver.wait()
     ledger.close()
     found = held(backend)

@@ -19,7 +19,6 @@ from distunlearn.audit.signals.collect import AUDITED
 from distunlearn.config.load import load_config
 from distunlearn.config.schema import DoseConfig
 from distunlearn.config.shape import plain as plain_settings
-from distunlearn.engine.dose.choice import Looks, choose
 from distunlearn.engine.dose.line import line
 from distunlearn.engine.dose.looks import FEATURES, Viewer
 from distunlearn.engine.phases import FEEDER_ROLES
@@ -27,6 +26,7 @@ from distunlearn.errors import ConfigError, DataError, EvidenceError
 from distunlearn.methods.base import method_class
 from distunlearn.plan.plan import make_plan
 from distunlearn.run import pipeline
+from distunlearn.verify.dose import Looks, choose
 from distunlearn.verify.figures import JUDGED, Raw, Rules, judge
 from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.run import check_run, require_distinct

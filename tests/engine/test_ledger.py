@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 
 import pytest
 
 from distunlearn.engine.ledger import Ledger, require_coverage
-from distunlearn.errors import CoverageError, DataError
-from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
+from distunlearn.errors import CoverageError, DataError, EvidenceError
+from distunlearn.verify.ledger import coverage, effective_states, effective_steps, read_ledger
 
 FORGET = frozenset({"f0", "f1", "f2"})
 
@@ -127,3 +128,48 @@ def test_other_ranks_write_nothing(tmp_path):
     ledger.start("unlearn", 0, attempt=1)
     ledger.close()
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_lines_are_a_chain_over_attempts_and_torn_lines(tmp_path):
+    """Computed here by hand: number, and SHA-256 of the bytes of the line before; the first goes back to the anchor."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, anchor="a" * 64)
+    ledger.start("unlearn", 0, attempt=1)
+    ledger.close()
+    with open(path, "ab") as file:
+        file.write(b'{"event":"step","ph')
+    write(path, 0, [["f0"], ["f1"]], 2)
+    read_ledger(path)
+    raw = path.read_bytes().splitlines()
+    expected = ["a" * 64, *(hashlib.sha256(line).hexdigest() for line in raw)]
+    for number in (0, 2, 3, 4):
+        line = json.loads(raw[number])
+        assert (line["n"], line["prev"]) == (number, expected[number])
+
+
+@pytest.mark.parametrize("edit", ["cut", "moved", "changed", "put in", "cut at the front"])
+def test_a_broken_chain_is_refused(tmp_path, edit):
+    path = tmp_path / "ledger.jsonl"
+    write(path, 0, [["f0"], ["f1"], ["f2"]], 1)
+    a, b, c, d = path.read_text().splitlines()
+    edited = {"cut": [a, b, d], "moved": [a, c, b, d], "changed": [a, b.replace("f0", "f9"), c, d],
+              "put in": [a, b, b, c, d], "cut at the front": [b, c, d]}[edit]  # fmt: skip
+    path.write_text("\n".join(edited) + "\n")
+    with pytest.raises(EvidenceError, match="the ledger was changed"):
+        read_ledger(path)
+
+
+def test_states_of_attempts_that_were_given_up_do_not_count(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.start("unlearn", 0, attempt=1, state="0")
+    for step in (2, 4):
+        ledger.state("unlearn", step, f"first {step}")
+    ledger.start("unlearn", 2, attempt=2, state="first 2")
+    ledger.state("unlearn", 4, "second 4")
+    ledger.state("unlearn", 6, "end", final=True)
+    ledger.close()
+    states = effective_states(read_ledger(path), "unlearn")
+    assert {step: state["digest"] for step, state in states.items()} == {
+        0: "0", 2: "first 2", 4: "second 4", 6: "end",
+    }  # fmt: skip

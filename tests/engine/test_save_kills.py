@@ -77,7 +77,7 @@ def saver(folder, step, rank, world):
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         if name.startswith("step-"):
             made.resumed(int(name[5:]))
-    made.save(step, {"momentum.w": torch.full((7,), -float(step))}, {"digest": "d"})
+    made.save(step, {"momentum.w": torch.full((7,), -float(step))}, {"digest": "d", "phase": "unlearn", "ranks": []})
     return made
 def save(mode, folder, step):
     world = 2 if mode == "sharded" else 1

@@ -64,7 +64,9 @@ class Training:
 
     def save(self, step, value=None):
         self.set(step if value is None else value)
-        self.saver.save(step, {"queue.keys": self.backend.model.w.detach()[:3]}, {"digest": "d"})
+        self.saver.save(
+            step, {"queue.keys": self.backend.model.w.detach()[:3]}, {"digest": "d", "phase": "unlearn", "ranks": []}
+        )
 
     def found(self):
         """The step of the newest checkpoint and the one number in all its tensors."""

@@ -104,10 +104,15 @@ OPTIONS = {
     "prepare": "--out --config --set", "pretrain": "--out --config --set", "unlearn": "--out --config --set",
     "audit": "", "report": "", "run": "--out --previous --config --set", "purge": "--apply --no-apply", "status": "",
     "plan": "--out --previous --config --set", "list": "", "doctor": "--out --config --set",
-    "index": "--config --set", "dose": "", "keygen": "", "certify": "--key",
+    "index": "--config --set", "dose": "", "keygen": "", "certify": "--key --previous",
+    "commit": "--out --previous --config --set", "countersign": "--key --register --reference",
+    "receipt": "--id --out", "residuals": "", "dispose": "--key --apply --no-apply", "revoke": "--reason --key --out",
     "init": "--checkpoint --encoder --images --non-members --request",
     "convert": "--args --image-size --in-chans --name --out --prefix --to",
-    "verify": "--export --json --run --secret --trust",
+    "verify": (
+        "--trust --commitment --register --revocations --previous --disposal --receipt --image --export --run --secret "
+        "--shards --replay --json"
+    ),
     "submit": (
         "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run "
         "--no-dry-run --exclude --gpu-type --gpus --logs --mail-type --mail-user --memory --name --nodes --partition "

@@ -17,6 +17,7 @@ import tiny
 
 from distunlearn.cli.main import main
 from distunlearn.engine import fault_injection
+from distunlearn.verify.ledger import next_link
 from distunlearn.verify.run import DONE, STATE
 from distunlearn.verify.secret import SECRET, commitment, make_secret
 
@@ -61,6 +62,15 @@ def forget_nothing(run: Path) -> None:
         shutil.copy(run / "original" / STATE, run / place / STATE)
         shutil.copytree(run / "original/export", run / place / "export", dirs_exist_ok=True)
         change(run / place / DONE, lambda done: done.update(digests))
+    ledger(run, lambda lines: [line | ({"digest": digests["state"]} if line.get("final") else {}) for line in lines])
+
+
+def weights_that_no_training_left(run: Path) -> None:
+    """Other weights with all their digests, but not in the ledger."""
+    for name in (STATE, DONE):
+        shutil.copy(run / "retrained" / name, run / name)
+    shutil.copytree(run / "retrained/export", run / "export", dirs_exist_ok=True)
+    change(run / DONE, lambda done: done.update(phase="unlearn", steps=6))
 
 
 def swap_weights(run: Path) -> None:
@@ -85,9 +95,14 @@ def fewer_images(run: Path) -> None:
 
 
 def ledger(run: Path, edit: Callable[[list[dict]], list[dict]]) -> None:
+    """Edited, and chained anew, as a forger who knows of the chain would."""
     path = run / "ledger.jsonl"
     lines = edit([json.loads(line) for line in path.read_text().splitlines()])
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("")
+    for number, line in enumerate(lines):
+        link = dict(zip(("n", "prev"), next_link(path, line["prev"] if number == 0 else None), strict=True))
+        with path.open("a") as file:
+            file.write(json.dumps({**line, **link}) + "\n")
 
 
 def is_step(line: dict) -> bool:
@@ -127,6 +142,7 @@ FORGERIES = {
     ship_other_settings_of_the_encoder: "what is exported is not what was",
     forget_nothing: "is of other weights",
     swap_weights: "differs from the digest in done.json",
+    weights_that_no_training_left: "the weights were put there afterwards",
     widen_margins: "settings were changed after the run began",
     better_scores: "audit/summary.json differs",
     fewer_images: "expected one list for all",

@@ -30,11 +30,13 @@ from distunlearn.encoders.weights import check_finite
 from distunlearn.engine.backends import Backend
 from distunlearn.engine.backends.tensor_shards import Piece
 from distunlearn.engine.checkpoint.format import (
+    KEEP,
     Checkpoint,
     begin,
     candidates,
     commit,
     exposed,
+    files_digest,
     none_verifies,
     read_commit,
     verified,
@@ -88,14 +90,15 @@ class Saver:
     Args:
         stop: asked for a stop as soon as a save fails.
         note: told of what is no error (an old checkpoint that cannot be removed).
+        keep: checkpoints that stay.
     """
 
     def __init__(
         self, folder: Path, backend: Backend, settings: CheckpointConfig, ledger: Ledger, stop: StopRequest,
-        note: Callable[[str], None],
+        note: Callable[[str], None], keep: int = KEEP,
     ) -> None:  # fmt: skip
         self._folder, self._backend, self._settings = folder, backend, settings
-        self._ledger, self._stop, self._note = ledger, stop, note
+        self._ledger, self._stop, self._note, self._keep = ledger, stop, note, keep
         self._buffers = HostBuffers()
         self._job: _Save | None = None
         self._sound: set[int] = set()
@@ -214,9 +217,11 @@ class Saver:
         if job.sharded:
             job.written.set()
             files |= self._others(job, temporary)
+        # Before the commit: a checkpoint that is there has its line.
+        self._ledger.state(job.facts["phase"], job.step, files_digest(files), ranks=job.facts["ranks"])
         self._ledger.sync()
         facts = {**job.facts, "ledger": self._ledger.head(job.ledger_bytes)}
-        _, job.notes = commit(temporary, job.step, files, facts, may_write, self._sound)
+        _, job.notes = commit(temporary, job.step, files, facts, may_write, self._sound, self._keep)
         self._sound.add(job.step)
 
     def _others(self, job: _Save, temporary: Path) -> dict[str, Any]:

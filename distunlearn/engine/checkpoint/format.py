@@ -26,12 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rfc8785
+
 from distunlearn.common.files import file_sha256, sync_path, write_atomic, write_json
 from distunlearn.errors import DataError
+from distunlearn.verify.merkle import leaf_hash, root
 from distunlearn.verify.records import read_record
 
 FORMAT = 2
 KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
+KEEP_ALL = 1 << 60
 STEP = re.compile(r"step-\d{8}")
 PLAIN = re.compile(r"[\w-][\w.-]*")  # a name in this folder, never a path
 
@@ -55,8 +59,9 @@ def commit(
     facts: Mapping[str, Any],
     may_write: Callable[[], None] | None = None,
     sound: Collection[int] | None = None,
+    keep: int = KEEP,
 ) -> tuple[Path, list[str]]:
-    """Turn `temporary`, in which all files lie, into the checkpoint of `step`; remove what is older than `KEEP`.
+    """Turn `temporary`, in which all files lie, into the checkpoint of `step`; remove all but the `keep` newest.
 
     Args:
         files: as `write_pieces` describes them, of all ranks.
@@ -80,7 +85,7 @@ def commit(
     sync_path(folder)
     write_atomic(folder / "LATEST", f"{final.name}\n")
     shutil.rmtree(damaged, ignore_errors=True)
-    return final, _remove_old(folder, step, sound)
+    return final, _remove_old(folder, step, sound, keep)
 
 
 def begin(folder: Path, step: int, token: str = "0") -> Path:
@@ -97,10 +102,10 @@ def begin(folder: Path, step: int, token: str = "0") -> Path:
     return temporary
 
 
-def _remove_old(folder: Path, newest: int, sound: Collection[int] | None) -> list[str]:
-    """Never one of the `KEEP` newest that are known to be sound; damaged ones of later steps wait to be made anew."""
+def _remove_old(folder: Path, newest: int, sound: Collection[int] | None, keep: int) -> list[str]:
+    """Never one of the `keep` newest that are known to be sound; damaged ones of later steps wait to be made anew."""
     steps = {_number(path): path for path in _steps(folder)}
-    kept = sorted(step for step in steps if step == newest or sound is None or step in sound)[-KEEP:]
+    kept = sorted(step for step in steps if step == newest or sound is None or step in sound)[-keep:]
     troubles: list[str] = []
     for step, path in steps.items():
         if step not in kept and step < newest:
@@ -109,6 +114,12 @@ def _remove_old(folder: Path, newest: int, sound: Collection[int] | None) -> lis
             except OSError as error:
                 troubles.append(f"the old checkpoint {path.name} could not be removed ({error})")
     return troubles
+
+
+def files_digest(files: Mapping[str, Any]) -> str:
+    """Digest of a checkpoint's state, hexadecimal: the tree over its files, by name. files: as COMMIT.json has them."""
+    leaves = [rfc8785.dumps([name, entry["sha256"]]) for name, entry in sorted(files.items())]
+    return root([leaf_hash(leaf) for leaf in leaves]).hex()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -20,14 +20,15 @@ from safetensors.torch import load_file
 
 from distunlearn.common.files import file_sha256, replacing, write_json
 from distunlearn.config.schema import OptimizerConfig
+from distunlearn.config.shape import plain
 from distunlearn.encoders.model import ContrastiveModel
 from distunlearn.engine import fault_injection
-from distunlearn.engine.dose.choice import Choice, Looks, choose
 from distunlearn.engine.dose.line import between, line
 from distunlearn.engine.dose.looks import FEATURES, ROLES, Viewer
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.session import Session, load_trained, save_trained
 from distunlearn.errors import DataError, StoppedError
+from distunlearn.verify.dose import Choice, DoseRules, choose, read_looks
 from distunlearn.verify.records import read_record
 from distunlearn.verify.run import DONE, DONE_FIELDS, STATE
 
@@ -174,14 +175,11 @@ def _conclude(
             f"method.dose=auto compares {len(viewer.ids['forget'])} forget with {len(viewer.ids['watch'])} watch "
             "images, expected at least 2 of each; raise data.watch, or set a number such as method.dose=1."
         )
-    arrays = {name: np.stack([one[name] for one in seen]).astype(np.float32).astype(np.float64) for name in SEEN}
-    looks = Looks(
-        **{role: arrays[role] for role in ROLES}, loss=arrays["retain"][:, :, FEATURES.index("bank_loss")],
-        chance=float(arrays["chance"][0]), right=arrays["right"],
-    )  # fmt: skip
-    choice = choose(looks, cfg, session.cfg.seed)
+    looks, _ = read_looks(folder / SCORES)
+    rules = DoseRules.model_validate(plain(cfg))
+    choice = choose(looks, rules, session.cfg.seed)
     other = "half" if cfg.aim == "retained" else "retained"
-    beside: Choice = choose(looks, cfg, session.cfg.seed, other)
+    beside: Choice = choose(looks, rules, session.cfg.seed, other)
     found = {
         **choice.as_dict(),
         "grid": list(cfg.grid),
@@ -200,7 +198,8 @@ def _conclude(
     session.ledger.may_write()
     write_json(folder / CURVE, found)
     told = ("dose", "best", "low", "high", "grid", "aim", "images", "original", "full", "scores_sha256")
-    session.ledger.dose(**{name: found[name] for name in told})
+    told_too = {"rules": rules.model_dump(), "seed": session.cfg.seed}
+    session.ledger.dose(**{name: found[name] for name in told}, **told_too)
     return found
 
 
