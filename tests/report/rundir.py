@@ -110,8 +110,8 @@ def build_run(folder: Path, case: str = "pass", cfg: RunConfig | None = None, co
     write_json(folder / "env.json", _environment())
     write_json(folder / "plan.json", _plan() | {"digest": digest(cfg)})
     manifest = _manifest(folder, counts)
-    _ledger(folder, manifest)
     states = {encoder: _encoder(folder / place, number) for number, (encoder, place) in enumerate(FOLDERS.items())}
+    _ledger(folder, manifest, states["unlearned"])
     cost = {
         "pretrain_images": 420_000, "unlearn_images": 63_000, "retrain_images": 300_000,
         "pretrain_seconds": 140.0, "unlearn_seconds": 58.0, "retrain_seconds": 101.0,
@@ -160,8 +160,8 @@ def _manifest(folder: Path, counts: dict[str, int]) -> Manifest:
     return manifest
 
 
-def _ledger(folder: Path, manifest: Manifest) -> None:
-    """Two attempts at forgetting, in which every requested image enters the loss twice."""
+def _ledger(folder: Path, manifest: Manifest, state: str) -> None:
+    """Two attempts at forgetting, in which every requested image enters the loss twice. state: digest of the end."""
     forget = manifest.ids("forget")
     settings = hashlib.sha256((folder / "run.yaml").read_bytes()).hexdigest()
     ledger = Ledger(folder / "ledger.jsonl", facts={"settings": settings})
@@ -171,6 +171,7 @@ def _ledger(folder: Path, manifest: Manifest) -> None:
             ids = {"retain": manifest.ids("retain"), "forget": forget if step < 2 else []}
             ledger.step("unlearn", step, ids, frozenset(forget))
     ledger.done("unlearn", STEPS, images=63_000)
+    ledger.state("unlearn", STEPS, state, final=True)
     ledger.close()
 
 

@@ -13,6 +13,7 @@ from distunlearn.cli.main import main
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.run import dispose as module
 from distunlearn.run.dispose import PLACES, dispose, residuals
+from distunlearn.verify import envelope
 from distunlearn.verify.check import FAILS, HOLDS
 from distunlearn.verify.receipt import read_rows
 from distunlearn.verify.secret import SECRET
@@ -50,6 +51,11 @@ def test_what_is_left_is_listed_before_and_gone_after(case, run, tmp_path, monke
     assert [found.checks[level].word for level in (0, 1, 5)] == [HOLDS] * 3, str(found)
     assert "8 places deleted from the file system; 4 claimed, none checked" in str(found)
     assert case.check(run=run, export=None).exit_code == 8, "level 2 needs what is gone"
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    shown = page[page.index("Evidence that others can check") : page.index("Where these figures come from")]
+    for words in ("ticket 17", envelope.read(case.path.read_bytes(), "certificate").digest, "run secret", "derived"):
+        assert words in shown, words
 
 
 def test_a_disposal_of_another_certificate_or_key_does_not_hold(case, run, monkeypatch):
