@@ -85,19 +85,17 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Index:
-    """Write a manifest for WebDataset shards that exist, beside them; the shards stay as they are."""
+    """Write the index of WebDataset shards that exist, beside them; the shards stay as they are."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="folder of .tar files")]
     config: Config = None
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.run.prepare import describe, index_folder
-
         if _is_main():
             own = ("data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}")
             cfg = _settings(None, self.config, (*own, *self.overrides))
-            print(describe(index_folder(cfg, Path(str(cfg.data.root)))))
+            print(_pipeline().index(cfg))
         return 0
 
 

@@ -40,7 +40,7 @@ from distunlearn.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, ConfigError,
 from distunlearn.plan.plan import make_plan, write_plan
 from distunlearn.report.render import write_report
 from distunlearn.run.chain import keep_chain
-from distunlearn.run.prepare import describe, make_shards
+from distunlearn.run.prepare import describe, index_folder, make_shards
 
 VERDICT_CODES = {"pass": 0, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_INCONCLUSIVE}
 
@@ -65,6 +65,11 @@ def prepare(cfg: RunConfig, out: str | Path) -> str:
         manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=foreign)
     manifest.save_request(out)
     return describe(manifest)
+
+
+def index(cfg: RunConfig) -> str:
+    """The index of the shards in `data.root`, written beside them; returns a line that says what."""
+    return describe(index_folder(cfg, Path(str(cfg.data.root))))
 
 
 def pretrain(cfg: RunConfig, out: str | Path, planned: dict | None = None) -> None:
