@@ -21,7 +21,7 @@ from distunlearn.data.manifest.records import FORGOTTEN
 from distunlearn.engine.session import Session, load_trained
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.verify.chain import CHAIN, Chain
-from distunlearn.verify.ledger import coverage, read_ledger
+from distunlearn.verify.ledger import coverage, coverage_by_person, read_ledger
 from distunlearn.verify.run import DONE, FOLDERS, PHASES, require_distinct, require_settings
 
 
@@ -38,6 +38,7 @@ def collect_evidence(
     signals: dict[str, Signals] = {}
     relearned: dict[str, Relearned] = {}
     facts: dict[str, dict[str, Any]] = {}
+    told: dict[str, Any] = {}
     for name, place in FOLDERS.items():
         folder = out / place
         if name == "retrained" and cfg.audit.tier == 0 and not (folder / DONE).exists():
@@ -59,17 +60,25 @@ def collect_evidence(
         f"{phase}_{unit}": facts[name][unit] if name in facts else None
         for unit in ("images", "seconds") for name, phase in PHASES.items()
     }  # fmt: skip
-    covered = coverage(lines, session.manifest.ids("forget")).as_dict()
+    forget = session.manifest.ids("forget")
+    covered, persons = coverage(lines, forget), session.manifest.persons(forget)
+    if persons is not None and (persons >= 0).any():
+        own = dict(zip(forget, persons.tolist(), strict=True))
+        told = {
+            "persons": session.manifest.persons(signals["original"].ids),
+            "person_coverage": coverage_by_person(covered.counts, own),
+        }
     summary, scores = summarise(
         signals,
         cfg,
         cost=cost,
-        coverage=covered,
+        coverage=covered.as_dict(),
         relearned=relearned,
         pooled=pooled,
         stress=stress,
         states=states,
         request_of=_requests(session),
+        **told,
     )
     session.ledger.may_write()
     write_audit(out / "audit", summary, scores)

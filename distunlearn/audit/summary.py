@@ -7,7 +7,7 @@ encoders and attacks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import plain as plain_settings
 from distunlearn.verify.figures import Raw, Rules, judge, plain
 from distunlearn.verify.records import read_record
+from distunlearn.verify.scores import units_of
 from distunlearn.verify.statistics import auc
 
 Scores = dict[str, dict[str, dict[str, Any]]]
@@ -44,6 +45,8 @@ def summarise(
     stress: Mapping[str, Any] | None = None,
     states: Mapping[str, str] | None = None,
     request_of: Mapping[str, int] | None = None,
+    persons: np.ndarray | None = None,
+    person_coverage: Sequence[Mapping[str, int]] | None = None,
 ) -> tuple[dict[str, Any], Scores]:
     """Attack, measure, compare and judge.
 
@@ -54,12 +57,16 @@ def summarise(
         stress: figures of the stress tests (`stress.audit_stress`); None: none was asked for.
         states: digests of the encoders' weights (`Trained.facts`), which the files then name.
         request_of: {id: request} of the images that earlier requests forgot; None: there are none.
+        persons: int32 [n], number of the person on each image, -1 where unknown; None: nobody says, or not of one to
+            forget. person_coverage: of `coverage_by_person`.
 
     Returns:
         What `audit/summary.json` and, by encoder, `audit/scores-<encoder>.json` hold: plain JSON, None for "not
         evaluated", never NaN.
     """
     first = signals["original"]
+    if persons is not None and not (persons[first.of("forget")] >= 0).any():
+        persons = None
     assert all(s.ids == first.ids for s in signals.values()), "one list of images for all encoders"
     rules = Rules.of(plain_settings(cfg))
     found = run_attacks(signals, cfg.seed, cfg.audit.gates.also)
@@ -71,10 +78,11 @@ def summarise(
         {e: {name: column[holdout] for name, column in right.items()} for e, right in correct.items()},
         len(first.of("forget")),
         len(holdout),
+        None if persons is None else (units_of(persons[first.of("forget")]), units_of(persons[holdout])),
     )
     judged = judge(raw, rules, unchanged="original" in states and states["original"] == states["unlearned"])
     summary = {
-        **{name: judged[name] for name in ("attacks", "further_attacks", "utility")},
+        **{name: judged[name] for name in ("attacks", "further_attacks", "utility", "persons")},
         **_told_apart(signals, judged["attacks"], cfg),
         "similarity": similarities(signals),
         **_completeness(signals, raw, judged["utility"], cfg),
@@ -87,12 +95,14 @@ def summarise(
         "tier": cfg.audit.tier,
         "cost": dict(cost),
         "coverage": dict(coverage),
+        "person_coverage": None if person_coverage is None else [dict(row) for row in person_coverage],
         "images": {role: len(first.of(role)) for role in dict.fromkeys(first.roles.tolist())},
         "states": states,
         "gates": judged["gates"],
     }
     scores = {
-        name: {"encoder": name, "state": states.get(name)} | _score_file(name, signals[name], found, correct[name])
+        name: {"encoder": name, "state": states.get(name)}
+        | _score_file(name, signals[name], found, correct[name], persons)
         for name in signals
     }
     return plain(summary), scores
@@ -154,6 +164,7 @@ def _score_file(
     signals: Signals,
     attacked: Mapping[str, Mapping[str, Attacked]],
     correct: Mapping[str, np.ndarray],
+    persons: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """`signs` and `samples`, see `verify.scores`; a score that an image does not have is left out."""
     columns: dict[str, np.ndarray] = {"confidence": signals.confidence}
@@ -166,6 +177,8 @@ def _score_file(
     samples = {}
     for row, sample_id in enumerate(signals.ids):
         entry: dict[str, Any] = {"role": str(signals.roles[row]), "label": int(signals.labels[row])}
+        if persons is not None and persons[row] >= 0:
+            entry["person"] = int(persons[row])
         entry |= {name: float(column[row]) for name, column in columns.items() if np.isfinite(column[row])}
         samples[sample_id] = entry
     return {"signs": signs, "samples": samples}

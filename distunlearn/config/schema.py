@@ -97,7 +97,9 @@ class DataConfig:
     members: PositiveInt | None = 700  # images the original encoder is trained on; None: all that are left over
     forget: int | float | str = 200  # a count, a share in (0, 1), "class:NAME", or a list (.txt .csv .tsv .jsonl)
     forget_column: str | None = None  # of the list, that names the images; None: the one with a usual name
-    forget_by: Literal["id", "url", "key", "sha256"] = "id"  # what the list names images by
+    forget_by: Literal["id", "url", "key", "sha256", "person"] = "id"  # what the list names images by
+    persons: str | None = None  # who is on which image: a table (.csv .tsv .jsonl) of images and persons, or "class"
+    person_column: str = "person"  # of that table, and of a list that names persons
     allow_missing: bool = False  # leave out listed ids that the source does not have (recorded), instead of refusing
     max_forget_share: PartShare = 0.5  # largest share of the members that may be forgotten
     copies: Literal["refuse", "forget", "keep"] = "refuse"  # retain images with the very bytes of a forget image

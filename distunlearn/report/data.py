@@ -149,7 +149,7 @@ def _scores(raw: dict[str, Any], encoder: str) -> Scores:
         if not isinstance(role, str):
             continue
         for name, value in row.items():
-            if name != "label" and (figure := number(value)) is not None:
+            if name not in ("label", "person") and (figure := number(value)) is not None:
                 collected.setdefault(role, {}).setdefault(name, []).append(figure)
     by_role = {
         role: {name: np.sort(np.asarray(values, dtype=np.float64)) for name, values in names.items()}

@@ -13,8 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from .gates import Gate, equivalence, no_loss, overall
-from .statistics import Comparison, Draws, auc, auc_bootstrap, draw_images, ks_p_value, percentile_interval, tpr_at_fpr
+from .gates import MIN_IMAGES, Gate, equivalence, no_loss, overall
+from .statistics import (
+    Comparison,
+    Draws,
+    Part,
+    auc,
+    auc_bootstrap,
+    draw_images,
+    draw_persons,
+    ks_p_value,
+    percentile_interval,
+    tpr_at_fpr,
+)
 
 ENCODERS = ("original", "unlearned", "retrained")
 UTILITIES = ("knn", "linear_probe")
@@ -67,24 +78,35 @@ class Raw:
     """What the figures are made of.
 
     comparisons: {attack: {encoder: Comparison}}. correct: {encoder: {utility: float64 [holdout]}}, 1, 0 or NaN where
-    there is no label. forget, holdout: numbers of images.
+    there is no label. forget, holdout: numbers of images. persons: who is on each, int64 [forget] and [holdout]; None:
+    nobody says.
     """
 
     comparisons: Mapping[str, Mapping[str, Comparison]]
     correct: Mapping[str, Mapping[str, np.ndarray]]
     forget: int
     holdout: int
+    persons: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
-    """`attacks`, `further_attacks`, `utility` and `gates` of `audit/summary.json`, before `plain`.
+    """`attacks`, `further_attacks`, `utility`, `persons` and `gates` of `audit/summary.json`, before `plain`.
+
+    Where persons are known and `MIN_IMAGES` of them or more are on either side, they are the units of every interval.
 
     unchanged: the unlearned encoder is the original one, which is never a pass.
     """
-    draws = draw_images(raw.forget, raw.holdout, rules.bootstrap, rules.seed)
-    figures = {name: _attack(name, found, draws, rules) for name, found in raw.comparisons.items()}
+    draws, units = draw_images(raw.forget, raw.holdout, rules.bootstrap, rules.seed), (raw.forget, raw.holdout)
+    told = None
+    if raw.persons is not None:
+        counted = len(np.unique(raw.persons[0])), len(np.unique(raw.persons[1]))
+        by_person = draw_persons(*raw.persons, rules.bootstrap, rules.seed)
+        told = persons_told(raw, by_person, counted, rules)
+        if told["are_units"]:
+            draws, units = by_person, counted
+    figures = {name: _attack(name, found, draws, min(units), rules) for name, found in raw.comparisons.items()}
     attacks = {name: figures[name] for name in rules.gates if name in figures}
-    utility, useful = _utility(raw, draws, rules)
+    utility, useful = _utility(raw, draws, units[1], rules)
     gates = {name: figures[name]["gap"] if name in figures else _no_scores(name, rules) for name in rules.gates}
     gates |= useful
     verdict = overall(gate["verdict"] for gate in gates.values())
@@ -94,6 +116,7 @@ def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
         "attacks": attacks,
         "further_attacks": {name: _unjudged(found) for name, found in figures.items() if name not in attacks},
         "utility": utility,
+        "persons": told,
         "gates": {"verdict": verdict, **gates},
     }
 
@@ -112,7 +135,7 @@ def plain(value: Any) -> Any:
 # -- attacks ---------------------------------------------------------------------------------------------------------
 
 
-def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, rules: Rules) -> dict[str, Any]:
+def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, units: int, rules: Rules) -> dict[str, Any]:
     sampled = {name: auc_bootstrap(comparison, draws) for name, comparison in found.items()}
     result: dict[str, Any] = {name: _figures(found.get(name), sampled.get(name)) for name in ENCODERS}
     at = "retrained" if attack in AGAINST_ORIGINAL else "original"
@@ -122,8 +145,7 @@ def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, rules: R
     if "retrained" in found:
         value = result["unlearned"]["auc"] - result["retrained"]["auc"]
         ends = percentile_interval(sampled["unlearned"] - sampled["retrained"], rules.confidence)
-        images = min(draws.positives.shape[1], draws.negatives.shape[1])
-        gate = equivalence(value, *ends, margin, powered=powered, images=images)
+        gate = equivalence(value, *ends, margin, powered=powered, images=units)
     else:
         gate = Gate(math.nan, math.nan, math.nan, "inconclusive", NO_RETRAINED)
     result["gap"] = _gap(gate, "auc", margin)
@@ -162,10 +184,39 @@ def _unjudged(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {**figures, "gap": {key: value for key, value in figures["gap"].items() if key in kept}}
 
 
+# -- persons ---------------------------------------------------------------------------------------------------------
+
+
+def persons_told(raw: Raw, draws: Draws, counted: tuple[int, int], rules: Rules) -> dict[str, Any]:
+    """Numbers of persons, whether they are the units of the gates, and every attack's gap to the retrained encoder by
+    persons: with an interval over persons, and of each requested person alone, who is told by a number.
+    """
+    assert raw.persons is not None, "somebody says who is on which image"
+    forget = raw.persons[0]
+    attacks = {}
+    for attack, found in raw.comparisons.items():
+        if "retrained" not in found:
+            continue
+        both = [found[encoder] for encoder in ("unlearned", "retrained")]
+        low, high = percentile_interval(auc_bootstrap(both[0], draws) - auc_bootstrap(both[1], draws), rules.confidence)
+        each = []
+        for person in np.unique(forget).tolist():
+            unlearned, retrained = (auc(_of(comparison, forget == person)) for comparison in both)
+            images = int((forget == person).sum())
+            each.append({"person": person, "images": images, "unlearned": unlearned, "retrained": retrained})
+        attacks[attack] = {"auc": auc(both[0]) - auc(both[1]), "low": low, "high": high, "each": each}
+    return {"forget": counted[0], "holdout": counted[1], "are_units": min(counted) >= MIN_IMAGES, "attacks": attacks}
+
+
+def _of(comparison: Comparison, kept: np.ndarray) -> Comparison:
+    """Some of the forgotten images against all held-out ones. kept: bool [forget]."""
+    return Comparison(tuple(Part(part.positives[kept], part.negatives, part.rows) for part in comparison.parts))
+
+
 # -- utility ---------------------------------------------------------------------------------------------------------
 
 
-def _utility(raw: Raw, draws: Draws, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
+def _utility(raw: Raw, draws: Draws, units: int, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
     """Accuracies, their gaps to the retrained encoder, and the gates on their change from the original encoder."""
     utility, judged = {}, {}
     for name in UTILITIES:
@@ -180,7 +231,7 @@ def _utility(raw: Raw, draws: Draws, rules: Rules) -> tuple[dict[str, Any], dict
         figures["gap"] = dict(zip(("accuracy", "low", "high"), gap, strict=True))
         utility[name] = figures
         allowed = rules.utility_points / 100
-        judged[name] = _gap(no_loss(*change, allowed, images=int(tested.sum())), "change", allowed)
+        judged[name] = _gap(no_loss(*change, allowed, images=min(units, int(tested.sum()))), "change", allowed)
     return utility, judged
 
 

@@ -147,3 +147,15 @@ def coverage(lines: Sequence[dict], forget: Sequence[str], phase: str = "unlearn
         used_as_retain=len(misused),
         counts={i: counts[i] for i in forget},
     )
+
+
+def coverage_by_person(counts: Mapping[str, int], persons: Mapping[str, int]) -> list[dict[str, int]]:
+    """Of each requested person, by number: how many images, and how often the least of them entered the loss.
+
+    counts: of `Coverage`. persons: {id: number of the person}, -1 where unknown.
+    """
+    found: dict[int, list[int]] = {}
+    for sample_id, count in counts.items():
+        if persons[sample_id] >= 0:
+            found.setdefault(persons[sample_id], []).append(count)
+    return [{"person": p, "images": len(of), "consumed_min": min(of)} for p, of in sorted(found.items())]

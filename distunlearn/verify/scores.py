@@ -2,7 +2,8 @@
 
 {"encoder", "state", "signs": {attack: 1 or -1}, "samples": {id: {"role", "label", score ...}}}. state: digest of the
 weights that gave the scores. A sign says whether high scores accuse; a score that an image does not have is left out.
-An attack that is fitted crosswise has its scores as `<attack>_fold0` and so on, one part of its comparison each.
+`person`, where one is known, is the number of who is on the image. An attack that is fitted crosswise has its scores as
+`<attack>_fold0` and so on, one part of its comparison each.
 """
 
 from __future__ import annotations
@@ -81,13 +82,21 @@ def raw_scores(files: Mapping[str, Mapping[str, Any]]) -> Raw:
         attack: {encoder: _comparison(attack, sign, rows[encoder]) for encoder in files}
         for attack, sign in first["signs"].items()
     }
-    roles = [row["role"] for row in first["samples"].values()]
     holdout = {encoder: [row for row in those if row["role"] == "holdout"] for encoder, those in rows.items()}
     correct = {
         encoder: {name: np.array([row.get(f"{name}_correct", math.nan) for row in those]) for name in UTILITIES}
         for encoder, those in holdout.items()
     }
-    return Raw(comparisons, correct, roles.count("forget"), roles.count("holdout"))
+    sides = [[row for row in first["samples"].values() if row["role"] == role] for role in ("forget", "holdout")]
+    known = any("person" in row for row in sides[0])
+    numbers = (np.array([row.get("person", -1) for row in side]) for side in sides)
+    persons = tuple(map(units_of, numbers)) if known else None
+    return Raw(comparisons, correct, len(sides[0]), len(sides[1]), persons)  # type: ignore[arg-type]
+
+
+def units_of(persons: np.ndarray) -> np.ndarray:
+    """Who is on each image, int64; where nobody says (-1), the image is a person of its own, of a negative number."""
+    return np.where(persons >= 0, persons, -1 - np.arange(len(persons))).astype(np.int64)
 
 
 def _comparison(attack: str, sign: int, rows: list[Mapping[str, Any]]) -> Comparison:

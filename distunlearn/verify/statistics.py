@@ -75,6 +75,16 @@ def draw_images(n: int, m: int, draws: int, seed: int) -> Draws:
     return Draws(*sides)
 
 
+def draw_persons(positives: np.ndarray, negatives: np.ndarray, draws: int, seed: int) -> Draws:
+    """The same for whole persons (a cluster bootstrap): an image occurs as often as the person on it is drawn.
+
+    positives, negatives: int64 [n], [m], who is on each image.
+    """
+    units = [np.unique(side, return_inverse=True)[1] for side in (positives, negatives)]
+    drawn = draw_images(int(units[0].max()) + 1, int(units[1].max()) + 1, draws, seed)
+    return Draws(drawn.positives[:, units[0]], drawn.negatives[:, units[1]])
+
+
 def auc(comparison: Comparison) -> float:
     """AUC in [0, 1]; mean over the parts. NaN where a side is empty."""
     return float(np.mean([_auc(part.positives, part.negatives) for part in comparison.parts]))

@@ -69,7 +69,7 @@ class Manifest:
         shard_files: size, digest and count of every shard, by name, in order.
         info: further facts for summary.json (sources, classes, images left out ...).
         remote: the object store that holds the shards; None: they lie in `folder`.
-        facts: of the request.
+        facts: of the request. person: int32 [n], number of the person on each image, -1 where unknown; None: none is.
 
     Attributes:
         columns: of all samples. index_sha256: of index.arrow. fingerprint: of the index and the roles.
@@ -83,7 +83,9 @@ class Manifest:
         info: Mapping[str, Any] | None = None,
         remote: Remote | None = None,
         facts: Mapping[str, Any] | None = None,
+        person: np.ndarray | None = None,
     ) -> None:
+        self.person = person
         self.folder = Path(folder)
         self.remote = remote
         self.shard_files = dict(shard_files)
@@ -135,9 +137,10 @@ class Manifest:
         """sha256 of what tells the images, their places and their roles."""
         return hashlib.sha256(self.index_sha256.encode() + self.columns.role.tobytes()).hexdigest()
 
-    def with_roles(self, role: np.ndarray, facts: Mapping[str, Any]) -> Manifest:
-        """The same index with the roles of another request. role: uint8 [n]."""
-        made = Manifest(self.folder, self.columns.with_roles(role), self.shard_files, self.info, self.remote, facts)
+    def with_roles(self, role: np.ndarray, facts: Mapping[str, Any], person: np.ndarray | None = None) -> Manifest:
+        """The same index with the roles of another request. role: uint8 [n]; person: None: as they are."""
+        columns, person = self.columns.with_roles(role), self.person if person is None else person
+        made = Manifest(self.folder, columns, self.shard_files, self.info, self.remote, facts, person)
         made.index_sha256 = self.index_sha256
         return made
 
@@ -187,6 +190,10 @@ class Manifest:
         labels = self.columns.label[self._rows_of(list(ids))].astype(np.int64)
         return np.where(labels == NO_LABEL, -1, labels)
 
+    def persons(self, ids: Sequence[str]) -> np.ndarray | None:
+        """Numbers of the persons, int32 [n], -1 where unknown; None: the request has no persons."""
+        return None if self.person is None else self.person[self._rows_of(ids)]
+
     def count_roles(self) -> dict[str, int]:
         """Samples per role; `unused` and `forgotten` only if there are any."""
         counts = dict(zip(CODES, np.bincount(self.columns.role, minlength=len(CODES)).tolist(), strict=True))
@@ -212,7 +219,7 @@ class Manifest:
     def save_request(self, run: str | Path) -> None:
         """Write the roles into a run directory."""
         columns = self.columns
-        Request(self.index_sha256, columns.role, keys_of(columns.sha256), self.facts).save(Path(run))
+        Request(self.index_sha256, columns.role, keys_of(columns.sha256), self.facts, self.person).save(Path(run))
 
     @classmethod
     def load(cls, folder: str | Path, remote: Remote | None = None, run: str | Path | None = None) -> Manifest:
@@ -255,14 +262,15 @@ class Manifest:
                 f"{run} gives roles to the images of another index than that in {self.folder}; give the shards that it "
                 "was prepared with, or choose another --out."
             )
-        role, lost = request.role, Counter(request.facts.get(LOST, {}))
+        role, person, lost = request.role, request.person, Counter(request.facts.get(LOST, {}))
         for step in steps[since:] if since is not None else ():
             lost.update(CODES[code] for code in role[step["rows"]].tolist())
             role = np.delete(role, step["rows"])
+            person = None if person is None else np.delete(person, step["rows"])
         lost.pop(UNUSED, None)
         if len(role) != len(self):
             raise DataError(f"{run} has the roles of {len(role)} images, but the index has {len(self)}; {_FIX}.")
-        return self.with_roles(role, {**request.facts, **({LOST: dict(lost)} if lost else {})})
+        return self.with_roles(role, {**request.facts, **({LOST: dict(lost)} if lost else {})}, person)
 
     @property
     def lost(self) -> dict[str, int]:

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
     [
         pa.field("key", pa.uint64(), nullable=False),
         pa.field("role", pa.dictionary(pa.int8(), pa.large_string()), nullable=False),
+        pa.field("person", pa.int32(), nullable=False),
     ]
 )
 _FIX = "restore it, or choose another --out"
@@ -42,13 +43,15 @@ class Request:
     """Roles of one request.
 
     index: sha256 of the index they are of. role: uint8 [n], codes of `records.CODES`. key: uint64 [n], see `keys_of`,
-    by which the next request finds the images in another index. facts: counts and digests for plan and report.
+    by which the next request finds the images in another index. facts: counts and digests for plan and report. person:
+    int32 [n], see `Manifest`.
     """
 
     index: str
     role: np.ndarray
     key: np.ndarray
     facts: dict[str, Any] = field(default_factory=dict)
+    person: np.ndarray | None = None
 
     def counts(self) -> dict[str, int]:
         """Images by role, of the roles that occur."""
@@ -59,7 +62,9 @@ class Request:
         """Write both files into a run directory, each atomically; `request.json` last, it vouches for the other."""
         run.mkdir(parents=True, exist_ok=True)
         roles = pa.DictionaryArray.from_arrays(numbers(pa.int8(), self.role.astype(np.int8)), texts(CODES))
-        batch = pa.RecordBatch.from_arrays([numbers(pa.uint64(), self.key), roles], schema=SCHEMA)
+        person = np.full(len(self.role), -1, dtype=np.int32) if self.person is None else self.person
+        columns = [numbers(pa.uint64(), self.key), roles, numbers(pa.int32(), person)]
+        batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
         with replacing(run / ROLES_FILE) as partial:
             sink = HashingFile(partial)
             with sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -101,11 +106,12 @@ class Request:
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"{run / ROLES_FILE} is damaged; {_FIX}.") from error
         if batch.schema != SCHEMA or names != list(CODES) or batch["role"].null_count:
-            raise DataError(f"{run / ROLES_FILE} should hold the columns key and role of every image; {_FIX}.")
+            raise DataError(f"{run / ROLES_FILE} should hold the columns key, role and person of every image; {_FIX}.")
         count = len(batch)
         key = np.frombuffer(batch["key"].buffers()[1] or b"", "<u8", count)
         role = np.frombuffer(batch["role"].indices.buffers()[1] or b"", "|u1", count)
-        return cls(index, role, key, facts)
+        person = np.frombuffer(batch["person"].buffers()[1] or b"", "<i4", count)
+        return cls(index, role, key, facts, person if (person >= 0).any() else None)
 
 
 def has_request(run: str | Path) -> bool:

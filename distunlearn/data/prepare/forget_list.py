@@ -89,7 +89,7 @@ def resolve_list(
             malformed, ids that cannot be one, that no image has, that mean two images or have two roles.
     """
     path = Path(path)
-    finder = _Finder(table, root, names)
+    finder = Finder(table, root, names)
     form = sniff(path, column, by, lambda some_texts: (finder.plain(some_texts) >= 0).tolist())
     faults = Faults(path)
     read = _look_up(entries(path, form, faults), finder, form.kind == "lines", faults, plain_ids=names is None)
@@ -121,7 +121,7 @@ class _Read:
 
 
 def _look_up(
-    stream: Iterator[tuple[int, str, str]], finder: _Finder, comments: bool, faults: Faults, *, plain_ids: bool
+    stream: Iterator[tuple[int, str, str]], finder: Finder, comments: bool, faults: Faults, *, plain_ids: bool
 ) -> _Read:
     """All entries of a list, a part at a time. comments: whether a `#` line that names no image is one."""
     read = _Read()
@@ -134,7 +134,7 @@ def _look_up(
                 read.comments += 1
                 continue
             read.total += 1
-            role = "forget" if role == "" else role.replace("-", "_").replace(" ", "_")
+            role = "forget" if role == "" else role.lower().replace("-", "_").replace(" ", "_")
             if role not in read.found:
                 faults.add(f"line {line}: role is {role[:40]!r}; expected forget, retain, {NON_MEMBER} or a role")
             elif row >= 0:
@@ -151,7 +151,7 @@ def _look_up(
     return read
 
 
-class _Finder:
+class Finder:
     """Rows of texts that mean an image; -1: none has it, -2: it is a fault, which was told."""
 
     def __init__(self, table: IdTable, root: str | None, names: Sequence[Collection[str]] | None) -> None:

@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,21 @@ def sniff(path: Path, column: str | None, by: str, known: Known) -> Form:
     table = _sniff_table(path, head[0], rows, column, by, known)
     table.encoding, table.start = encoding, head[0][0] if table.title else start
     return table
+
+
+def with_column(path: Path, form: Form, name: str) -> Form:
+    """The same form, whose entries have this column in the place of the role.
+
+    Raises:
+        DataError: there is no such column, or several.
+    """
+    if form.kind == "jsonl":
+        return replace(form, role=name)
+    header = next((line for number, line in _lines(path, form.encoding) if number == form.start), "")
+    places = _columns(_split(header, form.delimiter), name) if form.kind == "table" and form.title else []
+    if len(places) != 1:
+        raise DataError(f"{path} has {len(places)} columns named {name!r}, expected one; set data.person_column.")
+    return replace(form, role=places[0])
 
 
 def entries(path: Path, form: Form, faults: Faults) -> Iterator[tuple[int, str, str]]:
@@ -285,7 +300,7 @@ def _read_table(path: Path, form: Form, faults: Faults) -> Iterator[tuple[int, s
             while len(row) > width and not row[-1].strip():
                 row.pop()
             if len(row) == width and row[column]:
-                yield line, row[column].strip(" \t"), "" if role is None else row[role].strip(" \t").lower()
+                yield line, row[column].strip(" \t"), "" if role is None else row[role].strip(" \t")
             elif any(cell.strip() for cell in row):
                 if len(row) == width:
                     faults.add(f"line {line}: an id of 0 characters; expected 1 or more")
@@ -309,4 +324,4 @@ def _read_objects(path: Path, form: Form, faults: Faults) -> Iterator[tuple[int,
         if not isinstance(text, str) or not isinstance(role, str):
             faults.add(f'line {number} has no text "{form.column}"; expected {{"{form.column}": "..."}}')
             continue
-        yield number, text, role.lower()
+        yield number, text, role.strip()

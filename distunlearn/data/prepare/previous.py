@@ -21,7 +21,8 @@ from distunlearn.data.manifest.records import CODE, FORGOTTEN, UNUSED
 from distunlearn.data.manifest.request import Request, keys_of
 from distunlearn.data.prepare.duplicates import duplicate_facts, near_copies
 from distunlearn.data.prepare.forget_list import resolve_list, some
-from distunlearn.data.prepare.roles import choose_forget, forget_facts, is_list
+from distunlearn.data.prepare.persons import of_index, settle_index
+from distunlearn.data.prepare.roles import choose_forget, forget_facts, is_list, list_column
 from distunlearn.data.sources.sources import ShardSource, names_by
 from distunlearn.errors import DataError
 from distunlearn.verify.chain import Chain
@@ -46,10 +47,11 @@ def next_request(cfg: DataConfig, seed: int, manifest: Manifest, previous: Path)
     fresh = int((~known & (role != CODE[FORGOTTEN])).sum())
     facts = {**facts, "new_images": fresh, "requests": len(chain.requests)}
     role, found = _with_forget(cfg, seed, manifest, role, chain)
+    role, persons, person = settle_index(cfg, manifest, role)
     role, copies = duplicate_facts(manifest.columns.with_roles(role), cfg.copies, cfg.near_distance)
     before = Request.load(previous).facts
     kept = {name: before[name] for name in ("non_members",) if name in before}
-    return manifest.with_roles(role, {**kept, **copies, **found, _CHAINED: facts})
+    return manifest.with_roles(role, {**kept, **copies, **found, **persons, _CHAINED: facts}, person)
 
 
 def leave_out(
@@ -108,7 +110,7 @@ def _with_forget(
     classes, facts, listed = manifest.info.get("classes", []), {}, []
     if is_list(cfg.forget):
         found = resolve_list(
-            str(cfg.forget), columns.ids, root=cfg.root, column=cfg.forget_column, by=cfg.forget_by,
+            str(cfg.forget), columns.ids, root=cfg.root, by=cfg.forget_by, column=list_column(cfg),
             names=names_of(cfg, manifest), allow_missing=cfg.allow_missing,
         )  # fmt: skip
         facts["forget_list"] = found.facts()
@@ -167,6 +169,9 @@ def names_of(cfg: DataConfig, manifest: Manifest) -> list[list[str]] | None:
     """
     if not is_list(cfg.forget) or cfg.forget_by == "id":
         return None
+    if cfg.forget_by == "person":
+        person = of_index(cfg, manifest)
+        return [[person[i]] if i in person else [] for i in manifest.columns.ids]
     kept = manifest.info.get("indexed", {}).get("named_by", "id")
     if cfg.forget_by not in (kept, "sha256"):
         if manifest.remote is None:  # the headers of the shards say it

@@ -17,6 +17,7 @@ from typing import Any
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.ids import IdTable
 from distunlearn.data.prepare.forget_list import LIST_ROLES, NON_MEMBER, resolve_list
+from distunlearn.data.prepare.persons import grouped, numbered, settle_persons
 from distunlearn.data.schedule import permutation
 from distunlearn.errors import ConfigError, DataError
 
@@ -26,15 +27,23 @@ _Samples = Sequence[tuple[str, int | None]]
 
 @dataclass(frozen=True)
 class Drawn:
-    """roles: {id: role}, only for images that have one, in drawing order. facts: of the request, for the summary."""
+    """roles: {id: role}, only for images that have one, in drawing order. facts: of the request, for the summary.
+    person: {id: number of the person on it}, where that is known.
+    """
 
     roles: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)
+    person: dict[str, int] = field(default_factory=dict)
 
 
 def is_list(forget: int | float | str) -> bool:
     """Whether `data.forget` names a file of ids."""
     return isinstance(forget, str) and not forget.startswith("class:")
+
+
+def list_column(cfg: DataConfig) -> str | None:
+    """The column of the list that names images, or persons; None: one with a usual name."""
+    return cfg.forget_column or (cfg.person_column if cfg.forget_by == "person" else None)
 
 
 def assign_roles(samples: _Samples, cfg: DataConfig, seed: int, third_party: _Samples | None = None) -> dict[str, str]:
@@ -54,6 +63,7 @@ def draw_roles(
     classes: Sequence[str] = (),
     skipped: str = "",
     foreign: bool = False,
+    person: Mapping[str, str] | None = None,
 ) -> Drawn:
     """Draw the roles: a pure function of its arguments and of the list that `cfg.forget` names.
 
@@ -68,6 +78,7 @@ def draw_roles(
         excluded: ids that get no role.
         skipped: what the source left out, for messages.
         foreign: the encoder was trained elsewhere, so non-members must be named, not drawn.
+        person: {id: person}; roles are then dealt to whole persons, see `persons`.
 
     Raises:
         DataError: nothing to forget, nothing left to retain, more to forget than `cfg.max_forget_share` allows, unknown
@@ -79,7 +90,7 @@ def draw_roles(
         kept = [place for place, (sample_id, _) in enumerate(samples) if sample_id not in excluded]
         names = None if names is None else [names[place] for place in kept]
         samples = [samples[place] for place in kept]
-    labels = dict(samples)
+    labels, person = dict(samples), person or {}
     listed, facts = _read_list(cfg, samples, names, skipped)
     named = {i: role for role in LIST_ROLES[2:] for i in listed.get(role, ())}
     facts["non_members"] = "drawn" if holdout is None and not named else "named"
@@ -95,7 +106,7 @@ def draw_roles(
     num_members = _count_members(len(labels) - len(named), cfg, own)
     if len(first) > num_members:
         raise DataError(f"{cfg.forget} lists {len(first)} ids but data.members is {num_members}; raise data.members.")
-    order = [samples[i][0] for i in permutation(len(samples), seed, "roles")]
+    order = grouped((samples[i][0] for i in permutation(len(samples), seed, "roles")), person)
     first_set = set(first)
     order = first + [i for i in order if i not in first_set and i not in named]
     members, rest = order[:num_members], order[num_members:]
@@ -106,13 +117,18 @@ def draw_roles(
     if own:
         roles.update(deal(rest, own))
     elif holdout is None or named:
-        roles.update(_deal_named(named, outside, seed, cfg))
+        roles.update(_deal_named(named, outside, seed, cfg, person))
     if holdout is not None:
         left = [share for share in outside if share[0] not in roles.values()]
-        roles.update(_draw_outside(holdout, left, seed, labels, "holdout", cfg.holdout_source or cfg.source))
+        own_source = cfg.holdout_source or cfg.source
+        roles.update(_draw_outside(holdout, left, seed, labels, "holdout", own_source, person))
     if third_party is not None:
-        roles.update(_draw_outside(third_party, strangers, seed, labels, "third_party", cfg.third_party_source))
-    return Drawn(roles, facts | ({"excluded": len(excluded)} if excluded else {}))
+        source = cfg.third_party_source
+        roles.update(_draw_outside(third_party, strangers, seed, labels, "third_party", source, person))
+    if person:
+        roles, more = settle_persons(roles, person)
+        facts |= more
+    return Drawn(roles, facts | ({"excluded": len(excluded)} if excluded else {}), numbered(person))
 
 
 def _require_named(non_members: str, cfg: DataConfig, foreign: bool) -> None:
@@ -132,7 +148,9 @@ def _require_some(chosen: Iterable[str], num_members: int, cfg: DataConfig) -> s
     )
 
 
-def _deal_named(named: Mapping[str, str], wanted: list[tuple[str, int]], seed: int, cfg: DataConfig) -> dict[str, str]:
+def _deal_named(
+    named: Mapping[str, str], wanted: list[tuple[str, int]], seed: int, cfg: DataConfig, person: Mapping[str, str]
+) -> dict[str, str]:
     """Roles of the non-members that a list names: the given one, else one of those that no image was given."""
     free = [sample_id for sample_id, role in named.items() if role == NON_MEMBER]
     given = {sample_id: role for sample_id, role in named.items() if role != NON_MEMBER}
@@ -146,7 +164,7 @@ def _deal_named(named: Mapping[str, str], wanted: list[tuple[str, int]], seed: i
             f"{cfg.forget} names {len(free)} images as {NON_MEMBER}, but {needed} are needed ({parts}); name more, or "
             "lower data.*."
         )
-    order = [free[i] for i in permutation(len(free), seed, "non-members")]
+    order = grouped((free[i] for i in permutation(len(free), seed, "non-members")), person)
     return given | deal(order, open_roles)
 
 
@@ -196,7 +214,8 @@ def _read_list(
         return {"forget": [], "retain": []}, {}
     table = IdTable.of(sample_id for sample_id, _ in samples)
     found = resolve_list(
-        str(cfg.forget), table, root=cfg.root, column=cfg.forget_column, by=cfg.forget_by, names=names,
+        str(cfg.forget), table, root=cfg.root, by=cfg.forget_by, names=names,
+        column=list_column(cfg),
         allow_missing=cfg.allow_missing, skipped=skipped,
     )  # fmt: skip
     return {role: table.at(rows) for role, rows in found.rows.items()}, {"forget_list": found.facts()}
@@ -259,8 +278,9 @@ def deal(order: list[str], shares: list[tuple[str, int]]) -> dict[str, str]:
 
 
 def _draw_outside(
-    samples: _Samples, shares: list[tuple[str, int]], seed: int, taken: Collection[str], key: str, source: str | None
-) -> dict[str, str]:
+    samples: _Samples, shares: list[tuple[str, int]], seed: int, taken: Collection[str], key: str, source: str | None,
+    person: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
     """Roles of images of another source than the members'. key: of the settings that name it."""
     needed = sum(count for _, count in shares)
     if needed > len(samples):
@@ -271,5 +291,5 @@ def _draw_outside(
             f"lower {' or '.join(f'data.{role}' for role, _ in asked)}, or bring more."
         )
     assert not any(sample_id in taken for sample_id, _ in samples), "ids of two sources collide"
-    order = [samples[i][0] for i in permutation(len(samples), seed, key)]
+    order = grouped((samples[i][0] for i in permutation(len(samples), seed, key)), person)
     return deal(order, shares)

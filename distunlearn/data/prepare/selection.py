@@ -18,6 +18,7 @@ from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.duplicates import duplicate_facts, settle_roles
 from distunlearn.data.prepare.exclude import excluded_ids, excluding_chain
 from distunlearn.data.prepare.forget_list import list_sha256
+from distunlearn.data.prepare.persons import copied_persons, read_persons
 from distunlearn.data.prepare.previous import leave_out, names_of, next_request
 from distunlearn.data.prepare.roles import draw_roles, is_list
 from distunlearn.data.sources.image_folder import left_out
@@ -45,7 +46,7 @@ def check_selection(cfg: DataConfig, seed: int, manifest: Manifest) -> None:
     elif HANDED_OVER in manifest.facts:
         same = cfg.source == HANDED_OVER  # the settings say no more than the datasets did
     else:
-        drawn, _ = _drawn(cfg, seed, manifest, foreign=False)
+        drawn = _drawn(cfg, seed, manifest, foreign=False)[0]
         policy = "forget" if cfg.copies == "forget" else "keep"  # what would be refused was refused before
         drawn, facts = settle_roles(manifest.columns, drawn, policy)
         drawn = without_chain(cfg, manifest.with_roles(drawn, {})).columns.role
@@ -69,9 +70,11 @@ def draw_request(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: boo
     """
     if cfg.previous:
         return next_request(cfg, seed, manifest, Path(cfg.previous))
-    drawn, facts = _drawn(cfg, seed, manifest, foreign=foreign)
+    drawn, facts, person = _drawn(cfg, seed, manifest, foreign=foreign)
     role, found = duplicate_facts(manifest.columns.with_roles(drawn), cfg.copies, cfg.near_distance)
-    return without_chain(cfg, manifest.with_roles(role, {**found, **facts}))
+    if person is not None:
+        facts["persons"] |= copied_persons(manifest.columns.sha256, drawn, person)
+    return without_chain(cfg, manifest.with_roles(role, {**found, **facts}, person))
 
 
 def without_chain(cfg: DataConfig, manifest: Manifest) -> Manifest:
@@ -83,8 +86,10 @@ def without_chain(cfg: DataConfig, manifest: Manifest) -> Manifest:
     return manifest.with_roles(role, {**manifest.facts, "excluded_chain": facts})
 
 
-def _drawn(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    """(roles uint8 [n] before the policy for copies, facts)."""
+def _drawn(
+    cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool
+) -> tuple[np.ndarray, dict[str, Any], np.ndarray | None]:
+    """(roles uint8 [n] before the policy for copies, facts, numbers of the persons int32 [n], see `Manifest`)."""
     columns, info = manifest.columns, manifest.info
     if info.get("indexed"):
         if cfg.source != "webdataset":
@@ -98,11 +103,13 @@ def _drawn(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool) -> 
                 "name the non-members by roles in a list."
             )
         labels = (None if label == NO_LABEL else label for label in columns.label.tolist())
+        samples = list(zip(columns.ids, labels, strict=True))
+        person = read_persons(cfg, [(samples, info["classes"])])
         skipped = left_out(Counter(info["skipped_files"]) + Counter(info["left_out"]))
         names, ids = names_of(cfg, manifest), list(columns.ids)
         drawn = draw_roles(
-            list(zip(ids, labels, strict=True)), cfg, seed, names=names, excluded=excluded_ids(cfg, ids, names),
-            classes=info["classes"], foreign=foreign, skipped=skipped,
+            samples, cfg, seed, names=names, excluded=excluded_ids(cfg, ids, names), classes=info["classes"],
+            foreign=foreign, skipped=skipped, person=person,
         )  # fmt: skip
         roles = drawn.roles
     else:
@@ -116,14 +123,17 @@ def _drawn(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: bool) -> 
                 "give a role; give the settings they were prepared with, or prepare new shards in another folder."
             )
     codes = (CODE[roles.get(sample_id, UNUSED)] for sample_id in columns.ids)
-    return np.fromiter(codes, dtype=np.uint8, count=len(columns)), drawn.facts
+    persons = None
+    if drawn.person:
+        persons = np.array([drawn.person.get(sample_id, -1) for sample_id in columns.ids], dtype=np.int32)
+    return np.fromiter(codes, dtype=np.uint8, count=len(columns)), drawn.facts, persons
 
 
 def request_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     """What shards and request, or the draw of the roles, say about the request: counts and digests, no ids."""
     names = ("forget_list", "forget_share", "whole_classes", "forget_with_copy_in_retain", "copies_in_retain",
              "dropped_copies", "copies_policy", "near_copies", "near_copies_of_members", "undecodable", "skipped_files",
-             "left_out", "non_members", "excluded", "excluded_chain", "previous", "purged")  # fmt: skip
+             "left_out", "non_members", "excluded", "excluded_chain", "previous", "purged", "persons")  # fmt: skip
     facts = {name: info[name] for name in names if name in info}
     if "forget_list" in facts:
         facts["forget_list"] = {k: v for k, v in facts["forget_list"].items() if k != "missing_ids"}
