@@ -25,6 +25,7 @@ from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, 
 from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
+from distunlearn.cli.find import Find
 from distunlearn.cli.init import Init
 from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main as _is_main
@@ -157,10 +158,8 @@ class Report:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        from distunlearn.report.render import write_report
-
         if _is_main():
-            print(write_report(self.run_dir))
+            print(_pipeline().report(self.run_dir))
         return 0
 
 
@@ -281,11 +280,11 @@ class Doctor:
 
 
 VERBS = (
-    Init, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge, Plan,
-    List, Doctor, *evidence.VERBS,
+    Init, Find, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge,
+    Plan, List, Doctor, *evidence.VERBS,
 )  # fmt: skip
 NAMES = {verb.__name__.lower(): verb for verb in VERBS}
-ONLY_PRINT = (Init, Plan, List, Doctor, Status)
+ONLY_PRINT = (Init, Find, Plan, List, Doctor, Status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -132,6 +132,8 @@ def _forget(cfg: RunConfig) -> Iterator[str]:
         yield f"data.forget is {forget!r}, expected a count, a share, class:NAME or a file of ids ({endings})"
     if not forget_is_file(forget) and (cfg.data.forget_column is not None or cfg.data.forget_by != "id"):
         yield "data.forget_column and data.forget_by are of a list, but data.forget names none; unset them"
+    if cfg.data.forget_by == "person" and cfg.data.persons is None:
+        yield "data.forget_by=person needs to know who is on which image; set data.persons to a table, or to class"
 
 
 def _requests(cfg: RunConfig) -> Iterator[str]:

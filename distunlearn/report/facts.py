@@ -9,13 +9,13 @@ from distunlearn.config.registry import METHOD, find
 from distunlearn.errors import ConfigError
 from distunlearn.report.chain import chain
 from distunlearn.report.data import RunFiles, number, tree
-from distunlearn.report.formatting import percent, seconds, text, whole
+from distunlearn.report.formatting import percent, seconds, signed, text, whole
 from distunlearn.report.texts import NOT_EVALUATED, ROLES, SOURCES
 
 CLASS = re.compile(r"class:(-?\d{1,9})")
 PATH_KEYS = frozenset(
     ("root", "shards", "store", "store_cache", "third_party_root", "holdout_root", "checkpoint", "forget", "reuse",
-     "previous", "exclude")
+     "persons", "previous", "exclude")
 )  # fmt: skip
 HIDDEN_PATH = "(a path, not shown)"
 MAX_ROWS = 300  # of settings or versions
@@ -42,7 +42,7 @@ def request(run: RunFiles) -> dict[str, Any]:
         "when": run.finished or "not recorded",
         "length": _length(run),
         "copies": None if not copies else whole(copies),
-        "left_out": [*_named(run), *_left_out(run), *_enlarged(run), *_not_probed(run)],
+        "left_out": [*_named(run), *_left_out(run), *_enlarged(run), *_not_probed(run), *_persons(run)],
         "chain": chain(run),
         "checkpoint": _checkpoint(run),
         "reused": tree(run.config, "runtime").get("reuse") is not None,
@@ -117,6 +117,31 @@ def _not_probed(run: RunFiles) -> list[str]:
         for name, words in who.items()
         if isinstance(found.get(name), list)
     ]
+
+
+def _persons(run: RunFiles) -> list[str]:
+    """Sentences about the persons on the images, where they are known; by numbers, never by names."""
+    told, settled = tree(run.audit, "persons"), tree(run.request, "facts", "persons")
+    asked, others = number(told, "forget"), number(told, "holdout")
+    if asked is None:
+        return []
+    how = "Intervals are over persons." if told.get("are_units") is True else (
+        "Fewer than 20 are no units: intervals are over images, and say nothing about other images of these persons."
+    )  # fmt: skip
+    found = [f"The request is of {whole(asked)} persons; {whole(others)} others are on the held-out images. {how}"]
+    if stay := number(settled, "images_of_requested_that_stay"):
+        found.append(f"{whole(stay)} images of the requested persons stay among the retained ones.")
+    each = tree(told, "attacks", "view_agreement").get("each")
+    gaps = [(number(row, "unlearned"), number(row, "retrained"), number(row, "images")) for row in each or ()]
+    far = max(
+        ((u - r, n) for u, r, n in gaps if u is not None and r is not None), key=lambda g: abs(g[0]), default=None
+    )
+    if far is not None:
+        found.append(
+            f"By view agreement the requested person who is farthest from retraining differs by {signed(far[0], 2)} "
+            f"({whole(far[1])} images)."
+        )
+    return found
 
 
 def _checkpoint(run: RunFiles) -> list[str]:

@@ -5,17 +5,21 @@ The whole way is walked on 600 photos with a checkpoint in MoCo's form, as READM
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import tiny
 import torch
+from PIL import Image
 
 from distunlearn.config.load import load_config
+from distunlearn.run.find import Gallery
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.photos import jpeg  # noqa: E402
@@ -121,3 +125,39 @@ def test_settings_for_a_new_encoder_and_for_shards_are_complete(given, tmp_path)
     (tmp_path / "run.yaml").write_text(done.stdout)
     cfg = load_config(None, tmp_path / "run.yaml", [])
     assert cfg.encoder.checkpoint is None and cfg.encoder.image_size == 32 and cfg.data.root == str(given["images"])
+
+
+def test_copies_of_a_photo_are_found_among_600(given, tmp_path):
+    """Resized, cropped and re-encoded copies of 100 photos: at least 95 of 100 within the first 20, of each kind."""
+    root = given["images"].parent
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(init(given).stdout)
+    gallery = Gallery(load_config(None, yaml, [f"data.root={root}"]))
+    rng = np.random.default_rng(0)
+    places: dict[str, list[int]] = {"resized": [], "cropped": [], "re-encoded": []}
+    for n in rng.choice(480, 100, replace=False).tolist():
+        photo = Image.open(root / "members" / f"class{n % 4}" / f"{n:04d}.jpg")
+        width, height = photo.size
+        side = rng.uniform(0.6, 0.9) ** 0.5
+        wide, high = int(side * width), int(side * height)
+        left, top = int(rng.integers(0, width - wide + 1)), int(rng.integers(0, height - high + 1))
+        made = {"resized": (photo.resize((width * 7 // 10, height * 7 // 10)), 90), "re-encoded": (photo, 35),
+                "cropped": (photo.crop((left, top, left + wide, top + high)), 90)}  # fmt: skip
+        for kind, (copy, quality) in made.items():
+            buffer = io.BytesIO()
+            copy.save(buffer, "JPEG", quality=quality)
+            found = [like.id for like in gallery.most_like(buffer.getvalue(), "copy")]
+            assert len(found) == 600
+            places[kind].append(found.index(f"members/class{n % 4}/{n:04d}.jpg"))
+    recall = {kind: sum(place < 20 for place in at) / len(at) for kind, at in places.items()}
+    assert min(recall.values()) >= 0.95, recall
+    copy.save(tmp_path / "copy.png")
+    listed = tiny.command("find", "--config", str(yaml), "--image", str(tmp_path / "copy.png"), "--count", "3")
+    assert listed.returncode == 0 and listed.stdout.splitlines()[0] == "id,cosine,bits", listed.stderr
+    assert len(listed.stdout.splitlines()) == 4 and f"class{n % 4}/{n:04d}.jpg" in listed.stdout
+    by_hash = init({"images": given["images"]})
+    yaml.write_text(by_hash.stdout)
+    listed = tiny.command(
+        "find", "--config", str(yaml), "--image", str(tmp_path / "copy.png"), "--set", "data.forget=9"
+    )
+    assert listed.returncode == 0 and "by hash alone" in listed.stderr and f"{n:04d}.jpg" in listed.stdout

@@ -132,6 +132,11 @@ def perceptual_hash(data: bytes, sample_id: str, max_pixels: int) -> int:
     Raises:
         DataError: as `decode.check_header`, or the image cannot be decoded.
     """
+    return hash_of(grey_image(data, sample_id, max_pixels))
+
+
+def grey_image(data: bytes, sample_id: str, max_pixels: int) -> Image.Image:
+    """The image in grey, upright, and no larger than its hash needs. Errors: see `perceptual_hash`."""
     image = open_image(data, sample_id, max_pixels)
     try:
         image.draft("L", (2 * _SIDE, 2 * _SIDE))  # JPEG only: decodes at a fraction of the size
@@ -139,9 +144,14 @@ def perceptual_hash(data: bytes, sample_id: str, max_pixels: int) -> int:
         image = ImageOps.exif_transpose(image)
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGBA").convert("RGB")
-        small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+        return image.convert("L")
     except Exception as error:  # hostile bytes, see decode
         raise UndecodableError(f"The image {sample_id!r} cannot be decoded; replace the file.") from error
+
+
+def hash_of(image: Image.Image, box: tuple[float, float, float, float] | None = None) -> int:
+    """The hash of a grey image, or of a box in it (left, upper, right, lower, pixels)."""
+    small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, box)
     low = dctn(np.asarray(small, dtype=np.float64))[:_LOW, :_LOW].ravel()
     bits = low > np.median(low[1:]) + 1e-6  # a flat image has no frequencies: rounding must not draw its bits
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
@@ -167,7 +177,7 @@ def near_copies(forget: np.ndarray, retain: np.ndarray, distance: int) -> tuple[
             rows = np.repeat(some_rows, count[some_rows])
             starts = np.repeat(first[some_rows] - np.cumsum(count[some_rows]) + count[some_rows], count[some_rows])
             partners = order[starts + np.arange(len(rows))]
-            close = _bits(forget[partners] ^ retain[rows]) <= distance
+            close = count_bits(forget[partners] ^ retain[rows]) <= distance
             near_forget[partners[close]] = True
             near_retain[rows[close]] = True
     return near_forget, near_retain
@@ -180,6 +190,6 @@ def _pieces(count: np.ndarray) -> list[np.ndarray]:
     return np.split(rows, np.flatnonzero(np.diff(group)) + 1) if len(rows) else []
 
 
-def _bits(words: np.ndarray) -> np.ndarray:
-    """Number of ones in each uint64."""
-    return np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
+def count_bits(words: np.ndarray) -> np.ndarray:
+    """Number of ones in each uint64, in the same shape."""
+    return np.unpackbits(words.reshape(-1, 1).view(np.uint8), axis=1).sum(axis=1).reshape(words.shape)
