@@ -25,11 +25,9 @@ from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, 
 from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
-from distunlearn.cli.find import Find
-from distunlearn.cli.init import Init
+from distunlearn.cli.init import Find, Init
 from distunlearn.cli.sweep import Sweep
-from distunlearn.common.launcher import is_main as _is_main
-from distunlearn.common.launcher import restarts_left
+from distunlearn.common.launcher import is_main, restarts_left
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 from distunlearn.run.slurm import Job, script, submit
@@ -75,7 +73,7 @@ class Prepare:
     def __call__(self) -> int:
         from distunlearn.config.load import SOURCES, load_source
 
-        if not _is_main():
+        if not is_main():
             return 0
         if self.source is None and self.config is None:
             raise ConfigError(f"no source; name one of {', '.join(SOURCES)}, or give --config")
@@ -93,7 +91,7 @@ class Index:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        if _is_main():
+        if is_main():
             own = ("data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}")
             cfg = _settings(None, self.config, (*own, *self.overrides))
             print(_pipeline().index(cfg))
@@ -136,7 +134,7 @@ class Dose:
 
     def __call__(self) -> int:
         found = _pipeline().dose(self.run_dir)
-        if _is_main():
+        if is_main():
             print(json.dumps(found, indent=2))
         return 0
 
@@ -158,7 +156,7 @@ class Report:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        if _is_main():
+        if is_main():
             print(_pipeline().report(self.run_dir))
         return 0
 
@@ -208,7 +206,7 @@ class Purge:
     def __call__(self) -> int:
         from distunlearn.run.purge import purge
 
-        if _is_main():
+        if is_main():
             print(json.dumps(purge(self.run_dir, apply=self.apply), indent=2))
         return 0
 
@@ -229,7 +227,7 @@ class Plan:
         from distunlearn.plan.plan import make_plan
 
         planned = make_plan(_resolve(self), self.out)
-        if _is_main():
+        if is_main():
             print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
         return 0
 
@@ -249,7 +247,7 @@ class List:
 
         if self.kind is not None and self.kind not in KINDS:
             raise ConfigError(_unknown("kind", self.kind, KINDS))
-        if _is_main():
+        if is_main():
             print(catalog_text(self.kind))
         return 0
 
@@ -269,12 +267,12 @@ class Doctor:
     def __call__(self) -> int:
         from distunlearn.cli.doctor import doctor_text, launch_text
 
-        if _is_main():
+        if is_main():
             print(doctor_text(self.out))
         if self.recipe is None and self.config is None:
             return 0
         text, sound = launch_text(_resolve(self), self.out)
-        if _is_main():
+        if is_main():
             print(text)
         return 0 if sound else ConfigError.exit_code
 
@@ -340,7 +338,7 @@ def _parse(args: list[str]) -> Any:
         description="Make a contrastive image encoder forget images, on one process or many, and show the evidence.",
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-        console_outputs=_is_main(),
+        console_outputs=is_main(),
     )
 
 
@@ -364,7 +362,7 @@ def _end(code: int, run_dir: Path) -> int:
     from distunlearn.report.terminal import ending
 
     again = code != 0 and restarts_left() > 0
-    if _is_main():
+    if is_main():
         print(ending(run_dir))
         if again:
             print(
