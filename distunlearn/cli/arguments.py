@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+if TYPE_CHECKING:
+    from distunlearn.config.schema import RunConfig
 
 Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="run directory; made if it does not exist")]
 Config = Annotated[
@@ -28,3 +32,19 @@ Previous = Annotated[
     tyro.conf.arg(metavar="RUN", help="run directory of the request before, which goes on", help_behavior_hint=""),
 ]
 RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="run directory")]
+
+
+def resolved(
+    recipe: str | None, config: Path | None, overrides: Sequence[str], world: int | None = None,
+    needed_by: Path | None = None,
+) -> RunConfig:  # fmt: skip
+    """The settings that these arguments mean.
+
+    world: as `load_config`. needed_by: a run directory; what the settings name and it still needs must be there.
+    """
+    from distunlearn.config.load import load_config, require_inputs
+
+    cfg = load_config(recipe, config, list(overrides), world=world)
+    if needed_by is not None:
+        require_inputs(cfg, needed_by)
+    return cfg

@@ -21,16 +21,16 @@ import tyro
 
 from distunlearn import __version__
 from distunlearn.cli import evidence
-from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir
+from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir, resolved
 from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.init import Find, Init
+from distunlearn.cli.submit import Submit
 from distunlearn.cli.sweep import Sweep
 from distunlearn.common.launcher import is_main, restarts_left
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
-from distunlearn.run.slurm import Job, script, submit
 
 if TYPE_CHECKING:
     from distunlearn.config.schema import RunConfig
@@ -93,7 +93,7 @@ class Index:
     def __call__(self) -> int:
         if is_main():
             own = ("data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}")
-            cfg = _settings(None, self.config, (*own, *self.overrides))
+            cfg = resolved(None, self.config, (*own, *self.overrides))
             print(_pipeline().index(cfg))
         return 0
 
@@ -158,28 +158,6 @@ class Report:
     def __call__(self) -> int:
         if is_main():
             print(_pipeline().report(self.run_dir))
-        return 0
-
-
-@dataclass(frozen=True)
-class Submit:
-    """Give a run to SLURM, as a job that saves at signals and asks for itself again; --dry-run prints the script."""
-
-    recipe: Recipe = None
-    out: Out = tyro.MISSING
-    config: Config = None
-    overrides: Overrides = ()
-    job: Annotated[Job, tyro.conf.arg(name="")] = Job()
-    dry_run: Annotated[bool, tyro.conf.arg(help="print the script", help_behavior_hint="")] = False
-
-    def __call__(self) -> int:
-        if not self.job.check():  # else `script` says it all
-            from distunlearn.engine.run_directory import require_inputs
-
-            cfg = _settings(self.recipe, self.config, self.overrides, world=self.job.nodes * self.job.tasks)
-            require_inputs(cfg, self.out)
-        text = script(self.job, self.recipe, self.out, self.config, self.overrides)
-        print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
         return 0
 
 
@@ -378,12 +356,6 @@ def _pipeline() -> ModuleType:
     return pipeline
 
 
-def _settings(recipe: str | None, config: Path | None, overrides: Sequence[str], world: int | None = None) -> RunConfig:
-    from distunlearn.config.load import load_config
-
-    return load_config(recipe, config, list(overrides), world=world)
-
-
 def _resolve(verb: Any) -> RunConfig:
     if getattr(verb, "previous", None) is not None:
         if verb.recipe is not None or verb.config is not None:
@@ -391,7 +363,7 @@ def _resolve(verb: Any) -> RunConfig:
         return _pipeline().next_config(verb.previous, list(verb.overrides))
     if verb.recipe is None and verb.config is None:
         raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
-    return _settings(verb.recipe, verb.config, verb.overrides)
+    return resolved(verb.recipe, verb.config, verb.overrides)
 
 
 if __name__ == "__main__":

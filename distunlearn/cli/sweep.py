@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from distunlearn.cli.arguments import Config, Out, Overrides, Recipe
+from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, resolved
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 from distunlearn.run.slurm import Job, script, submit
@@ -49,7 +49,6 @@ class Sweep:
     job: Annotated[Job, tyro.conf.arg(name="")] = Job()
 
     def __call__(self) -> int:
-        from distunlearn.config.load import load_config
         from distunlearn.sweep import sweep
 
         if self.task:
@@ -65,7 +64,7 @@ class Sweep:
             if getattr(self, option) < 1:
                 raise ConfigError(f"--{option} is {getattr(self, option)}, expected at least 1")
         world = self.job.nodes * self.job.tasks if self.submit or self.dry_run else self.processes
-        cfg = load_config(self.recipe, self.config, list(self.overrides), world=world)
+        cfg = resolved(self.recipe, self.config, self.overrides, world=world)
         what = sweep.Search(
             methods=_list("--methods", self.methods, str, "[scrub, finetune]"), trials=self.trials,
             seeds=_list("--seeds", self.seeds, int, "[0, 1, 2]"), search=self.search, attacks=self.attacks,

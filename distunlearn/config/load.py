@@ -136,6 +136,19 @@ def dump_config(cfg: RunConfig) -> str:
     return dump_yaml(plain(canonical(cfg)))
 
 
+def require_inputs(cfg: RunConfig, out: Path) -> None:
+    """ConfigError if a file or folder that the settings name, and that the run in `out` still needs, is not there."""
+    shards = Path(cfg.data.shards).expanduser() if cfg.data.shards else Path(out) / "shards"
+    named = {"encoder.checkpoint": cfg.encoder.checkpoint, "runtime.reuse": cfg.runtime.reuse}
+    if not cfg.runtime.reuse and not (shards / "summary.json").exists():
+        named |= {f"data.{key}": getattr(cfg.data, key) for key in ("root", "holdout_root", "third_party_root")}
+    if forget_is_file(cfg.data.forget) and not (Path(out) / "request.json").exists():
+        named["data.forget"] = str(cfg.data.forget)
+    gone = [f"{key}={value}" for key, value in named.items() if value and not Path(value).expanduser().exists()]
+    if gone:
+        raise ConfigError(f"{', '.join(gone)}: there is no such file or folder; check the path.")
+
+
 def save_config(cfg: RunConfig, path: Path) -> None:
     """Write `dump_config` to `path`, whole or not at all."""
     write_atomic(path, dump_config(cfg))

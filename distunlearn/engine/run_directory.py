@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distunlearn.common.files import write_json
 from distunlearn.common.launcher import is_main
-from distunlearn.config.checks import batch_problems, forget_is_file
+from distunlearn.config.checks import batch_problems
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import field_diff, marked
@@ -214,17 +214,6 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
 
 
 _VERIFIED: set[tuple[str, ...]] = set()
-
-
-def require_inputs(cfg: RunConfig, out: Path) -> None:
-    """ConfigError if a file or folder that the settings name, and that is still needed, is not there."""
-    named = {"encoder.checkpoint": cfg.encoder.checkpoint, "runtime.reuse": cfg.runtime.reuse}
-    if not cfg.runtime.reuse and not has_index(shards_folder(cfg, out)):
-        named |= {f"data.{key}": getattr(cfg.data, key) for key in ("root", "holdout_root", "third_party_root")}
-        named["data.forget"] = str(cfg.data.forget) if forget_is_file(cfg.data.forget) else None
-    gone = [f"{key}={value}" for key, value in named.items() if value and not Path(value).expanduser().exists()]
-    if gone:
-        raise ConfigError(f"{', '.join(gone)}: there is no such file or folder; check the path.")
 
 
 def require_reusable(cfg: RunConfig) -> None:

@@ -1,0 +1,31 @@
+"""`distunlearn submit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, resolved
+from distunlearn.run.slurm import Job, script, submit
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Give a run to SLURM, as a job that saves at signals and asks for itself again; --dry-run prints the script."""
+
+    recipe: Recipe = None
+    out: Out = tyro.MISSING
+    config: Config = None
+    overrides: Overrides = ()
+    job: Annotated[Job, tyro.conf.arg(name="")] = Job()
+    dry_run: Annotated[bool, tyro.conf.arg(help="print the script", help_behavior_hint="")] = False
+
+    def __call__(self) -> int:
+        if not self.job.check():  # else `script` says it all
+            world = self.job.nodes * self.job.tasks
+            resolved(self.recipe, self.config, self.overrides, world=world, needed_by=self.out)
+        text = script(self.job, self.recipe, self.out, self.config, self.overrides)
+        print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
+        return 0
