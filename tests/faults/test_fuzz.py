@@ -7,6 +7,7 @@ By default a few inputs of every reader, always the same. The long run, which ke
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -84,6 +85,17 @@ LINES = [
     {"event": "step", "phase": "unlearn", "step": 0, "count": {"forget": 1}, "forget": ["a"]},
     {"event": "done", "phase": "unlearn", "step": 1},
 ]  # fmt: skip
+
+
+def chained(lines: list[dict]) -> bytes:
+    """The bytes of a ledger of these lines."""
+    found: list[bytes] = []
+    for number, line in enumerate(lines):
+        before = hashlib.sha256(found[-1]).hexdigest() if found else None
+        found.append(json.dumps({"n": number, "prev": before, **line}).encode())
+    return b"".join(line + b"\n" for line in found)
+
+
 SCORES = {
     "encoder": "original",
     "state": "s",
@@ -115,7 +127,7 @@ def of_image(path: Path) -> None:
 # reader -> (name of the file, contents to begin with, what reads it)
 READERS: dict[str, tuple[str, list[bytes], Callable[[Path], object]]] = {
     "record": ("done.json", [b'{"phase": "x", "steps": 1}'], lambda path: read_record(path, {"steps": int})),
-    "ledger": ("ledger.jsonl", ["".join(json.dumps(line) + "\n" for line in LINES).encode()], of_ledger),
+    "ledger": ("ledger.jsonl", [chained(LINES)], of_ledger),
     "scores": ("scores-original.json", [json.dumps(SCORES).encode()], lambda path: read_scores(path.parent)),
     "lines": ("list.txt", [b"a/1.png\na/2.png\n", "a/1.png\n".encode("utf-16")], lambda p: resolve_list(p, TABLE)),
     "csv": ("list.csv", [b"id,role\na/1.png,forget\n", b'"a/1.png";2\n'], lambda path: resolve_list(path, TABLE)),

@@ -71,7 +71,7 @@ def test_a_forget_list_that_was_edited_is_refused(tmp_path, capsys):
     capsys.readouterr()
     ids.write_text("\n".join(listed[1:25]))
     assert main(plan(f"data.forget={ids}", out=out, verb="prepare")) == 3
-    assert "ids.txt has changed since the shards" in capsys.readouterr().err
+    assert "ids.txt has changed since the request" in capsys.readouterr().err
 
 
 def test_other_code_goes_on_only_where_it_is_accepted_and_is_written_down(tmp_path, monkeypatch):

@@ -248,7 +248,7 @@ def test_without_sbatch_the_command_says_so(tmp_path, monkeypatch, capsys):
     (["--set", "pretrain.lr=-1"], "pretrain.lr"),
     (["--set", "backend=ddp", "--nodes", "7"], "7"),  # the batches do not divide by the processes of the job
     (["--tasks", "2", "--gpus", "4"], "--tasks"),
-    (["--set", "data.forget=nolist.txt"], "data.forget=nolist.txt: there is no such file"),
+    (["--set", "data.forget=nolist.txt"], "nolist.txt: there is no such file or folder"),
     (["--set", "data.source=imagefolder", "--set", "data.root=nowhere"], "nowhere: there is no such file or folder"),
     (["--setup", "does-not-exist.sh"], "--setup is does-not-exist.sh, which is no file"),
     (["--time", "1", "--warning", "600"], "--time is 1 (60 s) and --warning 600 s"),
