@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from synthetic import make_signals
 
-from distunlearn.verify.figures import Raw, Rules, judge
-from distunlearn.verify.scores import units_of
+from distunlearn.audit.summary import summarise, write_audit
+from distunlearn.config.load import load_config
+from distunlearn.config.shape import plain as plain_settings
+from distunlearn.verify.figures import ENCODERS, Raw, Rules, judge, plain
+from distunlearn.verify.ledger import coverage_by_person
+from distunlearn.verify.run import difference
+from distunlearn.verify.scores import raw_scores, read_scores, units_of
 from distunlearn.verify.statistics import Comparison, draw_images, draw_persons
 
 DRAWS, SEED = 200, 3
@@ -105,3 +111,29 @@ def test_an_image_of_nobody_is_a_person_of_its_own():
     same = draw_persons(np.arange(5), np.arange(7), 50, 1)
     plain = draw_images(5, 7, 50, 1)
     assert (same.positives == plain.positives).all() and (same.negatives == plain.negatives).all()
+
+
+@pytest.mark.parametrize("asked", [4, 20])
+def test_files_of_an_audit_give_the_figures_by_person_again(asked, tmp_path):
+    """From the signals to `audit/`, and from its raw scores back; the control is a number that was changed."""
+    signals = {e: make_signals(shift, seed) for seed, (e, shift) in enumerate(zip(ENCODERS, (2, 0.5, 0), strict=True))}
+    first = signals["original"]
+    persons = np.full(len(first.ids), -1, dtype=np.int32)
+    persons[first.of("forget")] = np.arange(len(first.of("forget"))) % asked
+    persons[first.of("holdout")[20:]] = 100 + np.arange(len(first.of("holdout")) - 20) // 4  # 20 are nobody's
+    cfg = load_config("digits", None, ["audit.bootstrap=100", "audit.relearn_steps=0"])
+    covered = coverage_by_person(
+        {i: 3 + k % 2 for k, i in enumerate(first.ids)}, dict(zip(first.ids, persons.tolist(), strict=True))
+    )
+    assert covered[0] == {"person": 0, "images": 60 // asked, "consumed_min": covered[0]["consumed_min"]}
+    summary, scores = summarise(signals, cfg, cost={}, coverage={}, persons=persons, person_coverage=covered)
+    told = summary["persons"]
+    assert (told["forget"], told["holdout"], told["are_units"]) == (asked, 20 + 30, asked == 20)
+    write_audit(tmp_path, summary, scores)
+    files, own = read_scores(tmp_path), Rules.of(plain_settings(cfg))
+    again = plain(judge(raw_scores(files), own))
+    assert difference(again["persons"], summary["persons"], "persons") is None
+    assert difference(again["gates"], summary["gates"], "gates") is None
+    row = next(row for row in files["original"]["samples"].values() if row["role"] == "forget")
+    row["person"] += 1
+    assert difference(plain(judge(raw_scores(files), own))["persons"], summary["persons"], "persons") is not None
