@@ -234,7 +234,7 @@ class MethodConfig:
     __pydantic_config__ = STRICT
 
     name: str
-    dose: Literal["auto"] | NonNegativeFloat = 1.0  # share of the change that is kept; auto: chosen, not validated yet
+    dose: Literal["auto"] | NonNegativeFloat = 1.0  # share of the change that is kept; auto: chosen by watch images
     loss_bound: PositiveFloat | None = None  # stop (exit 4) when the size of the loss passes it; null: no bound
     embedding_bound: PositiveFloat | None = None  # stop (exit 4) when the norm of an embedding passes it
 
@@ -245,12 +245,12 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DoseConfig:
-    """How `method.dose=auto` is chosen. Not validated; an earlier form did harm ([the dose](method.md#the-dose))."""
+    """How `method.dose=auto` is chosen; off by default, and why: [the dose](method.md#the-dose)."""
 
     __pydantic_config__ = STRICT
 
     grid: tuple[Annotated[float, Field(ge=0, le=1.6)], ...] = GRID  # doses that are tried, ascending, from 0
-    aim: Literal["half", "retained"] = "half"  # AUCs that are right: 1/2, or forget against retain at dose 0
+    aim: Literal["half", "retained"] = "retained"  # AUCs that are right: 1/2, or forget against retain at dose 0
     images: PositiveInt = 512  # of retain, forget and watch each, at most
     views: Annotated[int, Field(ge=2, multiple_of=2)] = 6  # of each image
     knn_points: NonNegativeFloat = 2.0  # of accuracy on labelled retained images that may be lost, as far as is known

@@ -79,6 +79,10 @@ def test_every_tensor_is_on_the_line(dose):
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
+def half(**changes) -> DoseConfig:
+    return DoseConfig(aim="half", **changes)
+
+
 def looks(right: float, n: int = 200, m: int = 300, seed: int = 0, rise: float = 0.0, wrong: float = 0.0) -> Looks:
     """Forgotten images stand apart from non-members by a shift that is 0 at the dose `right`; members by the whole.
 
@@ -98,7 +102,7 @@ def looks(right: float, n: int = 200, m: int = 300, seed: int = 0, rise: float =
 
 @pytest.mark.parametrize("right", [0.3, 0.7, 1.2])
 def test_the_dose_is_found_where_the_forgotten_look_like_non_members(right):
-    found = choose(looks(right), DoseConfig(), seed=0)
+    found = choose(looks(right), half(), seed=0)
     nearby = sorted(GRID, key=lambda dose: abs(dose - right))[:3]
     assert found.dose == found.best and found.dose in nearby
     assert found.low <= found.best <= found.high and found.low > 0
@@ -106,7 +110,7 @@ def test_the_dose_is_found_where_the_forgotten_look_like_non_members(right):
 
 def test_aucs_are_those_of_scikit_learn():
     seen = looks(0.7)
-    found = choose(seen, DoseConfig(), seed=0)
+    found = choose(seen, half(), seed=0)
     for a in range(len(GRID)):
         for f in range(2):
             truth = np.r_[np.ones(200), np.zeros(300)]
@@ -118,44 +122,54 @@ def test_aucs_are_those_of_scikit_learn():
 def test_members_and_shuffled_labels_do_not_find_it():
     """Controls: with members in the place of the watch images nothing is forgotten; mixed up, no dose stands out."""
     seen = looks(0.7)
-    on_members = choose(dataclasses.replace(seen, watch=seen.retain), DoseConfig(), seed=0)
+    on_members = choose(dataclasses.replace(seen, watch=seen.retain), half(), seed=0)
     assert on_members.dose == 0
     generator, gaps, spans = np.random.default_rng(5), [], []
     for draw in range(10):
         mixed = generator.permutation(np.concatenate([seen.forget, seen.watch], 1), axis=1)
         shuffled = dataclasses.replace(seen, forget=mixed[:, :200], watch=mixed[:, 200:])
-        found = choose(shuffled, DoseConfig(), seed=draw)
+        found = choose(shuffled, half(), seed=draw)
         gaps.append(abs(found.dose - 0.7))
         spans.append(found.high - found.low)
-    right = choose(seen, DoseConfig(), seed=0)
+    right = choose(seen, half(), seed=0)
     assert np.mean(gaps) > 0.3 and np.median(spans) > 2 * (right.high - right.low)
 
 
 def test_what_costs_too_much_is_not_chosen_and_zero_is_an_answer():
-    cheap, dear = (choose(looks(0.7, rise=rise), DoseConfig(loss_share=0.1), 0) for rise in (0.1, 0.4))
+    cheap, dear = (choose(looks(0.7, rise=rise), half(loss_share=0.1), 0) for rise in (0.1, 0.4))
     assert cheap.dose == 0.7 and dear.dose == 0.2  # 0.4 * 0.2 is below the margin, 0.4 * 0.3 is not
     assert dear.allowed.tolist() == [dose <= 0.2 for dose in GRID]
-    clumsy = choose(looks(0.7, wrong=0.1), DoseConfig(knn_points=4), 0)
+    clumsy = choose(looks(0.7, wrong=0.1), half(knn_points=4), 0)
     expected = [100 * np.ceil(40 * dose - 1e-9) / 350 for dose in GRID]
     np.testing.assert_allclose(clumsy.lost[:, 1], expected)
     assert clumsy.dose == 0.2 and clumsy.lost_upper[3, 1] > 4 > clumsy.lost_upper[2, 1]  # 3 would be 3.4 +- 1.0 points
     worse = looks(-1.0)  # the method drives them further out
-    found = choose(dataclasses.replace(worse, forget=worse.forget - 1.2), DoseConfig(), 0)
+    found = choose(dataclasses.replace(worse, forget=worse.forget - 1.2), half(), 0)
     assert found.dose == 0 and (found.low, found.high) == (0, 0)
 
 
 def test_few_watch_images_take_the_smallest_dose_of_the_interval():
     seen = looks(0.7, n=60, m=60)
-    few, enough = (choose(seen, DoseConfig(enough=enough), 0) for enough in (250, 60))
+    few, enough = (choose(seen, half(enough=enough), 0) for enough in (250, 60))
     assert few.low < few.best and few.dose == few.low and enough.dose == enough.best == few.best
 
 
-def test_the_other_aim_is_how_the_forgotten_stand_among_the_retained():
+def test_the_default_aim_is_how_the_forgotten_stand_among_the_retained():
     seen = looks(0.7)
-    found = choose(seen, DoseConfig(), 0, aim="retained")
+    found, other = choose(seen, DoseConfig(), 0), choose(seen, DoseConfig(), 0, aim="half")
     truth = np.r_[np.ones(200), np.zeros(400)]
     expected = [roc_auc_score(truth, np.r_[seen.forget[0, :, f], seen.retain[0, :, f]]) for f in range(2)]
     np.testing.assert_allclose(found.aims, expected)
+    np.testing.assert_allclose(found.criterion, np.abs(found.auc - found.aims).sum(1))
+    assert (other.aims == 0.5).all() and (other.auc == found.auc).all()
+
+
+def test_hard_images_are_not_driven_to_one_half():
+    """Members of which the forgotten are the hard ones: retraining leaves them below 1/2, and so does the default."""
+    seen = looks(0.7)
+    hard = dataclasses.replace(seen, forget=seen.forget - 0.5)
+    by_aim = {aim: choose(hard, DoseConfig(), 0, aim=aim).dose for aim in ("retained", "half")}
+    assert by_aim["retained"] in (0.55, 0.7, 0.85) and by_aim["half"] < 0.55
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
