@@ -107,6 +107,7 @@ OPTIONS = {
     "index": "--config --set", "dose": "", "keygen": "", "certify": "--key --previous",
     "commit": "--out --previous --config --set", "countersign": "--key --register --reference",
     "receipt": "--id --out", "residuals": "", "dispose": "--key --apply --no-apply", "revoke": "--reason --key --out",
+    "find": "--config --count --image --run --set",
     "init": "--checkpoint --encoder --images --non-members --request",
     "convert": "--args --image-size --in-chans --name --out --prefix --to",
     "verify": (
