@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,23 @@ def test_the_verifier_works_alone_without_torch_network_and_home(case, tmp_path)
     )  # fmt: skip
     assert done.returncode == case.check().exit_code, done.stderr
     assert "every gate from the raw scores       holds" in done.stdout
+
+
+def test_no_answer_claims_more_than_was_checked():
+    """In messages and templates of verifier and report; a docstring may quote them as little."""
+    package = Path(envelope.__file__).parents[1]
+    patterns = (
+        "verify/*.py",
+        "report/**/*.py",
+        "report/**/*.j2",
+        "cli/evidence.py",
+        "run/certify.py",
+        "run/dispose.py",
+    )
+    files = [path for pattern in patterns for path in package.glob(pattern)]
+    words = re.compile(r"\b(proven|guaranteed|compliant|erased|certified deletion)\b", re.IGNORECASE)
+    assert len(files) > 30 and words.search("was proven")
+    assert {path.name: found[0] for path in files if (found := words.search(path.read_text("utf-8")))} == {}
 
 
 def test_a_key_has_a_passphrase_and_is_its_owner_s(case, tmp_path):

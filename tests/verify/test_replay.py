@@ -68,6 +68,15 @@ def test_12_14_weights_that_no_training_made(case, tmp_path, encoder):
     assert words[3] == FAILS, "and the scores are those of other weights"
 
 
+def test_9_17_other_images_at_a_step_than_the_schedule_gives(case, tmp_path):
+    """Every image as often as before, and certified: coverage cannot know, the repeated steps do."""
+    run = case.copy(tmp_path)
+    forgeries.other_images_at_a_step(run)
+    case.command("certify", run, "--key", case.folder / "operator")
+    code, words, said = asked(case, run, "--replay", "1")
+    assert code == 8 and words[2] == HOLDS and words[4] == FAILS and "steps 0 to 2 of unlearn, repeated" in said, said
+
+
 def test_11_scores_that_were_made_up(case, tmp_path):
     """All three encoders alike for every image, so that every gap is small; certified, as the key's holder can."""
     run = case.copy(tmp_path)
