@@ -15,7 +15,6 @@ import tyro
 from distunlearn import __version__
 from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir
 from distunlearn.common.launcher import is_main
-from distunlearn.common.passphrase import passphrase
 from distunlearn.errors import ConfigError
 
 File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -31,6 +30,10 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"distunlearn.{name}")
 
 
+def _passphrase(*, twice: bool = False) -> str:
+    return _module("verify.keys").passphrase(twice=twice)
+
+
 def _file(words: str, metavar: str = "FILE") -> type:
     """An optional path."""
     return Annotated[Path | None, tyro.conf.arg(metavar=metavar, help=words, help_behavior_hint="")]  # type: ignore[return-value]
@@ -44,7 +47,7 @@ class Keygen:
 
     def __call__(self) -> int:
         make_key = _module("verify.keys").make_key
-        print(f"key {make_key(self.file, passphrase(twice=True))}")
+        print(f"key {make_key(self.file, _passphrase(twice=True))}")
         return 0
 
 
@@ -85,9 +88,9 @@ class Countersign:
     )
 
     def __call__(self) -> int:
-        commit = _module("run.commit")
-        print(commit.in_words(self.request))
-        print(commit.countersign(self.request, self.key, passphrase(), self.register, self.reference))
+        verb = _module("verify.countersign")
+        print(verb.in_words(self.request))
+        print(verb.countersign(self.request, self.key, _passphrase(), self.register, self.reference))
         return 0
 
 
@@ -101,7 +104,7 @@ class Certify:
 
     def __call__(self) -> int:
         certify = _module("run.certify").certify
-        path = certify(self.out, self.key, passphrase(), __version__, self.previous)
+        path = certify(self.out, self.key, _passphrase(), __version__, self.previous)
         print(f"{path}: {path.stat().st_size} bytes")
         return 0
 
@@ -143,7 +146,7 @@ class Dispose:
     def __call__(self) -> int:
         if not self.apply:
             return Residuals(self.run_dir)()
-        print(_module("run.dispose").dispose(self.run_dir, self.key, passphrase()))
+        print(_module("run.dispose").dispose(self.run_dir, self.key, _passphrase()))
         return 0
 
 
@@ -158,7 +161,7 @@ class Revoke:
 
     def __call__(self) -> int:
         revoke = _module("run.certify").revoke
-        print(revoke(self.certificate, self.reason, self.key, passphrase(), self.out))
+        print(revoke(self.certificate, self.reason, self.key, _passphrase(), self.out))
         return 0
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from distunlearn import __version__
 from distunlearn.common.files import file_sha256, write_atomic
-from distunlearn.common.passphrase import passphrase
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import plain
 from distunlearn.data.manifest.manifest import Manifest
@@ -25,7 +24,7 @@ from distunlearn.verify.commitment import COMMITMENT, Commitment, kept_commitmen
 from distunlearn.verify.envelope import read
 from distunlearn.verify.figures import Rules
 from distunlearn.verify.forms import rules_part
-from distunlearn.verify.keys import load_key
+from distunlearn.verify.keys import load_key, passphrase
 from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.receipt import ROWS, request_leaves, tree
 from distunlearn.verify.records import read_plain, read_record

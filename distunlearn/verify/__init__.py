@@ -16,7 +16,7 @@ people who check and do not train: they import each other by relative names alon
 | `secret` | the run secret, and salted commitments of files that name images |
 | `keys`, `envelope` | Ed25519 keys, the trust file; signed statements, read strictly |
 | `forms` | what statements are made of |
-| `commitment` | what is declared before the run; the officer's register of tries |
+| `commitment`, `countersign` | what is declared before the run, and the officer's part; the register of tries |
 | `receipt`, `disposal`, `revocation` | for one person; what was deleted; what is no longer to be relied on |
 | `certificate`, `check`, `cli` | what a certificate states; `verify`, level by level; its command |
 """

@@ -5,8 +5,10 @@ The trust file comes by another way than what it judges; no key that a statement
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import ConfigError
 from .records import read_plain
 
+PASSPHRASE = "DISTUNLEARN_PASSPHRASE"
 Role = Literal["operator", "officer", "auditor"]
 
 
@@ -125,3 +128,33 @@ def public_key(pem: bytes) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError("a key in the trust file is no Ed25519 public key in PEM; take the .pub file of `keygen`.")
     return key
+
+
+def passphrase(*, twice: bool = False) -> str:
+    """The passphrase of a key: of the variable, or typed; twice: asked for again.
+
+    Raises:
+        ConfigError: there is neither, or the two differ.
+    """
+    found = os.environ.get(PASSPHRASE)
+    if found is not None:
+        return found
+    if not sys.stdin.isatty():
+        raise ConfigError(f"no passphrase; set {PASSPHRASE}, or call this from a terminal.")
+    found = getpass.getpass("passphrase: ")
+    if twice and getpass.getpass("again: ") != found:
+        raise ConfigError("the passphrases differ; try again.")
+    return found
+
+
+def main() -> int:
+    """`distunlearn-keygen FILE` of the wheel."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: distunlearn-keygen FILE", file=sys.stderr)
+        return 2
+    try:
+        print(f"key {make_key(Path(sys.argv[1]), passphrase(twice=True))}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

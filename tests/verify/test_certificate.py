@@ -15,13 +15,14 @@ import pytest
 from evidence_case import PASSPHRASE
 
 from distunlearn.cli.main import main
-from distunlearn.verify import envelope
+from distunlearn.verify import countersign, envelope
 from distunlearn.verify.certificate import LIMITS, read_predicate
 from distunlearn.verify.check import EXIT, FAILS, HOLDS, OPEN
-from distunlearn.verify.commitment import Commitment
+from distunlearn.verify.commitment import Commitment, read_commitment, register_lines
 from distunlearn.verify.errors import ConfigError, EvidenceError
 from distunlearn.verify.forms import read_form
 from distunlearn.verify.keys import load_key, make_key, read_trust
+from distunlearn.verify.keys import main as keys_main
 
 
 def words(found) -> list[str]:
@@ -153,6 +154,23 @@ def test_the_verifier_works_alone_without_torch_network_and_home(case, tmp_path)
     )  # fmt: skip
     assert done.returncode == case.check().exit_code, done.stderr
     assert "every gate from the raw scores       holds" in done.stdout
+
+
+def test_the_officer_needs_the_light_wheel_alone(case, tmp_path, monkeypatch, capsys):
+    """keygen and countersign of the wheel; a request is signed once, and another file is none."""
+    monkeypatch.setenv("DISTUNLEARN_PASSPHRASE", PASSPHRASE)
+    monkeypatch.setattr(sys, "argv", ["distunlearn-keygen", str(tmp_path / "key")])
+    assert keys_main() == 0 and (tmp_path / "key.pub").exists() and keys_main() == 2
+    request = Path(shutil.copy(case.folder / "commitment.request.json", tmp_path))
+    argv = [str(request), "--key", str(tmp_path / "key"), "--register", str(tmp_path / "register"), "--reference", "a"]
+    assert countersign.main(argv) == 0
+    assert "It is asked to forget 24 images" in capsys.readouterr().out
+    envelope_, made = read_commitment((tmp_path / "commitment.json").read_bytes())
+    assert made.reference == "a" and made.nonce is not None
+    assert [line["commitment"] for line in register_lines(tmp_path / "register")] == [envelope_.digest]
+    assert countersign.main(argv) == 2 and "countersigned once" in capsys.readouterr().err
+    argv[0] = str(tmp_path / "key.pub")
+    assert countersign.main(argv) in (2, 3)
 
 
 def test_no_answer_claims_more_than_was_checked():
