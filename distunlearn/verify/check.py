@@ -152,7 +152,7 @@ def verify(data: bytes, given: Given, further: Mapping[int, Further] | None = No
         _level(4, "--run, --shards and --replay to it", further.get(4), predicate),
     ]
     if given.receipt is not None:
-        content, image = given.receipt.read_bytes(), given.image and given.image.read_bytes()
+        content, image = given.receipt.read_bytes(), given.image.read_bytes() if given.image else None
         checks.append(_level(None, "", lambda p: check_receipt(content, envelope.digest, p, image), predicate))
     return Verified(tuple(checks), predicate.verdict, signer, predicate)
 
