@@ -174,14 +174,13 @@ def _prove(here: dist.Store, rank: int, seats: list[str], token: str) -> None:
         LaunchError: one does not.
     """
 
-    def proof(of: int) -> bytes:
-        return hmac.digest(token.encode(), f"{of} {' '.join(seats)}".encode(), "sha256").hex().encode()
+    def proof(of: int) -> str:
+        return hmac.digest(token.encode(), f"{of} {' '.join(seats)}".encode(), "sha256").hex()
 
     here.set(f"proof {rank}", proof(rank))
     here.wait([f"proof {other}" for other in range(len(seats))])
-    strange = [
-        other for other in range(len(seats)) if not hmac.compare_digest(here.get(f"proof {other}"), proof(other))
-    ]
+    told = [here.get(f"proof {other}") for other in range(len(seats))]
+    strange = [other for other, found in enumerate(told) if not hmac.compare_digest(found, proof(other).encode())]
     if strange:
         raise LaunchError(
             f"rank {strange[0]} does not know the token of this launch ({TOKEN}): a process of another launch, or of "

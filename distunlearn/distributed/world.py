@@ -91,7 +91,7 @@ class World:
                 f"the main rank failed ({told[0]}) while rank {self.rank} waited; see what it said."
             )
         if known is not None:
-            agreed = error or known(told[1])
+            agreed: Any = error or known(told[1])
             agreed.agreed = True
             raise agreed
         return result

@@ -37,14 +37,14 @@ from distunlearn.common.text import printable
 from distunlearn.distributed.process_group import lost_rank
 from distunlearn.engine.run_lock import born
 from distunlearn.errors import DataError, RankLostError
-from distunlearn.verify.records import read_record
+from distunlearn.verify.records import Fields, read_record
 
 WATCH = "watch"
 INTERVAL = 15.0  # seconds between two looks, at most
 GRACE = 10.0  # seconds for the other processes to come to the same conclusion, at most
 SLACK = 5.0  # seconds that a busy machine may let a thread wait
 LAST_WORDS = 3.0  # seconds for a process that fails to say so
-REPORT = {
+REPORT: Fields = {
     "host": str, "pid": int, "count": int, "phase": str, "step": int, "place": str, "age": (int, float),
     "sequence": int, "waits": bool, "stack": list,
 }  # fmt: skip
