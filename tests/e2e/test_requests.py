@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,28 +56,6 @@ def test_a_foreign_checkpoint_is_the_original_encoder(first, tmp_path, recipe):
     rows = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     steps = [row["count"] for row in rows if row["event"] == "step" and row["phase"] == "pretrain"]
     assert steps and all(set(count) == {"retain"} for count in steps), "no head of the run knows an image to forget"
-
-
-def test_a_finished_run_needs_neither_its_checkpoint_nor_its_folder(first, tmp_path, monkeypatch):
-    """Case 08: the checkpoint was given by a relative path and is gone, and so is the list."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(first / "export/model.safetensors", "enc.safetensors")
-    shutil.copy(first / "export/config.json", "config.json")
-    request = tiny.named_roles(Path())
-    done = tiny.run(Path("run"), "encoder.checkpoint=enc.safetensors", request, "audit.tier=0")
-    assert done.returncode in ENDED, done.stderr[-3000:]
-    before = summary(tmp_path / "run")
-    for name in ("enc.safetensors", "roles.csv"):
-        (tmp_path / name).unlink()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for verb in ("status", "report", "audit", "purge"):
-        done = tiny.command(verb, "../run", *(["--apply"] if verb == "purge" else []))
-        assert done.returncode in ENDED, (verb, done.stderr[-2000:])
-    assert summary(tmp_path / "run")["attacks"] == before["attacks"]
-    monkeypatch.chdir(tmp_path)
-    done = tiny.run(Path("new"), "encoder.checkpoint=enc.safetensors", "data.holdout_source=digits")  # control
-    assert done.returncode == 2 and "is not a file" in done.stderr
 
 
 def test_a_finished_run_is_kept_and_its_verdict_repeated(first):
