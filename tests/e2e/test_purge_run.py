@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import tiny
 
@@ -14,30 +12,6 @@ from distunlearn.data.manifest.manifest import Manifest
 
 def files(folder) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in folder.iterdir()}
-
-
-def test_a_finished_run_needs_neither_its_checkpoint_nor_its_folder(finished_run, tmp_path, monkeypatch):
-    """Case 08: the checkpoint was given by a relative path and is gone, and so is the list."""
-    first = finished_run()[0]
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(first / "export/model.safetensors", "enc.safetensors")
-    shutil.copy(first / "export/config.json", "config.json")
-    request = tiny.named_roles(Path())
-    done = tiny.run(Path("run"), "encoder.checkpoint=enc.safetensors", request, "audit.tier=0")
-    assert done.returncode in (0, 6, 7), done.stderr[-3000:]
-    figures = tmp_path / "run/audit/summary.json"
-    before = json.loads(figures.read_text())
-    for name in ("enc.safetensors", "roles.csv"):
-        (tmp_path / name).unlink()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for verb in ("status", "report", "audit", "purge"):
-        done = tiny.command(verb, "../run", *(["--apply"] if verb == "purge" else []))
-        assert done.returncode in (0, 6, 7), (verb, done.stderr[-2000:])
-    assert json.loads(figures.read_text())["attacks"] == before["attacks"]
-    monkeypatch.chdir(tmp_path)
-    done = tiny.run(Path("new"), "encoder.checkpoint=enc.safetensors", "data.holdout_source=digits")  # control
-    assert done.returncode == 2 and "is not a file" in done.stderr
 
 
 def test_purge_of_a_run(tmp_path):
