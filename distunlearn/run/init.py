@@ -78,6 +78,8 @@ def _look(
     if others is None and not named:
         count, pool = _drawn(count, checkpoint, warnings)
     recognised = None if checkpoint is None else recognise(checkpoint, name, small=side < SIZES[1])
+    if recognised is not None and recognised.objective.get("name") == "supervised" and not members.labels_known:
+        recognised.objective, recognised.trained_with = {}, "supervised"  # which cannot be trained again without labels
     return Found(
         images=images.resolve(), kind=members.name, members=count, side=side, grey=grey,
         request=None if request is None else request.resolve(), forget=forget,

@@ -117,6 +117,19 @@ def test_what_is_doubtful_is_told(given, tmp_path):
         assert said.format(few=few) not in calm
 
 
+def test_a_classifier_cannot_be_trained_again_without_labels(tmp_path):
+    for folder, start in (("flat", 0), ("never", 500)):
+        (tmp_path / folder).mkdir()
+        for n in range(40):
+            (tmp_path / folder / f"{n}.jpg").write_bytes(jpeg(start + n, SIZE))
+    (tmp_path / "list.txt").write_text("3.jpg\n")
+    torch.save(timm.create_model("resnet18", num_classes=5, **NARROW).state_dict(), tmp_path / "w.pth")
+    given = {"images": tmp_path / "flat", "non-members": tmp_path / "never", "request": tmp_path / "list.txt"}
+    done = init(given | {"checkpoint": tmp_path / "w.pth"}, "--encoder", "resnet18")
+    assert done.returncode == 0 and "trained with supervised: objective.name is a guess" in done.stderr, done.stderr
+    assert 'name: "simclr"' in done.stdout and 'trained_with: "supervised"' in done.stdout
+
+
 def test_settings_for_a_new_encoder_and_for_shards_are_complete(given, tmp_path):
     """Without a checkpoint the encoder is trained here, and non-members are drawn."""
     done = init({"images": given["images"], "request": given["request"]})
