@@ -42,6 +42,7 @@ import torch
 from loaders import BATCH, DROP, LIMIT, ROLES, VIEWS, race, work
 from photos import SIZE, Photos, image_folder, shards
 
+from distunlearn.common.malloc import keep_freed_memory
 from distunlearn.config.schema import EncoderConfig, RunConfig, ViewsConfig
 from distunlearn.data.loading import stream
 from distunlearn.data.loading.image_store import ImageStore
@@ -342,6 +343,7 @@ def main() -> None:
     if args.cold and not os.access(DROP, os.W_OK):
         parser.error(f"--cold needs to write {DROP}; run it as root, or leave it out")
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         source = Photos(args.images, args.distinct)
