@@ -83,14 +83,13 @@ def test_the_same_function_under_another_normalisation_is_the_same_encoder(finis
     save_file(weights, tmp_path / "own.safetensors")
     save_file(weights | {"conv1.0.weight": weights["conv1.0.weight"] * 0.5}, tmp_path / "half.safetensors")
     common = (tiny.named_roles(tmp_path), "audit.tier=0", "unlearn.steps=3", "encoder.mean=[0.5]")
-    for name, file, std in (("own", "own", 0.5), ("half", "half", 0.25), ("wrong", "half", 0.5)):
-        given = (f"encoder.checkpoint={tmp_path / file}.safetensors", f"encoder.std=[{std}]")
+    for name, std in (("own", 0.5), ("half", 0.25)):
+        given = (f"encoder.checkpoint={tmp_path / name}.safetensors", f"encoder.std=[{std}]")
         done = tiny.run(tmp_path / name, *common, *given)
         assert done.returncode in ENDED, done.stderr[-3000:]
     own, half = original_aucs(tmp_path / "own"), original_aucs(tmp_path / "half")
     by_weights = own.pop("gradient_norm_network"), half.pop("gradient_norm_network")  # whose lengths are others
     assert own == half and by_weights[0] != by_weights[1]
-    assert apart(tmp_path / "own", tmp_path / "wrong") > CLOSE
     unsaid = tiny.run(tmp_path / "unsaid", common[0], f"encoder.checkpoint={tmp_path / 'own.safetensors'}")
     assert unsaid.returncode == 2 and "encoder.mean" in unsaid.stderr and not (tmp_path / "unsaid").exists()
 
