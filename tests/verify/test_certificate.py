@@ -61,8 +61,9 @@ def flip(data: bytes, at: int) -> bytes:
 
 
 def test_every_byte_of_the_envelope_counts(case):
+    """1500 of them, drawn by the seed 0."""
     data = case.path.read_bytes()
-    for at in range(len(data)):
+    for at in random.Random(0).sample(range(len(data)), 1500):
         found = case.statement_alone(flip(data, at), register=None)
         assert found.exit_code == 8 and words(found)[0] == FAILS, at
 
