@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from distunlearn.engine.dose.choice import Looks, choose
 from forgetting_requests import write_request
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,7 +32,6 @@ from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
 from distunlearn.encoders.model import EncoderOutput
 from distunlearn.engine import phases
-from distunlearn.engine.dose.choice import Looks, choose
 from distunlearn.engine.dose.line import between
 from distunlearn.engine.dose.looks import FEATURES, PIECE, ROLES, Viewer
 from distunlearn.engine.session import Session, load_trained, open_session
