@@ -107,7 +107,7 @@ def test_checkpoints_are_marked_as_slow_by_the_loop():
     runner = object.__new__(loop._Runner)
     runner.watch = SimpleNamespace(at=lambda place, phase, step, slow: marks.append((place, step, slow)))
     runner.phase = SimpleNamespace(name="unlearn", method=SimpleNamespace(state_dict=dict))
-    runner.ctx, runner.first = SimpleNamespace(momentum=None, queue=None), 0
+    runner.ctx, runner.first, runner.head = SimpleNamespace(momentum=None, queue=None), 0, ""
     runner.backend = Backend(RunConfig(), World(0, 1, torch.device("cpu")))
     runner._save = lambda step: marks.append("saved")
     runner._at("update", 1)
