@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -48,18 +49,25 @@ class Bench:
         if title in self.steps:
             return
         place = self.operator if who == "operator" else self.officer
-        began = time.perf_counter()
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, args)], cwd=place, capture_output=True, text=True,
             env={**os.environ, "DISTUNLEARN_PASSPHRASE": PASSPHRASE}, check=False,
         )  # fmt: skip
-        seconds = time.perf_counter() - began
+        seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if done.returncode not in ENDS:
             raise SystemExit(f"{title}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         words = {}
         if "--json" in args:
             words = {check["title"]: check["word"] for check in json.loads(done.stdout)["checks"]}
-        self.steps[title] = {"who": who, "seconds": seconds, "code": done.returncode, "words": words}
+        self.steps[title] = {
+            "who": who,
+            "seconds": seconds,
+            "processor": processor,
+            "code": done.returncode,
+            "words": words,
+        }
         self.kept.write_text(json.dumps(self.steps, indent=1))
 
     def send(self, name: Path, to: Path) -> None:
@@ -142,13 +150,15 @@ def document(bench: Bench) -> str:
         f"{datetime.date.today()}, `python benchmarks/evidence.py {' '.join(bench.settings)}`; torch "
         f"{torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads. "
         "Digits, as two people on two directories. Each time is that of a whole process, with its start.",
-        "", "| step | by | seconds | exit code | levels |", "|---|---|---|---|---|",
+        "", "| step | by | seconds | processor seconds | exit code | levels |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for title, step in bench.steps.items():
         words = "; ".join(f"{name}: {word}" for name, word in step["words"].items() if word != "not checked")
-        lines.append(f"| {title} | {step['who']} | {step['seconds']:.1f} | {step['code']} | {words} |")
+        spent = f"{step['processor']:.1f}" if "processor" in step else "not recorded"
+        lines.append(f"| {title} | {step['who']} | {step['seconds']:.1f} | {spent} | {step['code']} | {words} |")
     lines += ["", "| file | bytes | aim |", "|---|---|---|"]
-    lines += [f"| {name} | {path.stat().st_size} | {AIMS.get(name, '')} |" for name, path in sizes.items()]
+    there = {name: path.stat().st_size for name, path in sizes.items() if path.exists()}
+    lines += [f"| {name} | {size} | {AIMS.get(name, '')} |" for name, size in there.items()]
     level_2 = bench.steps["verify, level 2"]["seconds"]
     lines += ["", f"Level 2 took {level_2:.1f} s; the aim is {LEVEL_2:g} s."]
     return "\n".join(lines) + "\n"
