@@ -100,6 +100,16 @@ def copied_persons(sha256: np.ndarray, role: np.ndarray, person: np.ndarray) -> 
     return {"requested_with_copy_in_retain": len(np.unique(person[gone]))}
 
 
+def with_persons(manifest: Manifest, numbers: Mapping[str, int]) -> Manifest:
+    """The manifest with the numbers of the persons, by id, and the count of those with a retained copy."""
+    if not numbers:
+        return manifest
+    person = np.array([numbers.get(sample_id, -1) for sample_id in manifest.columns.ids], dtype=np.int32)
+    role, facts = manifest.columns.role, dict(manifest.facts)
+    facts["persons"] = facts["persons"] | copied_persons(manifest.columns.sha256, role, person)
+    return manifest.with_roles(role, facts, person)
+
+
 def of_index(cfg: DataConfig, manifest: Manifest) -> dict[str, str]:
     """`read_persons` of the images of an index."""
     labels = (None if label == NO_LABEL else label for label in manifest.columns.label.tolist())

@@ -73,7 +73,7 @@ def draw_request(cfg: DataConfig, seed: int, manifest: Manifest, *, foreign: boo
     drawn, facts, person = _drawn(cfg, seed, manifest, foreign=foreign)
     role, found = duplicate_facts(manifest.columns.with_roles(drawn), cfg.copies, cfg.near_distance)
     if person is not None:
-        facts["persons"] |= copied_persons(manifest.columns.sha256, drawn, person)
+        facts["persons"] |= copied_persons(manifest.columns.sha256, role, person)  # after the policy
     return without_chain(cfg, manifest.with_roles(role, {**found, **facts}, person))
 
 

@@ -34,6 +34,7 @@ from distunlearn.data.manifest.manifest import INDEX, SUMMARY, Manifest, Shard
 from distunlearn.data.manifest.records import CODE
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.duplicates import duplicate_facts, perceptual_hash
+from distunlearn.data.prepare.persons import with_persons
 from distunlearn.data.prepare.process_pool import num_workers, run_jobs
 from distunlearn.data.schedule import permutation
 from distunlearn.data.sources.decode import image_size
@@ -85,11 +86,12 @@ def prepare_shards(
     The roles are in memory alone; `Manifest.save_request` writes them into a run directory.
     """
     opened, drawn = open_and_draw(cfg, seed, foreign)
-    return write_shards(
+    made = write_shards(
         opened.all, drawn.roles, folder, cfg.samples_per_shard, seed=seed, replace=replace, progress=progress,
         workers=cfg.prepare_workers, copies=cfg.copies, near_distance=cfg.near_distance, max_pixels=cfg.max_pixels,
         max_undecodable=cfg.max_undecodable, facts=drawn.facts,
     )  # fmt: skip
+    return with_persons(made, drawn.person)
 
 
 def write_shards(
