@@ -21,6 +21,7 @@ from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.selection import draw_request, request_facts
 from distunlearn.data.sources.decode import image_size
+from distunlearn.data.sources.sources import read_bytes
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder, build_model
 from distunlearn.engine.dose.looks import dose_images
 from distunlearn.engine.phases import pretrain_steps, take_checkpoint
@@ -124,10 +125,8 @@ def _roles(cfg: RunConfig, out: Path | None) -> tuple[Counter[str], Counter[int]
         label for i, label in opened.members.samples if label is not None and roles.get(i) in ("retain", "forget")
     )
     members = [i for i, role in roles.items() if role in ("retain", "forget")]
-    reader = opened.members.reader()
-    sides = np.array([
-        min(image_size(reader.read(i)[0], i, cfg.data.max_pixels)) for i in members[:: -(-len(members) // LOOKED_AT)]
-    ])  # fmt: skip
+    looked_at = members[:: -(-len(members) // LOOKED_AT)]
+    sides = np.array([min(image_size(read_bytes(opened.members, i), i, cfg.data.max_pixels)) for i in looked_at])
     return Counter(roles.values()), labels, request_facts(drawn.facts) | _enlarged(cfg, sides)
 
 
