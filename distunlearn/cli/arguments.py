@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from distunlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from distunlearn.config.schema import RunConfig
@@ -48,3 +51,26 @@ def resolved(
     if needed_by is not None:
         require_inputs(cfg, needed_by)
     return cfg
+
+
+def pipeline() -> ModuleType:
+    """The verbs as functions; imported when one is called, for they bring torch."""
+    from distunlearn.run import pipeline
+
+    return pipeline
+
+
+def settings_of(verb: Any, world: int | None = None, needed_by: Path | None = None) -> RunConfig:
+    """The settings of a verb with `recipe`, `config` and `overrides`, and with `previous` where it has that.
+
+    Raises:
+        ConfigError: it has none to start from, or two.
+    """
+    previous = getattr(verb, "previous", None)
+    if previous is None and verb.recipe is None and verb.config is None:
+        raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
+    if previous is None:
+        return resolved(verb.recipe, verb.config, verb.overrides, world, needed_by)
+    if verb.recipe is not None or verb.config is not None:
+        raise ConfigError("--previous takes the settings of that run; leave the recipe and --config out")
+    return pipeline().next_config(previous, list(verb.overrides), world)

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from distunlearn import __version__
-from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir
+from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir, settings_of
 from distunlearn.common.launcher import is_main
 from distunlearn.errors import ConfigError
 
@@ -62,13 +62,7 @@ class Commit:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        if (self.recipe is None and self.config is None) == (self.previous is None):
-            raise ConfigError("name a recipe, or give --config or, without them, --previous")
-        if self.previous is not None:
-            cfg = _module("run.pipeline").next_config(self.previous, list(self.overrides))
-        else:
-            cfg = _module("config.load").load_config(self.recipe, self.config, list(self.overrides))
-        path = _module("run.commit").commit(cfg, self.out)
+        path = _module("run.commit").commit(settings_of(self), self.out)
         if is_main():
             print(path)
         return 0

@@ -14,14 +14,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
 from distunlearn import __version__
 from distunlearn.cli import evidence
-from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir, resolved
+from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir, pipeline, resolved, settings_of
 from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
@@ -33,7 +32,7 @@ from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from distunlearn.config.schema import RunConfig
+    pass
 
 # torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
 
@@ -52,7 +51,7 @@ class Run:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        return _end(_pipeline().run(_resolve(self), self.out), self.out)
+        return _end(pipeline().run(settings_of(self), self.out), self.out)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Prepare:
         if self.source is None and self.config is None:
             raise ConfigError(f"no source; name one of {', '.join(SOURCES)}, or give --config")
         cfg = load_source(self.source, self.config, list(self.overrides))
-        print(_pipeline().prepare(cfg, self.out))
+        print(pipeline().prepare(cfg, self.out))
         return 0
 
 
@@ -94,7 +93,7 @@ class Index:
         if is_main():
             own = ("data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}")
             cfg = resolved(None, self.config, (*own, *self.overrides))
-            print(_pipeline().index(cfg))
+            print(pipeline().index(cfg))
         return 0
 
 
@@ -108,7 +107,7 @@ class Pretrain:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        _pipeline().pretrain(_resolve(self), self.out)
+        pipeline().pretrain(settings_of(self), self.out)
         return 0
 
 
@@ -122,7 +121,7 @@ class Unlearn:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        _pipeline().unlearn(_resolve(self), self.out)
+        pipeline().unlearn(settings_of(self), self.out)
         return 0
 
 
@@ -133,7 +132,7 @@ class Dose:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        found = _pipeline().dose(self.run_dir)
+        found = pipeline().dose(self.run_dir)
         if is_main():
             print(json.dumps(found, indent=2))
         return 0
@@ -146,7 +145,7 @@ class Audit:
     run_dir: RunDir
 
     def __call__(self) -> int:
-        return _end(_pipeline().audit(self.run_dir), self.run_dir)
+        return _end(pipeline().audit(self.run_dir), self.run_dir)
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Report:
 
     def __call__(self) -> int:
         if is_main():
-            print(_pipeline().report(self.run_dir))
+            print(pipeline().report(self.run_dir))
         return 0
 
 
@@ -204,7 +203,7 @@ class Plan:
     def __call__(self) -> int:
         from distunlearn.plan.plan import make_plan
 
-        planned = make_plan(_resolve(self), self.out)
+        planned = make_plan(settings_of(self), self.out)
         if is_main():
             print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
         return 0
@@ -249,7 +248,7 @@ class Doctor:
             print(doctor_text(self.out))
         if self.recipe is None and self.config is None:
             return 0
-        text, sound = launch_text(_resolve(self), self.out)
+        text, sound = launch_text(settings_of(self), self.out)
         if is_main():
             print(text)
         return 0 if sound else ConfigError.exit_code
@@ -348,22 +347,6 @@ def _end(code: int, run_dir: Path) -> int:
                 f"in {run_dir / 'audit' / 'summary.json'}"
             )
     return 0 if again else code
-
-
-def _pipeline() -> ModuleType:
-    from distunlearn.run import pipeline
-
-    return pipeline
-
-
-def _resolve(verb: Any) -> RunConfig:
-    if getattr(verb, "previous", None) is not None:
-        if verb.recipe is not None or verb.config is not None:
-            raise ConfigError("--previous takes the settings of that run; leave the recipe and --config out")
-        return _pipeline().next_config(verb.previous, list(verb.overrides))
-    if verb.recipe is None and verb.config is None:
-        raise ConfigError("no settings to start from; name a recipe (see: distunlearn list recipes) or give --config")
-    return resolved(verb.recipe, verb.config, verb.overrides)
 
 
 if __name__ == "__main__":

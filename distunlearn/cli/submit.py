@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, resolved
+from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, settings_of
 from distunlearn.run.slurm import Job, script, submit
 
 
@@ -18,6 +18,7 @@ class Submit:
     recipe: Recipe = None
     out: Out = tyro.MISSING
     config: Config = None
+    previous: Previous = None
     overrides: Overrides = ()
     job: Annotated[Job, tyro.conf.arg(name="")] = Job()
     dry_run: Annotated[bool, tyro.conf.arg(help="print the script", help_behavior_hint="")] = False
@@ -25,7 +26,8 @@ class Submit:
     def __call__(self) -> int:
         if not self.job.check():  # else `script` says it all
             world = self.job.nodes * self.job.tasks
-            resolved(self.recipe, self.config, self.overrides, world=world, needed_by=self.out)
-        text = script(self.job, self.recipe, self.out, self.config, self.overrides)
+            settings_of(self, world, needed_by=self.out)
+        verb = ("run", "--previous", str(self.previous.resolve())) if self.previous else None
+        text = script(self.job, self.recipe, self.out, self.config, self.overrides, verb=verb)
         print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
         return 0

@@ -152,7 +152,7 @@ def next_config(previous: Path, overrides: Sequence[str], world: int | None = No
     shards = shards_folder(saved, previous).resolve()
     own = {"data.previous": str(previous), "data.shards": str(shards), "data.members": None, "data.exclude": None,
            "data.forget_column": None, "data.forget_by": "id", "encoder.checkpoint": None, "runtime.reuse": None,
-           "runtime.accept_code_change": False}  # fmt: skip
+           "runtime.accept_code_change": False, "evidence.commitment": None}  # fmt: skip
     given = [f"{key}={'' if value is None else json.dumps(value)}" for key, value in own.items()]
     return load_config(None, previous / "run.yaml", [*given, *overrides], world=world)
 

@@ -119,7 +119,7 @@ def script(
     """The batch script of a run by the interpreter `python`; None: this one, or the container's own.
 
     In an array every task is a run of its own: DIR/<index>, with `seed=<index>` unless the seed is set. verb: another
-    command than `run` of a recipe, which is given `--out DIR/<index>` and the settings alone.
+    command than `run` of a recipe; another verb than `run` has no seeds.
 
     Raises:
         ConfigError: the job cannot be.
@@ -137,7 +137,7 @@ def script(
     for text in overrides:
         arguments += ["--set", text]
     command = " ".join(shlex.quote(part) for part in (python, "-m", "distunlearn", *arguments))
-    seeded = verb is not None or any(text.startswith("seed=") for text in overrides)
+    seeded = arguments[0] != "run" or any(text.startswith("seed=") for text in overrides)
     values = {
         "directives": "\n".join(f"#SBATCH {line}" for line in _directives(job)),
         "out": shlex.quote(str(Path(out).resolve())),

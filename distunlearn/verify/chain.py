@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .records import read_plain
 
 CHAIN = "chain.json"
 KEY = "chain.key"
@@ -60,8 +61,8 @@ class Chain:
         """
         path = path / CHAIN if path.is_dir() else path
         try:
-            found = json.loads(path.read_bytes())
-            key = path.with_name(KEY).read_bytes()
+            found = json.loads(read_plain(path))
+            key = read_plain(path.with_name(KEY))
             rows = tuple((number, image, name, near) for number, image, name, near in found["forgotten"])
             good = found["version"] == VERSION and len(key) == KEY_BYTES and all(map(_is_row, rows))
             chain = cls(str(found["lineage"]), key, tuple(dict(entry) for entry in found["requests"]), rows)

@@ -28,7 +28,8 @@ SETTINGS = [
     "data.calibration=20", "encoder.image_size=16", "encoder.embed_dim=32",
     "encoder.args={stem_width: 4, channels: [8, 16, 32, 32], layers: [1, 1, 1, 1]}", "pretrain.epochs=300",
     "pretrain.batch=60", "pretrain.lr=8e-3", "method.name=none", "audit.views=6", "audit.part_crops=8",
-    "unlearn.retain_batch=32", "unlearn.third_party_batch=16", "runtime.threads=1", "views.crop_scale_min=0.6",
+    "unlearn.retain_batch=32", "unlearn.third_party_batch=16", "unlearn.lr=5e-4", "runtime.threads=1",
+    "views.crop_scale_min=0.6",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import EncoderConfig, PretrainConfig, RunConfig
-from distunlearn.engine import phases
+from distunlearn.engine import digests
 from distunlearn.engine.run_directory import claim, saved_config, shards_folder
 from distunlearn.errors import ConfigError
 
@@ -46,8 +46,8 @@ def test_a_folder_may_be_continued_with_other_processes_and_features(tmp_path, m
 
 
 def test_digests_leave_out_what_changes_nothing_and_no_more():
-    assert phases._deciding(EncoderConfig()) == asdict(EncoderConfig())  # None is a value
+    assert digests._deciding(EncoderConfig()) == asdict(EncoderConfig())  # None is a value
     plain = asdict(PretrainConfig())
     assert plain.pop("checkpoint_every") == 200
-    assert phases._deciding(PretrainConfig(checkpoint_every=3)) == plain
-    assert phases._deciding(PretrainConfig(accumulate=2)) == plain | {"accumulate": 2}
+    assert digests._deciding(PretrainConfig(checkpoint_every=3)) == plain
+    assert digests._deciding(PretrainConfig(accumulate=2)) == plain | {"accumulate": 2}

@@ -129,3 +129,13 @@ def test_what_the_next_request_may_not_ask_for(chain, tmp_path):
     done = again(tmp_path / "nowhere", tmp_path / "x", "data.forget=2")
     assert done.returncode == 3 and "not a run directory" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_the_next_request_may_be_a_job(chain, tmp_path):
+    one, out = chain[0], tmp_path / "job"
+    words = ("submit", "--previous", str(one), "--out", str(out), "--dry-run")
+    done = tiny.command(*words, *sets("data.forget=5"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"-m distunlearn run --previous {one} --set data.forget=5" in done.stdout and not out.exists()
+    done = tiny.command(*words)
+    assert done.returncode == 2 and "needs what to forget now" in done.stderr

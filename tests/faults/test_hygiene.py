@@ -115,7 +115,7 @@ OPTIONS = {
         "--shards --replay --json"
     ),
     "submit": (
-        "--out --config --set --account --array --constraint --container --container-image --cpus --dry-run "
+        "--out --config --previous --set --account --array --constraint --container --container-image --cpus --dry-run "
         "--no-dry-run --exclude --gpu-type --gpus --logs --mail-type --mail-user --memory --name --nodes --partition "
         "--qos --requeues --reservation --sbatch --setup --tasks --time --warning"
     ),
