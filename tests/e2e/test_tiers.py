@@ -175,7 +175,7 @@ def test_a_later_request_starts_from_the_encoder_that_the_last_one_left(tmp_path
         if "running" not in name and "num_batches" not in name and value.is_floating_point():
             assert torch.allclose(value, last[name], atol=1e-6), name
     rerun = tmp_path / "other"
-    cfg = config("audit.stress=[sequential]", "unlearn.steps=8")
+    cfg = config("audit.stress=[sequential]", "unlearn.steps=8", "unlearn.lr=5e-4")
     assert pipeline.run(cfg, rerun) in (0, 6, 7)
     states = [load_file(rerun / f"stress/sequential-{n}/training_state.safetensors") for n in (1, 2, 3)]
     start = load_file(rerun / "original/training_state.safetensors")
