@@ -28,9 +28,9 @@ FIRED = "fault injected: {} at {}, rank {}, {} step {}"
 
 
 def lines(out: Path) -> list[dict]:
-    """The ledger without its times, and without what a start says of the variable."""
+    """The ledger without its times, the links that follow from them, and what a start says of the variable."""
     found = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("time", "faults")} for line in found]
+    return [{key: value for key, value in line.items() if key not in ("time", "faults", "prev")} for line in found]
 
 
 # -- the injector itself ---------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_checkpoints_are_marked_as_slow_by_the_loop():
     runner.phase = SimpleNamespace(name="unlearn", method=SimpleNamespace(state_dict=dict))
     runner.ctx, runner.first, runner.head = SimpleNamespace(momentum=None, queue=None), 0, ""
     runner.backend = Backend(RunConfig(), World(0, 1, torch.device("cpu")))
-    runner._save = lambda step: marks.append("saved")
+    runner._save = lambda step, heads: marks.append("saved")
     runner._at("update", 1)
     runner._save_watched(2)
     assert marks == [("update", 1, False), ("checkpoint", 2, True), "saved"]

@@ -174,7 +174,7 @@ def test_a_disk_error_while_a_shard_is_hashed_is_a_data_error(run, capsys, monke
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     fired: list[int | None] = []
-    monkeypatch.setattr(files, "open", lambda *how: Bad(), raising=False)
+    monkeypatch.setattr(files, "open_plain", lambda *how: Bad())
     assert main(plan(run)) == 3
     assert fired and "Input/output error" in capsys.readouterr().err
 

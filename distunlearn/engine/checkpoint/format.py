@@ -83,6 +83,8 @@ def commit(
         os.replace(final, damaged)
     os.replace(temporary, final)
     sync_path(folder)
+    for left in folder.glob(".LATEST.*"):  # of a process that was killed here
+        left.unlink(missing_ok=True)
     write_atomic(folder / "LATEST", f"{final.name}\n")
     shutil.rmtree(damaged, ignore_errors=True)
     return final, _remove_old(folder, step, sound, keep)
