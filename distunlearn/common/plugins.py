@@ -95,8 +95,13 @@ def names(builtin: Mapping[str, str], group: str) -> list[str]:
     return [*builtin, *sorted({point.name for point in importlib.metadata.entry_points(group=group)} - set(builtin))]
 
 
+def start_anew() -> None:
+    """Count from here on: `loaded` tells of one run, and a process may have made another before."""
+    _OUTSIDE.clear()
+
+
 def loaded() -> list[Outside]:
-    """What `resolve` has taken from outside this package in this process, by name.
+    """What `resolve` has taken from outside this package since `start_anew`, by name.
 
     The digest of a package is over the names and bytes of all its Python files, so that a change in a module that the
     named one imports is noticed too.

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from distunlearn.common import plugins
 from distunlearn.common.files import write_json
 from distunlearn.common.random import STREAMS
 from distunlearn.common.tensors import write_tensors
 from distunlearn.config.registry import own_attacks
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.view_recipes import own_view
+from distunlearn.constraints.evaluators.base import evaluator_class
 from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch
@@ -39,6 +42,7 @@ from distunlearn.engine.run_directory import open_run_directory
 from distunlearn.engine.trackers import require_trackers
 from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError
+from distunlearn.methods.base import method_class
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
 from distunlearn.objectives.queue import KeyQueue
@@ -84,7 +88,9 @@ def open_session(cfg: RunConfig, out: Path, known: Declared | None = None) -> It
 
 
 def load_own_parts(cfg: RunConfig) -> None:
-    """Load what the run has from outside: part of the code that ranks compare and the ledger records."""
+    """Load what this run has from outside: part of the code that ranks compare and the ledger records."""
+    plugins.start_anew()
+    method_class(cfg), objective_class(cfg), evaluator_class(cfg), own_view(cfg.views)
     if is_own(cfg.encoder.name):
         locate(cfg.encoder.name)
     own_attacks(cfg.audit.gates.also)

@@ -46,6 +46,7 @@ class AlignmentCalibration(Method[AlignmentCalibrationConfig]):
 
     name = "alignment_calibration"
     Config = AlignmentCalibrationConfig
+    moves = "evenly"
     summary = "pull different forget images together, push views of the same one apart"
     report = (
         "alignment calibration: different forgotten images are pulled together, and the views of each are pushed apart"

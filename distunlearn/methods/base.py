@@ -68,6 +68,8 @@ class Method(ABC, Generic[Settings]):
         needs: of `NEEDS`; the roles among them are the images of a step.
         forgets: every forget id must be consumed at least once (else the run has no coverage).
         space: what a search draws from, by key of the settings.
+        moves: how far the scores of images go from those under the original encoder, as finished runs had it: "little",
+            "unevenly", "evenly", "much" (also where nothing is known), "far" or "wholly". By it `plan` predicts widths.
     """
 
     name: ClassVar[str]
@@ -80,6 +82,7 @@ class Method(ABC, Generic[Settings]):
     needs: ClassVar[tuple[str, ...]] = ("retain", "forget")
     forgets: ClassVar[bool] = True
     space: ClassVar[Space] = {}
+    moves: ClassVar[str] = "much"
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg

@@ -30,6 +30,7 @@ class Nothing(Method[NothingConfig]):
 
     name = "none"
     Config = NothingConfig
+    moves = "little"
     summary = "change nothing: the audit must fail it"
     report = "none: the encoder was left as it was (a control that must not pass)"
     guarantee = "none"
@@ -46,6 +47,7 @@ class RandomInit(Nothing):
 
     name = "random_init"
     Config = RandomInitConfig  # type: ignore[assignment]
+    moves = "wholly"
     summary = "random weights: the utility gate must fail it"
     report = "random weights in place of the encoder (a control that must not pass)"
     begins = "scratch"

@@ -48,6 +48,7 @@ class GradAscent(Method[GradAscentConfig]):
 
     name = "grad_ascent"
     Config = GradAscentConfig
+    moves = "far"
     summary = "climb the loss of the forget samples"
     report = "gradient ascent on the forgotten images (a reference, not a full method)"
     space = {"unlearn.lr": Log(1e-6, 1e-3)}

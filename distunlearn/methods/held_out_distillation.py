@@ -45,6 +45,7 @@ class HeldOutDistillation(Method[HeldOutDistillationConfig]):
 
     name = "held_out_distillation"
     Config = HeldOutDistillationConfig
+    moves = "little"
     summary = "views of forget samples follow those of similar images that were never trained on"
     report = "treating each forgotten image as the original encoder treats a similar one it never saw"
     needs = ("retain", "forget", "third_party", "teacher")

@@ -36,6 +36,7 @@ class NegGrad(Method[NegGradConfig]):
 
     name = "neg_grad"
     Config = NegGradConfig
+    moves = "unevenly"
     summary = "descend on the retain samples, climb on the forget samples"
     report = "learning the retained images while unlearning the forgotten ones by the same loss turned round"
     space = {"unlearn.lr": Log(5e-5, 5e-3), "method.ascent_weight": Log(0.01, 1.0)}

@@ -42,6 +42,7 @@ class RandomTarget(Method[RandomTargetConfig]):
 
     name = "random_target"
     Config = RandomTargetConfig
+    moves = "unevenly"
     summary = "pull forget samples to the places of other images"
     report = "moving the forgotten images to the places of other images, drawn at random"
     needs = ("retain", "forget", "teacher")

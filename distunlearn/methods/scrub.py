@@ -41,6 +41,7 @@ class Scrub(Method[ScrubConfig]):
 
     name = "scrub"
     Config = ScrubConfig
+    moves = "little"
     summary = "obey the original encoder on retain, disobey it on forget samples"
     report = "disagreeing with the original encoder on the forgotten images and agreeing with it on the retained ones"
     needs = ("retain", "forget", "teacher")

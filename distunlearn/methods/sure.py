@@ -132,6 +132,7 @@ class Sure(Method[SureConfig]):
 
     name = "sure"
     Config = SureConfig
+    moves = "little"
     summary = "a classifier cannot tell forget from third-party embeddings"
     report = (
         "an opponent tries to tell the forgotten images from images never seen, and the encoder learns to prevent it"

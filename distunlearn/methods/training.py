@@ -121,6 +121,7 @@ class Finetune(Training):
 
     name = "finetune"
     Config = FinetuneConfig
+    moves = "little"
     summary = "a few more steps on the retain samples only"
     report = "fine-tuning on the retained images only (a reference, not a full method)"
     space: ClassVar[Space] = {"unlearn.lr": Log(5e-5, 5e-3)}

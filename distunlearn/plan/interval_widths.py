@@ -18,36 +18,32 @@ from statistics import NormalDist
 from typing import Any
 
 from distunlearn.config.schema import RunConfig
+from distunlearn.methods.base import method_class
 from distunlearn.verify.gates import FEWEST, MIN_IMAGES
 
 ATTACKED = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
-# Kinds of methods: those that change the scores little; those that do so in some runs and not in others.
-GENTLE = ("finetune", "held_out_distillation", "l1_sparse", "none", "scrub", "sure")
-UNEVEN = ("neg_grad", "random_target", "salun")
-# (kind of method or its name, kind of encoder): factors of `ATTACKED` at 10, 50 and 90 % of the runs, in hundredths.
+# (`Method.moves`, kind of encoder): factors of `ATTACKED` at 10, 50 and 90 % of the runs, in hundredths.
 SPREAD = {
-    ("gentle", "resnet"): ((56, 62, 69), (72, 94, 103), (58, 71, 81), (77, 85, 101), (66, 75, 85)),
-    ("gentle", "vit"): ((44, 48, 53), (78, 90, 103), (45, 52, 60), (52, 61, 71), (50, 58, 64)),
-    ("uneven", "resnet"): ((61, 71, 96), (92, 108, 127), (65, 84, 116), (81, 103, 127), (72, 88, 130)),
-    ("uneven", "vit"): ((45, 49, 56), (85, 97, 110), (48, 53, 63), (52, 66, 76), (52, 60, 71)),
-    ("third_party", "resnet"): ((71, 96, 113), (79, 106, 117), (73, 100, 122), (91, 111, 129), (75, 109, 131)),
-    ("third_party", "vit"): ((74, 103, 128), (97, 109, 123), (77, 103, 124), (100, 126, 144), (102, 126, 145)),
-    ("alignment_calibration", "resnet"):
+    ("little", "resnet"): ((56, 62, 69), (72, 94, 103), (58, 71, 81), (77, 85, 101), (66, 75, 85)),
+    ("little", "vit"): ((44, 48, 53), (78, 90, 103), (45, 52, 60), (52, 61, 71), (50, 58, 64)),
+    ("unevenly", "resnet"): ((61, 71, 96), (92, 108, 127), (65, 84, 116), (81, 103, 127), (72, 88, 130)),
+    ("unevenly", "vit"): ((45, 49, 56), (85, 97, 110), (48, 53, 63), (52, 66, 76), (52, 60, 71)),
+    ("much", "resnet"): ((71, 96, 113), (79, 106, 117), (73, 100, 122), (91, 111, 129), (75, 109, 131)),
+    ("much", "vit"): ((74, 103, 128), (97, 109, 123), (77, 103, 124), (100, 126, 144), (102, 126, 145)),
+    ("evenly", "resnet"):
         ((74, 90, 101), (91, 105, 120), (83, 96, 126), (96, 117, 136), (86, 117, 134)),
-    ("alignment_calibration", "vit"):
+    ("evenly", "vit"):
         ((56, 80, 93), (85, 101, 107), (56, 86, 103), (61, 93, 120), (64, 99, 121)),
-    ("grad_ascent", "resnet"): ((104, 116, 122), (112, 121, 126), (105, 122, 131), (122, 139, 153), (130, 139, 147)),
-    ("grad_ascent", "vit"): ((78, 110, 127), (80, 105, 123), (75, 102, 134), (98, 129, 145), (101, 127, 144)),
-    ("random_init", "resnet"): ((125, 132, 138), (114, 123, 130), (125, 137, 141), (133, 141, 156), (132, 142, 148)),
-    ("random_init", "vit"): ((121, 128, 137), (110, 117, 126), (121, 134, 139), (128, 138, 145), (122, 131, 141)),
+    ("far", "resnet"): ((104, 116, 122), (112, 121, 126), (105, 122, 131), (122, 139, 153), (130, 139, 147)),
+    ("far", "vit"): ((78, 110, 127), (80, 105, 123), (75, 102, 134), (98, 129, 145), (101, 127, 144)),
+    ("wholly", "resnet"): ((125, 132, 138), (114, 123, 130), (125, 137, 141), (133, 141, 156), (132, 142, 148)),
+    ("wholly", "vit"): ((121, 128, 137), (110, 117, 126), (121, 134, 139), (128, 138, 145), (122, 131, 141)),
 }  # fmt: skip
 
 
-def spread(method: str, encoder: str) -> dict[str, tuple[float, float, float]]:
-    """{attack: factors}, see above. A method without finished runs has those of third_party."""
-    kind = "gentle" if method in GENTLE else "uneven" if method in UNEVEN else method
-    family = "vit" if "vit" in encoder else "resnet"
-    found = SPREAD.get((kind, family), SPREAD["third_party", family])
+def spread(moves: str, encoder: str) -> dict[str, tuple[float, float, float]]:
+    """{attack: factors}, see above. moves: of the method's class. encoder: its name."""
+    found = SPREAD[moves, "vit" if "vit" in encoder else "resnet"]
     return {
         attack: (low / 100, half / 100, high / 100) for attack, (low, half, high) in zip(ATTACKED, found, strict=True)
     }
@@ -70,7 +66,7 @@ def expected_widths(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, Any]
         (forget + holdout + 1) / (12 * forget * holdout)
     )
     found: dict[str, dict[str, float | None]] = {}
-    for attack, factors in spread(cfg.method.name, cfg.encoder.name).items():
+    for attack, factors in spread(method_class(cfg).moves, cfg.encoder.name).items():
         margin = gates.view_agreement if attack == "view_agreement" else gates.attack
         low, half, high = (round(plain * factor, 4) for factor in factors)
         room = round(margin - half, 4) if half < margin else None

@@ -11,6 +11,7 @@ from distunlearn.engine.commitment import chain_link, write_rows
 from distunlearn.engine.provenance import code_digest
 from distunlearn.engine.run_directory import find_manifest, saved_config
 from distunlearn.engine.run_lock import owned
+from distunlearn.engine.session import load_own_parts
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.verify.certificate import CERTIFICATE, make_predicate, read_predicate
 from distunlearn.verify.commitment import run_rules
@@ -38,6 +39,7 @@ def certify(run_dir: Path, key: Path, passphrase: str, version: str, previous: P
     manifest = find_manifest(cfg, folder)
     if manifest is None:
         raise DataError(f"{folder} has no shards, which say what was requested; certify before they are deleted.")
+    load_own_parts(cfg)
     chain = chain_link(cfg)
     if previous is not None:
         before = read(previous.read_bytes(), "certificate")

@@ -12,8 +12,10 @@ import pytest
 
 from distunlearn.common import plugins
 from distunlearn.common.plugins import loaded, names, resolve
+from distunlearn.config.load import load_config
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.provenance import code_digest, require_same_code
+from distunlearn.engine.session import load_own_parts
 from distunlearn.errors import ConfigError
 from distunlearn.verify.ledger import read_ledger
 
@@ -127,6 +129,19 @@ def test_ledger_and_code_digest_have_what_came_from_outside(tmp_path: Path) -> N
     assert second["outside"] == [
         {"name": str(path), "file": str(path), "sha256": hashlib.sha256(OWN.encode()).hexdigest()}
     ]
+
+
+def test_the_code_of_a_run_is_without_what_another_run_of_the_process_took(tmp_path: Path) -> None:
+    """Or the second run could not be continued by a process that does not know the first."""
+    path = tmp_path / "mine.py"
+    path.write_text("from distunlearn.methods.training import Finetune\n\nclass Own(Finetune):\n    name = 'own'\n")
+    plain, other = (load_config("digits", None, [f"method.name={name}"]) for name in ("finetune", f"{path}:Own"))
+    load_own_parts(plain)
+    own = code_digest()
+    load_own_parts(other)
+    assert [part.file for part in loaded()] == [str(path)] and code_digest() != own  # control
+    load_own_parts(plain)
+    assert loaded() == [] and code_digest() == own
 
 
 @pytest.mark.parametrize("name", [":", "a:", ":B", "../x:B", "a b:C", "", "os;x:y"])

@@ -19,6 +19,7 @@ from distunlearn.errors import ConfigError
 from distunlearn.report.data import load_run
 from distunlearn.report.render import render, write_report
 from distunlearn.verify.figures import ENCODERS
+from distunlearn.verify.ledger import next_link
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -97,10 +98,10 @@ def test_hostile_text_is_inert_wherever_it_stands(passing: Path, text: str) -> N
     groups |= {"objective": ("name",), "method": ("name",), text[:500]: (text[:500],)}
     settings |= {group: dict.fromkeys(keys, short) for group, keys in groups.items()}
     (passing / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    line = {"event": "done", "phase": text, "step": 0, "time": text}
+    line["n"], line["prev"] = next_link(passing / "ledger.jsonl")
     with (passing / "ledger.jsonl").open("a") as ledger:
-        ledger.write(
-            json.dumps({"event": "done", "phase": text, "step": 0, "time": text}, separators=(",", ":")) + "\n"
-        )
+        ledger.write(json.dumps(line, separators=(",", ":")) + "\n")
     found = page(passing)
     assert_inert(found)
     assert "49" not in found.text("asked") and "\u202e" not in found.text() and "\u2066" not in found.text()
