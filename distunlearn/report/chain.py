@@ -23,9 +23,11 @@ def chain(run: RunFiles) -> dict[str, Any]:
     for place, count in enumerate(images[:-1], start=1):
         now = tree(run.audit, "earlier", str(place), "view_agreement")
         still = number(tree(run.audit, "earlier", str(place)), "images")
+        if not still:
+            continue
         rows.append(
             {
-                "request": place, "images": whole(count), "looked_at": whole(still or 0),
+                "request": place, "images": whole(count), "looked_at": whole(still),
                 "before": number(now, "original"), "after": number(now, "unlearned"),
                 "retrained": number(now, "retrained"), "low": number(now, "low"), "high": number(now, "high"),
             }

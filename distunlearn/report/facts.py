@@ -81,9 +81,12 @@ def _trained_with(run: RunFiles) -> str:
 
 
 LEFT_OUT = (
-    ("skipped_files", "{} files of the source were left out, because they are no images that can be read."),
-    ("dropped_copies", "{} images were left out, because a member or an image of another group has the same bytes."),
-    ("near_copies_of_members", "{} images that count as never trained on look almost like a member."),
+    ("skipped_files", "Files of the source that were left out, because they are no images that can be read: {}."),
+    (
+        "dropped_copies",
+        "Images left out, because a member or an image of another group has the same bytes: {}.",
+    ),
+    ("near_copies_of_members", "Images that count as never trained on and look almost like a member: {}."),
 )
 
 

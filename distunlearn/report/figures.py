@@ -120,7 +120,7 @@ def roc_panel(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], log: bool = F
                 x, y = _thin(*curves[encoder])
                 dash = (0, (5, 1.6)) if encoder == "retrained" else "solid"
                 axes.plot(x, y, color=COLOURS[encoder], linewidth=widths[encoder], linestyle=dash)
-        axes.set(xlabel="strangers wrongly accused", ylabel="forgotten images found", ylim=(0, 1.01))
+        axes.set(xlabel="non-members wrongly accused", ylabel="forgotten images found", ylim=(0, 1.01))
         axes.set_xlim((2e-3, 1) if log else (-0.005, 1))
         percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
         axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))

@@ -88,8 +88,8 @@ ATTACKS = {
     ),
     "rmia": (
         "RMIA",
-        "Is the encoder surer of the image than the retrained one is, more so than for strangers?",
-        "share of strangers that the image beats",
+        "Is the encoder surer of the image than the retrained one is, more so than for non-members?",
+        "share of non-members that the image beats",
     ),
     "lira_alignment": (
         "LiRA on view agreement",
@@ -124,7 +124,10 @@ UTILITY = {
 ROLES = {
     "retain": ("Retained", "training images that stay"),
     "forget": ("Forgotten", "training images that the request asks to remove"),
-    "third_party": ("Third-party", "images the encoder was never trained on; they show it what a stranger looks like"),
+    "third_party": (
+        "Third-party",
+        "images the encoder was never trained on; they show it how a non-member looks",
+    ),
     "third_party_audit": ("Third-party, for the audit", "images of the same kind that the forgetting never used"),
     "watch": ("Watch", "images never trained on, by which the dose was chosen; in no loss and in no audit"),
     "calibration": ("Calibration", "images never trained on, used to set thresholds; in no audit"),

@@ -21,9 +21,9 @@ def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
     }
     change_json(run / "request.json", lambda found: found["facts"].update(counts))
     shown = Page(render(load_run(run))).text("asked")
-    assert "1 203 files of the source were left out" in shown
-    assert "7 images were left out, because a member or an image of another group has the same bytes" in shown
-    assert "2 images that count as never trained on look almost like a member" in shown
+    assert "that were left out, because they are no images that can be read: 1 203." in shown
+    assert "because a member or an image of another group has the same bytes: 7." in shown
+    assert "Images that count as never trained on and look almost like a member: 2." in shown
 
 
 def test_layers_that_probes_cannot_follow_are_named(tmp_path: Path) -> None:

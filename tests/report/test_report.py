@@ -47,7 +47,7 @@ def test_every_audited_thing_is_on_the_page(finished: dict[str, Path]) -> None:
         for encoder in ENCODERS:
             assert f"{summary['attacks'][name][encoder]['auc']:.3f}" in found.text("roc")
     for encoder in ENCODERS:
-        assert f"{summary['two_sample'][encoder]['auc']:.3f}" in found.text("strangers")
+        assert f"{summary['two_sample'][encoder]['auc']:.3f}" in found.text("non-members")
         assert f"{summary['controls']['third_party_against_holdout'][encoder]['auc']:.3f}" in found.text("controls")
     assert "63 000" in found.text("cost") and "21 %" in found.text("cost")
     assert "Every one of the 40 requested images" in found.text("asked")
