@@ -187,8 +187,9 @@ def test_a_lost_node(cluster, alone, tmp_path):
 
 
 def test_what_fails_at_once_is_not_tried_again(cluster, tmp_path):
-    out = tmp_path / "run"
-    job = cluster.submit(out, "--nodes", "2", settings=("data.source=imagefolder", f"data.root={tmp_path}/none"))
+    out, empty = tmp_path / "run", tmp_path / "empty"  # a folder that is not there is refused by submit itself
+    empty.mkdir()
+    job = cluster.submit(out, "--nodes", "2", settings=("data.source=imagefolder", f"data.root={empty}"))
     cluster.wait_for_state(job, *ENDED)
     found = cluster.job(job)
     assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "0", "3:0"), log_of(out, job)
