@@ -79,6 +79,7 @@ def render(run: RunFiles) -> str:
         provenance=facts.provenance(run),
         assurance=assurance(run.folder) if run.folder else ([], ""),
         encoders=texts.ENCODERS,
+        tier=number(run.config, "audit", "tier"),
         limits=texts.LIMITS,
         colours=figures.COLOURS,
         not_evaluated=texts.NOT_EVALUATED,
