@@ -23,7 +23,7 @@ from distunlearn.verify.ledger import next_link
 
 HOSTILE = (
     "<script>alert(1)</script>",
-    "{{7*7}}{% include 'report.css.j2' %}",
+    "{{70001*7}}{% include 'report.css.j2' %}",
     "javascript:alert(1)",
     "\"><img src=http://example.org/x onerror=alert(1)>",
     "</style><style>*{background:url(http://example.org/y)}",
@@ -104,7 +104,7 @@ def test_hostile_text_is_inert_wherever_it_stands(passing: Path, text: str) -> N
         ledger.write(json.dumps(line, separators=(",", ":")) + "\n")
     found = page(passing)
     assert_inert(found)
-    assert "49" not in found.text("asked") and "\u202e" not in found.text() and "\u2066" not in found.text()
+    assert "490007" not in found.text("asked") and "\u202e" not in found.text() and "\u2066" not in found.text()
     assert len(render(load_run(passing)).encode()) < clean + 400_000
     assert verdict(found) == "not_evaluated", "a verdict that is no word of ours is none"
 
