@@ -65,22 +65,14 @@ def summarise(
         evaluated", never NaN.
     """
     first = signals["original"]
-    if persons is not None and not (persons[first.of("forget")] >= 0).any():
-        persons = None
+    persons = persons if persons is not None and (persons[first.of("forget")] >= 0).any() else None
     assert all(s.ids == first.ids for s in signals.values()), "one list of images for all encoders"
-    rules = Rules.of(plain_settings(cfg))
     found = run_attacks(signals, cfg.seed, cfg.audit.gates.also)
     correct = {name: correct_predictions(s, cfg.audit.neighbours) for name, s in signals.items()}
     states = dict(states or {})
-    holdout = first.of("holdout")
-    raw = Raw(
-        {name: {e: a.comparison for e, a in attacked.items()} for name, attacked in found.items()},
-        {e: {name: column[holdout] for name, column in right.items()} for e, right in correct.items()},
-        len(first.of("forget")),
-        len(holdout),
-        None if persons is None else (units_of(persons[first.of("forget")]), units_of(persons[holdout])),
-    )
-    judged = judge(raw, rules, unchanged="original" in states and states["original"] == states["unlearned"])
+    raw = _raw(first, found, correct, persons)
+    unchanged = "original" in states and states["original"] == states["unlearned"]
+    judged = judge(raw, Rules.of(plain_settings(cfg)), unchanged=unchanged)
     summary = {
         **{name: judged[name] for name in ("attacks", "further_attacks", "utility", "persons")},
         **_told_apart(signals, judged["attacks"], cfg),
@@ -92,20 +84,32 @@ def summarise(
         "retained": retained_figures(signals, cfg),
         "stress": stress,
         "earlier": earlier_figures(signals, request_of, cfg) if request_of else None,
-        "tier": cfg.audit.tier,
-        "cost": dict(cost),
-        "coverage": dict(coverage),
+        "tier": cfg.audit.tier, "cost": dict(cost), "coverage": dict(coverage),
         "person_coverage": None if person_coverage is None else [dict(row) for row in person_coverage],
         "images": {role: len(first.of(role)) for role in dict.fromkeys(first.roles.tolist())},
-        "states": states,
-        "gates": judged["gates"],
+        "states": states, "gates": judged["gates"],
+    }  # fmt: skip
+    return plain(summary), {
+        name: {"encoder": name, "state": states.get(name)} | _score_file(name, s, found, correct[name], persons)
+        for name, s in signals.items()
     }
-    scores = {
-        name: {"encoder": name, "state": states.get(name)}
-        | _score_file(name, signals[name], found, correct[name], persons)
-        for name in signals
-    }
-    return plain(summary), scores
+
+
+def _raw(
+    first: Signals,
+    found: Mapping[str, Any],
+    correct: Mapping[str, Mapping[str, np.ndarray]],
+    persons: np.ndarray | None,
+) -> Raw:
+    """What the figures are computed from. found: of `run_attacks`. correct: of `correct_predictions`, by encoder."""
+    forget, holdout = first.of("forget"), first.of("holdout")
+    return Raw(
+        {name: {e: a.comparison for e, a in attacked.items()} for name, attacked in found.items()},
+        {e: {name: column[holdout] for name, column in right.items()} for e, right in correct.items()},
+        len(forget),
+        len(holdout),
+        None if persons is None else (units_of(persons[forget]), units_of(persons[holdout])),
+    )
 
 
 def _told_apart(

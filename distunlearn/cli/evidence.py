@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,9 +34,9 @@ def _passphrase(*, twice: bool = False) -> str:
     return _module("verify.keys").passphrase(twice=twice)
 
 
-def _file(words: str, metavar: str = "FILE") -> type:
-    """An optional path."""
-    return Annotated[Path | None, tyro.conf.arg(metavar=metavar, help=words, help_behavior_hint="")]  # type: ignore[return-value]
+def _file(words: str, metavar: str = "FILE") -> Any:
+    """How an optional path is shown."""
+    return tyro.conf.arg(metavar=metavar, help=words, help_behavior_hint="")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Certify:
 
     out: RunDir
     key: Key = tyro.MISSING
-    previous: _file("certificate of the encoder that this run began with") = None  # type: ignore[valid-type]
+    previous: Annotated[Path | None, _file("certificate of the encoder that this run began with")] = None
 
     def __call__(self) -> int:
         certify = _module("run.certify").certify
@@ -164,18 +164,18 @@ class Verify:
     """Check a certificate as far as the inputs allow; needs no network."""
 
     certificate: File
-    trust: _file("your own file of the keys that you trust") = None  # type: ignore[valid-type]
-    commitment: _file("countersigned before the run; else the run directory's") = None  # type: ignore[valid-type]
-    register: _file("the officer's register of commitments") = None  # type: ignore[valid-type]
-    revocations: _file("folder of revocations", "DIR") = None  # type: ignore[valid-type]
-    previous: _file("the certificate before this one") = None  # type: ignore[valid-type]
-    disposal: _file("what the operator signed about deletion") = None  # type: ignore[valid-type]
-    receipt: _file("receipt of one image") = None  # type: ignore[valid-type]
-    image: _file("the very file of that image") = None  # type: ignore[valid-type]
-    export: _file("folder of the encoder that is deployed", "DIR") = None  # type: ignore[valid-type]
-    run: _file("run directory", "DIR") = None  # type: ignore[valid-type]
-    secret: _file("its run secret; else the run directory's") = None  # type: ignore[valid-type]
-    shards: _file("folder of the shards, for your own audit", "DIR") = None  # type: ignore[valid-type]
+    trust: Annotated[Path | None, _file("your own file of the keys that you trust")] = None
+    commitment: Annotated[Path | None, _file("countersigned before the run; else the run directory's")] = None
+    register: Annotated[Path | None, _file("the officer's register of commitments")] = None
+    revocations: Annotated[Path | None, _file("folder of revocations", "DIR")] = None
+    previous: Annotated[Path | None, _file("the certificate before this one")] = None
+    disposal: Annotated[Path | None, _file("what the operator signed about deletion")] = None
+    receipt: Annotated[Path | None, _file("receipt of one image")] = None
+    image: Annotated[Path | None, _file("the very file of that image")] = None
+    export: Annotated[Path | None, _file("folder of the encoder that is deployed", "DIR")] = None
+    run: Annotated[Path | None, _file("run directory", "DIR")] = None
+    secret: Annotated[Path | None, _file("its run secret; else the run directory's")] = None
+    shards: Annotated[Path | None, _file("folder of the shards, for your own audit", "DIR")] = None
     replay: Annotated[
         str | None,
         tyro.conf.arg(metavar="K|all", help="segments to repeat; needs --run and --shards", help_behavior_hint=""),

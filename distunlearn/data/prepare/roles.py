@@ -86,49 +86,63 @@ def draw_roles(
         ConfigError: a count or share that cannot be; unnamed non-members of a foreign encoder.
     """
     assert (third_party is not None) == (cfg.third_party_source is not None), "third-party samples and config differ"
-    if excluded:
-        kept = [place for place, (sample_id, _) in enumerate(samples) if sample_id not in excluded]
-        names = None if names is None else [names[place] for place in kept]
-        samples = [samples[place] for place in kept]
+    samples, names = _without(excluded, samples, names)
     labels, person = dict(samples), person or {}
     listed, facts = _read_list(cfg, samples, names, skipped)
     named = {i: role for role in LIST_ROLES[2:] for i in listed.get(role, ())}
     facts["non_members"] = "drawn" if holdout is None and not named else "named"
     _require_named(facts["non_members"], cfg, foreign)
-    outside = [("holdout", cfg.holdout), ("calibration", cfg.calibration)]
-    strangers = [("third_party", cfg.third_party), ("third_party_audit", cfg.third_party_audit)]
-    if third_party is None:
-        outside += strangers
-    outside.append(("watch", cfg.watch))
+    outside, strangers = _shares(cfg, third_party is not None)
     own = outside if facts["non_members"] == "drawn" else []
 
-    first = [*listed["forget"], *listed["retain"]]
-    num_members = _count_members(len(labels) - len(named), cfg, own)
-    if len(first) > num_members:
-        raise DataError(f"{cfg.forget} lists {len(first)} ids but data.members is {num_members}; raise data.members.")
-    order = grouped((samples[i][0] for i in permutation(len(samples), seed, "roles")), person)
-    first_set = set(first)
-    order = first + [i for i in order if i not in first_set and i not in named]
-    members, rest = order[:num_members], order[num_members:]
-
-    forget = _require_some(choose_forget(members, labels, cfg, seed, listed["forget"], classes), num_members, cfg)
+    members, rest = _members(samples, listed, named, own, cfg, seed, person)
+    forget = _require_some(choose_forget(members, labels, cfg, seed, listed["forget"], classes), len(members), cfg)
     facts |= forget_facts(members, labels, forget, cfg, classes)
     roles = {sample_id: "forget" if sample_id in forget else "retain" for sample_id in members}
-    if own:
-        roles.update(deal(rest, own))
-    elif holdout is None or named:
-        roles.update(_deal_named(named, outside, seed, cfg, person))
+    roles |= deal(rest, own) if own else {}
+    if not own and (holdout is None or named):
+        roles |= _deal_named(named, outside, seed, cfg, person)
     if holdout is not None:
         left = [share for share in outside if share[0] not in roles.values()]
-        own_source = cfg.holdout_source or cfg.source
-        roles.update(_draw_outside(holdout, left, seed, labels, "holdout", own_source, person))
+        roles |= _draw_outside(holdout, left, seed, labels, "holdout", cfg.holdout_source or cfg.source, person)
     if third_party is not None:
-        source = cfg.third_party_source
-        roles.update(_draw_outside(third_party, strangers, seed, labels, "third_party", source, person))
+        roles |= _draw_outside(third_party, strangers, seed, labels, "third_party", cfg.third_party_source, person)
     if person:
         roles, more = settle_persons(roles, person)
         facts |= more
     return Drawn(roles, facts | ({"excluded": len(excluded)} if excluded else {}), numbered(person))
+
+
+def _shares(cfg: DataConfig, third_party: bool) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(sizes of the roles dealt from the non-members, those of the third party). third_party: it has its own source."""
+    strangers = [("third_party", cfg.third_party), ("third_party_audit", cfg.third_party_audit)]
+    between = [] if third_party else strangers
+    return [("holdout", cfg.holdout), ("calibration", cfg.calibration), *between, ("watch", cfg.watch)], strangers
+
+
+def _members(
+    samples: _Samples, listed: Mapping[str, list[str]], named: Mapping[str, str], own: list[tuple[str, int]],
+    cfg: DataConfig, seed: int, person: Mapping[str, str],
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """(members, the ids left), each in the order of the draw; ids of the list come first."""
+    first = [*listed["forget"], *listed["retain"]]
+    num_members = _count_members(len(samples) - len(named), cfg, own)
+    if len(first) > num_members:
+        raise DataError(f"{cfg.forget} lists {len(first)} ids but data.members is {num_members}; raise data.members.")
+    order = grouped((samples[i][0] for i in permutation(len(samples), seed, "roles")), person)
+    settled = {*first, *named}
+    order = first + [i for i in order if i not in settled]
+    return order[:num_members], order[num_members:]
+
+
+def _without(
+    excluded: Collection[str], samples: _Samples, names: Sequence[Collection[str]] | None
+) -> tuple[_Samples, Sequence[Collection[str]] | None]:
+    """Samples and their names but for those ids."""
+    if not excluded:
+        return samples, names
+    kept = [place for place, (sample_id, _) in enumerate(samples) if sample_id not in excluded]
+    return [samples[place] for place in kept], None if names is None else [names[place] for place in kept]
 
 
 def _require_named(non_members: str, cfg: DataConfig, foreign: bool) -> None:
