@@ -1,7 +1,7 @@
 """Weak and strong scaling over processes of this machine.
 
     python benchmarks/scaling.py --document benchmarks/results/DATE-scaling.md
-    torchrun ... benchmarks/throughput.py --cell ...     one point over nodes: see docs/benchmarks.md
+    torchrun ... benchmarks/throughput.py --cell ...     one point over nodes: see docs/results.md
 
 Three groups of processes, one thread each, stay alive and take turns step by step: two processes that do not
 communicate, one process with the global batch, and the processes of a backend. So whatever else the machine does, it

@@ -92,7 +92,7 @@ def document(result: dict[str, Any]) -> str:
             ],
             scaling_rows(result),
         ),
-        "Over nodes, and over GPUs of a node: **not measured** (docs/benchmarks.md says how to).",
+        "Over nodes, and over GPUs of a node: **not measured** (docs/results.md says how to).",
         "## Raw numbers\n",
         "Seconds, clock / CPU; a round's processes stand together.",
         "```\n" + "\n".join(raw) + "\n```",

@@ -128,7 +128,7 @@ def summary(cls: type) -> str:
     return (
         text.replace("roles: see docs/glossary.md", "roles: see the [glossary](glossary.md)")
         .replace("(docs/method.md)", "(see the [method page](method.md))")
-        .replace("(docs/optimizers.md)", "(see [optimizers](optimizers.md))")
+        .replace("(docs/encoders.md)", "(see [optimizers](encoders.md#optimizers))")
     )
 
 

@@ -1,17 +1,16 @@
-"""Write the examples beside this file, as `distunlearn submit --dry-run` prints them.
+"""Write what `distunlearn launch-files` makes into launch/ and slurm/; and scaling.sbatch, which needs benchmarks/.
 
     python slurm/make_examples.py
 
-A test compares them with what this makes.
+Tests compare the files with what this makes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from distunlearn.run.slurm import Job, script
+from distunlearn.run.launch_files import accelerate_files, slurm_files
 
-OUT = Path("/scratch/runs/photos")
 SCALING = """\
 #!/bin/bash
 #SBATCH --job-name=distunlearn-scaling
@@ -58,28 +57,13 @@ def scaling(nodes: int = 8, tasks: int = 8, gpus: int = 8, python: str = "python
     return SCALING.format(nodes=nodes, tasks=tasks, gpus=wanted, python=python)
 
 
-EXAMPLES = {
-    "one_node.sbatch": Job(tasks=8, gpus=8, time="12:00:00"),
-    "many_nodes.sbatch": Job(nodes=4, tasks=8, gpus=8, time="24:00:00", partition="gpu"),
-    "array_of_seeds.sbatch": Job(gpus=1, time="4:00:00", array="0-9%4"),
-    "container.sbatch": Job(tasks=8, gpus=8, time="12:00:00", container="/images/distunlearn.sqsh"),
-}
-TRIALS = Job(gpus=1, time="4:00:00", array="0-63%8", name="distunlearn-trials")
-SETTINGS = ["backend=ddp", "precision=bf16"]
-
-
 def examples() -> dict[str, str]:
     """{file name: script}."""
-    sweep = script(TRIALS, None, Path("/scratch/runs/sweep/trials"), verb=("sweep", "--task"), python="python")
-    return {
-        "scaling.sbatch": scaling(),
-        "array_of_trials.sbatch": sweep,  # what `distunlearn sweep --submit` gives to sbatch
-    } | {
-        name: script(job, None, OUT, Path("/scratch/photos.yaml"), SETTINGS if job.tasks > 1 else [], python="python")
-        for name, job in EXAMPLES.items()
-    }
+    return {"scaling.sbatch": scaling(), **slurm_files()}
 
 
 if __name__ == "__main__":
     for name, text in examples().items():
         Path(__file__).with_name(name).write_text(text, encoding="utf-8")
+    for name, text in accelerate_files().items():
+        (Path(__file__).parents[1] / "launch" / name).write_text(text, encoding="utf-8")

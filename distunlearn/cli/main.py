@@ -254,11 +254,25 @@ class Doctor:
         return 0 if sound else ConfigError.exit_code
 
 
+@dataclass(frozen=True)
+class LaunchFiles:
+    """Write settings for accelerate and scripts for sbatch into DIR/launch and DIR/slurm, to copy and to change."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="made if it does not exist")]
+
+    def __call__(self) -> int:
+        from distunlearn.run.launch_files import write_launch_files
+
+        if is_main():
+            print("\n".join(str(path) for path in write_launch_files(self.folder)))
+        return 0
+
+
 VERBS = (
     Init, Find, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge,
     Plan, List, Doctor, *evidence.VERBS,
 )  # fmt: skip
-NAMES = {verb.__name__.lower(): verb for verb in VERBS}
+NAMES: dict[str, Any] = {**{verb.__name__.lower(): verb for verb in VERBS}, "launch-files": LaunchFiles}
 ONLY_PRINT = (Init, Find, Plan, List, Doctor, Status)
 
 

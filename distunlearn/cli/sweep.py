@@ -20,7 +20,8 @@ Seeds = Annotated[str, tyro.conf.arg(metavar="[N,N,...]", help="list of the seed
 
 @dataclass(frozen=True)
 class Sweep:
-    """Search the settings of methods with an equal budget, choose on one forget set, report on others (docs/sweep.md).
+    """Search the settings of methods with an equal budget, choose on one forget set, report on others
+    (docs/researcher.md).
 
     The same command goes on where it stopped. With --submit it gives the next unfinished stage to SLURM as an array.
     """

@@ -185,7 +185,7 @@ class ViewsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How weights are stepped: what both trainings share (docs/optimizers.md)."""
+    """How weights are stepped: what both trainings share (docs/encoders.md)."""
 
     __pydantic_config__ = STRICT
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,9 @@ from accelerate.utils import prepare_multi_gpu_env
 from processes import environment, free_port
 from torch import nn
 
+from distunlearn.cli.main import main
 from distunlearn.engine.backends.zero import zero_config
+from distunlearn.run.launch_files import accelerate_files, slurm_files
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 BACKENDS = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -56,10 +57,16 @@ def test_every_backend_has_a_file_that_starts_its_processes(backend):
     assert alone or f"backend={backend}" in text
 
 
-def test_the_files_are_those_that_the_script_makes():
-    made = runpy.run_path(str(LAUNCH / "make_files.py"))["files"]()
-    found = {path.name: path.read_text() for path in LAUNCH.glob("*.yaml")}
-    assert found == made, "run: python launch/make_files.py"
+def test_the_files_are_those_that_the_package_makes(tmp_path):
+    """`distunlearn launch-files`: the committed files, and no change of somebody's is lost."""
+    found = {path.name: path.read_text() for pattern in ("*.yaml", "*.json") for path in LAUNCH.glob(pattern)}
+    assert found == accelerate_files(), "run: python slurm/make_examples.py"
+    assert main(["launch-files", str(tmp_path)]) == 0
+    assert {path.name: path.read_text() for path in (tmp_path / "launch").iterdir()} == found
+    assert {path.name: path.read_text() for path in (tmp_path / "slurm").iterdir()} == slurm_files()
+    (tmp_path / "launch" / "ddp.yaml").write_text("num_processes: 3\n")
+    assert main(["launch-files", str(tmp_path)]) == 2
+    assert (tmp_path / "launch" / "ddp.yaml").read_text() == "num_processes: 3\n"
 
 
 @pytest.mark.parametrize(("form", "machines", "each"), [("", 1, 2), ("_8gpus", 1, 8), ("_nodes", 2, 8)])

@@ -15,6 +15,7 @@ from distunlearn.config.shape import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LINKED = [*DOCUMENTS, ROOT / "tests" / "README.md", *sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
 
 
 def script(name: str) -> types.ModuleType:
@@ -70,11 +71,37 @@ def test_every_setting_has_a_meaning(maker: types.ModuleType) -> None:
     assert set(maker.MEANINGS) <= set(known_keys()), "a meaning of a setting that is gone"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub and the site give the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", LINKED, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", document.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+            page = document.parent / target if target else document
+            assert page.exists(), f"{document.name}: {target}"
+            assert not anchor or anchor in anchors(page), f"{document.name}: {target}#{anchor}"
+
+
+def test_no_page_is_missing_from_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("nav:")[1]
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w.]+\.md", nav))
+
+
+def test_readme_shows_what_the_committed_results_say() -> None:
+    maker = script("make_readme")
+    found = json.loads(maker.QUICKSTART.read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == maker.readme(text, found), "run: python docs/make_readme.py"
+    assert maker.PICTURE.read_text(encoding="utf-8") == maker.picture(found), "run: python docs/make_readme.py"
+    assert maker.PICTURE.stat().st_size < 16_000 and {found["exit_code"]} <= {0, 6, 7}
+    assert maker.readme(text, found | {"printed": ["Verdict: Pass."]}) != text
+    other = {encoder: {"forget": [0.1, 0.2], "holdout": [0.3, 0.4]} for encoder in maker.ENCODERS}
+    assert maker.picture({"view_agreement": other}) != maker.picture(found)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
