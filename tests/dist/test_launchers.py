@@ -9,7 +9,7 @@ six such changes over two seeds.
 At the recipes' own rates float32 rounding grows about tenfold a step in the first steps, whatever causes it: one
 process whose first weights are changed in the last bit drifts from itself just as far. There is nothing to compare.
 
-Each launcher starts for real once a backend; the other ranks are forks with torchrun's variables.
+Each launcher starts for real once for ddp, fsdp2 and zero3; the other ranks are forks with torchrun's variables.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def test_started_processes_cannot_import_transformers():
 @pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero2", "zero3"])
 def test_sharded_backends_lose_what_one_process_loses(alone, tmp_path, backend):
     expected = alone("digits")
-    together(accelerated(backend), "digits", tmp_path, backend, expected, "pretrain")
+    launcher = accelerated(backend) if backend in ("fsdp2", "zero3") else 2  # the files differ in the stage alone
+    together(launcher, "digits", tmp_path, backend, expected, "pretrain")
     check(tmp_path / "pretrain", expected, "pretrain")
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import tiny
 import torch
+import zygote
 from safetensors.torch import load_file
 
 LONG = ["pretrain.epochs=12", "pretrain.checkpoint_every=5", "unlearn.steps=40", "unlearn.checkpoint_every=5"]
@@ -26,25 +26,15 @@ def states(out):
 
 def kill_at(out, recipe, phase, step, extra):
     """Start a run, SIGKILL it once the ledger shows that `phase` passed `step`; returns the steps seen."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distunlearn", "run", recipe, "--out", str(out), *tiny.settings(*LONG, *extra)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=tiny.environment(),
-        start_new_session=True,
-    )
+    argv = ["run", recipe, "--out", str(out), *tiny.settings(*LONG, *extra)]
+    group = zygote.shared().start(1, argv, limit=240)
     needle = f'"event":"step","phase":"{phase}","step":{step},'
-    deadline = time.monotonic() + 240
-    try:
-        while time.monotonic() < deadline and process.poll() is None:
-            ledger = out / "ledger.jsonl"
-            if ledger.exists() and needle in ledger.read_text():
-                break
-            time.sleep(0.005)
-        assert process.poll() is None, "the run ended before it could be killed"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ledger = out / "ledger.jsonl"
+    while group.alive() and not (ledger.exists() and needle in ledger.read_text()):
+        time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(group.pids[0], signal.SIGKILL)
+    assert group.wait() == [-signal.SIGKILL], "the run ended before it could be killed"
 
 
 # The process is killed while the memory is partly filled.
