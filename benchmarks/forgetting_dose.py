@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from distunlearn.engine.dose.choice import Looks, choose
 from forgetting_requests import write_request
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,6 +35,7 @@ from distunlearn.engine.dose.line import between
 from distunlearn.engine.dose.looks import FEATURES, PIECE, ROLES, Viewer
 from distunlearn.engine.session import Session, load_trained, open_session
 from distunlearn.run import pipeline
+from distunlearn.verify.dose import Looks, choose
 from distunlearn.verify.statistics import Comparison, auc
 
 DOSES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 2.0)
@@ -98,7 +98,7 @@ class Group:
         given += ["pretrain.lr=1e-3"] if self.encoder == "vit" else []
         given += [f"seed={self.seed}", f"method.name={method}", "runtime.threads=1", "tracking=[]"]
         given.append(f"data.shards={(runs / self.name / 'shards').resolve()}")
-        given += TUNED[f"{self.dataset}-{self.encoder}"].get(method, ())
+        given += TUNED.get(f"{self.dataset}-{self.encoder}", {}).get(method, ())
         if self.alike:
             request = write_request(runs / "requests", "fashion_mnist", None, self.seed, self.alike)
             given.append(f"data.forget={request.resolve()}")

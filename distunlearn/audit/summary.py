@@ -28,10 +28,11 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import plain as plain_settings
 from distunlearn.verify.figures import Raw, Rules, judge, plain
 from distunlearn.verify.records import read_record
-from distunlearn.verify.scores import units_of
+from distunlearn.verify.scores import raw_scores
 from distunlearn.verify.statistics import auc
 
 Scores = dict[str, dict[str, dict[str, Any]]]
+AXES = 8  # of the places of images
 
 
 def summarise(
@@ -70,11 +71,15 @@ def summarise(
     found = run_attacks(signals, cfg.seed, cfg.audit.gates.also)
     correct = {name: correct_predictions(s, cfg.audit.neighbours) for name, s in signals.items()}
     states = dict(states or {})
-    raw = _raw(first, found, correct, persons)
+    scores = {
+        name: {"encoder": name, "state": states.get(name)} | _score_file(name, s, found, correct[name], persons)
+        for name, s in signals.items()
+    }
+    raw = raw_scores(scores)
     unchanged = "original" in states and states["original"] == states["unlearned"]
     judged = judge(raw, Rules.of(plain_settings(cfg)), unchanged=unchanged)
     summary = {
-        **{name: judged[name] for name in ("attacks", "further_attacks", "utility", "persons")},
+        **{name: judged[name] for name in ("attacks", "further_attacks", "utility", "persons", "evidence")},
         **_told_apart(signals, judged["attacks"], cfg),
         "similarity": similarities(signals),
         **_completeness(signals, raw, judged["utility"], cfg),
@@ -89,27 +94,7 @@ def summarise(
         "images": {role: len(first.of(role)) for role in dict.fromkeys(first.roles.tolist())},
         "states": states, "gates": judged["gates"],
     }  # fmt: skip
-    return plain(summary), {
-        name: {"encoder": name, "state": states.get(name)} | _score_file(name, s, found, correct[name], persons)
-        for name, s in signals.items()
-    }
-
-
-def _raw(
-    first: Signals,
-    found: Mapping[str, Any],
-    correct: Mapping[str, Mapping[str, np.ndarray]],
-    persons: np.ndarray | None,
-) -> Raw:
-    """What the figures are computed from. found: of `run_attacks`. correct: of `correct_predictions`, by encoder."""
-    forget, holdout = first.of("forget"), first.of("holdout")
-    return Raw(
-        {name: {e: a.comparison for e, a in attacked.items()} for name, attacked in found.items()},
-        {e: {name: column[holdout] for name, column in right.items()} for e, right in correct.items()},
-        len(forget),
-        len(holdout),
-        None if persons is None else (units_of(persons[forget]), units_of(persons[holdout])),
-    )
+    return plain(summary), scores
 
 
 def _told_apart(
@@ -178,6 +163,7 @@ def _score_file(
         signs[attack], parts = _parts(attack, signals, found[encoder])
         columns |= parts
     columns |= {f"{name}_correct": right for name, right in correct.items()}
+    columns |= _places(signals) if encoder == "original" else {}
     samples = {}
     for row, sample_id in enumerate(signals.ids):
         entry: dict[str, Any] = {"role": str(signals.roles[row]), "label": int(signals.labels[row])}
@@ -186,6 +172,20 @@ def _score_file(
         entry |= {name: float(column[row]) for name, column in columns.items() if np.isfinite(column[row])}
         samples[sample_id] = entry
     return {"signs": signs, "samples": samples}
+
+
+def _places(signals: Signals) -> dict[str, np.ndarray]:
+    """Where images to forget and held-out ones lie among them: the principal axes of their embeddings, in the standard
+    deviation of the first one.
+    """
+    rows = np.concatenate([signals.of("forget"), signals.of("holdout")])
+    embedding = signals.embedding[rows].astype(np.float64)
+    embedding /= np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
+    left, sizes, _ = np.linalg.svd(embedding - embedding.mean(0), full_matrices=False)
+    found = np.full((len(signals.ids), min(AXES, len(sizes))), np.nan)
+    places = (left * sizes / max(sizes[0], 1e-12))[:, :AXES] * np.sqrt(len(rows))
+    found[rows] = np.round(places * np.where((places**3).sum(0) < 0, -1, 1), 4)  # an axis has no sign of its own
+    return {f"place_{axis}": column for axis, column in enumerate(found.T)}
 
 
 def _parts(attack: str, signals: Signals, found: Attacked) -> tuple[int, dict[str, np.ndarray]]:

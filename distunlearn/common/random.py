@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distunlearn.verify.reference_groups import STREAM
 from distunlearn.verify.statistics import BOOTSTRAP, DOSE_UTILITY
 
 # SplitMix64: increment and multipliers of Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
@@ -23,6 +24,7 @@ STREAMS = {
     "calibration sample": 17, "audit sample": 0x5A, "attack halves": 0xE4, "relearning order": 0x4E1,
     "gradient sketch signs": 0x51C2, "shadow members": 0x5AD0, "shadow chance": 0x900D, "two-sample": 0xC257,
     "bootstrap": BOOTSTRAP, "dose sample": 0xD05E, "dose utility": DOSE_UTILITY,
+    "reference groups": STREAM,
 }  # fmt: skip
 PHILOX = {"mmd": 0x6D6D64, "probes": 0x70726F6265, "sketch": 0x736B65746368, "sliced": 0x736C69636564}
 VIEW_EPOCHS = {

@@ -300,7 +300,7 @@ class AuditConfig:
     views: Annotated[int, Field(ge=2)] = 10  # views per image for view agreement and EncoderMI
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     neighbours: PositiveInt = 5  # of the kNN
-    tier: Literal[0, 1, 2] = 1  # 0: no training, no retrained encoder unless it is there; 1: with it; 2: shadows too
+    tier: Literal[0, 1, 2] = 1  # 0: no retrained encoder unless it is there; 1: with it; 2: shadows too
     part_crops: NonNegativeInt = 0  # small crops of each image for the PartCrop attack; 0: without it (the paper: 128)
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it
     keep_signals: Annotated[bool, FREE] = False  # of original and retrained encoder, for runs that reuse this one

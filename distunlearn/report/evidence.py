@@ -5,7 +5,9 @@ A figure that is missing, not finite or not a number is "not evaluated" and neve
 
 from __future__ import annotations
 
+import json
 import math
+from importlib.resources import files
 from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
@@ -94,7 +96,7 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) 
     everything = [*rows["attacks"], *rows["utility"]]
     named = {name: [row["title"] for row in everything if row["verdict"] == name] for name in VERDICTS}
     unsettled = named["inconclusive"] + named["not_evaluated"]
-    notes = other_kind(run)
+    notes = [*other_kind(run), *_without_reference(run)]
     if declared == "fail" or named["fail"]:
         result = "fail"
         if declared != "fail":
@@ -114,7 +116,37 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) 
         result = declared
     meanings = [{"name": name, "word": word, "meaning": meaning} for name, (word, meaning) in VERDICTS.items()]
     sentence = _sentence(result, named, unsettled)
+    if result == "pass" and grounds(run) != "retrained_encoder":
+        sentence = sentence.replace("an encoder that never saw them", "it treats held-out images")
     return {"name": result, "word": VERDICTS[result][0], "sentence": sentence, "notes": notes, "meanings": meanings}
+
+
+def grounds(run: RunFiles) -> Any:
+    """What the gates of the attacks compare with: `retrained_encoder`, `reference_groups` or `none`."""
+    return tree(run.audit, "evidence").get("kind", "retrained_encoder")
+
+
+def _without_reference(run: RunFiles) -> list[str]:
+    """Which evidence it is that needs no retrained encoder, and how often it was wrong where there was one."""
+    if grounds(run) == "retrained_encoder":
+        return []
+    groups = tree(run.audit, "evidence")
+    chosen = "; too few held-out images for groups that are chosen like it"
+    if grounds(run) == "reference_groups":
+        chosen = (
+            f"; intervals are widened by what {groups.get('groups')} groups of {groups.get('images')} held-out images "
+            "show, which were chosen to be as alike and as hard"
+        )
+    known = json.loads((files("distunlearn.verify") / "tier0_rates.json").read_text(encoding="utf-8"))
+    wrong, power, failed = known["false_pass"], known["power"], known["false_fail"]
+    return [
+        f"No encoder was retrained without the images. The request is compared with held-out images{chosen}. This is "
+        "weaker evidence than a retrained encoder.",
+        f"How often such checks are wrong was measured on {known['encoders']} encoders beside {known['groups']} "
+        f"retrained ones ({known['document']}). Of {wrong['of']} that lie beyond a limit of retraining {wrong['hits']} "
+        f"passed (95 %: at most {percent(wrong['high'], 0)}); of {power['of']} that retraining clears {power['hits']} "
+        f"passed; of {failed['of']} within the limits {failed['hits']} failed.",
+    ]
 
 
 def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str]) -> str:

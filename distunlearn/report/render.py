@@ -80,6 +80,7 @@ def render(run: RunFiles) -> str:
         assurance=assurance(run.folder) if run.folder else ([], ""),
         encoders=texts.ENCODERS,
         tier=number(run.config, "audit", "tier"),
+        difference="AUC unlearned minus retrained" if evidence.grounds(run) == "retrained_encoder" else "AUC minus 0.5",
         limits=texts.LIMITS,
         colours=figures.COLOURS,
         not_evaluated=texts.NOT_EVALUATED,

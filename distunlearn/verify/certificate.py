@@ -7,7 +7,7 @@ entered the loss; these attacks then gave these figures. It names no image, no p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,7 @@ LIMITS = {
     6: "An officer and an operator who act together, and a verifier's machine that others control, are not covered.",
     7: "Forgotten images that return under other bytes are not found.",
     8: "On a GPU no step is repeated: weights within rounding of honest ones are not told apart.",
+    9: "No encoder was trained without the images: gates compare them with held-out ones, which is weaker evidence.",
 }  # fmt: skip
 CERTIFICATE = Path("evidence") / "certificate.json"  # in the run directory
 PRIVATE = ("run.yaml", "ledger.jsonl", "audit/scores-original.json", "audit/scores-unlearned.json",
@@ -130,14 +131,15 @@ def read_predicate(statement: Mapping[str, Any]) -> Predicate:
         EvidenceError: it has not the form of a certificate, version 1.
     """
     found = read_form(Predicate, statement["predicate"], "the certificate")
-    if found.limits != limits(found.commitment):
+    if found.limits != limits(found.commitment, found.states):
         raise EvidenceError("the certificate leaves out sentences about what it does not cover; it is none.")
     return found
 
 
-def limits(committed: str | None) -> list[int]:
-    """Numbers of the sentences that a certificate has."""
-    return [number for number in sorted(LIMITS) if number != 2 or committed is None]
+def limits(committed: str | None, encoders: Collection[str]) -> list[int]:
+    """Numbers of the sentences that a certificate has. encoders: those that were audited."""
+    left_out = {2} if committed is not None else set()
+    return sorted(set(LIMITS) - left_out - ({9} if "retrained" in encoders else set()))
 
 
 def make_predicate(
@@ -165,8 +167,9 @@ def make_predicate(
     predicate = {
         "commitment": digest, "run": commitment(secret, "run", b""), "sequence": sequence, "previous": previous,
         "rules": rules_part(rules), **state_facts(folder, rules, secret), "private": private(folder, secret),
-        "limits": limits(digest), "tool": dict(tool),
+        "limits": [], "tool": dict(tool),
     }  # fmt: skip
+    predicate["limits"] = limits(digest, predicate["states"])
     read_predicate({"predicate": predicate})
     return predicate
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .gates import MIN_IMAGES, Gate, equivalence, no_loss, overall
+from .reference_groups import Groups, Placed, draw_groups, reference
 from .statistics import (
     Comparison,
     Draws,
@@ -33,14 +34,23 @@ JUDGED = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_netw
 AGAINST_ORIGINAL = ("alignment_gap",)  # compared with the original itself, where they have nothing to find
 FIGURE_CONFIDENCE = 0.95  # of the intervals of single figures; those of gaps are `Rules.confidence`
 LOW_RATES = {"1pct": 0.01, "0p1pct": 0.001}
-NO_RETRAINED = "there is no retrained encoder to compare with (audit.tier is 0)"
+NO_RETRAINED = "there is no retrained encoder to compare with"
+NO_GROUPS = "there is no retrained encoder, and too few images for reference groups"
+NOT_FAIR = (
+    "inside the margin, which is an indication and no pass: there is no retrained encoder, and the images are no fair "
+    "sample"
+)
+NOT_ALIKE = "there is no retrained encoder, and held-out images form no groups as alike as those to forget"
 NO_SCORES = "there are no scores of this attack"
 UNCHANGED = "none"  # the method that leaves the encoder as it is
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a run is judged; declared before it. gates: names of the attacks that are judged. method: `method.name`."""
+    """How a run is judged; declared before it. gates: names of the attacks that are judged. method: `method.name`.
+
+    tier: of the audit. At 0, without a retrained encoder, gates ask whether forgotten images look like held-out ones.
+    """
 
     seed: int
     bootstrap: int
@@ -50,6 +60,7 @@ class Rules:
     utility_points: float
     gates: tuple[str, ...]
     method: str
+    tier: int = 1
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Rules:
@@ -66,6 +77,7 @@ class Rules:
             utility_points=float(gates["utility_points"]),
             gates=tuple(dict.fromkeys((*JUDGED, *also))),
             method=str(method["name"]),
+            tier=int(audit["tier"]),
         )
 
     def margin(self, attack: str) -> float:
@@ -79,7 +91,7 @@ class Raw:
 
     comparisons: {attack: {encoder: Comparison}}. correct: {encoder: {utility: float64 [holdout]}}, 1, 0 or NaN where
     there is no label. forget, holdout: numbers of images. persons: who is on each, int64 [forget] and [holdout]; None:
-    nobody says.
+    nobody says. placed: how the original encoder sees them; None: reference groups cannot be drawn.
     """
 
     comparisons: Mapping[str, Mapping[str, Comparison]]
@@ -87,10 +99,12 @@ class Raw:
     forget: int
     holdout: int
     persons: tuple[np.ndarray, np.ndarray] | None = None
+    placed: Placed | None = None
 
 
 def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
-    """`attacks`, `further_attacks`, `utility`, `persons` and `gates` of `audit/summary.json`, before `plain`.
+    """`attacks`, `further_attacks`, `utility`, `persons`, `evidence` and `gates` of `audit/summary.json`, before
+    `plain`.
 
     Where persons are known and `MIN_IMAGES` of them or more are on either side, they are the units of every interval.
 
@@ -104,7 +118,9 @@ def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
         told = persons_told(raw, by_person, counted, rules)
         if told["are_units"]:
             draws, units = by_person, counted
-    figures = {name: _attack(name, found, draws, min(units), rules) for name, found in raw.comparisons.items()}
+    untrained = rules.tier == 0 and "retrained" not in raw.correct
+    groups = draw_groups(raw.placed, rules.seed) if untrained and raw.placed is not None else None
+    figures = {name: _attack(name, found, draws, min(units), rules, groups) for name, found in raw.comparisons.items()}
     attacks = {name: figures[name] for name in rules.gates if name in figures}
     utility, useful = _utility(raw, draws, units[1], rules)
     gates = {name: figures[name]["gap"] if name in figures else _no_scores(name, rules) for name in rules.gates}
@@ -117,6 +133,7 @@ def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
         "further_attacks": {name: _unjudged(found) for name, found in figures.items() if name not in attacks},
         "utility": utility,
         "persons": told,
+        "evidence": _evidence(groups, rules) if untrained else {"kind": "retrained_encoder"},
         "gates": {"verdict": verdict, **gates},
     }
 
@@ -135,7 +152,9 @@ def plain(value: Any) -> Any:
 # -- attacks ---------------------------------------------------------------------------------------------------------
 
 
-def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, units: int, rules: Rules) -> dict[str, Any]:
+def _attack(
+    attack: str, found: Mapping[str, Comparison], draws: Draws, units: int, rules: Rules, groups: Groups | None
+) -> dict[str, Any]:
     sampled = {name: auc_bootstrap(comparison, draws) for name, comparison in found.items()}
     result: dict[str, Any] = {name: _figures(found.get(name), sampled.get(name)) for name in ENCODERS}
     at = "retrained" if attack in AGAINST_ORIGINAL else "original"
@@ -146,11 +165,39 @@ def _attack(attack: str, found: Mapping[str, Comparison], draws: Draws, units: i
         value = result["unlearned"]["auc"] - result["retrained"]["auc"]
         ends = percentile_interval(sampled["unlearned"] - sampled["retrained"], rules.confidence)
         gate = equivalence(value, *ends, margin, powered=powered, images=units)
+    elif rules.tier == 0 and attack not in AGAINST_ORIGINAL:
+        ends = percentile_interval(sampled["unlearned"] - 0.5, rules.confidence)
+        gate, result["reference"] = _to_chance(found["unlearned"], ends, groups, margin, powered=powered, images=units)
     else:
         gate = Gate(math.nan, math.nan, math.nan, "inconclusive", NO_RETRAINED)
     result["gap"] = _gap(gate, "auc", margin)
     result["power"] = {"auc": result[at]["auc"], "low": low, "high": high, "beats_chance": powered}
     return result
+
+
+def _to_chance(
+    found: Comparison, ends: tuple[float, float], groups: Groups | None, margin: float, *, powered: bool, images: int
+) -> tuple[Gate, dict[str, float] | None]:
+    """Do forgotten images look like held-out ones, as far as reference groups do? ends: interval of AUC - 0.5."""
+    value = auc(found) - 0.5
+    if groups is None:
+        return Gate(value, *ends, "inconclusive", NO_GROUPS), None
+    shown = reference(found, groups, len(found.parts[0].positives))
+    gate = equivalence(
+        value, *shown.widened(value, *ends), margin, powered=powered, images=images, than="held-out images like them"
+    )
+    if gate.verdict == "pass" and not groups.fair:
+        gate = replace(gate, verdict="inconclusive", reason=NOT_FAIR)
+    if not groups.alike:
+        gate = replace(gate, verdict="inconclusive", reason=NOT_ALIKE)
+    return gate, asdict(shown)
+
+
+def _evidence(groups: Groups | None, rules: Rules) -> dict[str, Any]:
+    """What the gates compare with, where no encoder was trained again."""
+    if groups is None:
+        return {"kind": "none"}
+    return {"kind": "reference_groups", "seed": rules.seed, **groups.told()}
 
 
 def _figures(comparison: Comparison | None, sampled: np.ndarray | None) -> dict[str, Any]:

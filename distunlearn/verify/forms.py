@@ -52,6 +52,7 @@ class RulesPart(Form):
     utility_points: Number
     gates: list[Word]
     method: Word
+    tier: Count
 
     def rules(self) -> Rules:
         """The same for `judge`."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIN_IMAGES = 20  # an interval from fewer images is too narrow to show that a difference is small
+RETRAINED = "what retraining gives"
 FEWEST = 5  # from so few no interval means anything: only direction and size are told
 
 
@@ -27,20 +28,23 @@ class Gate:
     reason: str | None = None
 
 
-def equivalence(value: float, low: float, high: float, margin: float, *, powered: bool, images: int) -> Gate:
+def equivalence(
+    value: float, low: float, high: float, margin: float, *, powered: bool, images: int, than: str = RETRAINED
+) -> Gate:
     """Is the difference inside +-margin, from both sides?
 
     Args:
         value, low, high: difference and its interval. margin: > 0.
         powered: whether the attack beats chance on the original encoder; without that it never passes.
         images: the smaller side's number of images: never a pass below `MIN_IMAGES`, no verdict up to `FEWEST`.
+        than: what the figure is compared with, for people.
     """
     if not all(map(math.isfinite, (value, low, high))):
         return Gate(value, low, high, "inconclusive", "the difference has no finite interval")
     if images > FEWEST and (low > margin or high < -margin):
-        return Gate(value, low, high, "fail", f"the interval lies wholly outside the margin: {_seen(value)}")
+        return Gate(value, low, high, "fail", f"the interval lies wholly outside the margin: {_seen(value, than)}")
     if images < MIN_IMAGES:
-        return Gate(value, low, high, "inconclusive", f"{_too_few(images)}; what was seen: {_seen(value)}")
+        return Gate(value, low, high, "inconclusive", f"{_too_few(images)}; what was seen: {_seen(value, than)}")
     if low < -margin or high > margin:
         return Gate(value, low, high, "inconclusive", "the interval reaches beyond the margin")
     if not powered:
@@ -48,11 +52,11 @@ def equivalence(value: float, low: float, high: float, margin: float, *, powered
     return Gate(value, low, high, "pass")
 
 
-def _seen(value: float) -> str:
-    """Direction and size of a difference of AUC to retraining, for people."""
+def _seen(value: float, than: str) -> str:
+    """Direction and size of a difference of AUC, for people."""
     if value < 0:
-        return f"these images now stand out as unknown, {-value:.2f} below what retraining gives"
-    return f"these images are still recognised, {value:.2f} above what retraining gives"
+        return f"these images now stand out as unknown, {-value:.2f} below {than}"
+    return f"these images are still recognised, {value:.2f} above {than}"
 
 
 def _too_few(images: int) -> str:

@@ -3,7 +3,8 @@
 {"encoder", "state", "signs": {attack: 1 or -1}, "samples": {id: {"role", "label", score ...}}}. state: digest of the
 weights that gave the scores. A sign says whether high scores accuse; a score that an image does not have is left out.
 `person`, where one is known, is the number of who is on the image. An attack that is fitted crosswise has its scores as
-`<attack>_fold0` and so on, one part of its comparison each.
+`<attack>_fold0` and so on, one part of its comparison each. `place_0` and so on, of the original encoder, say where an
+image to forget or of the holdout lies among these: the principal axes of their embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import numpy as np
 from .errors import EvidenceError
 from .figures import ENCODERS, UTILITIES, Raw
 from .records import read_record
+from .reference_groups import Placed
 from .statistics import Comparison, Part
+
+HARDNESS = ("view_agreement", "bank_loss", "gradient_norm_head")  # what retained images have a score of
 
 
 def score_names(attack: str, parts: int) -> list[str]:
@@ -91,7 +95,34 @@ def raw_scores(files: Mapping[str, Mapping[str, Any]]) -> Raw:
     known = any("person" in row for row in sides[0])
     numbers = (np.array([row.get("person", -1) for row in side]) for side in sides)
     persons = tuple(map(units_of, numbers)) if known else None
-    return Raw(comparisons, correct, len(sides[0]), len(sides[1]), persons)  # type: ignore[arg-type]
+    placed = _placed(rows["original"], first["signs"]) if "original" in rows else None
+    return Raw(comparisons, correct, len(sides[0]), len(sides[1]), persons, placed)  # type: ignore[arg-type]
+
+
+def _placed(rows: list[Mapping[str, Any]], signs: Mapping[str, int]) -> Placed | None:
+    """How hard the original encoder finds the images to forget and the held-out ones, and where they lie."""
+    retain, forget, holdout = ([row for row in rows if row["role"] == role] for role in ("retain", "forget", "holdout"))
+    axes = sum(name.startswith("place_") for name in (holdout or [{}])[0])
+    names = [f"place_{axis}" for axis in range(axes)]
+    if not (retain and forget and axes) or any(name not in row for row in forget + holdout for name in names):
+        return None
+    shares = []
+    for name in HARDNESS:
+        if name in signs and all(name in row for row in retain + forget + holdout):
+            scores = [signs[name] * np.array([row[name] for row in side]) for side in (retain, forget, holdout)]
+            shares.append((_above(scores[1], scores[0]), _above(scores[2], scores[2])))
+    if not shares:
+        return None
+    places = [np.array([[row[name] for name in names] for row in side]) for side in (forget, holdout)]
+    hardness = [np.mean(side, axis=0) for side in zip(*shares, strict=True)]
+    return Placed((hardness[0], hardness[1]), (places[0], places[1]))
+
+
+def _above(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Share of `others` that score above each, ties counted half, float64 [n]."""
+    ranked = np.sort(others)
+    below = np.searchsorted(ranked, scores, "left") + np.searchsorted(ranked, scores, "right")
+    return 1 - below / (2 * len(ranked))
 
 
 def units_of(persons: np.ndarray) -> np.ndarray:

@@ -36,19 +36,21 @@ def summary_of(out) -> dict:
     return json.loads((out / "audit/summary.json").read_text())
 
 
-def test_tier_0_trains_nothing_and_concludes_nothing(tmp_path):
+def test_tier_0_trains_nothing_and_compares_with_held_out_images(tmp_path):
     out = tmp_path / "run"
     code = pipeline.run(config("audit.tier=0", "audit.part_crops=4"), out)
     found = summary_of(out)
     assert not (out / "retrained").exists() and not (out / "audit/scores-retrained.json").exists()
-    # A fail needs no yardstick (lost utility), a pass does.
     assert code in (6, 7) and found["gates"]["view_agreement"]["verdict"] == "inconclusive"
-    assert "audit.tier" in found["gates"]["view_agreement"]["reason"]
+    assert found["evidence"]["kind"] == "reference_groups" and found["evidence"]["seed"] == 0
+    shown = found["attacks"]["view_agreement"]
+    assert shown["gap"]["auc"] == pytest.approx(shown["unlearned"]["auc"] - 0.5) and shown["reference"]["widening"] >= 1
     assert found["attacks"]["view_agreement"]["retrained"]["auc"] is None
     assert found["attacks"]["view_agreement"]["original"]["auc"] is not None
     assert found["cost"]["retrain_images"] is None and found["tow"] is found["relearning"] is found["pooled"] is None
     assert "part_crop" in found["further_attacks"] and "rmia" not in found["further_attacks"]
     page = (out / "report.html").read_text()
+    assert "No encoder was retrained" in page and "2026-11-30-tier0.md" in page and "AUC minus 0.5" in page
     assert "not evaluated" in page and "PartCrop" in page and "RMIA</th>" not in page
 
 
