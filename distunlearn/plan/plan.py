@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from distunlearn.objectives.base import objective_class
 from distunlearn.plan.audit_cost import audit_trainings
 from distunlearn.plan.dry_run import NotFollowed, count_training
 from distunlearn.plan.interval_widths import expected_widths
+from distunlearn.verify.records import find_record
 
 MIB = 1 << 20
 LOOKED_AT = 256  # members whose size is read before there is an index
@@ -251,5 +253,10 @@ def _forget_steps(cfg: RunConfig) -> int:
 
 
 def write_plan(planned: dict, out: Path) -> None:
-    """Keep the plan beside the run it describes."""
-    write_json(Path(out) / "plan.json", planned)
+    """Keep the plan beside the run it describes; one of the same settings stays, so that a resumed run has the plan of
+    its first start: with the shards there, the next plan looks at other images."""
+    path, kept = Path(out) / "plan.json", None
+    with contextlib.suppress(DataError):  # a damaged one is written anew
+        kept = find_record(path)
+    if kept is None or kept.get("digest") != planned["digest"]:
+        write_json(path, planned)

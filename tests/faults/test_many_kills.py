@@ -1,8 +1,9 @@
-"""A hundred random SIGKILLs over whole runs of two processes: the same weights, scores and figures, bit for bit.
+"""A hundred random SIGKILLs over whole runs of two processes: the same weights, scores and report, bit for bit.
 
     pytest -m matrix -s tests/faults/test_many_kills.py            # KILLS=100, KILLS_SEED=0 by default
 
-Every kill has a phase to hit; what it hit is printed in a table, with the seed of the times.
+Every run is killed in each of its phases; what a kill hit is written down with its time. With KILLS_FOLDER=FOLDER the
+undisturbed runs and FOLDER/kills.jsonl, a line a run, are kept, and another start goes on after them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -19,17 +21,23 @@ from pathlib import Path
 
 import pytest
 import tiny
-from zygote import Zygote
+from zygote import Group, Zygote
 
-from distunlearn.common.files import file_sha256
+from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.scores import read_scores
 
 PHASES = ("pretrain", "unlearn", "retrain", "audit", "report")
 ENDS = {"pretrain": "original/done.json", "unlearn": "done.json", "retrain": "retrained/done.json",
         "audit": "audit/summary.json", "report": "report.html"}  # fmt: skip
-FORMS = {"ddp": ("backend=ddp",), "sharded": ("backend=zero1", "checkpoint.sharded=always")}
+FORMS = {"ddp": ("backend=ddp",), "fsdp2": ("backend=fsdp2", "checkpoint.sharded=always")}
 SMALL = ("pretrain.epochs=8", "pretrain.checkpoint_every=3", "unlearn.steps=24", "unlearn.checkpoint_every=4")
 KILLS, SEED = int(os.environ.get("KILLS", "100")), int(os.environ.get("KILLS_SEED", "0"))
+FOLDER = os.environ.get("KILLS_FOLDER")
+TIMES = (  # what a report says of time and of the attempts that it took; nothing else of it may differ
+    re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"),
+    re.compile(r"<h4>\s*Time, in seconds</h4>.*?</dl>", re.DOTALL),
+    re.compile(r"(?<=24 training steps)(, resumed after an interruption \(\d+ attempts\))?(?=</dd>)"),
+)
 
 
 def phase_of(out: Path) -> str:
@@ -37,17 +45,25 @@ def phase_of(out: Path) -> str:
     return next((phase for phase in PHASES if not (out / ENDS[phase]).exists()), "done")
 
 
+def without_times(report: str) -> str:
+    for pattern in TIMES:
+        report, count = pattern.subn("", report)
+        assert count == 1, f"{pattern.pattern} is there {count} times"
+    return report
+
+
 def outcome(out: Path) -> dict[str, object]:
-    """What must be the same: weights, exports, raw scores, figures; not how long it took."""
+    """What must be the same: weights, exports, raw scores, figures, the report; not how long it took."""
     done = [json.loads((out / ENDS[phase]).read_text()) for phase in ("pretrain", "unlearn", "retrain")]
     summary = json.loads((out / "audit" / "summary.json").read_text())
     kept = {key: value for key, value in summary.items() if key != "cost"}
     return {"states": [d["state"] for d in done], "exports": [d["export"] for d in done],
-            "scores": read_scores(out / "audit"), "summary": kept}  # fmt: skip
+            "scores": read_scores(out / "audit"), "summary": kept,
+            "report": without_times((out / "report.html").read_text(encoding="utf-8"))}  # fmt: skip
 
 
-def start(zygote: Zygote, out: Path, form: str):
-    return zygote.start(2, ["run", "digits", "--out", str(out), *tiny.settings(*SMALL, *FORMS[form])], 250)
+def start(zygote: Zygote, out: Path, form: str) -> Group:
+    return zygote.start(2, ["run", "digits", "--out", str(out), *tiny.settings(*SMALL, *FORMS[form])], 1500)
 
 
 def watched(zygote: Zygote, out: Path, form: str) -> dict[str, float]:
@@ -68,7 +84,7 @@ def watched(zygote: Zygote, out: Path, form: str) -> dict[str, float]:
     return found
 
 
-def has_begun(group, out: Path, phase: str, since: float) -> bool:
+def has_begun(out: Path, phase: str, since: float) -> bool:
     """Whether these very processes are at work at a phase, and no longer at the start of themselves."""
     try:
         if phase == "report":
@@ -83,13 +99,13 @@ def has_begun(group, out: Path, phase: str, since: float) -> bool:
         return False
 
 
-def kill(group, out: Path, target: str, delay: float, chosen: random.Random, since: float) -> str:
-    """SIGKILL one rank, or both, some time after `target` has begun; the phase that was hit, "" if all had ended."""
-    while group.alive() and not has_begun(group, out, target, since):
+def kill(group: Group, out: Path, target: str, delay: float, ranks: list[int], since: float) -> str:
+    """SIGKILL these ranks some time after `target` has begun; the phase that was hit, "" if all had ended."""
+    while group.alive() and not has_begun(out, target, since):
         time.sleep(0.002)
     time.sleep(delay)
     hit = phase_of(out) if group.alive() else ""
-    for rank in chosen.choice(([0], [1], [0, 1])):
+    for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(group.pids[rank], signal.SIGKILL)
     time.sleep(0.5)
@@ -100,32 +116,66 @@ def kill(group, out: Path, target: str, delay: float, chosen: random.Random, sin
     return hit
 
 
+def killed_run(zygote: Zygote, out: Path, form: str, seconds: dict[str, float], chosen: random.Random) -> list[dict]:
+    """A run that is killed at least once in each phase, and then ends; its kills."""
+    kills: list[dict] = []
+    while (now := phase_of(out)) != "done":
+        left = [phase for phase in PHASES[PHASES.index(now) :] if phase not in {found["hit"] for found in kills}]
+        since = time.time() - 0.002  # times in the ledger are rounded
+        group = start(zygote, out, form)
+        if not left:
+            assert set(group.wait()) <= {0, 6, 7}, group.said()
+            break
+        longest = 0.3 if left[0] == "report" else 0.6 * seconds[left[0]]
+        delay, ranks = chosen.uniform(0, longest), chosen.choice(([0], [1], [0, 1]))
+        hit = kill(group, out, left[0], delay, ranks, since)
+        kills.append({"target": left[0], "delay": round(delay, 3), "ranks": ranks, "hit": hit})
+    return kills
+
+
+def differences(found: dict[str, object], expected: dict[str, object]) -> list[str]:
+    return [name for name in expected if found[name] != expected[name]]
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("form", FORMS)
 def test_killed_again_and_again_a_run_ends_as_if_nothing_had_been(tmp_path, form):
-    chosen, hits, wanted = random.Random(SEED), Counter(), -(-KILLS // len(FORMS) // len(PHASES))
+    folder = Path(FOLDER or tmp_path)
+    folder.mkdir(exist_ok=True)
+    kept = folder / "kills.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = [row for row in rows if row["form"] == form and row["seed"] == SEED]
+    hits = Counter(kill["hit"] for row in rows for kill in row["kills"])
     with Zygote() as zygote:
-        seconds = watched(zygote, tmp_path / "undisturbed", form)
-        expected = outcome(tmp_path / "undisturbed")
-        runs = 0
-        while min(hits[phase] for phase in PHASES) < wanted:
-            out, runs = tmp_path / f"run-{runs}", runs + 1
-            while True:
-                now = phase_of(out)
-                later = PHASES[PHASES.index(now) :] if now in PHASES else ()
-                left = [phase for phase in later if hits[phase] < wanted]
-                since = time.time() - 0.002  # times in the ledger are rounded
-                group = start(zygote, out, form)
-                if not left:
-                    assert set(group.wait()) <= {0, 6, 7}, group.said()
-                    break
-                target = left[0]
-                longest = 0.3 if target == "report" else 0.6 * seconds[target]
-                hits[kill(group, out, target, chosen.uniform(0, longest), chosen, since)] += 1
-            assert outcome(out) == expected, f"run {runs - 1}, seed {SEED}"
-            assert file_sha256(out / "ledger.jsonl") and (out / "report.html").exists()
+        whole, timed = folder / f"{form}-undisturbed", folder / f"{form}-seconds.json"
+        if not timed.exists():
+            shutil.rmtree(whole, ignore_errors=True)
+            timed.write_text(json.dumps(watched(zygote, whole, form)))
+        seconds, expected = json.loads(timed.read_text()), outcome(whole)
+        while sum(hits[phase] for phase in PHASES) < KILLS / len(FORMS):
+            out = tmp_path / f"run-{len(rows)}"
+            kills = killed_run(zygote, out, form, seconds, random.Random(f"{SEED} {form} {len(rows)}"))
+            found = differences(outcome(out), expected)
+            if found and FOLDER:
+                shutil.copytree(out, folder / f"{form}-{len(rows)}")
+            assert not found, f"{form}, run {len(rows)}, seed {SEED}: other {found} after {kills}"
+            assert read_ledger(out / "ledger.jsonl")
+            rows.append({"form": form, "seed": SEED, "kills": kills, "state": expected["states"][1]})
+            with kept.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
             shutil.rmtree(out)
+            hits.update(kill["hit"] for kill in kills)
             table = ", ".join(f"{phase} {hits[phase]}" for phase in PHASES)
-            print(f"{form}, seed {SEED}, {runs} runs, kills by phase: {table}", flush=True)
-    assert min(hits[phase] for phase in PHASES) >= wanted
+            print(f"{form}, seed {SEED}, {len(rows)} runs, kills by phase: {table}", flush=True)
+    assert min(hits[phase] for phase in PHASES) >= KILLS // len(FORMS) // len(PHASES)
+
+
+def test_a_report_differs_in_its_times_alone():
+    """Control: another figure is seen, another time is not."""
+    page = "<dd>2026-11-30 14:43 UTC</dd><p>0.5</p><h4>\nTime, in seconds</h4><dd>173 %</dd></dl><p>7</p>"
+    page += "<dd>24 training steps</dd>"
+    other = page.replace("14:43", "15:01").replace("173", "164")
+    other = other.replace("steps<", "steps, resumed after an interruption (2 attempts)<")
+    assert without_times(page) == without_times(other) != without_times(other.replace("0.5", "0.6"))
+    assert without_times(page) != without_times(page.replace("<p>7", "<p>8"))
