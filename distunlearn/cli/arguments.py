@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ Recipe = Annotated[
 Previous = Annotated[
     Path | None,
     tyro.conf.arg(metavar="RUN", help="run directory of the request before, which goes on", help_behavior_hint=""),
+]
+Seeds = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="N,N,...", help="run each of these seeds in DIR/seed-N, and judge them as one", help_behavior_hint=""
+    ),
 ]
 RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="run directory")]
 
@@ -74,3 +81,13 @@ def settings_of(verb: Any, world: int | None = None, needed_by: Path | None = No
     if verb.recipe is not None or verb.config is not None:
         raise ConfigError("--previous takes the settings of that run; leave the recipe and --config out")
     return pipeline().next_config(previous, list(verb.overrides), world)
+
+
+def yaml_list(option: str, text: str, kind: type, example: str) -> tuple[Any, ...]:
+    """A YAML list of texts or whole numbers; its brackets may be left out."""
+    from distunlearn.config.yaml import parse_scalar
+
+    found = parse_scalar(text if text.startswith("[") else f"[{text}]", option)
+    if not isinstance(found, list) or not all(type(value) is kind for value in found):
+        raise ConfigError(f"{option} is {printable(text, 60)!r}, expected a list such as {example}")
+    return tuple(found)

@@ -12,15 +12,27 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
 from distunlearn import __version__
 from distunlearn.cli import evidence
-from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir, pipeline, resolved, settings_of
+from distunlearn.cli.arguments import (
+    Config,
+    Out,
+    Overrides,
+    Previous,
+    Recipe,
+    RunDir,
+    Seeds,
+    pipeline,
+    resolved,
+    settings_of,
+    yaml_list,
+)
 from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
@@ -31,9 +43,6 @@ from distunlearn.common.launcher import is_main, restarts_left
 from distunlearn.common.text import printable
 from distunlearn.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 # torch, timm and pydantic are imported by the verbs, never here: `distunlearn --help` answers at once.
 
 
@@ -42,16 +51,50 @@ class Run:
     """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped.
 
     With --previous: the next request on what a finished run has left, with that run's settings.
+    With --seeds: one run for each seed, and one verdict over them.
     """
 
     recipe: Recipe = None
     out: Out = tyro.MISSING
     previous: Previous = None
+    seeds: Seeds = None
     config: Config = None
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        return _end(pipeline().run(settings_of(self), self.out), self.out)
+        if self.seeds is None:
+            return _end(pipeline().run(settings_of(self), self.out), self.out)
+        if self.previous is not None:
+            raise ConfigError("--seeds and --previous do not go together; run the next request of each run by itself")
+        from distunlearn.distributed.process_group import wait_for_all
+        from distunlearn.run.pool import run_seeds
+
+        seeds = yaml_list("--seeds", self.seeds, int, "0,1,2")
+        if len(set(seeds)) < 2:
+            raise ConfigError(f"--seeds is {self.seeds}, expected two seeds or more, each once; one is --set seed=N")
+        configs = {n: settings_of(replace(self, overrides=(*self.overrides, f"seed={n}"))) for n in seeds}
+        folders = run_seeds(configs, self.out)
+        code = Pool(tuple(folders), self.out)()
+        wait_for_all()
+        return code
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Judge several finished runs that differ in seed or retrained encoder as one: one verdict, one report."""
+
+    run_dirs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN RUN ...", help="run directories, audited", help_behavior_hint=""),
+    ]
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help="folder for pool.json and report.html")] = tyro.MISSING
+
+    def __call__(self) -> int:
+        from distunlearn.run.pool import pool
+
+        told, words = pool(self.run_dirs, self.out)
+        return _ended(pipeline().VERDICT_CODES[told["gates"]["verdict"]], words, self.out / "pool.json")
 
 
 @dataclass(frozen=True)
@@ -269,8 +312,8 @@ class LaunchFiles:
 
 
 VERBS = (
-    Init, Find, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Submit, Sweep, Status, Purge,
-    Plan, List, Doctor, *evidence.VERBS,
+    Init, Find, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Pool, Submit, Sweep, Status,
+    Purge, Plan, List, Doctor, *evidence.VERBS,
 )  # fmt: skip
 NAMES: dict[str, Any] = {**{verb.__name__.lower(): verb for verb in VERBS}, "launch-files": LaunchFiles}
 ONLY_PRINT = (Init, Find, Plan, List, Doctor, Status)
@@ -352,13 +395,17 @@ def _end(code: int, run_dir: Path) -> int:
     """Print how an audited run ended; returns `code`, or 0 where torchrun would take a verdict for a crash."""
     from distunlearn.report.terminal import ending
 
+    return _ended(code, ending(run_dir) if is_main() else "", run_dir / "audit" / "summary.json")
+
+
+def _ended(code: int, words: str, verdict: Path) -> int:
     again = code != 0 and restarts_left() > 0
     if is_main():
-        print(ending(run_dir))
+        print(words)
         if again:
             print(
                 f"ends with 0 in place of {code}, for torchrun has restarts left and would audit again; the verdict is "
-                f"in {run_dir / 'audit' / 'summary.json'}"
+                f"in {verdict}"
             )
     return 0 if again else code
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, resolved
-from distunlearn.common.text import printable
+from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, resolved, yaml_list
 from distunlearn.errors import ConfigError
 from distunlearn.run.slurm import Job, script, submit
 
@@ -67,8 +66,8 @@ class Sweep:
         world = self.job.nodes * self.job.tasks if self.submit or self.dry_run else self.processes
         cfg = resolved(self.recipe, self.config, self.overrides, world=world)
         what = sweep.Search(
-            methods=_list("--methods", self.methods, str, "[scrub, finetune]"), trials=self.trials,
-            seeds=_list("--seeds", self.seeds, int, "[0, 1, 2]"), search=self.search, attacks=self.attacks,
+            methods=yaml_list("--methods", self.methods, str, "[scrub, finetune]"), trials=self.trials,
+            seeds=yaml_list("--seeds", self.seeds, int, "[0, 1, 2]"), search=self.search, attacks=self.attacks,
             validation_seed=self.validation_seed, search_seed=self.search_seed,
         )  # fmt: skip
         sweep.prepare_sweep(cfg, what, self.out)
@@ -93,13 +92,3 @@ class Sweep:
                 number = submit(text, job, self.out / stage)
                 return f"{stage}: {len(left)} tasks submitted as job {number}; the same command goes on after them"
         return str(write_results(self.out) if self.report else self.out / "chosen.json")
-
-
-def _list(option: str, text: str, kind: type, example: str) -> tuple[Any, ...]:
-    """A YAML list of texts or whole numbers, in brackets."""
-    from distunlearn.config.yaml import parse_scalar
-
-    found = parse_scalar(text, option)
-    if not isinstance(found, list) or not all(type(value) is kind for value in found):
-        raise ConfigError(f"{option} is {printable(text, 60)!r}, expected a list such as {example}")
-    return tuple(found)

@@ -126,6 +126,11 @@ def grounds(run: RunFiles) -> Any:
     return tree(run.audit, "evidence").get("kind", "retrained_encoder")
 
 
+def compared(run: RunFiles) -> str:
+    """What the gates of the attacks are the difference of."""
+    return "AUC unlearned minus retrained" if grounds(run) == "retrained_encoder" else "AUC minus 0.5"
+
+
 def _without_reference(run: RunFiles) -> list[str]:
     """Which evidence it is that needs no retrained encoder, and how often it was wrong where there was one."""
     if grounds(run) == "retrained_encoder":

@@ -45,7 +45,46 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: RunFiles) -> str:
     """The page as text."""
-    environment = Environment(
+    rows = evidence.gates(run)
+    covered = facts.coverage(run)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            version=__version__,
+            written=written(),
+            verdict=evidence.verdict(run, rows, covered["state"]),
+            headline=evidence.headline(run),
+            request=facts.request(run),
+            coverage=covered,
+            gates=forest(rows),
+            confidence=f"{100 * (number(run.config, 'audit', 'gates', 'confidence') or 0.9):g}",
+            attacks=evidence.attack_table(run),
+            further=evidence.further_table(run),
+            retained=evidence.retained_table(run),
+            dose=dose_table(run),
+            stress=evidence.stress_table(run),
+            distances=evidence.distances(run),
+            distributions=_distributions(run),
+            rocs=_rocs(run),
+            utility=_utility(run),
+            two_sample=evidence.two_sample(run),
+            controls=evidence.controls(run),
+            cost=_cost(run),
+            provenance=facts.provenance(run),
+            assurance=assurance(run.folder) if run.folder else ([], ""),
+            encoders=texts.ENCODERS,
+            tier=number(run.config, "audit", "tier"),
+            difference=evidence.compared(run),
+            limits=texts.LIMITS,
+            not_evaluated=texts.NOT_EVALUATED,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Of the templates: every value is escaped, and one that is missing is an error."""
+    made = Environment(
         loader=PackageLoader("distunlearn.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -53,41 +92,11 @@ def render(run: RunFiles) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    rows = evidence.gates(run)
-    covered = facts.coverage(run)
-    return environment.get_template("report.html.j2").render(
-        version=__version__,
-        written=_written(),
-        verdict=evidence.verdict(run, rows, covered["state"]),
-        headline=evidence.headline(run),
-        request=facts.request(run),
-        coverage=covered,
-        gates=_forest(rows),
-        confidence=f"{100 * (number(run.config, 'audit', 'gates', 'confidence') or 0.9):g}",
-        attacks=evidence.attack_table(run),
-        further=evidence.further_table(run),
-        retained=evidence.retained_table(run),
-        dose=dose_table(run),
-        stress=evidence.stress_table(run),
-        distances=evidence.distances(run),
-        distributions=_distributions(run),
-        rocs=_rocs(run),
-        utility=_utility(run),
-        two_sample=evidence.two_sample(run),
-        controls=evidence.controls(run),
-        cost=_cost(run),
-        provenance=facts.provenance(run),
-        assurance=assurance(run.folder) if run.folder else ([], ""),
-        encoders=texts.ENCODERS,
-        tier=number(run.config, "audit", "tier"),
-        difference="AUC unlearned minus retrained" if evidence.grounds(run) == "retrained_encoder" else "AUC minus 0.5",
-        limits=texts.LIMITS,
-        colours=figures.COLOURS,
-        not_evaluated=texts.NOT_EVALUATED,
-    )
+    made.globals["colours"] = figures.COLOURS
+    return made
 
 
-def _written() -> str | None:
+def written() -> str | None:
     """The date of SOURCE_DATE_EPOCH; None when it is not set, so that the page depends on its inputs only."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is None:
@@ -102,7 +111,7 @@ def _picture(draw: Callable[..., bytes], *args: Any, **more: Any) -> str:
     return figures.data_uri(draw(*args, **more))
 
 
-def _forest(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def forest(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The gate tables with one small picture a row and the scale below them."""
     result = {}
     for kind, unit in (("attacks", "difference of AUC"), ("utility", "percentage points")):

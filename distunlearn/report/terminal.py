@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,26 +31,29 @@ def ending(run_dir: str | Path) -> str:
     run = checked_run(run_dir)
     rows = evidence.gates(run)
     found = evidence.verdict(run, rows, facts.coverage(run)["state"])
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("check", "difference", "interval", "allowed", "verdict"):
-        table.add_column(column, no_wrap=True)
-    every = [*rows["attacks"], *rows["utility"]]
-    for row in every:
-        table.add_row(row["title"], row["shown"], row["interval"], row["allowed"], row["word"])
-    text, page = io.StringIO(), Path(run_dir) / REPORT
-    Console(file=text, width=WIDTH, color_system=None).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    page = Path(run_dir) / REPORT
     return "\n".join(
         [
             f"Verdict: {found['word']}. {found['sentence']}",
             *found["notes"],
             "",
-            *lines,
-            "",
-            *(f"{row['title']}: {row['reason']}." for row in every if row["reason"]),
+            *gate_lines(rows),
             f"Report: {page}"
             if page.exists()
             else f"Report: not written yet; `distunlearn report {run_dir}` writes it.",
             NEXT[found["name"]].format(folder=run_dir),
         ]
     )
+
+
+def gate_lines(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A table of the gates, a line each, and below it why those are no pass that are none. rows: `evidence.gates`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("check", "difference", "interval", "allowed", "verdict"):
+        table.add_column(column, no_wrap=True)
+    every, text = [*rows["attacks"], *rows["utility"]], io.StringIO()
+    for row in every:
+        table.add_row(row["title"], row["shown"], row["interval"], row["allowed"], row["word"])
+    Console(file=text, width=WIDTH, color_system=None).print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return [*lines, "", *(f"{row['title']}: {row['reason']}." for row in every if row["reason"])]

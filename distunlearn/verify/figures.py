@@ -110,14 +110,7 @@ def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
 
     unchanged: the unlearned encoder is the original one, which is never a pass.
     """
-    draws, units = draw_images(raw.forget, raw.holdout, rules.bootstrap, rules.seed), (raw.forget, raw.holdout)
-    told = None
-    if raw.persons is not None:
-        counted = len(np.unique(raw.persons[0])), len(np.unique(raw.persons[1]))
-        by_person = draw_persons(*raw.persons, rules.bootstrap, rules.seed)
-        told = persons_told(raw, by_person, counted, rules)
-        if told["are_units"]:
-            draws, units = by_person, counted
+    draws, units, told = drawn(raw, rules)
     untrained = rules.tier == 0 and "retrained" not in raw.correct
     groups = draw_groups(raw.placed, rules.seed) if untrained and raw.placed is not None else None
     figures = {name: _attack(name, found, draws, min(units), rules, groups) for name, found in raw.comparisons.items()}
@@ -136,6 +129,17 @@ def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
         "evidence": _evidence(groups, rules) if untrained else {"kind": "retrained_encoder"},
         "gates": {"verdict": verdict, **gates},
     }
+
+
+def drawn(raw: Raw, rules: Rules) -> tuple[Draws, tuple[int, int], dict[str, Any] | None]:
+    """The draws behind every interval, the numbers of units on either side, and `persons_told` where they are known."""
+    draws, units = draw_images(raw.forget, raw.holdout, rules.bootstrap, rules.seed), (raw.forget, raw.holdout)
+    if raw.persons is None:
+        return draws, units, None
+    counted = len(np.unique(raw.persons[0])), len(np.unique(raw.persons[1]))
+    by_person = draw_persons(*raw.persons, rules.bootstrap, rules.seed)
+    told = persons_told(raw, by_person, counted, rules)
+    return (by_person, counted, told) if told["are_units"] else (draws, units, told)
 
 
 def plain(value: Any) -> Any:

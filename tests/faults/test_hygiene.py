@@ -102,7 +102,8 @@ def test_plan_reports_every_problem_at_once_and_writes_nothing(tmp_path, capsys)
 
 OPTIONS = {
     "prepare": "--out --config --set", "pretrain": "--out --config --set", "unlearn": "--out --config --set",
-    "audit": "", "report": "", "run": "--out --previous --config --set", "purge": "--apply --no-apply", "status": "",
+    "audit": "", "report": "", "run": "--out --previous --seeds --config --set",
+    "pool": "--out", "purge": "--apply --no-apply", "status": "",
     "plan": "--out --previous --config --set", "list": "", "launch-files": "", "doctor": "--out --config --set",
     "index": "--config --set", "dose": "", "keygen": "", "certify": "--key --previous",
     "commit": "--out --previous --config --set", "countersign": "--key --register --reference",

@@ -97,35 +97,39 @@ def synthetic_signals(known: float, encoder: int, counts: dict[str, int] = COUNT
     )
 
 
-def signals_of(case: str, counts: dict[str, int] = COUNTS) -> dict[str, Signals]:
+def signals_of(case: str, counts: dict[str, int] = COUNTS, draw: int = 3) -> dict[str, Signals]:
     """Signals of the three encoders of a case."""
-    return {name: synthetic_signals(known, i, counts) for i, (name, known) in enumerate(KNOWN[case].items())}
+    return {name: synthetic_signals(known, i, counts, draw) for i, (name, known) in enumerate(KNOWN[case].items())}
 
 
-def build_run(folder: Path, case: str = "pass", cfg: RunConfig | None = None, counts: dict[str, int] = COUNTS) -> Path:
-    """A finished and audited run directory with the verdict `case`."""
+def build_run(
+    folder: Path, case: str = "pass", cfg: RunConfig | None = None, counts: dict[str, int] = COUNTS, draw: int = 3
+) -> Path:
+    """A finished and audited run directory with the verdict `case`. draw: of its scores and weights."""
     cfg = cfg or settings()
     folder.mkdir(parents=True)
     save_config(cfg, folder / "run.yaml")
     write_json(folder / "env.json", _environment())
     write_json(folder / "plan.json", _plan() | {"digest": digest(cfg)})
     manifest = _manifest(folder, counts)
-    states = {encoder: _encoder(folder / place, number) for number, (encoder, place) in enumerate(FOLDERS.items())}
+    states = {
+        encoder: _encoder(folder / place, number, draw) for number, (encoder, place) in enumerate(FOLDERS.items())
+    }
     _ledger(folder, manifest, states["unlearned"])
     cost = {
         "pretrain_images": 420_000, "unlearn_images": 63_000, "retrain_images": 300_000,
         "pretrain_seconds": 140.0, "unlearn_seconds": 58.0, "retrain_seconds": 101.0,
     }  # fmt: skip
     covered = coverage(read_ledger(folder / "ledger.jsonl"), manifest.ids("forget")).as_dict()
-    summary, scores = summarise(signals_of(case, counts), cfg, cost=cost, coverage=covered, states=states)
+    summary, scores = summarise(signals_of(case, counts, draw), cfg, cost=cost, coverage=covered, states=states)
     write_audit(folder / "audit", summary, scores)
     return folder
 
 
-def _encoder(folder: Path, number: int) -> str:
+def _encoder(folder: Path, number: int, draw: int) -> str:
     """A finished encoder of one weight; returns its state digest."""
     (folder / "export").mkdir(parents=True)
-    weight = np.full(3, number, dtype=np.float32)
+    weight = np.full(3, number + 10 * draw, dtype=np.float32)
     save_file({"model.backbone.weight": weight, "model.head.weight": weight}, folder / STATE)
     save_file({"weight": weight}, folder / "export" / "model.safetensors")
     write_json(folder / "export" / "config.json", {"architecture": "none"})
