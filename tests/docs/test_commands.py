@@ -7,8 +7,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from torch import nn
+from torch.utils.data import Dataset
 
+import distunlearn as du
 from distunlearn.cli.main import _parse, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,3 +92,37 @@ def test_commands_that_take_no_time(tmp_path, capsys, monkeypatch, finished_run)
         assert main(shlex.split(command)[1:]) == 0, command
         [expected] = [text for verb, text in shown.items() if f"distunlearn {verb}" in command]
         assert expected in capsys.readouterr().out, command
+
+
+class Photos(Dataset):
+    """Colour noise, 8 x 8, with labels."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.images = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], index % 3
+
+
+def test_the_python_of_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 8
+    short = {
+        "steps": 4, "pretrain": {"epochs": 2, "batch": 16}, "constraint": {"view_pairs": 1},
+        "unlearn": {"retain_batch": 16, "forget_batch": 8, "third_party_batch": 8},
+        "audit": {"views": 4, "bootstrap": 100, "relearn_steps": 0},
+    }  # fmt: skip
+    whole = du.unlearn
+    monkeypatch.setattr(du, "unlearn", lambda encoder, **given: whole(encoder, **(given | short)))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {
+        "encoder": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 12)),
+        "retain_set": Photos(40, 0), "forget_set": Photos(24, 1), "other_set": Photos(30, 2), "test_set": Photos(40, 3),
+    }  # fmt: skip
+    exec(compile(code, "README.md", "exec"), names)
+    run = names["run"]
+    assert run.verdict in ("pass", "fail", "inconclusive") and run.report.exists()
+    assert isinstance(run.encoder, nn.Module)
