@@ -17,7 +17,7 @@ import numpy as np
 
 from .statistics import Comparison, Part, auc
 
-GROUPS = 40
+GROUPS = 120
 FEWEST_IN_GROUP, MOST_IN_GROUP = 10, 300
 PER_GROUP = 4  # held-out images for each one of a group, so that hard ones do not run out
 FAIR_HARDNESS, FAIR_SPREAD = 0.03, 0.8  # a request is a fair sample: at most so far off, at least of so much spread
@@ -132,14 +132,15 @@ def _against_others(comparison: Comparison, group: np.ndarray) -> Comparison:
 
 def _as_hard(near: np.ndarray, held: np.ndarray, wanted: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """One image of `near` for each that is wanted, none twice: by chance, of those that are about as hard."""
-    window = max(1, round(WINDOW * len(near)))
-    free, chosen = np.ones(len(near), dtype=bool), []
+    window, chosen = max(1, round(WINDOW * len(near))), []
+    free = near[np.argsort(held[near], kind="stable")]
     for value in wanted:
-        left = np.flatnonzero(free)
-        closest = left[np.argsort(np.abs(held[near[left]] - value), kind="stable")[:window]]
+        at = np.searchsorted(held[free], value)
+        around = np.arange(max(0, at - window), min(len(free), at + window))
+        closest = around[np.argsort(np.abs(held[free[around]] - value), kind="stable")[:window]]
         taken = generator.choice(closest)
-        free[taken] = False
-        chosen.append(near[taken])
+        chosen.append(free[taken])
+        free = np.delete(free, taken)
     return np.array(chosen)
 
 
