@@ -25,8 +25,9 @@ from distunlearn.errors import ConfigError, RankLostError
 # What gloo says where another process has gone; it has no error class of its own.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed")
 
-# How long a rank waits for the others once they have met (before: `join_s`). The main rank prepares data and audits
-# alone, hence so long; a process that dies is noticed at once, one that hangs in training by `engine/watch.py`.
+# How long a rank waits in a collective operation once all have met (before: `join_s`). Longer work, of the main rank
+# alone or of each, has no limit (`meeting.py`); a process that dies is noticed at once, one that hangs in training by
+# `engine/watchdog.py`.
 WAIT_LIMIT = timedelta(hours=2)
 
 

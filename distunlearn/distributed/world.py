@@ -16,6 +16,7 @@ from torch import Tensor
 from distunlearn import errors
 from distunlearn.common.files import disk_trouble
 from distunlearn.distributed.collectives import all_gather_detached, gather_sizes, sum_over_ranks
+from distunlearn.distributed.meeting import Meeting
 from distunlearn.distributed.plain_data import decode, encode
 from distunlearn.errors import RankLostError
 
@@ -64,26 +65,38 @@ class World:
         sizes = gather_sizes(len(mine), self.device)
         return [decode(_bytes(part)) for part in all_gather_detached(mine, sizes).split(sizes)]
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's `data` in rank order on the main rank; nothing on the others. Collective."""
+        if self.size == 1:
+            return [data]
+        sizes = gather_sizes(len(data), self.device)
+        mine = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        mine[: len(data)] = _tensor(data, self.device)
+        everyone = [torch.empty_like(mine) for _ in sizes] if self.is_main else None
+        dist.gather(mine, everyone, dst=0)
+        return [_bytes(part[:size]) for part, size in zip(everyone or (), sizes, strict=False)]
+
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Every rank's `numbers`, equally many on each, in rank order. Collective, and cheap enough for every step."""
         mine = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
         return all_gather_detached(mine[None]).tolist()
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns on the main rank, None on the others, which wait for it. Collective.
+        """What `work` returns on the main rank, None on the others, which wait for it, however long. Collective.
 
         Raises:
             DistunlearnError: what the main rank raised, on every rank.
             RankLostError: on the others, where the main rank failed otherwise.
         """
         result, error = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as found:
-                if self.size == 1:
-                    raise
-                error = disk_trouble(found) or found
+        with Meeting(self):
+            if self.is_main:
+                try:
+                    result = work()
+                except Exception as found:
+                    if self.size == 1:
+                        raise
+                    error = disk_trouble(found) or found
         told = self.broadcast_object(None if error is None else [type(error).__name__, str(error)])
         known = getattr(errors, told[0], None) if told else None
         if known is None and told:

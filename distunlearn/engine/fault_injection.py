@@ -43,6 +43,7 @@ POINTS = (
     "saved",  # after a checkpoint
     "dose",  # before a dose is looked at
     "finish",  # before the finished encoder is written
+    "audit",  # before some images are shown to an encoder
 )
 
 

@@ -231,13 +231,15 @@ def _finish(
     backend = session.backend
     fault_injection.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
-    if backend.world.is_main:
+
+    def save() -> None:
         tensors = {f"model.{k}": v for k, v in state.items()}
         tensors |= {f"momentum.{k}": v for k, v in trained.momentum.state_dict().items()} if trained.momentum else {}
         tensors |= {f"queue.{k}": v for k, v in trained.queue.state_dict().items()} if trained.queue else {}
         save_trained(session, folder, tensors, {"phase": name, "digest": digest, **facts})
+
+    backend.world.on_main(save)
     backend.release()
-    backend.world.barrier()
 
 
 def _start(session: Session, name: str) -> Trained:

@@ -51,6 +51,12 @@ class StopRequest:
         else:
             _kept.ask(number, frame)
 
+    def asked(self, world: World) -> bool:
+        """Whether this rank was asked to stop, or on the main rank anybody by the file."""
+        if self.reason is None and world.is_main and self._file.exists():
+            self.reason = f"the file {STOP_FILE}"
+        return self.reason is not None
+
     def agreed(self, world: World, *position: int) -> bool:
         """True if any rank was asked to stop; the same answer on all ranks. Collective.
 
@@ -60,9 +66,7 @@ class StopRequest:
         Raises:
             RankLostError: they are not alike: the ranks would wait for one another in different places.
         """
-        if self.reason is None and world.is_main and self._file.exists():
-            self.reason = f"the file {STOP_FILE}"
-        everyone = world.gather_numbers([int(self.reason is not None), *position])
+        everyone = world.gather_numbers([int(self.asked(world)), *position])
         if any(numbers[1:] != everyone[0][1:] for numbers in everyone):
             told = ", ".join(f"rank {rank}: {numbers[1:]}" for rank, numbers in enumerate(everyone[:8]))
             error = RankLostError(f"the ranks are not at the same place ({told}); start the run again.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from distunlearn.common import plugins
@@ -142,7 +143,7 @@ class Session:
         """Classes of the members, for an objective whose head is a classifier; None for others."""
         if objective_class(self.cfg).head != "classifier":
             return None
-        labels = self.manifest.labels(self.manifest.ids(("retain", "forget", "forgotten")))
+        labels = self.manifest.columns.label[self.manifest.rows(("retain", "forget", "forgotten"))]
         if len(labels) == 0 or labels.min() < 0:
             raise DataError(
                 f"objective.name={self.cfg.objective.name} needs labels, but not every member has one; expected all."
@@ -249,4 +250,18 @@ def load_trained(folder: Path, session: Session) -> Trained:
     if trained.queue is not None:
         trained.queue.load_state_dict(part("queue."))
     trained.facts = facts
+    return trained
+
+
+def load_for_all(folder: Path, session: Session) -> Trained:
+    """`load_trained` on the main rank, which reads and checks the files; the same encoder on every rank. Collective.
+
+    Its queue is the main rank's alone.
+    """
+    world = session.world
+    trained = world.on_main(lambda: load_trained(folder, session)) or scratch(session, "pretrain")
+    trained.facts = world.broadcast_object(trained.facts)
+    for network in (trained.model, *([trained.momentum.model] if trained.momentum else [])):
+        for tensor in network.to(world.device).state_dict().values() if world.size > 1 else ():
+            dist.broadcast(tensor, src=0)
     return trained

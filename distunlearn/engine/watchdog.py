@@ -49,7 +49,8 @@ REPORT: Fields = {
     "sequence": int, "waits": bool, "stack": list,
 }  # fmt: skip
 PACKAGE = f"{os.sep}distunlearn{os.sep}"
-COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"  # who is in there waits for others
+# Who is in one of these waits for others.
+COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}distributed{os.sep}meeting.py")
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Watch:
         report = {
             "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "count": mark.count,
             "phase": mark.phase, "step": mark.step, "place": mark.place, "age": 0.0, "sequence": _sequence(),
-            "waits": any(COLLECTIVES in path for path, _, _ in stack),
+            "waits": any(place in path for path, _, _ in stack for place in COLLECTIVES),
             "stack": [f"{Path(path).name}:{line} {name}" for path, line, name in stack if PACKAGE in path][-6:], **more,
         }  # fmt: skip
         write_atomic(self._path(self.rank), json.dumps(report) + "\n", durable=False)

@@ -126,9 +126,7 @@ def audit(run_dir: str | Path, cfg: RunConfig | None = None) -> int:
         pooled = audit_shadows(session) if cfg.audit.tier == 2 else None
         stressed = audit_stress(session) if cfg.audit.stress else None
         with seeded(session, "audit") as own:
-            verdict = collect_evidence(own, pooled, stressed) if session.world.is_main else None
-        session.world.barrier()
-        verdict = session.world.broadcast_object(verdict)
+            verdict = collect_evidence(own, pooled, stressed)
     return VERDICT_CODES[verdict]
 
 

@@ -141,9 +141,7 @@ def _own_audit(case: _Case, predicate: Predicate) -> str:
             shutil.copy(case.run / "ledger.jsonl", out)
         case.world.barrier()
         with open_session(case.cfg, out, case.declared) as session, seeded(session, "audit") as own:
-            if case.world.is_main:
-                collect_evidence(own)
-            case.world.barrier()
+            collect_evidence(own)
         largest = _difference(read_scores(case.run / "audit"), read_scores(out / "audit"))
     return "equal" if largest == 0 else f"equal but for rounding, at most {largest:.1g} of a score's spread"
 

@@ -63,7 +63,7 @@ def setting(encoder: EncoderConfig, name: str, n: int = 5):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("encoder", [RESNET, VIT], ids=["resnet", "vit"])
 def test_norms_are_those_of_one_backward_pass_per_image(encoder, name, monkeypatch):
-    monkeypatch.setattr(gradient_norms, "CHUNK_IMAGES", 2)  # chunks of 2, 2 and 1
+    monkeypatch.setattr(gradient_norms, "CHUNK_VIEWS", 5)  # chunks of 2, 2 and 1 images with two views each
     model, objective, views, branches, bank = setting(encoder, name)
     with torch.no_grad():
         delta = objective.per_sample_delta(branches(slice(None)), bank)
@@ -84,17 +84,16 @@ def test_fewer_images_at_a_time_where_memory_runs_out(monkeypatch):
     whole = network_gradient_norms(model, views, delta)
     tried, most = [], 3
 
-    def scarce(function, in_dims):
-        def run(views, delta):
-            tried.append(views.shape[1])
-            if views.shape[1] > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return torch.func.vmap(function, in_dims=in_dims)(views, delta)
+    ghosts = gradient_norms._ghost_squares
 
-        return run
+    def scarce(model, layers, views, delta):
+        tried.append(views.shape[1])
+        if views.shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ghosts(model, layers, views, delta)
 
-    monkeypatch.setattr(gradient_norms, "vmap", scarce)
-    monkeypatch.setattr(gradient_norms, "CHUNK_IMAGES", 5)
+    monkeypatch.setattr(gradient_norms, "_ghost_squares", scarce)
+    monkeypatch.setattr(gradient_norms, "CHUNK_VIEWS", 10)
     np.testing.assert_allclose(network_gradient_norms(model, views, delta), whole, rtol=1e-12)
     assert tried == [5, 2, 2, 2, 1]
     most = 0
@@ -126,3 +125,39 @@ def test_frozen_weights_do_not_count():
     whole = network_gradient_norms(model, views, delta)
     model.backbone.requires_grad_(False)
     assert (network_gradient_norms(model, views, delta) < whole).all()
+
+
+@pytest.mark.parametrize("encoder", [RESNET, VIT], ids=["resnet", "vit"])
+def test_float32_is_within_1e_5_of_a_float64_gradient_of_each_image(encoder):
+    """The bound, with nearly all weights as ghosts; a layer that is left out is noticed."""
+    model, objective, views, branches, bank = setting(encoder, "simclr", n=12)
+    with torch.no_grad():
+        delta = objective.per_sample_delta(branches(slice(None)), bank)
+    expected = []
+    for i in range(views.shape[1]):
+        loss = objective.per_sample_loss(branches(slice(i, i + 1)), bank)[0]
+        parts = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        expected.append(sum(float(g.square().sum()) for g in parts if g is not None) ** 0.5)
+    model.float()
+    found = network_gradient_norms(model, views.float(), delta.float())
+    assert np.abs(found / expected - 1).max() < 1e-5
+    trained = dict(model.named_parameters())
+    ghosts = gradient_norms._ghosts(model, trained)
+    share = sum(layer.weight.numel() for layer in ghosts.values()) / sum(p.numel() for p in trained.values())
+    assert share > 0.9
+    last = next(reversed(ghosts))
+    dict(model.named_modules())[last].requires_grad_(False)
+    assert np.abs(network_gradient_norms(model, views.float(), delta.float()) / expected - 1).max() > 1e-3
+
+
+def test_a_weight_of_two_layers_counts_once_with_the_sum_of_both_gradients():
+    model, objective, views, branches, bank = setting(VIT, "simclr")
+    first, second = model.backbone.blocks[0].mlp.fc1, model.backbone.blocks[1].mlp.fc1
+    second.weight = first.weight
+    assert not any("fc1" in name for name in gradient_norms._ghosts(model, dict(model.named_parameters())))
+    with torch.no_grad():
+        delta = objective.per_sample_delta(branches(slice(None)), bank)
+    loss = objective.per_sample_loss(branches(slice(0, 1)), bank)[0]
+    parts = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    expected = sum(float(g.square().sum()) for g in parts if g is not None) ** 0.5
+    np.testing.assert_allclose(network_gradient_norms(model, views, delta)[0], expected, rtol=1e-10)

@@ -196,7 +196,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
     ),
     "D13": (
         "kNN with fewer rows than ranks",
-        "does not apply: the main process alone computes the audit, on all rows.",
+        "does not apply: the main process alone computes kNN and attacks, on all rows.",
     ),
     "D14": (
         "the main rank is slow in a checkpoint: the others wait under a limit of its own (`watchdog_save_s`)",

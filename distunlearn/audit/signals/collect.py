@@ -26,6 +26,7 @@ from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import FORGOTTEN
 from distunlearn.data.views.colour import plain_view
+from distunlearn.distributed.world import World
 from distunlearn.engine.session import Session, Trained
 from distunlearn.errors import NumericsError
 from distunlearn.objectives import make_objective
@@ -36,7 +37,7 @@ AUDITED = ("retain", "forget", "third_party_audit", "holdout", FORGOTTEN)
 AUDIT_EPOCH = VIEW_EPOCHS["audit"][0]  # views that no training and no calibration has seen
 PER_ROLE = 10_000  # audited images of a role; a role with more is sampled, the same way for every encoder
 BANK_IMAGES = 512
-CHUNK = 256  # images per forward pass
+CHUNK = 64  # images that are looked at together, and what is kept of an audit that is interrupted
 SKETCH = 8  # rows and columns of the head-gradient sketch
 
 
@@ -81,37 +82,53 @@ class Signals:
         return Signals(ids=[self.ids[row] for row in kept.tolist()], **columns)
 
 
-@torch.no_grad()
 def collect_signals(encoder: EncoderView, store: ImageStore, manifest: Manifest, cfg: RunConfig) -> Signals:
-    """Show every audited image to one encoder.
-
-    Args:
-        encoder: put into evaluation mode and left there, with its momentum encoder where the objective has one.
+    """Show every audited image to one encoder, in this process alone; see `shares.py` for several.
 
     Raises:
         NumericsError: a signal is not finite.
     """
-    encoder.model.eval()
-    if encoder.momentum is not None:
-        encoder.momentum.eval()
     bank = audit_bank(encoder, store, manifest)
-    ids = {role: store.decodable(sampled(manifest.ids(role), PER_ROLE, cfg.seed)) for role in AUDITED}
-    chosen = [(i, role) for role, those in ids.items() for i in those]
-    parts = [_signals(encoder, cfg.audit, chunk, store, manifest, bank) for chunk in _chunks(chosen)]
-    joined = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Signals)}
-    signals = Signals(**joined)  # type: ignore[arg-type]
+    chunks = chunks_of(audited(manifest, cfg.seed, store))
+    return joined([signals_of(encoder, cfg.audit, chunk, store, manifest, bank) for chunk in chunks])
+
+
+Chosen = Sequence[tuple[str, str]]  # sample id and role
+
+
+def audited(manifest: Manifest, seed: int, store: ImageStore, world: World | None = None) -> list[tuple[str, str]]:
+    """Who is looked at, role by role: every image that can be decoded, up to PER_ROLE of a role.
+
+    world: whose ranks share the work of finding out; collective then.
+    """
+    ids = {role: store.decodable(sampled(manifest.ids(role), PER_ROLE, seed), world) for role in AUDITED}
+    return [(i, role) for role, those in ids.items() for i in those]
+
+
+def chunks_of(chosen: Chosen) -> list[Chosen]:
+    """Those who are looked at together: the same whoever looks, for the size of a batch decides the last bits."""
+    return list(_chunks(chosen))
+
+
+def joined(parts: Sequence[Signals]) -> Signals:
+    """The signals of all parts, in order.
+
+    Raises:
+        NumericsError: a signal is not finite.
+    """
+    columns = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Signals)}
+    signals = Signals(**columns)  # type: ignore[arg-type]
     _require_finite(signals)
     return signals
 
 
-def _signals(
-    encoder: EncoderView,
-    audit: AuditConfig,
-    chosen: Sequence[tuple[str, str]],
-    store: ImageStore,
-    manifest: Manifest,
-    bank: Bank | None,
+@torch.no_grad()
+def signals_of(
+    encoder: EncoderView, audit: AuditConfig, chosen: Chosen, store: ImageStore, manifest: Manifest, bank: Bank | None
 ) -> Signals:
+    """What an attacker can see of some images. encoder: put into evaluation mode and left there."""
+    for network in filter(None, (encoder.model, encoder.momentum)):
+        network.eval()
     ids, roles = [i for i, _ in chosen], np.array([role for _, role in chosen])
     plain = plain_view(store.plain(ids).to(encoder.device))
     labels = manifest.labels(ids)
@@ -159,10 +176,13 @@ def _signals(
     )
 
 
+@torch.no_grad()
 def audit_bank(encoder: EncoderView, store: ImageStore, manifest: Manifest) -> Bank | None:
     """Keys of retain images, the same images for every encoder. Not the queue: each encoder would bring its own."""
     if not encoder.objective.uses_bank:
         return None
+    for network in filter(None, (encoder.model, encoder.momentum)):
+        network.eval()
     ids = store.decodable(sampled(manifest.ids("retain"), BANK_IMAGES, encoder.seed + 1))
     keys, hashes = [], []
     for chunk in _chunks(ids):
@@ -228,7 +248,7 @@ def _require_finite(signals: Signals) -> None:
 
 
 def encoder_view(session: Session, trained: Trained) -> EncoderView:
-    """How the audit looks at an encoder: in evaluation mode, with the run's own views and objective."""
-    cfg = session.cfg
-    momentum = trained.momentum.model.eval() if trained.momentum else None
-    return EncoderView(trained.model.eval(), momentum, make_objective(cfg.objective), cfg.views, cfg.seed)
+    """How the audit looks at an encoder: in evaluation mode on the run's device, with the run's views and objective."""
+    cfg, device = session.cfg, session.backend.device
+    momentum = trained.momentum.to(device).model.eval() if trained.momentum else None
+    return EncoderView(trained.model.to(device).eval(), momentum, make_objective(cfg.objective), cfg.views, cfg.seed)

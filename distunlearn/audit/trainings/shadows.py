@@ -79,11 +79,7 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             phases.pretrain(shadow)
             phases.unlearn(shadow)
             check_coverage(shadow)
-            if session.world.is_main:
-                trained = load_trained(shadow.out, shadow)
-                encoder = encoder_view(session, trained)  # the run's views and bank: shadows differ by weights only
-                measured.append(margins(encoder, session.store, session.manifest, ids, cfg.audit.views))
-        session.world.barrier()
+            measured.append(session.world.on_main(lambda shadow=shadow: _margins(session, shadow, ids)))
     if not session.world.is_main:
         return None
     found = np.stack(measured)
@@ -94,3 +90,9 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
         session.out / "audit" / "shadows.json", {"parts": {"0": "in", "1": "out", "2": "unlearned"}, "ids": rows}
     )
     return pooled_figures(found, parts, cfg)
+
+
+def _margins(session: Session, shadow: Session, ids: list[str]) -> np.ndarray:
+    """With the run's views and bank: shadows differ by weights only."""
+    encoder = encoder_view(session, load_trained(shadow.out, shadow))
+    return margins(encoder, session.store, session.manifest, ids, session.cfg.audit.views)

@@ -19,6 +19,7 @@ A test lives in `<run>/stress/<test>`; finished encoders are kept, and after an 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from distunlearn.audit.attacks.lira import alignment
-from distunlearn.audit.signals.collect import Signals, collect_signals, encoder_view
+from distunlearn.audit.signals.collect import Signals, encoder_view
+from distunlearn.audit.signals.shares import shared_signals
 from distunlearn.audit.trainings.stress_figures import accuracies, agreement, of_request, request_figures
 from distunlearn.audit.trainings.sub_run import nested_session, with_copies, with_roles
 from distunlearn.data.manifest.manifest import Manifest
@@ -34,7 +36,7 @@ from distunlearn.data.manifest.records import UNUSED
 from distunlearn.data.schedule import permutation
 from distunlearn.engine import phases
 from distunlearn.engine.phases import check_coverage
-from distunlearn.engine.session import Session, load_trained
+from distunlearn.engine.session import Session, load_for_all
 from distunlearn.errors import DataError
 
 COPIES = (1, 2, 4)  # of a canary; the first is the image itself
@@ -72,7 +74,7 @@ def check_count(forget: int) -> None:
 
 
 def audit_stress(session: Session) -> Figures | None:
-    """Train and measure what `audit.stress` names. All ranks train; the main one measures.
+    """Train and measure what `audit.stress` names. All ranks train and look; the main one measures.
 
     Returns:
         {test: figures} on the main process, None elsewhere.
@@ -93,7 +95,7 @@ def audit_stress(session: Session) -> Figures | None:
 
 
 def _worst_case(session: Session) -> Figures:
-    scores = session.world.broadcast_object(_memorisation(session) if session.world.is_main else None)
+    scores = session.world.broadcast_object(_memorisation(session))
     ids = sorted(scores, key=lambda i: (scores[i], i))
     least, _, most = thirds(ids)
     anyone = thirds([ids[row] for row in permutation(len(ids), session.cfg.seed, "stress random").tolist()])[0]
@@ -105,14 +107,17 @@ def _worst_case(session: Session) -> Figures:
     return result
 
 
-def _memorisation(session: Session) -> dict[str, float]:
-    """SSLMem of every forget image that can be decoded."""
+def _memorisation(session: Session) -> dict[str, float] | None:
+    """SSLMem of every forget image that can be decoded, on the main rank. Collective."""
     others = session.manifest.ids(("holdout", "third_party_audit"))
     manifest = with_roles(session.manifest, dict.fromkeys(others, UNUSED))
-    looked = [_look(session, session.out / name, manifest) for name in ("original", "retrained")]
-    rows = looked[0].of("forget")
-    scores = alignment(looked[0])[rows] - alignment(looked[1])[rows]
-    return {looked[0].ids[row]: float(score) for row, score in zip(rows.tolist(), scores, strict=True)}
+    seen = dataclasses.replace(session, manifest=manifest)
+    original, retrained = (_look(session, session.out / name, seen) for name in ("original", "retrained"))
+    if original is None or retrained is None:
+        return None
+    rows = original.of("forget")
+    scores = alignment(original)[rows] - alignment(retrained)[rows]
+    return {original.ids[row]: float(score) for row, score in zip(rows.tolist(), scores, strict=True)}
 
 
 def _whole_class(session: Session) -> Figures:
@@ -146,13 +151,15 @@ def _canaries(session: Session) -> Figures:
         phases.pretrain(nested)
         phases.unlearn(nested, nested.out / "original")
         check_coverage(nested)
-        if session.world.is_main:
-            signals = _look_at_three(session, nested, nested.out / "original", session.out / "retrained")
-            useful = accuracies(signals, session.cfg)
-            for group, count in zip(groups, COPIES, strict=True):
-                kept = {e: s.at(of_request(s, set(group))) for e, s in signals.items()}
-                result[str(count)] = request_figures(kept, useful, session.cfg)
-    session.world.barrier()
+        signals = _look_at_three(session, nested, nested.out / "original", session.out / "retrained")
+
+    def measure() -> None:
+        useful = accuracies(signals, session.cfg)
+        for group, count in zip(groups, COPIES, strict=True):
+            kept = {e: s.at(of_request(s, set(group))) for e, s in signals.items()}
+            result[str(count)] = request_figures(kept, useful, session.cfg)
+
+    session.world.on_main(measure)
     return result
 
 
@@ -168,18 +175,14 @@ def _sequential(session: Session) -> Figures:
             phases.unlearn(nested, folders[-1] if folders else session.out / "original")
             check_coverage(nested)
             folders.append(nested.out)
-    if not session.world.is_main:
-        session.world.barrier()
-        return {}
     ends = {"original": session.out / "original", "retrained": session.out / "retrained", "at_once": session.out}
     looked = {name: _look(session, folder) for name, folder in ends.items()}
     stages = [_look(session, folder) for folder in folders]
-    session.world.barrier()
-    return _sequence_figures(parts, looked, stages, session)
+    return session.world.on_main(lambda: _sequence_figures(parts, looked, stages, session)) or {}
 
 
 def _sequence_figures(
-    parts: Sequence[Sequence[str]], looked: Mapping[str, Signals], stages: Sequence[Signals], session: Session
+    parts: Sequence[Sequence[str]], looked: Mapping[str, Any], stages: Sequence[Any], session: Session
 ) -> Figures:
     """Of every request after the last one, of all of them together, and of the run's own single request."""
     cfg = session.cfg
@@ -221,27 +224,26 @@ def _request(
 
     attacked, useful: rows of the signals that attacks and accuracies may look at; None: all. {} but on the main rank.
     """
-    result: Figures = {}
     with nested_session(session, f"stress/{name}", manifest) as nested:
         phases.retrain(nested)
         phases.unlearn(nested, session.out / "original")
         check_coverage(nested)
-        if session.world.is_main:
-            signals = _look_at_three(session, nested, session.out / "original", nested.out / "retrained")
-            kept = [{e: s.at(rows(s)) if rows else s for e, s in signals.items()} for rows in (attacked, useful)]
-            result = request_figures(kept[0], accuracies(kept[1], session.cfg), session.cfg)
-    session.world.barrier()
-    return result
+        signals = _look_at_three(session, nested, session.out / "original", nested.out / "retrained")
+
+    def measure() -> Figures:
+        kept = [{e: s.at(rows(s)) if rows else s for e, s in signals.items()} for rows in (attacked, useful)]
+        return request_figures(kept[0], accuracies(kept[1], session.cfg), session.cfg)
+
+    return session.world.on_main(measure) or {}
 
 
-def _look(session: Session, folder: Path, manifest: Manifest | None = None, nested: Session | None = None) -> Signals:
-    """What an attacker sees of an encoder, with the run's own views. nested: whose store has the images."""
-    encoder = encoder_view(session, load_trained(folder, session))
-    store = (nested or session).store
-    return collect_signals(encoder, store, manifest or session.manifest, session.cfg)
+def _look(session: Session, folder: Path, of: Session | None = None) -> Signals | None:
+    """What an attacker sees of an encoder with the run's own views, on the main rank. of: whose images. Collective."""
+    encoder = encoder_view(session, load_for_all(folder, session))
+    return shared_signals(session, encoder, str(folder.relative_to(session.out)), of)
 
 
-def _look_at_three(session: Session, nested: Session, original: Path, retrained: Path) -> dict[str, Signals]:
+def _look_at_three(session: Session, nested: Session, original: Path, retrained: Path) -> dict[str, Any]:
     """The encoders of a request, whose unlearned one lies in the nested session's folder."""
     folders = {"original": original, "unlearned": nested.out, "retrained": retrained}
-    return {name: _look(session, folder, nested.manifest, nested) for name, folder in folders.items()}
+    return {name: _look(session, folder, nested) for name, folder in folders.items()}

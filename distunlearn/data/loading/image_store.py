@@ -13,8 +13,11 @@ from distunlearn.data.loading.dataset import ImageDataset, Wanted
 from distunlearn.data.loading.loader import Loader
 from distunlearn.data.loading.undecodable import Undecodable
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.schedule import rank_slice
 from distunlearn.data.storage.retry import Counts
 from distunlearn.data.views.crops import Cutter
+from distunlearn.distributed.meeting import Meeting
+from distunlearn.distributed.world import World
 from distunlearn.errors import DataError
 
 PIECE = 32  # most images that are decoded at once outside of a batch
@@ -87,15 +90,22 @@ class ImageStore:
         wanted = Wanted.plain(ids)
         return self.cut(*wanted)[:, 0]
 
-    def decodable(self, ids: Sequence[str]) -> list[str]:
+    def decodable(self, ids: Sequence[str], world: World | None = None) -> list[str]:
         """The ids without those that cannot be decoded, which are taken note of.
+
+        world: whose ranks try a share each and tell the others; collective then. None: this process tries all.
 
         Raises:
             DataError, CoverageError: see `Reader.read` and `Undecodable`.
         """
+        world = world or World(0, 1, torch.device("cpu"))
         new = [sample_id for sample_id in ids if sample_id not in self._tried]
-        for start in range(0, len(new), 8 * PIECE):
-            self.undecodable.add(self.try_cut(Wanted.plain(new[start : start + 8 * PIECE]))[1])
+        mine = new[rank_slice(len(new), world.rank, world.size)]
+        with Meeting(world):
+            for start in range(0, len(mine), 8 * PIECE):
+                self.undecodable.add(self.try_cut(Wanted.plain(mine[start : start + 8 * PIECE]))[1])
+        for found in world.gather_objects({i: self.undecodable.found[i] for i in mine if i in self.undecodable}):
+            self.undecodable.add(found)
         self._tried.update(new)
         return [sample_id for sample_id in ids if sample_id not in self.undecodable]
 
