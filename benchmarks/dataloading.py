@@ -44,10 +44,10 @@ from photos import SIZE, Photos, image_folder, shards
 
 from distunlearn.common.malloc import keep_freed_memory
 from distunlearn.config.schema import EncoderConfig, RunConfig, ViewsConfig
-from distunlearn.data.loading import stream
+from distunlearn.data.loading.epoch_order import BLOCK_SHARDS, epoch_order
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.shard_reader import Reader
-from distunlearn.data.loading.stream import Batches, RoleFeeder, epoch_order
+from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.loading.webdataset_pipeline import checked_samples
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.sources import decode
@@ -206,6 +206,7 @@ def shuffle_quality(num_shards: int, per_shard: int, batch: int) -> dict[str, di
         def __init__(self) -> None:
             self.ids = [str(n) for n in range(num_shards * per_shard)]
             self.shards = list(range(num_shards))
+            self.starts = np.arange(num_shards + 1) * per_shard
             self.shard_of = np.arange(num_shards * per_shard) // per_shard
 
         def select(self, roles: Any) -> Made:
@@ -215,8 +216,8 @@ def shuffle_quality(num_shards: int, per_shard: int, batch: int) -> dict[str, di
     count = len(made.ids)
     full = [np.random.default_rng(seed).permutation(count) for seed in (0, 1)]
     orders = {
-        f"blocks of {stream.BLOCK_SHARDS} shards": [
-            np.array([int(i) for i in stream.epoch_order(made, "retain", 0, epoch)]) for epoch in (0, 1)
+        f"blocks of {BLOCK_SHARDS} shards": [
+            np.array([int(i) for i in epoch_order(made, "retain", 0, epoch)]) for epoch in (0, 1)
         ],
         "full shuffle": full,
         "no shuffle": [np.arange(count)] * 2,

@@ -80,14 +80,49 @@ def concat_batches(first: Batch, second: Batch) -> Batch:
 
 def random_words(n: int, *key: int | str) -> np.ndarray:
     """n pseudo-random uint64 [n], a pure function of `key` (splitmix64 started at a hash of the key)."""
+    return random_words_at(np.arange(n), *key)
+
+
+def random_words_at(places: np.ndarray, *key: int | str) -> np.ndarray:
+    """Some of the words of `random_words`, at these places >= 0, each by itself."""
     text = "\x1f".join(str(part) for part in key)
     start = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return finalise(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GAMMA) + np.uint64(start))
+    return finalise((places.astype(np.uint64) + np.uint64(1)) * np.uint64(GAMMA) + np.uint64(start))
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
     """A permutation of range(n), int64 [n], a pure function of `key`."""
     return np.argsort(random_words(n, *key), kind="stable")
+
+
+ROUNDS = 8  # of the Feistel network; even, so that the halves end as wide as they began
+LEAST_BITS = 8  # of its domain; with fewer the halves hardly mix
+
+
+def keyed_places(places: np.ndarray, n: int, *key: int | str) -> np.ndarray:
+    """Where some places of range(n) go in a permutation of it that is evaluated place by place, int64.
+
+    A Feistel network over the next power of two: (left, right) -> (right, left ^ word(right)), ROUNDS times, each time
+    with other words. A place that leaves range(n) goes through it again until it is back (cycle walking), so the whole
+    is a bijection of range(n) for every n. See Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+    """
+    bits = max(LEAST_BITS, (n - 1).bit_length())
+    found, out = places.astype(np.uint64), np.ones(len(places), dtype=bool)
+    while out.any():
+        found[out] = _feistel(found[out], bits, key)
+        out = found >= n
+    return found.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, bits: int, key: tuple[int | str, ...]) -> np.ndarray:
+    """One pass through the network on range(2^bits), uint64."""
+    widths = bits - bits // 2, bits // 2  # of the left and the right half, exchanged at every round
+    for number in range(ROUNDS):
+        left, right = values >> np.uint64(widths[1]), values & np.uint64((1 << widths[1]) - 1)
+        mixed = (left ^ random_words_at(right, *key, number)) & np.uint64((1 << widths[0]) - 1)
+        values = right << np.uint64(widths[0]) | mixed
+        widths = widths[::-1]
+    return values
 
 
 def rank_slice(n_global: int, rank: int, world: int) -> slice:
@@ -135,8 +170,11 @@ class Cycle:
     def at(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, list[str]]:
         """(epochs int64 [n], ids) of these rows of the step's global batch; pure in `step`."""
         epochs, positions = self.positions(step, rows)
-        pairs = zip(epochs.tolist(), positions.tolist(), strict=True)
-        return epochs, [self.order(epoch)[position] for epoch, position in pairs]
+        ids: list[str] = []
+        for epoch in np.unique(epochs).tolist():  # ascending, as the rows are
+            order, wanted = self.order(epoch), positions[epochs == epoch]
+            ids += order.at(wanted) if hasattr(order, "at") else [order[position] for position in wanted.tolist()]
+        return epochs, ids
 
     def coverage_steps(self) -> int:
         """Number of steps, from step 0 on, after which every id has been in a batch at least once."""

@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -21,15 +21,22 @@ from distunlearn import errors
 from distunlearn.common.files import disk_trouble
 from distunlearn.errors import RankLostError
 
-if TYPE_CHECKING:
-    from distunlearn.distributed.world import World
-
 BEAT = 5.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without one after which a rank is lost
 ARRIVAL = 1800.0  # seconds for a rank to begin at all, after the main rank has
 POLL = 0.5  # seconds between two questions of a rank that waits, at most
 
 _held = 0  # meetings of this process so far; alike on all ranks
+
+
+class Ranks(Protocol):
+    """What is asked of a world."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
 
 class Meeting:
@@ -41,7 +48,7 @@ class Meeting:
         DistunlearnError: what another rank raised. RankLostError: it failed otherwise, or says nothing any more.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: Ranks) -> None:
         global _held
         _held += 1
         self._world = world
@@ -120,7 +127,7 @@ class Meeting:
 
     def _beat(self) -> None:
         """The thread: say that this rank is alive; on the main rank also look who no longer does."""
-        size = self._world.size if self._world.is_main else 0
+        size = self._world.size if self._world.rank == 0 else 0
         beats, heard = [0] * size, [time.monotonic()] * size
         while True:
             try:

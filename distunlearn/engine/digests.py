@@ -29,7 +29,15 @@ def _deciding(section: Any) -> dict[str, Any]:
 
 
 def training_digest(session: Session, phase: str) -> str:
-    """What decides the weights of `original` or `retrained`: settings and the ids trained on, not where they lie."""
+    """What decides the weights of `original` or `retrained`: settings and the ids trained on, not where they lie.
+
+    Collective: the main rank finds it.
+    """
+    world = session.world
+    return world.broadcast_object(world.on_main(lambda: _training_digest(session, phase)))
+
+
+def _training_digest(session: Session, phase: str) -> str:
     cfg = session.cfg
     if cfg.data.previous and phase == "pretrain":
         own = session.out / "original" / DONE  # once it is there, the run before is not needed
@@ -37,8 +45,6 @@ def training_digest(session: Session, phase: str) -> str:
         return digest_of(previous=read_record(done, DONE_FIELDS)["state"])
     foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
     roles = ("retain", "forget") if phase == "pretrain" and not foreign else ("retain",)
-    chosen = (session.manifest.by_id[i] for i in sorted(session.manifest.ids(roles)))
-    samples = [(s.id, s.sha256, s.label) for s in chosen]
     return digest_of(
         phase=phase,
         seed=cfg.seed,
@@ -48,7 +54,7 @@ def training_digest(session: Session, phase: str) -> str:
         objective=cfg.objective,
         views=cfg.views,
         pretrain=cfg.pretrain,
-        samples=samples,
+        samples=session.manifest.samples_digest(roles),
         **({"checkpoint": _checkpoint_sha256(session, Path(foreign))} if foreign else {}),
         decode_size=cfg.data.decode_size,
     )
@@ -63,7 +69,7 @@ def _checkpoint_sha256(session: Session, path: Path) -> str:
 
 
 def unlearn_digest(session: Session) -> str:
-    """What decides the weights of the unlearned encoder."""
+    """What decides the weights of the unlearned encoder. Collective."""
     cfg = session.cfg
     return digest_of(
         original=training_digest(session, "pretrain"),

@@ -367,7 +367,7 @@ class _Runner:
             return {k.removeprefix(prefix): whole(v).clone() for k, v in state.items() if k.startswith(prefix)}
 
         self.backend.load_full_state({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        self.backend.load_optimizer_state(optimizer_state(checkpoint))
+        self.backend.load_optimizer_state(optimizer_state(checkpoint, state))
         if ctx.momentum is not None:
             ctx.momentum.load_state_dict(part("momentum."))
         if ctx.queue is not None:

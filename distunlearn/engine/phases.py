@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from distunlearn.common.files import file_sha256
 from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.config.schema import RunConfig
+from distunlearn.data.loading.epoch_order import epoch_order
 from distunlearn.data.loading.image_store import ImageStore
-from distunlearn.data.loading.stream import RoleFeeder, epoch_order
+from distunlearn.data.loading.stream import RoleFeeder
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import FORGOTTEN, ROLES
 from distunlearn.data.schedule import Cycle

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distunlearn.common.files import write_json
-from distunlearn.common.launcher import is_main
+from distunlearn.common.launcher import is_main, number
 from distunlearn.config.checks import batch_problems
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.schema import RunConfig
@@ -21,6 +21,7 @@ from distunlearn.data.manifest.records import FORGOTTEN, Remote
 from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.selection import check_list, draw_request
 from distunlearn.data.storage.object_store_cache import verify_objects
+from distunlearn.distributed.meeting import Meeting
 from distunlearn.distributed.world import World
 from distunlearn.engine.environment import environment
 from distunlearn.engine.provenance import require_one_run
@@ -137,7 +138,8 @@ def open_run_directory(cfg: RunConfig, out: Path, world: World) -> Iterator[RunD
         DataError: its shards are missing, purged, or not as their manifest says.
         RankLostError: the ranks do not run the same.
     """
-    manifest = verified_manifest(cfg, out) or Manifest.load(shards_folder(cfg, out))  # which says what lacks
+    with Meeting(world):  # what one rank finds wrong is said by all
+        manifest = verified_manifest(cfg, out, world) or Manifest.load(shards_folder(cfg, out))  # which says what lacks
     fresh = not has_request(out)
     if fresh:  # the same on every rank
         manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=cfg.encoder.checkpoint is not None)
@@ -173,20 +175,23 @@ def _begin(cfg: RunConfig, out: Path, request: Manifest | None) -> Lease:
     return lease
 
 
-def verified_manifest(cfg: RunConfig, out: Path | None) -> Manifest | None:
+def verified_manifest(cfg: RunConfig, out: Path | None, world: World | None = None) -> Manifest | None:
     """`find_manifest`, whose shards are as it says and lack none of the request's images; None if there is none yet.
+
+    world: whose ranks share the work; None: this process does it alone.
 
     Raises:
         DataError: see `find_manifest`; images were purged, or shards are not as it says; the list has changed since.
     """
     manifest = find_manifest(cfg, out)
     if manifest is not None:
-        _verify(cfg, manifest)
+        _verify(cfg, manifest, world)
     return manifest
 
 
-def _verify(cfg: RunConfig, manifest: Manifest) -> None:
-    """Shards against the manifest: sizes always; digests, where asked for, once per process and on one process.
+def _verify(cfg: RunConfig, manifest: Manifest, world: World | None) -> None:
+    """Shards against the manifest: lengths by one process of a machine; digests, where asked for, once in each process,
+    every rank its share. Before the ranks of a launch have met digests wait until then.
 
     Of shards in an object store both are compared on one process; every process compares the length of what it reads.
     """
@@ -204,9 +209,12 @@ def _verify(cfg: RunConfig, manifest: Manifest) -> None:
         )
     check_list(cfg.data, manifest)
     key = (str(manifest.folder), manifest.place, manifest.index_sha256, cfg.data.verify)
-    deep = cfg.data.verify == "digest" and is_main() and key not in _VERIFIED
+    deep = cfg.data.verify == "digest" and key not in _VERIFIED
     if manifest.remote is None:
-        verify_shards(manifest, deep=deep)
+        deep = deep and (world is not None or number("WORLD_SIZE", 1) == 1)
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        sizes = world is None or number("LOCAL_RANK", 0) == 0
+        verify_shards(manifest, deep, sizes, slice(rank, None, size))
     elif is_main() and key not in _VERIFIED:
         verify_objects(manifest, deep=deep)
     if deep or manifest.remote is not None:

@@ -21,8 +21,9 @@ import pytest
 
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.loading.verify import read_sample, verify_shards
+from distunlearn.data.manifest import columns as columns_module
 from distunlearn.data.manifest import manifest as module
-from distunlearn.data.manifest.ids import check_id, refused
+from distunlearn.data.manifest.ids import check_id, hash_ids, refused
 from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.purge import purge_shards, purged_before
@@ -84,7 +85,7 @@ def test_a_manifest_says_what_it_was_made_of(tmp_path, size):
             wanted = [s for s in found if s.role in roles]
             chosen = manifest.select(roles)
             assert chosen.ids == [s.id for s in wanted] == manifest.ids(roles)
-            assert [chosen.shards[k] for k in chosen.shard_of] == [s.shard for s in wanted]
+            assert np.repeat(chosen.shards, np.diff(chosen.starts)).tolist() == [s.shard for s in wanted]
             assert chosen.ids[2] == wanted[2].id and chosen.ids[1:3] == [s.id for s in wanted[1:3]]
         labels = [-1 if s.label is None else s.label for s in found]
         assert manifest.labels([s.id for s in found]).tolist() == labels
@@ -365,6 +366,21 @@ def test_shards_are_prepared_verified_and_purged(tmp_path, size):
     made.save_request(tmp_path)
     found = Manifest.of_run(tmp_path)
     verify_shards(found, deep=True)
+    shares = [slice(rank, None, 3) for rank in range(3)]
+    damaged = folder / found.shards()[4]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"x")
+    seen = []
+    for rank, share in enumerate(shares):  # every shard is in one rank's share
+        with nullcontext() if rank != 1 else pytest.raises(DataError, match=damaged.name):
+            verify_shards(found, deep=True, sizes=False, share=share)
+            seen.append(rank)
+    assert seen == [0, 2]
+    damaged.write_bytes(content[:-1])
+    verify_shards(found, deep=False, sizes=False)  # another process of the machine looks at lengths
+    with pytest.raises(DataError, match=damaged.name):
+        verify_shards(found, deep=False)
+    damaged.write_bytes(content)
     assert made.fingerprint == found.fingerprint
     kept = {s.id: read_sample(found, s.id) for s in found.samples if s.role != "forget"}
     purge_shards(folder, found.ids("forget"))
@@ -396,3 +412,32 @@ def test_look_ups_in_mapped_columns_take_no_memory_that_stays(tmp_path):
     (case,) = json.loads(done.stdout)["cases"]
     assert case["found"] == 200_000 and case["missing"] == 1
     assert case["mib_above_imports"] < 100, case
+
+
+@pytest.mark.parametrize("window", [7, 1 << 16])
+def test_the_digest_of_samples_is_of_what_they_are_and_not_of_where_they_lie(tmp_path, size, window, monkeypatch):
+    monkeypatch.setattr(columns_module, "WINDOW", window)
+    found, files = samples()
+    roles = ("retain", "forget")
+    digest = Manifest(tmp_path, found, files).samples_digest(roles)
+    chosen = sorted((s for s in found if s.role in roles), key=lambda s: int(hash_ids([s.id])[0]))
+    expected = hashlib.sha256()
+    for start in range(0, len(chosen), window):
+        part = chosen[start : start + window]
+        expected.update(b"".join(len(s.id.encode()).to_bytes(8, "little") for s in part))
+        expected.update(b"".join(s.id.encode() for s in part))
+        expected.update(b"".join(bytes.fromhex(s.sha256) for s in part))
+        expected.update(b"".join((module.NO_LABEL if s.label is None else s.label).to_bytes(4, "little", signed=True)
+                                 for s in part))  # fmt: skip
+    assert digest == expected.hexdigest()
+    elsewhere = [replace(s, shard="one.tar", offset=512 + 1000 * k) for k, s in enumerate(reversed(found))]
+    other = Manifest(tmp_path, elsewhere, {"one.tar": Shard(10**6, "cd" * 32, len(found))})
+    assert other.samples_digest(roles) == digest
+    at = next(k for k, s in enumerate(found) if s.role == "retain")
+    changes = ({"id": "another.jpg"}, {"sha256": "0" * 64}, {"label": 99}, {"role": "holdout"})
+    for change in changes:
+        changed = [*found[:at], replace(found[at], **change), *found[at + 1 :]]
+        assert Manifest(tmp_path, changed, files).samples_digest(roles) != digest
+    unseen = next(k for k, s in enumerate(found) if s.role == "holdout")
+    changed = [*found[:unseen], replace(found[unseen], label=99), *found[unseen + 1 :]]
+    assert Manifest(tmp_path, changed, files).samples_digest(roles) == digest

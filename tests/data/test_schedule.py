@@ -5,8 +5,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from distunlearn.data.schedule import Cycle, permutation, random_words, rank_slice
+from distunlearn.data import schedule
+from distunlearn.data.schedule import Cycle, keyed_places, permutation, random_words, random_words_at, rank_slice
 
 MASK = (1 << 64) - 1
 
@@ -47,6 +49,69 @@ def test_permutation_places_every_item_everywhere_about_equally():
     for seed in range(2000):
         counts[np.arange(5), permutation(5, seed, "uniform")] += 1
     assert np.abs(counts / 2000 - 0.2).max() < 0.05
+
+
+def test_words_at_places_are_those_of_the_whole():
+    places = np.array([49, 0, 7, 7])
+    assert (random_words_at(places, 7, "order") == random_words(50, 7, "order")[places]).all()
+
+
+def test_keyed_places_are_a_bijection_of_every_size():
+    for n in (*range(1, 260), 4095, 4096, 4097, 65_537, 250_001):
+        found = keyed_places(np.arange(n), n, 3, "epoch", 1)
+        assert found.dtype == np.int64 and (np.sort(found) == np.arange(n)).all(), n
+        some = np.arange(0, n, 7)[::-1]
+        assert (keyed_places(some, n, 3, "epoch", 1) == found[some]).all(), "a place depends on those asked for with it"
+        assert n < 20 or (keyed_places(np.arange(n), n, 3, "epoch", 2) != found).any()
+
+
+def test_keyed_places_are_the_network_written_out_in_integers():
+    """The formula by Python's integers, with the words by hashlib."""
+    n, key, bits = 1000, (5, "golden"), 10
+
+    def word(value: int, number: int) -> int:
+        return reference_words(f"5\x1fgolden\x1f{number}".encode(), value + 1)[value]
+
+    def passed(value: int) -> int:
+        left, right = value >> bits // 2, value & 31
+        for number in range(8):
+            left, right = right, (left ^ word(right, number)) & 31
+        return left << 5 | right
+
+    for place in (0, 1, 500, 999):
+        value = passed(place)
+        while value >= n:
+            value = passed(value)
+        assert keyed_places(np.array([place]), n, *key).tolist() == [value]
+
+
+def chi_square(cells: np.ndarray) -> float:
+    """Probability of a larger statistic if all cells are equally likely."""
+    expected = cells.sum() / cells.size
+    return float(stats.chi2.sf(((cells - expected) ** 2 / expected).sum(), cells.size - 1))
+
+
+@pytest.mark.parametrize("n", [5, 100, 300])
+def test_first_positions_fall_everywhere_about_equally(n):
+    """Chi-square of where the first place goes, and of the pair of the first two (coarsely), over many keys."""
+    draws = np.array([keyed_places(np.array([0, 1]), n, seed, "chi") for seed in range(max(1500, 8 * n))])
+    assert chi_square(np.bincount(draws[:, 0], minlength=n)) > 1e-3
+    coarse = draws * min(n, 5) // n
+    cells = np.bincount(coarse[:, 0] * 5 + coarse[:, 1], minlength=25).astype(float)
+    if n >= 100:
+        assert chi_square(cells) > 1e-3
+
+
+def test_control_two_rounds_are_too_few(monkeypatch):
+    """The chi-square sees a network that hardly mixes: two places whose left halves differ, and how the results do."""
+
+    def differences() -> np.ndarray:
+        found = np.array([keyed_places(np.array([0, 32]), 1024, seed, "chi") for seed in range(1500)]) >> 5
+        return np.bincount(found[:, 0] ^ found[:, 1], minlength=32)
+
+    assert chi_square(differences()) > 1e-3
+    monkeypatch.setattr(schedule, "ROUNDS", 2)
+    assert chi_square(differences()) < 1e-9
 
 
 @pytest.mark.parametrize(("n", "world"), [(0, 1), (1, 4), (7, 3), (12, 4), (50, 2)])

@@ -13,7 +13,7 @@ from pictures import by_webdataset, feeder, pictures, reloaded, store
 from torchvision.transforms.v2 import functional as tv
 
 from distunlearn.config.schema import ViewsConfig
-from distunlearn.data.loading.stream import epoch_order
+from distunlearn.data.loading.epoch_order import epoch_order
 from distunlearn.data.loading.verify import read_sample
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.schedule import Batch

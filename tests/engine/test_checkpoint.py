@@ -15,12 +15,13 @@ from whole_checkpoint import save_checkpoint
 from distunlearn.config.schema import OptimizerConfig
 from distunlearn.engine.backends.tensor_shards import Piece, StoredTensor, part, whole
 from distunlearn.engine.checkpoint import format as module
+from distunlearn.engine.checkpoint import tensors as tensors_module
 from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_checkpoint
-from distunlearn.engine.checkpoint.tensors import optimizer_state, read_state, write_pieces
+from distunlearn.engine.checkpoint.tensors import OPTIMIZER, optimizer_state, read_state, write_pieces
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.errors import DataError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_format_2"
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_format_3"
 
 
 def moments(value):
@@ -160,7 +161,7 @@ def golden():
 
 @pytest.mark.parametrize("layout", ["whole", "sharded"])
 def test_the_committed_checkpoint_is_read(layout):
-    """Written once, by format 2: a change that can no longer read it needs another number."""
+    """Written once, by format 3: a change that can no longer read it needs another number."""
     checkpoint, rejected = latest_checkpoint(GOLDEN / layout)
     assert (checkpoint.step, rejected, checkpoint.facts["world"], checkpoint.facts["format"]) == (2, [], 2, FORMAT)
     assert len(checkpoint.facts["files"]) == (2 if layout == "whole" else 4)
@@ -177,7 +178,7 @@ def test_the_committed_checkpoint_is_read(layout):
         assert found["state"][name].keys() == optimizer.state[value].keys()
 
 
-@pytest.mark.parametrize("number", [1, FORMAT + 1])
+@pytest.mark.parametrize("number", [FORMAT - 1, FORMAT + 1])
 def test_another_format_is_refused_by_its_number_and_not_passed_over(tmp_path, number):
     save(tmp_path, 10, 1.0)
     rewrite(save(tmp_path, 20, 2.0) / "COMMIT.json", format=number)
@@ -230,6 +231,36 @@ def test_pieces_of_any_number_of_ranks_are_read_whole_and_in_parts(tmp_path):
                 for count in range(value.numel() + 1 - start):
                     assert torch.equal(part(state[name], start, count), flat[start : start + count])
         assert torch.equal(whole(optimizer_state(checkpoint)["state"]["w"]["exp_avg"]), tensors["optimizer.w/exp_avg"])
+
+
+def test_a_rank_that_reads_its_own_share_opens_three_files(tmp_path, monkeypatch):
+    """Its own two, and the one with the whole tensors; control: a share of another number of ranks needs more."""
+    world, opened = 16, set()
+    temporary, files = begin(tmp_path, 1), {}
+    for rank in range(world):
+        names = ("model.steps", f"{OPTIMIZER}w/step")
+        pieces = [Piece(name, torch.tensor(3.0), ()) for name in names if rank == 0]
+        for name in ("model.w", f"{OPTIMIZER}w/exp_avg", "momentum.w"):
+            values = torch.arange(10.0) + 10 * rank
+            pieces.append(Piece(name, values, (160,), 10 * rank))
+        files |= write_pieces(temporary, pieces, rank, world, sharded=True)
+    commit(temporary, 1, files, {"optimizer": "AdamW"})
+    checkpoint = module.read_commit(tmp_path / "step-00000001")
+    real = tensors_module.safe_open
+    monkeypatch.setattr(tensors_module, "safe_open", lambda path, **more: opened.add(path.name) or real(path, **more))
+
+    def read(rank: int, ranks: int) -> int:
+        opened.clear()
+        state = read_state(checkpoint)
+        moments = optimizer_state(checkpoint, state)
+        assert torch.equal(whole(moments["state"]["w"]["step"]), torch.tensor(3.0)) and whole(state["model.steps"]) == 3
+        count = 160 // ranks
+        for value in (state["model.w"], state["momentum.w"], moments["state"]["w"]["exp_avg"]):
+            assert torch.equal(part(value, rank * count, count), torch.arange(160.0)[rank * count : (rank + 1) * count])
+        return len(opened)
+
+    assert [read(rank, world) for rank in range(world)] == [2, *[3] * (world - 1)]
+    assert read(1, 4) == 2 * 4 + 1
 
 
 def test_a_rank_file_of_another_step_or_none_at_all_is_refused(tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from distunlearn.config.load import load_config, save_config
+from distunlearn.distributed.world import World
 from distunlearn.engine.digests import CHECKPOINT_SHA256, training_digest
 from distunlearn.engine.run_directory import saved_config
 from distunlearn.errors import ConfigError, DataError
@@ -38,8 +40,8 @@ def test_the_digest_of_a_finished_original_encoder_outlives_the_checkpoint(tmp_p
     checkpoint = tmp_path / "enc.safetensors"
     checkpoint.write_bytes(b"weights")
     cfg = load_config("digits", None, [*GIVEN[:2], f"encoder.checkpoint={checkpoint}", GIVEN[3]])
-    manifest = SimpleNamespace(ids=lambda roles: [], by_id={})
-    session = SimpleNamespace(cfg=cfg, out=tmp_path / "run", manifest=manifest)
+    manifest, alone = SimpleNamespace(samples_digest=lambda roles: ""), World(0, 1, torch.device("cpu"))
+    session = SimpleNamespace(cfg=cfg, out=tmp_path / "run", manifest=manifest, world=alone)
     before = training_digest(session, "pretrain")
     checkpoint.unlink()
     with pytest.raises(DataError, match="cannot be read"):  # nothing was made of it yet

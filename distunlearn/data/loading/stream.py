@@ -20,47 +20,12 @@ import torch
 
 from distunlearn.common.device import on_device
 from distunlearn.data.loading.dataset import Wanted
+from distunlearn.data.loading.epoch_order import epoch_order
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Decoded
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.schedule import Batch, Cycle, permutation, random_words, rank_slice
+from distunlearn.data.schedule import Batch, Cycle, rank_slice
 from distunlearn.errors import DataError
-
-BLOCK_SHARDS = 8  # shards shuffled together
-
-
-class _Order(Sequence[str]):
-    """Ids in another order, looked up when asked for: an epoch of a hundred million costs its indices alone."""
-
-    def __init__(self, ids: Sequence[str], order: np.ndarray) -> None:
-        self._ids = ids
-        self._order = order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, position: int) -> str:  # type: ignore[override]
-        return self._ids[int(self._order[position])]
-
-
-def epoch_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> Sequence[str]:
-    """Ids of the roles in the order of this epoch; every id once, the same on every rank.
-
-    Shards are shuffled by (seed, epoch), then samples within each block of BLOCK_SHARDS shards, so that reads
-    stay within a few files for a while; with up to BLOCK_SHARDS shards this is a full shuffle.
-    """
-    chosen = manifest.select(roles)
-    block = np.argsort(_shard_order(manifest, roles, seed, epoch))[chosen.shard_of] // BLOCK_SHARDS
-    words = random_words(len(chosen.ids), seed, "samples of", _name(roles), epoch)
-    return _Order(chosen.ids, np.lexsort((words, block)))
-
-
-def _shard_order(manifest: Manifest, roles: str | Sequence[str], seed: int, epoch: int) -> np.ndarray:
-    return permutation(len(manifest.select(roles).shards), seed, "shards of", _name(roles), epoch)
-
-
-def _name(roles: str | Sequence[str]) -> str:
-    return roles if isinstance(roles, str) else ",".join(sorted(set(roles)))
 
 
 class RoleFeeder:

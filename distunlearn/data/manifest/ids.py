@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from distunlearn.data.manifest.role_rows import RoleRows
 from distunlearn.errors import DataError
 
 _MAX_ID = 1_024  # characters
@@ -206,10 +207,17 @@ class IdTable(Sequence[str]):
         return same[0] if same else -1
 
 
-class IdList(Sequence[str]):
-    """Ids of some rows of a table, made when they are asked for."""
+def ids_at(ids: Sequence[str], places: np.ndarray) -> list[str]:
+    """The ids at many places, int64 [k]."""
+    if isinstance(ids, IdList):
+        return ids.table.at(ids.rows[places])
+    return [ids[place] for place in places.tolist()]
 
-    def __init__(self, table: IdTable, rows: np.ndarray) -> None:
+
+class IdList(Sequence[str]):
+    """Ids of some rows of a table, made when they are asked for. rows: an array, or what is indexed like one."""
+
+    def __init__(self, table: IdTable, rows: np.ndarray | RoleRows) -> None:
         self.table, self.rows = table, rows
 
     def __len__(self) -> int:

@@ -35,6 +35,7 @@ from distunlearn.data.manifest.records import (
     read_summary,
 )
 from distunlearn.data.manifest.request import Request, keys_of
+from distunlearn.data.manifest.role_rows import RoleRows
 from distunlearn.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ def has_index(folder: str | Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """The ids of some roles in manifest order, and for each the number of its shard among `shards`."""
+    """The ids of some roles in manifest order, the shards that hold some, and where the ids of each begin."""
 
     ids: Sequence[str]
     shards: list[str]
-    shard_of: np.ndarray = field(compare=False)  # int64 [n]
+    starts: np.ndarray = field(compare=False)  # int64 [S + 1], the last is the number of ids
 
 
 class Manifest:
@@ -144,20 +145,25 @@ class Manifest:
         made.index_sha256 = self.index_sha256
         return made
 
-    def ids(self, roles: str | Sequence[str]) -> list[str]:
-        """Ids of one role or of several, in manifest order."""
-        return list(self.select(roles).ids)
+    def ids(self, roles: str | Sequence[str]) -> Sequence[str]:
+        """Ids of one role or of several, in manifest order: a list, or above SMALL a view that makes them."""
+        return self.select(roles).ids
+
+    def samples_digest(self, roles: Sequence[str]) -> str:
+        """sha256 of the ids, image digests and labels of all samples of some roles, wherever they lie."""
+        return self.columns.samples_digest([CODE[role] for role in roles])
 
     def select(self, roles: str | Sequence[str]) -> _Selection:
         """Ids of the roles with their shards (computed once, then kept)."""
         wanted = (roles,) if isinstance(roles, str) else tuple(sorted(set(roles)))
         assert set(wanted) <= set(CODES), wanted
         if wanted not in self._selections:
-            rows = self.rows(wanted)
+            rows = RoleRows(self.columns.role, [CODE[role] for role in wanted], np.array(self._borders))
             ids = IdList(self.columns.ids, rows)
-            numbers, shard_of = np.unique(self.columns.shard[rows], return_inverse=True)
+            numbers = np.flatnonzero(np.diff(rows.starts))
             shards = [self._names[number] for number in numbers.tolist()]
-            self._selections[wanted] = _Selection(list(ids) if self.is_small else ids, shards, shard_of)
+            starts = np.append(rows.starts[numbers], len(rows))
+            self._selections[wanted] = _Selection(list(ids) if self.is_small else ids, shards, starts)
         return self._selections[wanted]
 
     def lookup(self, ids: Sequence[str]) -> list[Sample]:

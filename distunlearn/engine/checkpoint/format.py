@@ -4,7 +4,8 @@ A checkpoint is a folder `step-XXXXXXXX`: safetensors files, and `COMMIT.json`, 
 and size and is itself under a digest. Two layouts, which every backend reads:
 
     state.safetensors, optimizer.safetensors          whole tensors, written by the main rank
-    state-RRRRR-of-WWWWW.safetensors, optimizer-...   pieces, each rank's own; where they lie is in the file's metadata
+    state-RRRRR-of-WWWWW.safetensors, optimizer-...   pieces, each rank's own; where they lie is in COMMIT.json, so that
+                                                      a rank opens the files that hold what it needs, and no other
 
 It is made under a temporary name. Every rank writes and syncs its files; the main rank waits for all of them, commits,
 renames the folder, and only then names it in `LATEST`. A folder whose COMMIT.json does not verify is passed over in
@@ -33,7 +34,7 @@ from distunlearn.errors import DataError
 from distunlearn.verify.merkle import leaf_hash, root
 from distunlearn.verify.records import read_record
 
-FORMAT = 2
+FORMAT = 3
 KEEP = 2  # the newest may be the one that a disk damages, so one more is kept
 KEEP_ALL = 1 << 60
 STEP = re.compile(r"step-\d{8}")
