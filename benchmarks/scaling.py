@@ -1,234 +1,274 @@
-"""Weak and strong scaling over processes of this machine.
+"""What one step of a run asks of the network and of the host, counted: collectives, bytes, objects, blocking reads.
 
-    python benchmarks/scaling.py --document benchmarks/results/DATE-scaling.md
-    torchrun ... benchmarks/throughput.py --cell ...     one point over nodes: see docs/results.md
+    python benchmarks/scaling.py --cells vit12:fsdp2:sketch resnet50:ddp:head --worlds 8 64 1024 4096
 
-Three groups of processes, one thread each, stay alive and take turns step by step: two processes that do not
-communicate, one process with the global batch, and the processes of a backend. So whatever else the machine does, it
-does to all of them.
-
-    weak efficiency   images/s of the backend's processes / images/s of as many that do not communicate, same batch each
-    strong speed-up   step time of one process with the global batch / of the backend's processes that share it
-
-By the clock (the slowest process of a group counts) and by CPU seconds (their sum): the clock has what processes wait
-for each other, which on a busy machine is mostly the scheduler; CPU seconds have the work of communicating alone.
+The training loop's own step runs as rank 0 of W processes, in torch's fake process group: every rank is taken to hold
+what this one holds. Nothing is timed, so counts are exact and the same on every machine. With `--hollow` tensors have
+no values, so that encoders of real size fit. GPUs: not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
-from constraint_report import json_text, machine
-from scaling_report import document, efficiency_plot
-from throughput_step import ENCODERS, configuration, prepared, session, train
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-WARM_UP = 2
-BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, fitting
+from distunlearn.config.schema import EncoderConfig, PretrainConfig, RunConfig, RuntimeConfig, UnlearnConfig
+from distunlearn.data.schedule import Batch
+from distunlearn.distributed.world import World
+from distunlearn.encoders.model import MomentumEncoder, build_model
+from distunlearn.engine import loop
+from distunlearn.engine.backends import fsdp2, open_backend
+from distunlearn.engine.optimizer import make_optimizer
+from distunlearn.methods.base import Method, method_class
+from distunlearn.methods.training import Pretrain
+from distunlearn.objectives import KeyQueue, make_objective
+from distunlearn.objectives.forward import Context
+from distunlearn.plan.dry_run import LiveBytes
 
+__all__ = ["Step", "count_step", "counting", "fake_group"]
 
-@dataclass(frozen=True)
-class Job:
-    """What the processes of a group train; `batch` is that of one process."""
-
-    encoder: str
-    batch: int
-    backend: str = "single"
-    world: int = 1
-    steps: int = 10
-    sync_batchnorm: bool = True
-
-    def config(self) -> Any:
-        return configuration(
-            ENCODERS[self.encoder], self.batch * self.world, backend=self.backend, steps=self.steps + WARM_UP,
-            sync_batchnorm=self.sync_batchnorm,
-        )  # fmt: skip
-
-
-def work(jobs: list[Job], folder: Path) -> None:
-    """A process of a group, one job after the other: after every step it writes a line and waits for one."""
-    torch.set_num_threads(1)
-
-    def between(number: int) -> None:
-        if number > job.steps + WARM_UP:  # what an epoch has beyond them
-            return
-        sample = clock.samples[-1]
-        print(f"STEP {json.dumps({'seconds': sample.seconds, 'cpu': sample.cpu})}", flush=True)
-        sys.stdin.readline()
-
-    for number, job in enumerate(jobs):
-        cfg = prepared(job.config(), folder / "data" / str(number))
-        with session(cfg, folder / f"run-{number}", between) as run:
-            clock = run.telemetry
-            train(run, "pretrain")
+SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 12, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+ENCODERS = {
+    "vit12": EncoderConfig(name="vit_tiny_patch16_224", image_size=32, in_chans=3, stem="standard", args=SMALL),
+    "resnet50": EncoderConfig(name="resnet50", image_size=32, in_chans=3, stem="standard"),
+    "vit_base": EncoderConfig(name="vit_base_patch16_224", image_size=224, in_chans=3, stem="standard"),
+    "vit_large": EncoderConfig(name="vit_large_patch16_224", image_size=224, in_chans=3, stem="standard"),
+    "vit_giant": EncoderConfig(name="vit_giant_patch14_224", image_size=224, in_chans=3, stem="standard"),
+}
+IMAGES = 2  # of each role, on each rank
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__")
+BEFORE_BACKWARD = ("data", "loss")
+KINDS = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+         "allreduce": "all_reduce", "all_reduce": "all_reduce", "broadcast": "broadcast"}  # fmt: skip
 
 
-class Group:
-    """The processes of jobs, or of `copies` that know nothing of each other; they step when told to."""
+@dataclass
+class Step:
+    """Counts of one step by place of the loop. bytes: of what a collective gives this rank. peak_bytes: alive at once.
 
-    def __init__(self, jobs: list[Job], folder: Path, copies: int = 1) -> None:
-        self.jobs, job, self.running = jobs, jobs[0], False
-        port = 20000 + os.getpid() % 20000 + sum(map(ord, job.backend))
-        self.processes, self.logs = [], []
-        for number, each in enumerate(jobs):  # by one process, before the others look for it
-            prepared(each.config(), folder / "data" / str(number))
-        for number in range(max(copies, job.world)):
-            own = folder / (f"copy{number}" if copies > 1 else "job")
-            own.mkdir(parents=True, exist_ok=True)
-            if not (own / "data").exists():
-                (own / "data").symlink_to(folder / "data")
-            variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-            if job.world > 1:
-                variables |= {
-                    "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job.world),
-                    "LOCAL_WORLD_SIZE": str(job.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                }  # fmt: skip
-            command = [sys.executable, __file__, "--worker", json.dumps([asdict(each) for each in jobs]),
-                       "--folder", str(own)]  # fmt: skip
-            log = (own / f"log-{number}").open("w", encoding="utf-8")
-            self.logs.append(log)
-            self.processes.append(
-                subprocess.Popen(
-                    command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-                )  # fmt: skip
-            )
+    collectives, sizes: by (place, kind). reads: blocking ones, by place. objects: exchanges of plain data, by place.
+    """
 
-    def read(self) -> list[dict[str, float]]:
-        """The next step's times of all processes.
+    collectives: Counter = field(default_factory=Counter)
+    sizes: Counter = field(default_factory=Counter)
+    reads: Counter = field(default_factory=Counter)
+    objects: Counter = field(default_factory=Counter)
+    weights: int = 0
+    peak_bytes: int = 0
 
-        Raises:
-            RuntimeError: a process has ended.
-        """
-        found = []
-        for process in self.processes:
-            line = process.stdout.readline()
-            while line and not line.startswith("STEP "):
-                line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"a process of {self.jobs[0]} ended with {process.wait()}; see its log")
-            found.append(json.loads(line[5:]))
+    def total(self, what: str = "collectives", *, places: tuple[str, ...] = (), kind: str = "") -> int:
+        """Sum over these places (none named: all) and kinds."""
+        found: Mapping[Any, int] = getattr(self, what)
+        split = {key if isinstance(key, tuple) else (key, ""): count for key, count in found.items()}
+        return sum(n for (p, k), n in split.items() if (not places or p in places) and kind in ("", k))
+
+
+class _Collectives(TorchDispatchMode):
+    """Collectives, and in `made` the storages that operations wrote to."""
+
+    def __init__(self, step: Step, at: list[str]) -> None:
+        super().__init__()
+        self.step, self.at, self.made = step, at, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name.split("::")[1].strip("_")
+            kind = next((k for start, k in KINDS.items() if start in name), None)
+            if kind is not None:
+                self.step.collectives[self.at[0], kind] += 1
+                result = found if func.namespace == "_c10d_functional" else args[0]
+                tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+                self.step.sizes[self.at[0], kind] += sum(t.numel() * t.element_size() for t in tensors)
+        self.made.update(t.untyped_storage()._cdata for t in tree_leaves(found) if isinstance(t, Tensor))
         return found
 
-    def release(self) -> None:
-        for process in self.processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
 
-    def step(self) -> list[dict[str, float]]:
-        self.release()
-        return self.read()
+class _Reads(TorchFunctionMode):
+    """Reads, by the host, of values that this step made: for them it waits. One of an earlier step is there."""
 
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
-        for log in self.logs:
-            log.close()
+    def __init__(self, step: Step, at: list[str], made: set[int]) -> None:
+        super().__init__()
+        self.step, self.at, self.made = step, at, made
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READS and args and isinstance(args[0], Tensor):
+            self.step.reads[self.at[0]] += args[0].untyped_storage()._cdata in self.made
+        return func(*args, **(kwargs or {}))
 
 
-def rounds(groups: dict[str, Group], count: int) -> dict[str, list[list[dict[str, float]]]]:
-    """`count` steps of every group in turn, by group: a list of rounds, each of the group's processes."""
-    found: dict[str, list[list[dict[str, float]]]] = {name: [] for name in groups}
-    for _ in range(count):
-        for name, group in groups.items():
-            found[name].append(group.step())
-    return found
+def _ids(role: str, count: int = IMAGES) -> list[str]:
+    return [f"{role}{row}" for row in range(count)]
 
 
-def started(group: Group) -> None:
-    """Into the next job, past its warm-up."""
-    if group.running:
-        group.release()
-    group.running = True
-    group.read()
-    for _ in range(WARM_UP - 1):
-        group.step()
+def _batch(cfg: RunConfig, role: str, count: int) -> Batch:
+    size, channels = cfg.encoder.image_size, cfg.encoder.in_chans
+
+    def cut(ids: Any, epochs: np.ndarray, views: Any) -> Tensor:
+        return torch.randint(0, 256, (len(ids), len(views), channels, size, size), dtype=torch.uint8)
+
+    epochs, sizes = np.zeros(count, dtype=np.int64), (count,) * dist.get_world_size()
+    return Batch(_ids(role, count), epochs, torch.arange(count) % 2, cut, sizes=sizes)
 
 
-def scale(
-    cells: list[tuple[str, int]], backends: list[str], count: int, save: Any, sync_batchnorm: bool = True
-) -> list[dict[str, Any]]:
-    """Rounds of every cell (encoder, batch of a process) and backend beside the independent processes and the single
-    one, which stay alive over all of them.
-    """
-    found: list[dict[str, Any]] = []
-    small = [Job(encoder, batch, steps=count) for _ in backends for encoder, batch in cells]
-    large = [replace(job, batch=2 * job.batch) for job in small]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        beside = {"independent": Group(small, folder / "small", copies=2), "one": Group(large, folder / "large")}
+@contextlib.contextmanager
+def fake_group(world: int) -> Iterator[None]:
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "1"}
+    with mock.patch.dict(os.environ, {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
         try:
-            for backend in backends:
-                jobs = [Job(encoder, batch, backend, 2, count, sync_batchnorm) for encoder, batch in cells]
-                groups = {**beside, "backend": Group(jobs, folder / backend)}
-                try:
-                    for encoder, batch in cells:
-                        for group in groups.values():
-                            started(group)
-                        samples = rounds(groups, count)
-                        found.append({"encoder": encoder, "batch": batch, "backend": backend, "rounds": samples})
-                        print(encoder, batch, backend, "done", flush=True)
-                        save(found)
-                except RuntimeError as error:
-                    log = (folder / backend / "job" / "log-0").read_text(encoding="utf-8")[-1500:]
-                    print(error, log, file=sys.stderr)
-                    found.append({"encoder": "", "batch": 0, "backend": backend, "error": str(error)})
-                    save(found)
-                    return found  # the groups beside it are out of step now
-                finally:
-                    groups["backend"].close()
+            yield
         finally:
-            for group in beside.values():
-                group.close()
-    return found
+            dist.destroy_process_group()
+
+
+def _mesh_made_before(world: int) -> Any:
+    """A mesh reads numbers of its own, which a tensor without values has not."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    return mock.patch.object(fsdp2, "init_device_mesh", lambda *a, **k: mesh)
+
+
+def configuration(
+    encoder: str, backend: str, evaluator: str, world: int, objective: str = "mocov3", **other: Any
+) -> RunConfig:
+    """evaluator: or "pretrain". other: settings of the top level."""
+    batch = IMAGES * world
+    return RunConfig(
+        encoder=ENCODERS[encoder], backend=backend, runtime=RuntimeConfig(threads=1),
+        objective=fitting(OBJECTIVE, objective, hidden_dim=64, output_dim=32),
+        pretrain=PretrainConfig(batch=batch), method=fitting(METHOD, "third_party"),
+        unlearn=UnlearnConfig(retain_batch=batch, forget_batch=batch, third_party_batch=batch),
+        constraint=fitting(EVALUATOR, "head" if evaluator == "pretrain" else evaluator, check_every=1000), **other,
+    )  # fmt: skip
+
+
+def count_step(cfg: RunConfig, world: int, *, pretrain: bool = False, hollow: bool = False) -> Step:
+    """The second step of a phase: the first one checks more."""
+    step, at = Step(), ["start"]
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if hollow else contextlib.nullcontext()
+    live = LiveBytes() if hollow else contextlib.nullcontext()
+    sound = mock.patch.object(World, "finite_and_sum", lambda *a: (True, 0)) if hollow else contextlib.nullcontext()
+    with fake_group(world), _mesh_made_before(world), fake, live, sound:
+        runner = _runner(cfg, Pretrain(cfg) if pretrain else method_class(cfg)(cfg), at)
+        runner._step(1)
+        with counting(step, at):
+            runner._step(2)
+        step.weights = runner.backend.num_weights
+        step.peak_bytes = getattr(live, "peak", 0)
+        runner.backend.release()
+    return step
+
+
+@contextlib.contextmanager
+def counting(step: Step, at: list[str]) -> Iterator[None]:
+    """Within it everything is counted, at the place that `at` names."""
+    right = World.gather_objects
+
+    def counted(self: World, value: Any) -> list[Any]:
+        step.objects[at[0]] += 1
+        return right(self, value)
+
+    collectives = _Collectives(step, at)
+    with mock.patch.object(World, "gather_objects", counted), collectives, _Reads(step, at, collectives.made):
+        yield
+
+
+def _summed(_, bucket):  # without annotations, which torch would check
+    dist.all_reduce(bucket.buffer())
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def _momentum(cfg: RunConfig) -> MomentumEncoder:
+    """Built anew: tensors without values cannot be copied."""
+    made = object.__new__(MomentumEncoder)
+    made.model, made.updates = build_model(cfg, None).requires_grad_(False), 0
+    made.model.predictor = None
+    return made
+
+
+def _runner(cfg: RunConfig, method: Method, at: list[str]) -> Any:
+    """The loop's runner without a run directory: batches, ledger and telemetry take part in name only."""
+    backend, objective = open_backend(cfg), make_objective(cfg.objective)
+    optim = cfg.unlearn if method.steps == "unlearn" else cfg.pretrain
+    model = build_model(cfg, None)
+    momentum = _momentum(cfg) if objective.needs_momentum else None
+    forward = backend.prepare(model, make_optimizer(optim, model), clip=optim.clip)
+    if momentum is not None:
+        backend.follow(momentum)
+    if hasattr(forward, "register_comm_hook"):  # the fake group's all-reduce has no result, which DDP wants
+        forward.register_comm_hook(None, _summed)
+    ctx = Context(
+        cfg=cfg, objective=objective, model=model, forward=forward, device=backend.device, momentum=momentum,
+        queue=KeyQueue(cfg.objective.queue_size, cfg.objective.output_dim) if objective.uses_queue else None,
+        world=backend.world.size, plain_forward=backend.plain_forward(),
+    )  # fmt: skip
+    method.calibrate(ctx, lambda role: _batch(cfg, role, 8))
+    names = list(method.batch_sizes())
+    batches = SimpleNamespace(at=lambda draw: {name: _batch(cfg, name, IMAGES) for name in names})
+
+    def mark(place: str, *_: Any, **__: Any) -> None:
+        at[0] = place
+
+    nothing = SimpleNamespace(step=lambda *a: None, note=lambda *a: None)
+    feeders = {
+        name: SimpleNamespace(ids_by_rank=lambda draw, w, name=name: [_ids(name)] + [[]] * (w - 1)) for name in names
+    }
+    phase = loop.Phase("count", Path(), 10, optim, method, feeders, lambda role: None, frozenset(), "")
+    watch = SimpleNamespace(at=mark, count=0)
+    return loop._Runner(phase, ctx, backend, nothing, nothing, None, watch, None, batches)
+
+
+def cell(name: str, world: int, hollow: bool) -> list[str]:
+    """A row of the table; name: ENCODER:BACKEND:EVALUATOR, "pretrain" in place of an evaluator."""
+    encoder, backend, evaluator = name.split(":")
+    found = count_step(configuration(encoder, backend, evaluator, world), world, pretrain=evaluator == "pretrain",
+                       hollow=hollow)  # fmt: skip
+    numbers = [
+        world, *(found.total(kind=kind) for kind in dict.fromkeys(KINDS.values())),
+        found.total(places=("momentum encoder",)), found.total("objects"),
+        found.total("reads", places=BEFORE_BACKWARD), found.total("reads"),
+    ]  # fmt: skip
+    alive = f"{found.peak_bytes / 2**30:.2f}" if hollow else ""
+    return [name.replace(":", " "), *map(str, numbers), f"{found.total('sizes') / 2**20:.1f}", alive]
+
+
+HEADER = ["step", "W", "all-gather", "reduce-scatter", "all-reduce", "broadcast", "of them momentum", "objects",
+          "reads before the backward", "reads", "MiB received", "GiB alive"]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", default=["vit_tiny16-64:32", "resnet18-64:16"], metavar="ENCODER:BATCH",
-                        help="what a process of a backend trains; batch: its images of a step")  # fmt: skip
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--local-batchnorm", action="store_true", help="batch statistics of each process's own images")
-    parser.add_argument("--document", type=Path, help="write the results here; .json and .svg (plot) beside it")
-    parser.add_argument("--worker", help="a process of a group, as JSON")
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--cells", nargs="+", default=["vit12:fsdp2:pretrain", "vit12:fsdp2:head", "vit12:fsdp2:sketch",
+                        "resnet50:ddp:head"], metavar="ENCODER:BACKEND:EVALUATOR")  # fmt: skip
+    parser.add_argument("--worlds", nargs="+", type=int, default=[2])
+    parser.add_argument("--hollow", action="store_true", help="tensors without values, and the memory they would take")
     args = parser.parse_args()
-    if args.worker:
-        work([Job(**job) for job in json.loads(args.worker)], args.folder)
-        return
-    begun = time.perf_counter()
-    result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])}
-    result |= {"machine": machine("cpu"), "scaling": [], "local_batchnorm": args.local_batchnorm}
-    cells = [(name, int(batch)) for name, _, batch in (cell.partition(":") for cell in args.cells)]
-    if unknown := [name for name, _ in cells if name not in ENCODERS]:
-        parser.error(f"--cells names {unknown[0]}, expected one of {', '.join(ENCODERS)} and a batch")
-
-    def save(found: list[dict[str, Any]] | None = None) -> None:
-        result["scaling"] = found or result["scaling"]
-        if args.document:
-            args.document.with_suffix(".json").write_text(json_text(result), encoding="utf-8")
-
-    torch.set_num_threads(1)
-    save(scale(cells, args.backends, args.rounds, save, not args.local_batchnorm))
-    result |= {"minutes": (time.perf_counter() - begun) / 60, "load_after": os.getloadavg()[0]}
-    save()
-    text = document(result)
-    if args.document:
-        args.document.write_text(text, encoding="utf-8")
-        efficiency_plot(result, args.document.with_suffix(".svg"))
-    print(text)
+    print("\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER))))
+    for name in args.cells:
+        for world in args.worlds:
+            print(f"| {' | '.join(cell(name, world, args.hollow))} |", flush=True)
 
 
 if __name__ == "__main__":

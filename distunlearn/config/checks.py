@@ -281,6 +281,14 @@ def _processes(cfg: RunConfig, world: int) -> Iterator[str]:
         return
     if cfg.backend == "single":
         yield f"backend=single cannot use {world} processes; set backend=ddp or start one process"
+    mesh = cfg.runtime.mesh
+    if mesh and cfg.backend != "fsdp2":
+        yield f"runtime.mesh={list(mesh)} is of backend=fsdp2, not {cfg.backend}; leave it out"
+    elif mesh and (mesh[0] * mesh[1] != world or mesh[1] == 1):
+        yield (
+            f"runtime.mesh={list(mesh)} is of {mesh[0] * mesh[1]} processes in copies of {mesh[1]}, and there are "
+            f"{world}; set it to [copies, shards of each], shards 2 or more, whose product is the number of processes"
+        )
 
 
 def _shares(cfg: RunConfig, world: int) -> Iterator[str]:
@@ -293,6 +301,8 @@ def _shares(cfg: RunConfig, world: int) -> Iterator[str]:
         sizes.append((f"unlearn.{key}", getattr(cfg.unlearn, key), cfg.unlearn.accumulate))
     for key, size, parts in sizes:
         unit = parts * world
+        if key == "unlearn.forget_batch" and 2 * parts <= size < unit and not size % parts:
+            continue  # some processes have none
         if size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit
             nearest = f"{below} or {above}" if below else f"{above}"

@@ -329,6 +329,7 @@ class RuntimeConfig:
     threads: Annotated[NonNegativeInt, LOCAL_SPEED] = 0  # CPU threads a process; 0: OMP_NUM_THREADS, else cores
     compile: Annotated[bool, ROUNDING] = False  # blocks through torch.compile, except in passes that hook into them
     activation_checkpointing: Annotated[bool, ROUNDING] = False  # blocks run forward again in the backward: less memory
+    mesh: Annotated[tuple[PositiveInt, PositiveInt] | None, ROUNDING] = None  # fsdp2: copies, and shards of each copy
     reuse: Place = None  # a finished run whose shards, original and retrained encoder are taken
     join_s: Annotated[PositiveFloat, LOCAL] = 600.0  # seconds to wait for the other processes at the start
     watchdog_s: Annotated[NonNegativeFloat, LOCAL] = 600.0  # seconds of one part of a step that end a run; 0: no limit

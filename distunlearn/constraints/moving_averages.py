@@ -26,7 +26,7 @@ class RunningSpread:
         assert 0 <= momentum < 1, "the momentum of a running mean lies in [0, 1)"
         self.momentum = momentum
         self._variance = torch.zeros(0, dtype=torch.float64)  # weighted sum of the variances so far, [k]
-        self._weight = torch.zeros(1, dtype=torch.float64)  # sum of the weights; 0: nothing seen yet
+        self._weight = 0.0  # sum of the weights; 0: nothing seen yet
 
     def update(self, features: Tensor) -> None:
         """Take in the third-party features of one step from all ranks, [m, k], m >= 2."""
@@ -44,8 +44,8 @@ class RunningSpread:
     @property
     def std(self) -> Tensor:
         """Spread per feature, float64 [k] without gradient; 1 where the feature has not varied at all."""
-        assert float(self._weight) > 0, "update comes before std"
-        std = (self._variance / float(self._weight)).sqrt()
+        assert self._weight > 0, "update comes before std"
+        std = (self._variance / self._weight).sqrt()
         return torch.where(std > 0, std, 1)
 
     def scale(self, features: Tensor) -> Tensor:
@@ -54,12 +54,13 @@ class RunningSpread:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of "variance" [k] and "weight" [1], float64."""
-        return {"variance": self._variance.cpu().clone(), "weight": self._weight.clone()}
+        weight = torch.tensor([self._weight], dtype=torch.float64)
+        return {"variance": self._variance.cpu().clone(), "weight": weight}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state_dict`, exact."""
         self._variance = state["variance"].clone()
-        self._weight = state["weight"].clone()
+        self._weight = float(state["weight"])
 
 
 class PhiSwitch:
@@ -94,13 +95,13 @@ class PhiSwitch:
         self.target = max(0.0, target)
 
     def update(self, phi: Tensor | float) -> None:
-        """Take in the global Phi of one step. A GPU's is not waited for: it is read when it is needed, a step later.
+        """Take in the global Phi of one step. A tensor is not waited for: it is read when it is needed, a step later.
 
         Raises:
-            NumericsError: it is not finite (a GPU's: the one before); the switch would otherwise silently stay off.
+            NumericsError: it is not finite (a tensor: the one before); the switch would otherwise silently stay off.
         """
         self._read()
-        if isinstance(phi, Tensor) and phi.device.type != "cpu":
+        if isinstance(phi, Tensor):
             self._unread = phi.detach()
         else:
             self._take(float(phi))

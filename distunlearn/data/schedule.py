@@ -27,7 +27,7 @@ class Batch:
     ids: n sample ids; epochs: int64 numpy [n], the epoch each row belongs to (views are keyed by it); labels: int64
     tensor [n], -1 where unknown; cut: makes crops of any ids, epochs and views; crops: uint8 [n, V, C, S, S], the first
     V views, where they are cut already; replaced: the ids, none of them among `ids` for this reason, in whose place
-    another image came because they cannot be decoded.
+    another image came because they cannot be decoded; sizes: rows of every rank, where the schedule knows them.
     """
 
     ids: list[str]
@@ -36,6 +36,7 @@ class Batch:
     cut: Cut
     crops: torch.Tensor | None = None
     replaced: list[str] = field(default_factory=list)
+    sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,6 +76,7 @@ def concat_batches(first: Batch, second: Batch) -> Batch:
         cut=first.cut,
         crops=crops,
         replaced=[*first.replaced, *second.replaced],
+        sizes=first.sizes and second.sizes and tuple(map(sum, zip(first.sizes, second.sizes, strict=True))),
     )
 
 
@@ -129,6 +131,12 @@ def rank_slice(n_global: int, rank: int, world: int) -> slice:
     """The contiguous rows of rank `rank`: all n_global rows are covered once, shares differ by at most one."""
     assert 0 <= rank < world and n_global >= 0, (n_global, rank, world)
     return slice(rank * n_global // world, (rank + 1) * n_global // world)
+
+
+def rank_sizes(n_global: int, world: int) -> tuple[int, ...]:
+    """Rows of every rank's `rank_slice`."""
+    shares = (rank_slice(n_global, rank, world) for rank in range(world))
+    return tuple(share.stop - share.start for share in shares)
 
 
 class Cycle:

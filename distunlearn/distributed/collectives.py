@@ -24,8 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distunlearn.errors import RankLostError
+
 # torch 2.14 renames the function and warns at every use of the old name.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _everyones(x: Tensor) -> Tensor:
@@ -45,9 +48,23 @@ def get_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather_sizes(count: int, device: torch.device) -> list[int]:
-    """Rows held by every rank, in rank order; `count` is this rank's. A collective call."""
+def gather_sizes(count: int, device: torch.device, known: Sequence[int] | None = None) -> list[int]:
+    """Rows held by every rank, in rank order; `count` is this rank's.
+
+    known: what the schedule says they are: then no rank asks the others, which would wait for the host. None: a
+        collective call.
+
+    Raises:
+        RankLostError: this rank holds another number of rows than the schedule says, so that every mean were wrong.
+    """
     world = get_world()
+    if known is not None:
+        if len(known) != world or known[get_rank()] != count:
+            raise RankLostError(
+                f"rank {get_rank()} holds {count} rows of a batch whose shares are {list(known)[:8]} by the schedule; "
+                "start the run again from the last checkpoint."
+            )
+        return list(known)
     if world == 1:
         return [count]
     return _everyones(torch.tensor(count, dtype=torch.int64, device=device)).tolist()
@@ -80,34 +97,39 @@ def _concatenate(x: Tensor, sizes: Sequence[int]) -> Tensor:
 class _AllGather(torch.autograd.Function):
     """Forward: concatenation over ranks. Backward: sum over ranks of the gradient of the own slice.
 
-    The backward is an all-reduce of [N, ...] rather than a reduce-scatter: it works for uneven
-    shares and on every backend, and an embedding gradient is small beside the parameters'.
+    The backward is a reduce-scatter, or with uneven shares an all-reduce of [N, ...].
     Not differentiable twice (raises), for the collective would have to be, too.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
-        ctx.start = sum(sizes[:rank])
-        ctx.count = sizes[rank]
-        return _concatenate(x, sizes)
+    def forward(ctx, x: Tensor, sizes: Sequence[int], rank: int, everyone: Tensor | None) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, rank
+        return _concatenate(x, sizes) if everyone is None else everyone.view_as(everyone)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        total = sum_over_ranks(grad)
-        return total[ctx.start : ctx.start + ctx.count], None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sizes, rank = ctx.sizes, ctx.rank
+        if len(set(sizes)) == 1:
+            own = grad.new_empty(sizes[rank], *grad.shape[1:])
+            _reduce_scatter_flat(own, grad.contiguous())
+        else:
+            start = sum(sizes[:rank])
+            own = sum_over_ranks(grad)[start : start + sizes[rank]]
+        return own, None, None, None
 
 
-def all_gather_with_grad(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+def all_gather_with_grad(x: Tensor, sizes: Sequence[int] | None = None, everyone: Tensor | None = None) -> Tensor:
     """Rows of all ranks, [n, ...] -> [N, ...], with gradients flowing back to every rank.
 
     sizes: rows per rank as `gather_sizes` returns them; None promises that all ranks hold n rows.
+    everyone: those rows without gradient, where they are gathered already; they are not gathered again.
     All ranks must run the backward of the result, in the same order.
     """
     world = get_world()
     if world == 1:
         return x
-    return _AllGather.apply(x, list(sizes or [x.shape[0]] * world), get_rank())
+    return _AllGather.apply(x, list(sizes or [x.shape[0]] * world), get_rank(), everyone)
 
 
 def all_gather_detached(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
@@ -118,15 +140,18 @@ def all_gather_detached(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor
     return _concatenate(x.detach(), list(sizes or [x.shape[0]] * world))
 
 
-def all_gather_uneven(x: Tensor) -> Tensor:
-    """Rows of all ranks, [n, ...] -> [N, ...], without gradient, n may differ by rank (0 included)."""
-    return all_gather_detached(x, gather_sizes(x.shape[0], x.device))
+def all_gather_uneven(x: Tensor, known: Sequence[int] | None = None) -> Tensor:
+    """Rows of all ranks, [n, ...] -> [N, ...], without gradient, n may differ by rank (0 included).
+
+    known: see `gather_sizes`.
+    """
+    return all_gather_detached(x, gather_sizes(x.shape[0], x.device, known))
 
 
-def gather_ids(ids: Tensor) -> Tensor:
-    """int64 id hashes of all ranks, [n] -> [N] in rank order; n may differ by rank."""
+def gather_ids(ids: Tensor, known: Sequence[int] | None = None) -> Tensor:
+    """int64 id hashes of all ranks, [n] -> [N] in rank order; n may differ by rank. known: see `gather_sizes`."""
     assert ids.dtype == torch.int64 and ids.dim() == 1, "ids are a vector of int64 hashes"
-    return all_gather_uneven(ids)
+    return all_gather_uneven(ids, known)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

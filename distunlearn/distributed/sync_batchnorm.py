@@ -1,9 +1,9 @@
 """Batch norm over the global batch: torch's SyncBatchNorm on GPUs, and one for CPUs, which torch's refuses.
 
-Every rank contributes count, mean and sum of squared deviations M2 of its rows; they are merged by Chan, Golub and
-LeVeque's formula ("Updating formulae and a pairwise algorithm for computing sample variances", 1979):
+Every rank contributes count, sum and sum of squares of its rows, from their mean and sum of squared deviations M2, in
+float64, so that nothing is lost where a mean is far from 0; they are summed, O(C) whatever W is:
 
-    N = sum_r n_r,   mean = sum_r n_r mean_r / N,   M2 = sum_r [ M2_r + n_r (mean_r - mean)^2 ]
+    N = sum_r n_r,   mean = sum_r n_r mean_r / N,   M2 = sum_r [ M2_r + n_r mean_r^2 ] - N mean^2
 
 The backward sums over the ranks (Ioffe and Szegedy, "Batch normalization", ICML 2015, section 3, in closed form):
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
+from distunlearn.distributed.collectives import get_world, sum_over_ranks
 from distunlearn.errors import ConfigError
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -123,12 +123,13 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         m2 = variance * count
     else:  # no rows here: a weight of 0 in the merge
         mean = m2 = x.new_zeros(channels)
-    local = torch.cat([mean, m2, x.new_full((1,), count)])
-    everyone = all_gather_detached(local[None])
-    means, m2s, counts = everyone[:, :channels], everyone[:, channels : 2 * channels], everyone[:, 2 * channels :]
-    total = counts.sum()
-    merged = (counts * means).sum(0) / total
-    return merged, m2s.sum(0) + (counts * (means - merged).square()).sum(0), total
+    if get_world() == 1:
+        return mean, m2, x.new_tensor(count)
+    mean = mean.double()
+    sums = sum_over_ranks(torch.cat([mean.new_full((1,), count), count * mean, m2 + count * mean.square()]))
+    total, mean = sums[0], sums[1 : channels + 1] / sums[0]
+    m2 = (sums[channels + 1 :] - total * mean.square()).clamp_min(0)
+    return mean.to(x.dtype), m2.to(x.dtype), total.to(x.dtype)
 
 
 def convert(model: nn.Module, world: int, device_type: str = "cpu") -> nn.Module:

@@ -76,8 +76,15 @@ class World:
         dist.gather(mine, everyone, dst=0)
         return [_bytes(part[:size]) for part, size in zip(everyone or (), sizes, strict=False)]
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest over the ranks, place by place, of `numbers`, equally many on each. Collective, and cheap."""
+        found = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.tolist()
+
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Every rank's `numbers`, equally many on each, in rank order. Collective, and cheap enough for every step."""
+        """Every rank's `numbers`, equally many on each, in rank order. Collective."""
         mine = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
         return all_gather_detached(mine[None]).tolist()
 
@@ -111,10 +118,23 @@ class World:
 
     def all_finite(self, value: Tensor) -> bool:
         """True if every element of every rank's `value` is finite; the same answer on all ranks. Collective."""
-        fine = torch.isfinite(value.detach()).all()
+        return self.finite_and_sum(value, 0)[0]
+
+    def finite_and_sum(self, value: Tensor, count: int) -> tuple[bool, int]:
+        """`all_finite` of `value`, and the sum of `count` over the ranks. Collective."""
+        wrong = ~torch.isfinite(value.detach()).all()
         if self.size == 1:
-            return bool(fine)
-        return bool(sum_over_ranks(fine.to(self.device, torch.int32)) == self.size)
+            return not bool(wrong), count
+        both = torch.stack([wrong.to(self.device, torch.int64), torch.tensor(count, device=self.device)])
+        unsound, total = sum_over_ranks(both).tolist()
+        return not unsound, total
+
+    def sum_on_main(self, numbers: Sequence[float]) -> list[float]:
+        """The sums over the ranks of `numbers`, equally many on each, on the main rank; others get none. Collective."""
+        found = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.reduce(found, dst=0)
+        return found.tolist() if self.is_main else []
 
 
 def _tensor(data: bytes, device: torch.device) -> Tensor:

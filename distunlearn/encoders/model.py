@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distunlearn.config.registry import OBJECTIVE, find
@@ -148,6 +149,7 @@ class MomentumEncoder:
     def __init__(self, model: ContrastiveModel) -> None:
         self.model: ContrastiveModel = copy.deepcopy(model).float().requires_grad_(False)
         self.model.predictor = None
+        self.updates = 0  # so far in this process
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> EncoderOutput:
@@ -160,12 +162,13 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def update_from(self, named: Mapping[str, Tensor], momentum: float) -> None:
-        """`update` with full weights by name, for models whose own parameters hold only a shard."""
+        """`update` with weights by name: whole, or cut as the encoder's own are, whose parts alone then move."""
         assert 0 <= momentum <= 1, "the momentum is a share"
+        self.updates += 1
         averages: list[Tensor] = []
         weights: list[Tensor] = []
-        for name, ema in self.model.named_parameters():
-            weight = named[name].detach()
+        for name, own in self.model.named_parameters():
+            ema, weight = (t.to_local() if isinstance(t, DTensor) else t for t in (own, named[name].detach()))
             assert weight.shape == ema.shape, f"{name} is a shard; gather it and use update_from"
             averages.append(ema)
             weights.append(weight.to(ema.device, ema.dtype))

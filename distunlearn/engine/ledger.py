@@ -60,14 +60,17 @@ class Ledger:
         consumed: Mapping[str, Sequence[str]],
         forget: frozenset[str],
         names: str = "forget",
+        count: Mapping[str, int] | None = None,
     ) -> None:
         """Ids that entered the loss at `step`, by role, over all ranks.
 
         Only forget ids are named; an id of the forget set that enters under another role is named too, under
         `misused`. In the phases that train on members on purpose (`names=""`) roles are only counted.
+
+        count: images by role, where `consumed` leaves out ids that need no name.
         """
         line: dict[str, object] = {"event": "step", "phase": phase, "step": step}
-        line["count"] = {role: len(ids) for role, ids in consumed.items()}
+        line["count"] = dict(count or {role: len(ids) for role, ids in consumed.items()})
         if names:
             line["forget"] = list(consumed.get(names, ()))
             misused = [i for role, ids in consumed.items() if role != names for i in ids if i in forget]

@@ -20,17 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distunlearn.config.schema import PretrainConfig, UnlearnConfig
 from distunlearn.data.loading.stream import Batches, RoleFeeder
 from distunlearn.data.schedule import Batch
-from distunlearn.distributed.collectives import all_reduce_mean
 from distunlearn.engine import fault_injection
 from distunlearn.engine.backends import Backend
-from distunlearn.engine.backends.tensor_shards import whole
+from distunlearn.engine.backends.tensor_shards import Stored, whole
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
 from distunlearn.engine.checkpoint.format import KEEP, KEEP_ALL, Checkpoint, files_digest
 from distunlearn.engine.checkpoint.tensors import optimizer_state, read_state
+from distunlearn.engine.consumption import REPLACED, Consumption
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.metrics_log import Telemetry
 from distunlearn.engine.nan_guard import NumericsGuard, Place
@@ -40,8 +41,6 @@ from distunlearn.engine.watchdog import Watch
 from distunlearn.errors import DataError, RankLostError, StoppedError
 from distunlearn.methods.base import Method
 from distunlearn.objectives.forward import Context
-
-REPLACED = "replaced"  # figure, and name in the ledger, of images that cannot be decoded
 
 
 @dataclass
@@ -150,6 +149,7 @@ class _Runner:
         self.ledger, self.telemetry, self.stop, self.watch, self.saver = ledger, telemetry, stop, watch, saver
         self.batches = batches
         bounded = phase.names_forget == "forget" and phase.name == "unlearn"
+        self.consumption = Consumption(phase, backend.world, ledger, telemetry)
         self.guard = NumericsGuard(phase.name, phase.folder, ctx, backend, bounded=bounded)
         self.first = 0
         self.saved = 0  # steps done when the state was saved last
@@ -157,7 +157,6 @@ class _Runner:
         self.attempt = 1
         self.elapsed = 0.0
         self.started: dict[str, float] = {}
-        self.undecodable: set[str] = set()  # images found so far, on any rank, that others were taken for
         self.head = ""  # hash over every step so far and the ids that this process had in it
 
     def run(self) -> PhaseResult:
@@ -228,7 +227,8 @@ class _Runner:
         norm = backend.grad_norm()
         figures = [{"loss": float(part.loss), **part.metrics} for part in parts]
         place = Place(step, rate, ids=_merged([part.ids for part in parts]), parts=figures)
-        self.guard.require(torch.as_tensor(norm), "gradient norm", place)
+        own = {**_merged([part.consumed for part in parts]), REPLACED: [i for part in parts for i in part.replaced]}
+        strays = self.guard.require(torch.as_tensor(norm), "gradient norm", place, count=self.consumption.strays(own))
         self._at("update", step)
         if not fault_injection.reach("update", step, phase.name):
             backend.step()
@@ -240,34 +240,8 @@ class _Runner:
                 backend.update_momentum(ctx.momentum, ctx.model, ctx.cfg.objective.momentum)
         self._at("ledger", step)
         fault_injection.reach("ledger", step, phase.name)
-        replaced = [i for part in parts for i in part.replaced]
-        own = {**_merged([part.consumed for part in parts]), REPLACED: replaced}
         self.head = _digest([self.head, phase.name, step, own])
-        consumed = backend.world.gather_ids(own)
-        counted = self._replaced(consumed)
-        self.ledger.step(phase.name, step, consumed, phase.forget_ids, phase.names_forget)
-        return {"lr": rate, "grad_norm": float(norm), **counted, **self._over_ranks(_mean(figures))}
-
-    def _replaced(self, consumed: dict[str, list[str]]) -> dict[str, float]:
-        """Take the replaced images of a step to the log; the ledger counts them if there are any.
-
-        Raises:
-            DataError: too many, counted over all ranks.
-        """
-        if not consumed[REPLACED]:
-            del consumed[REPLACED]
-            return {}
-        for sample_id in sorted(set(consumed[REPLACED]) - self.undecodable):
-            self.telemetry.note(self.phase.name, f"image {sample_id!r} cannot be decoded; another takes its place")
-        self.undecodable.update(consumed[REPLACED])
-        if self.phase.refuse is not None:
-            self.phase.refuse(self.undecodable)
-        return {REPLACED: len(consumed[REPLACED])}
-
-    def _over_ranks(self, figures: dict[str, float]) -> dict[str, float]:
-        """The mean of every figure over the ranks, which have the same ones and equal shares of the batches."""
-        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.ctx.device)
-        return dict(zip(figures, all_reduce_mean(values).tolist(), strict=True))
+        return {"lr": rate, "grad_norm": float(norm), **self.consumption.account(step, own, strays, _mean(figures))}
 
     def _micro_batch(self, step: int, micro: int, rate: float) -> _Part:
         """Forward and backward of one part of the step's batches; the gradients of all parts are averaged."""
@@ -316,8 +290,10 @@ class _Runner:
         """
         ctx = self.ctx
         copies: dict[str, Mapping[str, Tensor]] = {"method": self.phase.method.state_dict()}
-        # Its running statistics are each rank's own where sync_batchnorm is off.
-        copies |= {"momentum encoder": dict(ctx.momentum.model.named_parameters())} if ctx.momentum else {}
+        if ctx.momentum is not None:
+            # Its running statistics are each rank's own where sync_batchnorm is off; so are the parts of a sharded one.
+            parts = {n: p for n, p in ctx.momentum.model.named_parameters() if not isinstance(p, DTensor)}
+            copies["momentum encoder"] = {"updates": torch.tensor(ctx.momentum.updates), **parts}
         copies |= {"queue": ctx.queue.state_dict()} if ctx.queue else {}
         sums = {name: _sums(state) for name, state in copies.items()}
         gathered = self.backend.world.gather_objects((sums, self.head))
@@ -335,8 +311,7 @@ class _Runner:
 
     def _save(self, step: int, heads: list[str]) -> None:
         ctx = self.ctx
-        extras = {f"momentum.{k}": v for k, v in ctx.momentum.state_dict().items()} if ctx.momentum else {}
-        extras |= {f"queue.{k}": v for k, v in ctx.queue.state_dict().items()} if ctx.queue else {}
+        extras = {f"queue.{k}": v for k, v in ctx.queue.state_dict().items()} if ctx.queue else {}
         extras |= {f"method.{k}": v for k, v in self.phase.method.state_dict().items()}
         facts = {
             "phase": self.phase.name,
@@ -349,7 +324,7 @@ class _Runner:
             "started": self.started,
             "ranks": heads,
         }
-        self.saver.save(step, extras, facts)
+        self.saver.save(step, extras, facts, ctx.momentum.model if ctx.momentum else None)
         self.saved = step
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
@@ -363,13 +338,16 @@ class _Runner:
             )
         state = read_state(checkpoint)
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): whole(v).clone() for k, v in state.items() if k.startswith(prefix)}
+        def stored(prefix: str) -> dict[str, Stored]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-        self.backend.load_full_state({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name: whole(value).clone() for name, value in stored(prefix).items()}
+
+        self.backend.load_full_state(stored("model."))
         self.backend.load_optimizer_state(optimizer_state(checkpoint, state))
         if ctx.momentum is not None:
-            ctx.momentum.load_state_dict(part("momentum."))
+            self.backend.load_full_state(stored("momentum."), ctx.momentum.model)
         if ctx.queue is not None:
             ctx.queue.load_state_dict(part("queue."))
         self.phase.method.load_state_dict(part("method."))

@@ -80,17 +80,21 @@ class NumericsGuard:
         return {name: float(value) for name, value in out.metrics.items()}
 
     def require(
-        self, value: Tensor, what: str, place: Place, out: StepOutput | None = None, reason: str | None = None
-    ) -> None:
-        """Every rank learns of the first value that is not finite before any rank updates. Collective.
+        self, value: Tensor, what: str, place: Place, out: StepOutput | None = None, reason: str | None = None,
+        count: int = 0,
+    ) -> int:  # fmt: skip
+        """Every rank learns of the first value that is not finite before any rank updates; returns the sum over the
+        ranks of `count`, which travels along. Collective.
 
         Raises:
             NumericsError: there is one; `agreed`.
         """
         if fault_injection.reach("finite_check" if what == "loss" else "norm_check", place.step, self.phase):
-            return
-        if not self.backend.world.all_finite(value):
+            return count
+        finite, total = self.backend.world.finite_and_sum(value, count)
+        if not finite:
             self._stop(what, f"the {what} at step {place.step} is not finite", place, value, out, reason)
+        return total
 
     def _require_bounds(self, out: StepOutput, place: Place) -> None:
         if self.loss_bound is not None:

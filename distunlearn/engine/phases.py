@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from distunlearn.common.files import file_sha256
 from distunlearn.common.random import VIEW_EPOCHS
@@ -185,9 +186,9 @@ def _train(
         optim = cfg.unlearn if method.steps == "unlearn" else cfg.pretrain
         optimizer = make_optimizer(optim, model)
         forward = backend.prepare(model, optimizer, clip=optim.clip)
-        momentum = trained.momentum.to(backend.device) if trained.momentum else None
+        momentum = trained.momentum
         if momentum is not None:
-            momentum.model = backend.synchronise(momentum.model)  # type: ignore[assignment]
+            backend.follow(momentum)
         ctx = Context(
             cfg=cfg,
             objective=make_objective(cfg.objective),
@@ -232,10 +233,13 @@ def _finish(
     backend = session.backend
     fault_injection.reach("finish", None, name)
     state = backend.full_state() if backend.is_prepared else model.state_dict()
+    momentum: Mapping[str, Tensor] = {}
+    if trained.momentum:
+        momentum = backend.full_state(trained.momentum.model) if backend.is_prepared else trained.momentum.state_dict()
 
     def save() -> None:
         tensors = {f"model.{k}": v for k, v in state.items()}
-        tensors |= {f"momentum.{k}": v for k, v in trained.momentum.state_dict().items()} if trained.momentum else {}
+        tensors |= {f"momentum.{k}": v for k, v in momentum.items()}
         tensors |= {f"queue.{k}": v for k, v in trained.queue.state_dict().items()} if trained.queue else {}
         save_trained(session, folder, tensors, {"phase": name, "digest": digest, **facts})
 

@@ -66,13 +66,14 @@ class StopRequest:
         Raises:
             RankLostError: they are not alike: the ranks would wait for one another in different places.
         """
-        everyone = world.gather_numbers([int(self.asked(world)), *position])
-        if any(numbers[1:] != everyone[0][1:] for numbers in everyone):
-            told = ", ".join(f"rank {rank}: {numbers[1:]}" for rank, numbers in enumerate(everyone[:8]))
+        asked, *extremes = world.largest([int(self.asked(world)), *position, *(-number for number in position)])
+        if any(high != -low for high, low in zip(extremes, extremes[len(position) :], strict=False)):
+            everyone = world.gather_numbers(position)
+            told = ", ".join(f"rank {rank}: {numbers}" for rank, numbers in enumerate(everyone[:8]))
             error = RankLostError(f"the ranks are not at the same place ({told}); start the run again.")
             error.agreed = True
             raise error
-        return any(numbers[0] for numbers in everyone)
+        return bool(asked)
 
     def honoured(self, world: World) -> str:
         """To be called when the state is saved: what asked, by the first rank that knows; the file is removed."""

@@ -64,19 +64,19 @@ class AlignmentCalibration(Method[AlignmentCalibrationConfig]):
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         weights, retain, forget = self.settings, batches["retain"], batches["forget"]
         branches = mixed_branches(ctx, retain, forget)
-        retained = branches.part(slice(0, len(retain)))
-        rows = row_losses(ctx, with_other_partners(ctx, branches, len(retain)))
+        retained = branches.part(slice(0, len(retain)))._replace(sizes=retain.sizes)
+        rows = row_losses(ctx, with_other_partners(ctx, branches, len(retain), forget.sizes))
         kept, moved = rows[: len(retain)], rows[len(retain) :]
-        count_r, count_f = (sum(gather_sizes(len(b), rows.device)) for b in (retain, forget))
+        count_r, count_f = (sum(gather_sizes(len(b), rows.device, b.sizes)) for b in (retain, forget))
         weighed = count_r + weights.calibration_weight * count_f
         calibrated = (kept.sum() + weights.calibration_weight * moved.sum()) * (get_world() / weighed)
         alike = embed(ctx, forget, batchnorm="eval", pair=1)
-        agreement = image_mean(ctx.objective.output_features(alike, retain_bank(ctx, retained))[:, 0])
+        agreement = image_mean(ctx.objective.output_features(alike, retain_bank(ctx, retained))[:, 0], forget.sizes)
         loss = calibrated + weights.alignment_weight * count_f / (count_r + count_f) * agreement
         enqueue(ctx, retained)
         metrics = {
-            "task_loss": float(all_reduce_mean(image_mean(kept.detach()))),
-            "calibration_loss": float(all_reduce_mean(image_mean(moved.detach()))),
-            "forget_agreement": float(all_reduce_mean(agreement.detach())),
+            "task_loss": all_reduce_mean(image_mean(kept.detach(), retain.sizes)),
+            "calibration_loss": all_reduce_mean(image_mean(moved.detach(), forget.sizes)),
+            "forget_agreement": all_reduce_mean(agreement.detach()),
         }
         return StepOutput(loss, metrics, {"retain": retain.ids, "forget": forget.ids})

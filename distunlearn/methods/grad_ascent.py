@@ -61,7 +61,7 @@ class GradAscent(Method[GradAscentConfig]):
                 bank = retain_bank(ctx, embed(ctx, retain, batchnorm="eval"))
         branches = embed(ctx, forget, batchnorm="eval")
         losses = ctx.objective.per_sample_loss(branches, bank)
-        known = image_mean(losses)
+        known = image_mean(losses, forget.sizes)
         level = float(all_reduce_mean(known.detach()))
         require_bounded(ctx, self.name, level, self.settings.ascent_bound)
         loss = -self.settings.ascent_weight * known

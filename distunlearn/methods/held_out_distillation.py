@@ -54,10 +54,10 @@ class HeldOutDistillation(Method[HeldOutDistillationConfig]):
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
         task, retained = task_loss(ctx, retain)
-        strangers = all_gather_uneven(original_directions(ctx, third).transpose(0, 1)).transpose(0, 1)
+        strangers = all_gather_uneven(original_directions(ctx, third).transpose(0, 1), third.sizes).transpose(0, 1)
         targets = followed(original_directions(ctx, forget), strangers)
-        away = image_mean(apart(directions(ctx, forget), targets))
+        away = image_mean(apart(directions(ctx, forget), targets), forget.sizes)
         enqueue(ctx, retained)
-        metrics = {"task_loss": float(task.detach()), "target_distance": float(all_reduce_mean(away.detach()))}
+        metrics = {"task_loss": task.detach(), "target_distance": all_reduce_mean(away.detach())}
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(task + self.settings.forget_weight * away, metrics, consumed)

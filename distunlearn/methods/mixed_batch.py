@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,14 @@ def row_losses(ctx: Context, branches: Branches) -> Tensor:
     return ctx.objective.row_losses(branches, queue)
 
 
-def with_other_partners(ctx: Context, branches: Branches, first: int) -> Branches:
+def with_other_partners(ctx: Context, branches: Branches, first: int, known: Sequence[int] | None = None) -> Branches:
     """The same rows, but those from `first` on have another of these images' second view as their partner.
 
     Row i of the F rows of all ranks gets the partner of row (i + s) mod F; s is drawn from 1 .. F - 1 for every loss
-    anew, so that every other image is equally likely and none is its own partner.
+    anew, so that every other image is equally likely and none is its own partner. known: those rows of every rank.
     """
     count = branches.num_samples - first
-    sizes = gather_sizes(count, branches.output.device)
+    sizes = gather_sizes(count, branches.output.device, known)
     total, mine = sum(sizes), sum(sizes[: ctx.rank])
     if total < 2:
         return branches

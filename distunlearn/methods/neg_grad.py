@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from distunlearn.data.schedule import Batch
-from distunlearn.distributed.collectives import all_reduce_mean, gather_sizes, mean_scale
+from distunlearn.distributed.collectives import all_reduce_mean, mean_scale
 from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.grad_ascent import GradAscentConfig, require_bounded
 from distunlearn.methods.mixed_batch import mixed_branches, row_losses
@@ -46,10 +48,11 @@ class NegGrad(Method[NegGradConfig]):
         branches = mixed_branches(ctx, retain, forget)
         rows = row_losses(ctx, branches)
         kept, climbed = rows[: len(retain)], rows[len(retain) :]
-        scale = mean_scale(gather_sizes(len(rows), rows.device))
+        scale = mean_scale(branches.shares)
         loss = (kept.sum() - self.settings.ascent_weight * climbed.sum()) * scale
-        level = float(all_reduce_mean(image_mean(climbed.detach())))
+        level = float(all_reduce_mean(image_mean(climbed.detach(), forget.sizes)))
         require_bounded(ctx, self.name, level, self.settings.ascent_bound)
-        enqueue(ctx, branches.part(slice(0, len(retain))))
-        metrics = {"task_loss": float(all_reduce_mean(image_mean(kept.detach()))), "forget_loss": level}
+        enqueue(ctx, branches.part(slice(0, len(retain)))._replace(sizes=retain.sizes))
+        task = all_reduce_mean(image_mean(kept.detach(), retain.sizes))
+        metrics: dict[str, float | Tensor] = {"task_loss": task, "forget_loss": level}
         return StepOutput(loss, metrics, {"retain": retain.ids, "forget": forget.ids})

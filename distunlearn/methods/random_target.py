@@ -61,9 +61,9 @@ class RandomTarget(Method[RandomTargetConfig]):
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]
         task, retained = task_loss(ctx, retain)
-        away = image_mean(apart(directions(ctx, forget), self.targets(forget.ids)))
+        away = image_mean(apart(directions(ctx, forget), self.targets(forget.ids)), forget.sizes)
         enqueue(ctx, retained)
-        metrics = {"task_loss": float(task.detach()), "target_distance": float(all_reduce_mean(away.detach()))}
+        metrics = {"task_loss": task.detach(), "target_distance": all_reduce_mean(away.detach())}
         consumed = {"retain": retain.ids, "forget": forget.ids}
         return StepOutput(task + self.settings.forget_weight * away, metrics, consumed)
 

@@ -59,14 +59,14 @@ class Scrub(Method[ScrubConfig]):
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         weights, retain, forget = self.settings, batches["retain"], batches["forget"]
         task, retained = task_loss(ctx, retain)
-        kept = image_mean(apart(directions(ctx, retain), original_directions(ctx, retain)))
+        kept = image_mean(apart(directions(ctx, retain), original_directions(ctx, retain)), retain.sizes)
         loss = task + weights.retain_weight * kept
-        metrics = {"task_loss": float(task.detach()), "retain_distance": float(all_reduce_mean(kept.detach()))}
+        metrics = {"task_loss": task.detach(), "retain_distance": all_reduce_mean(kept.detach())}
         consumed = {"retain": retain.ids, "forget": []}
         if ctx.step < self.forget_steps():
-            left = image_mean(apart(directions(ctx, forget), original_directions(ctx, forget)))
+            left = image_mean(apart(directions(ctx, forget), original_directions(ctx, forget)), forget.sizes)
             loss = loss - weights.forget_weight * left
-            metrics["forget_distance"] = float(all_reduce_mean(left.detach()))
+            metrics["forget_distance"] = all_reduce_mean(left.detach())
             consumed["forget"] = forget.ids
         enqueue(ctx, retained)
         return StepOutput(loss, metrics, consumed)

@@ -154,13 +154,15 @@ class Sure(Method[SureConfig]):
         h = directions(ctx, concat_batches(forget, third))
         scores = self.critic.scores(reverse(h, self.settings.forget_weight))
         known, strange = scores[:, : len(forget)], scores[:, len(forget) :]
-        domain = image_mean(domain_losses(known, True)) / 2 + image_mean(domain_losses(strange, False)) / 2
+        domain = image_mean(domain_losses(known, True), forget.sizes) / 2
+        domain = domain + image_mean(domain_losses(strange, False), third.sizes) / 2
         rows = h.transpose(0, 1)
-        told = self.critic.learn(all_gather_uneven(rows[: len(forget)]), all_gather_uneven(rows[len(forget) :]))
+        parts = ((rows[: len(forget)], forget.sizes), (rows[len(forget) :], third.sizes))
+        told = self.critic.learn(*(all_gather_uneven(*part) for part in parts))
         enqueue(ctx, retained)
-        metrics = {
-            "task_loss": float(task.detach()),
-            "domain_loss": float(all_reduce_mean(domain.detach())),
+        metrics: dict[str, float | Tensor] = {
+            "task_loss": task.detach(),
+            "domain_loss": all_reduce_mean(domain.detach()),
             "domain_accuracy": told,
         }
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}

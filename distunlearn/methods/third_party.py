@@ -28,7 +28,7 @@ Guarantee: empirical.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,23 +42,23 @@ from distunlearn.common.random import VIEW_EPOCHS
 from distunlearn.config.schema import MethodConfig, NonNegativeFloat, RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
-from distunlearn.constraints.distances.energy import DISTANCES, permutation_test, surrogate, value_and_cotangent
+from distunlearn.constraints.distances.energy import DISTANCES, own_rows, permutation_test, surrogate
 from distunlearn.constraints.evaluators import Constrained, Features, evaluator_class, make_evaluator
 from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.data.views.draws import id_hashes
 from distunlearn.distributed.collectives import (
     all_gather_detached,
-    all_gather_uneven,
     all_reduce_mean,
     gather_sizes,
     mean_scale,
+    sum_over_ranks,
 )
 from distunlearn.errors import NumericsError
 from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart
 from distunlearn.methods.search_space import Log
-from distunlearn.methods.training import enqueue, retain_bank, task_loss
+from distunlearn.methods.training import enqueue, retain_bank
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, embed, image_mean
 from distunlearn.objectives.memory_bank import Bank, normalise
@@ -215,17 +215,24 @@ class ThirdParty(Method[ThirdPartyConfig]):
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         weights = self.settings
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
-        task, retained = task_loss(ctx, retain)  # first: batch statistics change the buffers the second forward saves
+        # First: batch statistics change the buffers that the second forward saves.
+        retained = embed(ctx, retain, batchnorm="train")
         bank = retain_bank(ctx, retained)
+        if ctx.queue is None and bank is not None:
+            retained = retained._replace(gathered=bank.keys)
+        task = ctx.objective.task_loss(retained, bank)
         on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
         compared = self.evaluator.features(ctx, self._labelled(ctx, forget), self._labelled(ctx, third), bank)
-        found = compared.pull(*self._match_gradients(ctx, compared))
+        sizes = [gather_sizes(len(batch), ctx.device, batch.sizes) for batch in (forget, third)]
+        found = compared.pull(*self._match_gradients(ctx, compared, sizes))
         pull = self._require_pull(ctx, found, on["gradient"] > 0) if ctx.step == 0 else None
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
-        self.spread_output.update(all_gather_uneven(o_t))
-        phi_o, output_term = self._match(ctx, o_f, o_t, self._scale_out, self.switch_output, self.memory_output)
-        confidence_term, active = self._confidence(ctx, found.third, bank, c_t)
+        whole = all_gather_detached(o_f, sizes[0]), all_gather_detached(o_t, sizes[1])
+        self.spread_output.update(whole[1])
+        how = (self._scale_out, self.switch_output, self.memory_output)
+        phi_o, output_term = self._match(ctx, o_f, whole, sizes, *how)
+        confidence_term, active = self._confidence(ctx, found.third, bank, c_t, sizes[1])
         total = (
             weights.task_weight * task
             + weights.gradient_weight * found.term
@@ -283,7 +290,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
                 before = embed(ctx, third, batchnorm="eval", network=ctx.original, momentum=False, pair=number)
             for u, v in ((now.output, before.output), (now.embedding, before.embedding)):
                 far.append(apart(normalise(u), normalise(v)))
-        return image_mean(torch.stack(far).mean(0))
+        return image_mean(torch.stack(far).mean(0), third.sizes)
 
     def _outputs(self, ctx: Context, pairs: list[Branches], bank: Bank | None) -> tuple[Tensor, Tensor]:
         """Per sample, averaged over its pairs: outputs [n, q] and confidence [n]."""
@@ -301,15 +308,19 @@ class ThirdParty(Method[ThirdPartyConfig]):
         confidence = torch.stack([objective.confidence(b, bank) for b in pairs]).mean(0)
         return torch.stack(outputs).mean(0), confidence
 
-    def _match_gradients(self, ctx: Context, compared: Features) -> tuple[Tensor, ...]:
-        """`_match` of gradient features as the evaluator gives them; the third party's set the scale. () for none."""
+    def _match_gradients(self, ctx: Context, compared: Features, sizes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """`_match` of gradient features as the evaluator gives them; the third party's set the scale. () for none.
+
+        sizes: forgotten and third-party images of every rank.
+        """
         if compared.forget is None:
             return ()
-        self.spread_gradient.update(all_gather_uneven(compared.third))
+        whole = all_gather_detached(compared.forget, sizes[0]), all_gather_detached(compared.third, sizes[1])
+        self.spread_gradient.update(whole[1])
         if ctx.draw % (self.cfg.constraint.memory_steps + 1) == 0:  # `Context.projection` is new
             self.memory_gradient.clear()
-        pair = (compared.forget, compared.third)
-        return self._match(ctx, *pair, self._scale, self.switch_gradient, self.memory_gradient)
+        how = (self._scale, self.switch_gradient, self.memory_gradient)
+        return self._match(ctx, compared.forget, whole, sizes, *how)
 
     def _scale(self, features: Tensor) -> Tensor:
         """Unit spread per coordinate; the sketch as a whole weighs as much as the log norm (or number) before it."""
@@ -323,37 +334,36 @@ class ThirdParty(Method[ThirdPartyConfig]):
         self,
         ctx: Context,
         forget: Tensor,
-        third: Tensor,
+        whole: tuple[Tensor, Tensor],
+        sizes: Sequence[Sequence[int]],
         scale: Callable[[Tensor], Tensor],
         switch: PhiSwitch,
         memory: FeatureMemory,
     ) -> tuple[Tensor, Tensor]:
-        """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (`surrogate`)."""
-        sizes = gather_sizes(forget.shape[0], forget.device)
+        """Phi over the global batch, and the local term whose rank-mean gradient is that of Phi (`surrogate`).
+
+        whole: features of forgotten and third-party images of all ranks. sizes: of both, of every rank.
+        """
         scaled = scale(forget)
-        whole = all_gather_detached(forget, sizes), all_gather_uneven(third)
-        draw: dict[str, Any] = {"seed": self.cfg.seed, "step": ctx.draw}
+        draw: dict[str, Any] = {"world": ctx.world, "seed": self.cfg.seed, "step": ctx.draw}
+        first_f, first_t = (sum(counts[: ctx.rank]) for counts in sizes)
+        rows = slice(first_f, first_f + sizes[0][ctx.rank]), slice(first_t, first_t + sizes[1][ctx.rank])
+        share, local = own_rows(self.distance, scale(whole[0]), scale(whole[1]), rows, **draw)
+        phi = sum_over_ranks(share)
         if memory.steps:
-            with torch.no_grad():
-                phi = self.distance(*map(scale, whole), **draw)
             pooled = memory.pooled(*whole)
             memory.push(*whole)
-            _, cotangent = value_and_cotangent(self.distance, *map(scale, pooled), **draw)
-            cotangent = cotangent * (len(pooled[0]) / len(whole[0]))  # the mean is over this batch's samples again
-        else:
-            phi, cotangent = value_and_cotangent(self.distance, *map(scale, whole), **draw)
-        first = sum(sizes[: ctx.rank])
-        local = cotangent[first : first + forget.shape[0]]
+            _, cotangent = own_rows(self.distance, scale(pooled[0]), scale(pooled[1]), rows, **draw)
+            local = cotangent * (len(pooled[0]) / len(whole[0]))  # the mean is over this batch's samples again
         active = switch.active  # before this step's Phi enters the mean: see PhiSwitch.active
         switch.update(phi)
         pull = surrogate(scaled, local, ctx.world)
         return phi, active * (pull + (phi - pull).detach())  # Phi in value, the pull in gradient
 
     def _confidence(
-        self, ctx: Context, third: list[Branches], bank: Bank | None, c: Tensor
+        self, ctx: Context, third: list[Branches], bank: Bank | None, c: Tensor, sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor | float]:
         """The term, and the share of third-party images whose confidence it lowers."""
-        sizes = gather_sizes(c.shape[0], c.device)
         share = c.shape[0] * mean_scale(sizes)  # local mean -> this rank's part of the global mean, uneven or not
         if self.settings.confidence_loss == "entropy":
             terms = [entropy_confidence(ctx.objective.logits(b, bank)) for b in third]

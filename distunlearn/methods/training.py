@@ -37,13 +37,21 @@ def retain_bank(ctx: Context, branches: Branches) -> Bank | None:
         return None
     if ctx.queue is not None:
         return ctx.queue.bank(ctx.objective.temperature)
-    return Bank.gather(*ctx.objective.bank_keys(branches), ctx.objective.temperature)
+    return gathered_keys(ctx, branches)
+
+
+def gathered_keys(ctx: Context, branches: Branches) -> Bank:
+    """The keys of all ranks' images."""
+    keys, ids = ctx.objective.bank_keys(branches)
+    each = len(keys) // max(1, branches.num_samples)
+    sizes = None if branches.sizes is None or not each else [each * size for size in branches.sizes]
+    return Bank.gather(keys, ids, ctx.objective.temperature, sizes)
 
 
 def enqueue(ctx: Context, branches: Branches) -> None:
     """MoCo v2: the keys of this step, from all ranks and with their ids, enter the queue after the loss is taken."""
     if ctx.queue is not None:
-        gathered = Bank.gather(*ctx.objective.bank_keys(branches), ctx.objective.temperature)
+        gathered = gathered_keys(ctx, branches)
         ctx.queue.push(gathered.keys, gathered.ids)
 
 

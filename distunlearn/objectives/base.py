@@ -37,6 +37,8 @@ class Branches(NamedTuple):
         None for objectives without a momentum encoder.
     labels: int64 [n] classes, or None. ids: int64 [n] id hashes, or None (then nothing is masked by id).
     embedding, target_embedding: [V, n, E] of the backbones behind output and target, or None; no objective reads them.
+    sizes: images of every rank, where the schedule knows them.
+    gathered: `Objective.bank_keys` of all ranks, [N * V, D], where they are gathered already.
     """
 
     output: Tensor
@@ -46,6 +48,13 @@ class Branches(NamedTuple):
     ids: Tensor | None = None
     embedding: Tensor | None = None
     target_embedding: Tensor | None = None
+    sizes: tuple[int, ...] | None = None
+    gathered: Tensor | None = None
+
+    @property
+    def shares(self) -> list[int]:
+        """Images of every rank; a collective call where the schedule does not know them."""
+        return gather_sizes(self.num_samples, self.output.device, self.sizes)
 
     @property
     def num_samples(self) -> int:
@@ -58,7 +67,7 @@ class Branches(NamedTuple):
         return Branches(
             **{  # type: ignore[arg-type]
                 name: None if value is None else value[:, which] if name in by_branch else value[which]
-                for name, value in self._asdict().items()
+                for name, value in self._replace(sizes=None, gathered=None)._asdict().items()
             }
         )
 
@@ -131,7 +140,7 @@ class Objective(ABC):
         bank: of an objective with a queue `KeyQueue.bank(temperature)`, else not used. Collective.
         """
         losses = self.row_losses(b, bank)
-        return losses.sum() * mean_scale(gather_sizes(b.num_samples, losses.device))
+        return losses.sum() * mean_scale(b.shares)
 
     @abstractmethod
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:

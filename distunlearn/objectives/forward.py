@@ -72,9 +72,12 @@ class Context:
         return self.cfg.seed
 
 
-def image_mean(values: Tensor) -> Tensor:
-    """This rank's part of the mean over the images of all ranks, [n] -> scalar: the mean over ranks is that mean."""
-    return values.sum() * mean_scale(gather_sizes(values.shape[0], values.device))
+def image_mean(values: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part of the mean over the images of all ranks, [n] -> scalar: the mean over ranks is that mean.
+
+    sizes: n of every rank, if it is known.
+    """
+    return values.sum() * mean_scale(gather_sizes(values.shape[0], values.device, sizes))
 
 
 def random_views(
@@ -187,7 +190,7 @@ def embed(
         with torch.no_grad(), batchnorm_mode(ctx.momentum.model, batchnorm), half:
             return ctx.momentum(images)
 
-    return encode(
+    branches = encode(
         ctx.objective,
         view_pair(ctx, batch, pair) if views is None else views,
         forward,
@@ -196,6 +199,7 @@ def embed(
         labels=None if batch.labels is None else on_device(batch.labels, ctx.device),
         copies=copies,
     )
+    return branches._replace(sizes=batch.sizes if copies is None else None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,7 @@ def infonce(
     *,
     budget: int = DEFAULT_BUDGET,
     form: Form | None = None,
+    everyone: Tensor | None = None,
 ) -> Tensor:
     """l_i of the module's formula for this rank's queries, [..., n]. A collective call, its backward too.
 
@@ -68,27 +69,30 @@ def infonce(
         sizes: m of every rank, as `gather_sizes` gives them.
         budget: bytes for one copy of the similarities, and for the gathered keys, >= 1.
         form: overrides the choice by `budget`, the same on all ranks; `budget` then only bounds the tile.
+        everyone: the keys of all ranks, [..., K, D], without gradient, where they are gathered already.
     """
     assert columns.positive is not None, "every query has a partner among the keys"
     assert queries.dtype == keys.dtype, "queries and keys are of one dtype"
     form = form or choose_form(queries, sizes, budget)
     if form == "plain":
-        return _plain(queries, _gathered(keys, sizes), columns, temperature)
+        return _plain(queries, _gathered(keys, sizes, everyone), columns, temperature)
     tile_bytes = tile_size(queries.device, budget)
     with full_precision(queries):
         scaled = queries / temperature
-        everyone, travelling = (keys, list(sizes)) if form == "ring" else (_gathered(keys, sizes), None)
+        shown, travelling = (keys, list(sizes)) if form == "ring" else (_gathered(keys, sizes, everyone), None)
         if queries.dim() == 2:
-            return TiledInfoNCE.apply(scaled, everyone, columns, travelling, tile_bytes)
-        pairs = zip(scaled.flatten(0, -3), everyone.flatten(0, -3), strict=True)
+            return TiledInfoNCE.apply(scaled, shown, columns, travelling, tile_bytes)
+        pairs = zip(scaled.flatten(0, -3), shown.flatten(0, -3), strict=True)
         losses = [TiledInfoNCE.apply(*pair, columns, travelling, tile_bytes) for pair in pairs]
         return torch.stack(losses).unflatten(0, queries.shape[:-2])
 
 
-def _gathered(keys: Tensor, sizes: Sequence[int]) -> Tensor:
+def _gathered(keys: Tensor, sizes: Sequence[int], everyone: Tensor | None) -> Tensor:
     """[..., m, D] of every rank -> [..., K, D]; the collective joins rows, so they come first on the way."""
-    gather = all_gather_with_grad if keys.requires_grad else all_gather_detached
-    return gather(keys.movedim(-2, 0).contiguous(), sizes).movedim(0, -2)
+    if keys.requires_grad:
+        known = None if everyone is None else everyone.movedim(-2, 0)
+        return all_gather_with_grad(keys.movedim(-2, 0).contiguous(), sizes, known).movedim(0, -2)
+    return all_gather_detached(keys.movedim(-2, 0).contiguous(), sizes).movedim(0, -2) if everyone is None else everyone
 
 
 def _plain(queries: Tensor, keys: Tensor, columns: Columns, temperature: float | Tensor) -> Tensor:

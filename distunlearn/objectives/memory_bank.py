@@ -25,6 +25,7 @@ The same values to rounding. The tiled l can be differentiated once, bank_delta 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,12 @@ class Bank:
         assert self.temperature > 0, "the temperature is positive"
 
     @classmethod
-    def gather(cls, keys: Tensor, ids: Tensor, temperature: float) -> Bank:
-        """The bank made of all ranks' keys [m, D] and ids [m] (m may differ by rank), in rank order."""
-        return cls(all_gather_uneven(keys), gather_ids(ids), temperature)
+    def gather(cls, keys: Tensor, ids: Tensor, temperature: float, sizes: Sequence[int] | None = None) -> Bank:
+        """The bank made of all ranks' keys [m, D] and ids [m] (m may differ by rank), in rank order.
+
+        sizes: m of every rank, if it is known.
+        """
+        return cls(all_gather_uneven(keys, sizes), gather_ids(ids, sizes), temperature)
 
     def masked(self, query_ids: Tensor | None) -> Tensor | None:
         """bool [n, K] (or [K] without query ids), True where a row must not count; None if all count."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distunlearn.distributed.collectives import gather_sizes, get_rank, mean_scale
+from distunlearn.distributed.collectives import get_rank, mean_scale
 from distunlearn.objectives.base import Branches, MomentumConfig, MomentumObjective
 from distunlearn.objectives.infonce import infonce
 from distunlearn.objectives.memory_bank import Bank, normalise
@@ -51,6 +51,8 @@ class MoCoV3(MomentumObjective):
     def _branch_losses(self, b: Branches) -> tuple[Tensor, list[int]]:
         """Losses of both branches, [2, n], and the images of every rank."""
         z, key = self._pair(b)
-        sizes = gather_sizes(b.num_samples, z.device)
+        sizes = b.shares
         own = torch.arange(b.num_samples, device=z.device) + sum(sizes[: get_rank()])
-        return infonce(normalise(z), key, Columns(own), self.temperature, sizes, budget=self.budget), sizes
+        everyone = None if b.gathered is None else b.gathered.unflatten(0, (-1, self.branches)).movedim(1, 0)
+        columns, budget = Columns(own), self.budget
+        return infonce(normalise(z), key, columns, self.temperature, sizes, budget=budget, everyone=everyone), sizes

@@ -12,6 +12,7 @@ gradient: d l_i / d z_a = bank_delta(z_a, u_b) and d l_i / d z_b = bank_delta(z_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,28 +34,38 @@ from distunlearn.objectives.tiled_softmax import DEFAULT_BUDGET, Columns
 
 
 def nt_xent(
-    output: Tensor, temperature: float | Tensor, budget: int = DEFAULT_BUDGET, form: Form | None = None
+    output: Tensor,
+    temperature: float | Tensor,
+    budget: int = DEFAULT_BUDGET,
+    form: Form | None = None,
+    sizes: Sequence[int] | None = None,
+    everyone: Tensor | None = None,
 ) -> Tensor:
     """NT-Xent of this rank's pairs [2, n, D] (raw) against the global batch; a scalar.
 
-    The mean over ranks is the loss of the global batch, in value and gradient. A collective call. Other
-    arguments: see `infonce`.
+    The mean over ranks is the loss of the global batch, in value and gradient. A collective call. sizes: n of every
+    rank, if it is known. everyone: normalised pairs of all ranks, [2N, D], if they are gathered. Others: see `infonce`.
     """
-    losses, sizes = _pair_losses(output, temperature, budget, form)
+    sizes = gather_sizes(output.shape[1], output.device, sizes)
+    losses = _pair_losses(output, temperature, budget, sizes, form, everyone)
     return losses.sum() * mean_scale(sizes) / 2
 
 
 def _pair_losses(
-    output: Tensor, temperature: float | Tensor, budget: int, form: Form | None = None
-) -> tuple[Tensor, list[int]]:
-    """l(i, j) of this rank's 2n rows, image by image, and the images of every rank."""
+    output: Tensor,
+    temperature: float | Tensor,
+    budget: int,
+    sizes: Sequence[int],
+    form: Form | None = None,
+    everyone: Tensor | None = None,
+) -> Tensor:
+    """l(i, j) of this rank's 2n rows, image by image. sizes: n of every rank."""
     u = normalise(output).transpose(0, 1)  # [n, 2, D]: image by image, so rows 2i and 2i + 1 are a pair
-    sizes = gather_sizes(u.shape[0], u.device)
     mine = u.flatten(0, 1)  # [2n, D]
     own = torch.arange(mine.shape[0], device=u.device) + 2 * sum(sizes[: get_rank()])
     columns = Columns(positive=own ^ 1, own=own)  # k != i
-    losses = infonce(mine, mine, columns, temperature, [2 * size for size in sizes], budget=budget, form=form)
-    return losses, sizes
+    pairs = [2 * size for size in sizes]
+    return infonce(mine, mine, columns, temperature, pairs, budget=budget, form=form, everyone=everyone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +89,11 @@ class SimCLR(Contrastive):
     def task_loss(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """NT-Xent; the bank is not used."""
         assert b.output.shape[0] == 2, "simclr has 2 online branches"
-        return nt_xent(b.output, self.temperature, self.budget)
+        return nt_xent(b.output, self.temperature, self.budget, sizes=b.sizes, everyone=b.gathered)
 
     def row_losses(self, b: Branches, bank: Bank | None = None) -> Tensor:
         """(l(a, b) + l(b, a)) / 2 of every image, [n]; a collective call."""
-        return _pair_losses(b.output, self.temperature, self.budget)[0].unflatten(0, (-1, 2)).mean(1)
+        return _pair_losses(b.output, self.temperature, self.budget, b.shares).unflatten(0, (-1, 2)).mean(1)
 
     def bank_keys(self, b: Branches) -> tuple[Tensor, Tensor]:
         """Normalised, detached embeddings of both views [2n, D] and ids [2n], image by image."""

@@ -18,6 +18,7 @@ from worlds import launch
 from distunlearn.constraints.distances.energy import (
     DISTANCES,
     energy_distance,
+    own_rows,
     permutation_test,
     surrogate,
     value_and_cotangent,
@@ -309,6 +310,19 @@ def test_permutation_p_of_identical_points_is_one():
 def test_a_permutation_test_without_permutations_is_refused():
     with pytest.raises(ValueError, match="at least 1 permutation, got 0"):
         permutation_test(torch.zeros(3, 1), torch.zeros(3, 1), 0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(DISTANCES))
+def test_rows_of_three_ranks_add_up_to_the_whole(name):
+    """The last rank has no row of x; a row that meets itself in both samples is its own neighbour at distance 0."""
+    x, y = normal(7, 5, seed=0), normal(6, 5, seed=1)
+    y[2] = x[1]
+    shares = [(slice(0, 4), slice(0, 1)), (slice(4, 7), slice(1, 6)), (slice(7, 7), slice(6, 6))]
+    phi, cotangent = value_and_cotangent(DISTANCES[name], x, y, seed=3, step=1)
+    found = [own_rows(DISTANCES[name], x, y, rows, 3, seed=3, step=1) for rows in shares]
+    torch.testing.assert_close(sum(share for share, _ in found), phi)
+    torch.testing.assert_close(torch.cat([rows for _, rows in found]), cotangent)
+    assert not torch.allclose(sum(share for share, _ in found[:1]), phi)  # control
 
 
 if __name__ == "__main__":

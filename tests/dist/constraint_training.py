@@ -312,10 +312,10 @@ def sharded(case: Case, kind: str, precision: str = "float32", steps: int = 4) -
     backend = open_backend(cfg)
     model = started(case, precision)
     momentum, queue = parts_of(case, model, precision)
-    if momentum is not None:
-        momentum.model = backend.synchronise(momentum.model)
     optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=case.rate, weight_decay=0.0), model)
     forward = backend.prepare(model, optimizer, 0.0)
+    if momentum is not None:
+        backend.follow(momentum)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue,
         rank=backend.world.rank, world=backend.world.size, plain_forward=backend.plain_forward(),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import launch, logs
-from toys import RATES, build, images, loss_of, optimizer_of, reference, snapshot, update_error
+from toys import RATES, build, images, loss_of, optimizer_of, reference, update_error
 
 from distunlearn.config.schema import RunConfig, RuntimeConfig
 from distunlearn.distributed.collectives import get_world
@@ -49,6 +49,7 @@ def train(
     model = build(name).to(backend.device)
     forward = backend.prepare(model, optimizer_of(model, optimizer), clip)
     momentum = MomentumEncoder(build(name))
+    backend.follow(momentum)
     states, norms = [backend.full_state()], []
     for step in range(steps):
         backend.set_learning_rate(RATES[step])
@@ -60,9 +61,15 @@ def train(
         backend.step()
         backend.update_momentum(momentum, model, 0.5)
         states.append(backend.full_state())
-    facts = sharding(backend)
+    facts = {**sharding(backend), "momentum": backend.full_state(momentum.model)}
+    for name, count in (("held", lambda p: local(p).numel()), ("whole", torch.numel)):
+        facts[f"momentum {name}"] = sum(map(count, momentum.model.parameters()))
     backend.release()
-    return {"states": states, "norms": norms, "momentum": snapshot(momentum.state_dict()), **facts}
+    return {"states": states, "norms": norms, **facts}
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def sharding(backend) -> dict:
@@ -305,6 +312,9 @@ def test_what_is_sharded_is_smaller_than_the_whole_and_adds_up(ranks_of, kind):
         for key, sharded in (("held", kind in ("fsdp2", "zero3")), ("stepped", kind in SHARDED)):
             assert all((part[key] < whole) == sharded for part in parts), key
             assert sum(part[key] for part in parts) >= whole
+        whole = parts[0]["momentum whole"]
+        assert all((part["momentum held"] < whole) == (kind == "fsdp2") for part in parts)
+        assert sum(part["momentum held"] for part in parts) >= whole
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

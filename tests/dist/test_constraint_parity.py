@@ -72,8 +72,11 @@ def wrong_world(power: int):
 def bank_of_one_rank():
     """The retain keys of this rank alone: the loss of a sample then depends on where it is computed."""
 
+    right = third_party.retain_bank
+
     def alone(ctx: Context, branches) -> Bank:
-        return Bank(*ctx.objective.bank_keys(branches), ctx.objective.temperature)
+        whole, own = right(ctx, branches), ctx.objective.bank_keys(branches)[1]
+        return Bank(whole.keys, whole.ids, ctx.objective.temperature, torch.isin(whole.ids, own))
 
     return mock.patch.object(third_party, "retain_bank", alone)
 

@@ -129,10 +129,10 @@ def spread(name: str, objective: str, kind: str, weights: dict, *, adjusted: boo
     cfg, dtype = config(name, objective, kind), torch.float64 if kind in PRECISE else torch.float32
     backend: Backend = open_backend(cfg)
     model, original, momentum, queue = contents(objective, weights, dtype, cfg)
-    if momentum is not None:
-        momentum.model = backend.synchronise(momentum.model)
     optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=RATE, weight_decay=1e-2), model)
     forward = backend.prepare(model, optimizer, 0.0)
+    if momentum is not None:
+        backend.follow(momentum)
     ctx = Context(
         cfg, make_objective(cfg.objective), model, forward, backend.device, momentum, queue, original,
         rank=backend.world.rank, world=backend.world.size, plain_forward=backend.plain_forward(),

@@ -17,6 +17,7 @@ from test_backends import opened
 from toys import RATES, build, loss_of, optimizer_of
 
 from distunlearn.config.schema import CheckpointConfig
+from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends.tensor_shards import whole
 from distunlearn.engine.checkpoint.async_save import Saver, agreed_checkpoint
 from distunlearn.engine.checkpoint.format import latest_checkpoint
@@ -34,16 +35,20 @@ STEPS = 2
 def prepared(kind: str, seed: int = 0):
     backend = opened(kind)
     model = build("vit", seed=seed).to(backend.device)
-    return backend, model, backend.prepare(model, optimizer_of(model, "adamw"), 0.0)
+    momentum = MomentumEncoder(build("vit", seed=seed + 1))
+    forward = backend.prepare(model, optimizer_of(model, "adamw"), 0.0)
+    backend.follow(momentum)
+    return backend, model, momentum.model, forward
 
 
-def held(backend) -> dict:
-    return {"weights": backend.full_state(), "moments": backend.optimizer_state()}
+def held(backend, momentum) -> dict:
+    average = {f"momentum.{name}": value for name, value in backend.full_state(momentum).items()}
+    return {"weights": backend.full_state() | average, "moments": backend.optimizer_state()}
 
 
 def train_and_save(kind: str, folder: Path) -> dict:
     """Two steps; the state gathered on every rank, and saved in pieces."""
-    backend, model, forward = prepared(kind)
+    backend, model, momentum, forward = prepared(kind)
     for step in range(STEPS):
         backend.set_learning_rate(RATES[step])
         backend.backward(loss_of(model, forward, step, 8))
@@ -53,26 +58,28 @@ def train_and_save(kind: str, folder: Path) -> dict:
     with Saver(folder / kind, backend, settings, ledger, StopRequest(folder), print) as saver:
         saver.save(
             STEPS,
-            {"momentum.w": torch.full((5,), 7.0)},
+            {"method.w": torch.full((5,), 7.0)},
             {"digest": kind, "world": backend.world.size, "phase": "unlearn", "ranks": []},
+            momentum,
         )
         saver.wait()
     ledger.close()
-    found = held(backend)
+    found = held(backend, momentum)
     backend.release()
     return found
 
 
 def load(kind: str, folder: Path, writer: str) -> dict:
     """What a model with other weights has under `kind` after it read the checkpoint of `writer`."""
-    backend, _, _ = prepared(kind, seed=5)
+    backend, _, momentum, _ = prepared(kind, seed=5)
     ledger = Ledger(folder / "ledger-0.jsonl", is_main=False)
     checkpoint = agreed_checkpoint(folder / writer, backend.world, ledger, print)
-    state = {n.removeprefix("model."): t for n, t in read_state(checkpoint).items() if n.startswith("model.")}
-    before = backend.full_state()
-    backend.load_full_state(state)
+    state = read_state(checkpoint)
+    before = held(backend, momentum)["weights"]
+    for prefix, of in (("model.", None), ("momentum.", momentum)):
+        backend.load_full_state({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}, of)
     backend.load_optimizer_state(optimizer_state(checkpoint))
-    found = {"before": before, **held(backend)}
+    found = {"before": before, **held(backend, momentum)}
     backend.release()
     return found
 
@@ -114,16 +121,20 @@ def test_each_rank_wrote_a_part_and_one_process_reads_the_whole(ranks, writer):
     assert sorted(files) == sorted(
         f"{k}-0000{r}-of-00002.safetensors" for k in ("optimizer", "state") for r in range(2)
     )
-    weights = [files[f"optimizer-0000{rank}-of-00002.safetensors"]["bytes"] for rank in range(2)]
-    assert min(weights) > 0.4 * sum(weights) or writer == "zero1"  # who cuts its groups, not its weights, in two
+    for kind in ("optimizer", "state"):
+        sizes = [files[f"{kind}-0000{rank}-of-00002.safetensors"]["bytes"] for rank in range(2)]
+        # who cuts its groups, not its weights, in two
+        assert min(sizes) > 0.4 * sum(sizes) or (writer, kind) == ("zero1", "optimizer")
     state = read_state(checkpoint)
-    own = {n.removeprefix("model."): whole(t) for n, t in state.items() if n.startswith("model.")}
+    own = {n.removeprefix("model."): whole(t) for n, t in state.items() if n.startswith(("model.", "momentum."))}
     assert same({"weights": own, "moments": optimizer_state(checkpoint)}, expected)
-    assert torch.equal(whole(state["momentum.w"]), torch.full((5,), 7.0))
-    assert {n.split(".")[0] + "." for n in state} == {"model.", "momentum.", OPTIMIZER}
+    assert torch.equal(whole(state["method.w"]), torch.full((5,), 7.0))
+    assert {n.split(".")[0] + "." for n in state} == {"model.", "momentum.", "method.", OPTIMIZER}
     alone = load("single", folder, writer)
     assert same(alone, expected)
-    assert not same({**alone, "weights": alone["before"]}, expected)  # control: the reader began elsewhere
+    for part in ("momentum.", ""):  # controls: the reader began elsewhere
+        begun = {n: v for n, v in alone["before"].items() if n.startswith(part)}
+        assert not same({**alone, "weights": alone["weights"] | begun}, expected)
 
 
 @pytest.mark.parametrize(("kind", "writer"), READERS)

@@ -27,6 +27,7 @@ from distunlearn.distributed.collectives import (
     get_world,
     mean_scale,
 )
+from distunlearn.errors import RankLostError
 from distunlearn.objectives import Bank, Branches, make_objective
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.objectives.simclr import nt_xent
@@ -229,6 +230,10 @@ def test_a_second_derivative_through_a_gather_is_refused(ranks_of, world):
 def test_without_a_process_group_everything_is_the_identity():
     x = draw(3, D, seed=0).requires_grad_()
     assert get_world() == 1 and get_rank() == 0 and gather_sizes(3, x.device) == [3]
+    assert gather_sizes(3, x.device, (3,)) == [3]
+    for wrong in ((4,), (3, 3)):  # shares that the settings give, and this rank does not hold
+        with pytest.raises(RankLostError, match="rank 0 holds 3 rows of a batch whose shares are"):
+            gather_sizes(3, x.device, wrong)
     assert all_gather_with_grad(x) is x
     assert torch.equal(all_gather_uneven(x), x) and not all_gather_uneven(x).requires_grad
     mean = all_reduce_mean(x)

@@ -14,9 +14,9 @@ its derivative; it can be negative. The V-statistic (self-pairs included) and pl
 are biased, and minimising them shrinks X's spread even when X and Y are already alike (Bellemare et al.,
 arXiv 1705.10743, section 3).
 
-Over W ranks, features are all-gathered without gradient, the distance is differentiated there, on every rank
-alike, and each rank back-propagates its own rows of that derivative (`surrogate`; the idea is that of
-gradient caching, Gao et al., arXiv 2101.06983). No gradient crosses a collective.
+Over W ranks, features are all-gathered without gradient, each rank differentiates the distance for its own rows
+(`own_rows`: of the energy distance it looks at no other pairs, a W-th of them) and back-propagates that (`surrogate`;
+the idea is that of gradient caching, Gao et al., arXiv 2101.06983). No gradient crosses a collective.
 
 Shapes: n, m = samples, k = features.
 """
@@ -82,6 +82,33 @@ def value_and_cotangent(
         phi = distance(leaf, y_global.detach(), seed=seed, step=step)
         (cotangent,) = torch.autograd.grad(phi, leaf)
     return phi.detach(), cotangent
+
+
+def own_rows(
+    distance: Distance, x_global: Tensor, y_global: Tensor, rows: tuple[slice, slice], world: int, **draw: int
+) -> tuple[Tensor, Tensor]:
+    """A share of Phi(x, y), whose sum over the ranks is Phi, and this rank's rows of dPhi/dx; both without graph.
+
+    Args:
+        rows: this rank's of x and of y. world: W. Others: see `value_and_cotangent`.
+
+    Returns:
+        Scalar and [n_local, k].
+    """
+    if distance is not energy_distance:
+        phi, cotangent = value_and_cotangent(distance, x_global, y_global, **draw)
+        return phi / world, cotangent[rows[0]]
+    check_samples(x_global, y_global)
+    n, m = x_global.shape[0], y_global.shape[0]
+    x, y = x_global.detach(), y_global.detach()
+    with torch.enable_grad():
+        own = x[rows[0]].clone().requires_grad_()
+        between = pairwise(own, y).sum() / (n * m)
+        within = pairwise(own, x).sum() / (n * (n - 1))
+        # A pair within x counts once for each of its rows: what others' rows add to the derivative of ours is as much.
+        (cotangent,) = torch.autograd.grad(2 * between - 2 * within, own)
+    share = 2 * between - within - pairwise(y[rows[1]], y).sum() / (m * (m - 1))
+    return share.detach(), cotangent
 
 
 def surrogate(x_local: Tensor, cotangent_local: Tensor, world: int) -> Tensor:

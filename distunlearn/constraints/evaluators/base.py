@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from distunlearn.config.registry import EVALUATOR, find
 from distunlearn.config.schema import ConstraintConfig, Pattern, PositiveFloat, PositiveInt, RunConfig
@@ -184,7 +185,7 @@ def signed_copies(forget: int, total: int, device: torch.device) -> tuple[Tensor
 
 def without_graph(branches: Branches) -> Branches:
     """The same values, detached."""
-    return Branches(*(None if value is None else value.detach() for value in branches))
+    return tree_map_only(Tensor, torch.Tensor.detach, branches)
 
 
 def joined(parts: Sequence[Branches]) -> Branches:
@@ -192,9 +193,9 @@ def joined(parts: Sequence[Branches]) -> Branches:
     by_branch = {"output", "hidden", "target", "embedding", "target_embedding"}
     merged = {
         name: None if values[0] is None else torch.cat(values, dim=1 if name in by_branch else 0)
-        for name, values in zip(Branches._fields, zip(*parts, strict=True), strict=True)
+        for name, values in zip(Branches._fields[:-2], zip(*(part[:-2] for part in parts), strict=True), strict=True)
     }
-    return Branches(**merged)
+    return Branches(**merged)  # type: ignore[arg-type]
 
 
 def unused_layer(name: str) -> ConfigError:

@@ -14,7 +14,7 @@ The gradient's length is differentiated along its own direction v_i, held (envel
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,14 +68,14 @@ class InputGP(Differences):
         batch, count = concat_batches(forget, third), len(forget)
         viewed = views_by_pair(ctx, batch)
         pairs = [embed(ctx, batch, batchnorm="eval", views=views) for views in viewed]
-        sizes = gather_sizes(count, ctx.device)
+        sizes = gather_sizes(count, ctx.device, forget.sizes)
         scale = mean_scale(sizes) / len(pairs)
         penalty = term = torch.zeros((), device=ctx.device)
         places: list[Tensor] = []
         wholes: list[Tensor] = []
         halves: list[Tensor] = []
         for pair in range(len(pairs)):
-            views = self._interpolates(ctx, viewed[pair], count, pair, sum(sizes[: ctx.rank]))
+            views = self._interpolates(ctx, viewed[pair], count, pair, sum(sizes[: ctx.rank]), third.sizes)
             slopes, along, first = self._slopes(ctx, forget, bank, pair, views)
             excess = slopes - self.settings.center
             pulls = (
@@ -93,9 +93,11 @@ class InputGP(Differences):
         forgotten, others = ([b.part(rows) for b in pairs] for rows in (slice(count), slice(count, None)))
         return Constrained(phi, term + (phi - term).detach(), forgotten, others, metrics, places)
 
-    def _interpolates(self, ctx: Context, views: list[Tensor], count: int, pair: int, first: int) -> list[Tensor]:
+    def _interpolates(
+        self, ctx: Context, views: list[Tensor], count: int, pair: int, first: int, others: Sequence[int] | None
+    ) -> list[Tensor]:
         """Both views of every x_i, [n, C, S, S], from those of n = `count` forgotten images and of third-party images
-        after them; `first` is this rank's first row in the global forget batch.
+        after them; `first` is this rank's first row in the global forget batch; `others`: the latter of every rank.
 
         Partners and alphas go by the row in the global batch, so that they do not depend on the number of ranks.
         """
@@ -104,7 +106,7 @@ class InputGP(Differences):
         alpha = on_device((words >> 11) / 2.0**53, ctx.device)[:, None, None, None]
         mixed = []
         for view in views:
-            own, partners = view[:count], all_gather_uneven(view[count:])
+            own, partners = view[:count], all_gather_uneven(view[count:], others)
             share = alpha.to(own.dtype)
             mixed.append(share * own + (1 - share) * partners[rows % len(partners)])
         return mixed

@@ -24,7 +24,7 @@ from distunlearn.data.loading.epoch_order import epoch_order
 from distunlearn.data.loading.image_store import ImageStore
 from distunlearn.data.loading.loader import Decoded
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.schedule import Batch, Cycle, rank_slice
+from distunlearn.data.schedule import Batch, Cycle, rank_sizes, rank_slice
 from distunlearn.errors import DataError
 
 
@@ -61,7 +61,7 @@ class RoleFeeder:
     ) -> None:
         if not manifest.select(roles).ids:
             raise DataError(f"The manifest in {manifest.folder} has no image of role {roles}; run prepare again.")
-        self.rows = rank_slice(batch, rank, world)
+        self.rows, self.sizes = rank_slice(batch, rank, world), rank_sizes(batch, world)
         self.cycle = Cycle(lambda epoch: epoch_order(manifest, roles, seed, epoch), batch)
         self.store = store
         self._manifest = manifest
@@ -96,7 +96,11 @@ class RoleFeeder:
         for row in bad:
             ids[row], crops[row] = self._replacement(epochs[row : row + 1], int(positions[row]))
         labels = torch.from_numpy(self._manifest.labels(ids))
-        return Batch(ids, epochs, labels, self.store.cut, crops, replaced)
+        return Batch(ids, epochs, labels, self.store.cut, crops, replaced, self.sizes)
+
+    def ids_by_rank(self, step: int, world: int) -> list[list[str]]:
+        """The ids that each of `world` ranks has at this step, but for those that cannot be decoded."""
+        return [self.cycle.at(step, rank_slice(self.cycle.batch, rank, world))[1] for rank in range(world)]
 
     def coverage_steps(self) -> int:
         """Steps, counted from 0, after which every id of the roles was in a global batch at least once."""

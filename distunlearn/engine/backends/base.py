@@ -85,6 +85,10 @@ class Backend:
         self._change_blocks()
         return self._in_precision(module)
 
+    def follow(self, momentum: MomentumEncoder) -> None:
+        """Take the momentum encoder of the prepared one along: its device, its batch norms, its shards. Collective."""
+        momentum.model = self.synchronise(momentum.to(self.device).model)  # type: ignore[assignment]
+
     def _change_blocks(self) -> None:
         """Compile blocks, and let them recompute their activations, where the run asks for it."""
         for part in blocks(self.model):
@@ -191,14 +195,17 @@ class Backend:
     def _size(parameter: nn.Parameter) -> int:
         return parameter.numel()
 
-    def weights(self, sharded: bool = False) -> Iterator[Piece]:
+    def weights(self, sharded: bool = False, of: nn.Module | None = None) -> Iterator[Piece]:
         """Parameters and buffers under the plain encoder's names, one after the other, on `device`.
+
+        of: the momentum encoder's model (see `follow`) instead of the encoder's.
 
         Whole on every rank, collectively; with `sharded` this rank's pieces alone, without communication: the pieces
         of all ranks make up the whole, each element once. A piece is good until the next one is asked for.
         """
-        parameters = {name for name, _ in self.model.named_parameters()}
-        for name, value in self.model.state_dict().items():
+        model = self.model if of is None else of
+        parameters = {name for name, _ in model.named_parameters()}
+        for name, value in model.state_dict().items():
             yield from self._pieces(name, value.detach(), sharded, alike=name in parameters)
 
     def moments(self, sharded: bool = False) -> Iterator[Piece]:
@@ -217,13 +224,13 @@ class Backend:
         elif self.world.is_main:
             yield Piece(name, value, shape)
 
-    def full_state(self) -> dict[str, Tensor]:
-        """All parameters and buffers, whole, on the CPU, under the plain encoder's names. Collective."""
-        return {piece.name: piece.values.to("cpu", copy=True) for piece in self.weights()}
+    def full_state(self, of: nn.Module | None = None) -> dict[str, Tensor]:
+        """All parameters and buffers, whole, on the CPU, under the plain encoder's names. Collective. of: as above."""
+        return {piece.name: piece.values.to("cpu", copy=True) for piece in self.weights(of=of)}
 
-    def load_full_state(self, state: Mapping[str, Stored]) -> None:
+    def load_full_state(self, state: Mapping[str, Stored], of: nn.Module | None = None) -> None:
         """Inverse of `full_state`, and of `weights`; every rank brings the same tensors. Collective."""
-        self.model.load_state_dict({name: whole(value) for name, value in state.items()})
+        (self.model if of is None else of).load_state_dict({name: whole(value) for name, value in state.items()})
 
     def optimizer_state(self) -> dict[str, Any]:
         """Plain data, whole, on the CPU, and by parameter name: see `optimizer_state`. Collective."""

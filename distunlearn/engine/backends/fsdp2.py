@@ -27,23 +27,23 @@ from distunlearn.errors import ConfigError, DataError
 
 
 class FSDP2(Backend):
-    """Parameters are DTensors split along their first dimension; buffers are whole on every rank."""
+    """Parameters are DTensors split along their first dimension; buffers are whole on every rank.
+
+    With `runtime.mesh` = [copies, shards] the ranks of a copy, which follow one another, hold a part of each weight,
+    and gradients are averaged over the copies, too (HSDP): only neighbours gather weights.
+    """
 
     channels_last = False
 
     def _wrap(self) -> Callable[[Tensor], Any]:
-        if self.world.size > 1:
-            with torch.no_grad():
-                for tensor in self.model.state_dict().values():
-                    dist.broadcast(tensor, src=0)  # as DDP does: all ranks start from the main rank's weights
         # Our models return views (a flattened pool) and nothing writes into them.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        mesh = init_device_mesh(self.device.type, (self.world.size,))
-        for unit in shard_units(self.model):
-            fully_shard(unit, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        self._prove()
+        self._copies, self._shards = self.cfg.runtime.mesh or (1, self.world.size)
+        shape = {"replicate": self._copies, "shard": self._shards} if self._copies > 1 else {"shard": self._shards}
+        self._mesh = init_device_mesh(self.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        self._shard(self.model)
+        self._prove(self.model)
         # `fully_shard` makes new parameters: the optimizer must step those, under their old settings.
         sharded = dict(self.model.named_parameters())
         for group in self.optimizer.param_groups:
@@ -51,8 +51,22 @@ class FSDP2(Backend):
         self.optimizer.state.clear()
         return self.model
 
-    def _prove(self) -> None:
-        parameters = dict(self.model.named_parameters())
+    def _shard(self, model: nn.Module) -> None:
+        if self.world.size > 1:
+            with torch.no_grad():
+                for tensor in model.state_dict().values():
+                    dist.broadcast(tensor, src=0)  # as DDP does: all ranks start from the main rank's weights
+        for unit in shard_units(model):
+            fully_shard(unit, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh)
+
+    def follow(self, momentum: MomentumEncoder) -> None:
+        super().follow(momentum)
+        self._shard(momentum.model)
+        self._prove(momentum.model)
+
+    def _prove(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
         world = self.world.size
         plain = [n for n, p in parameters.items() if not isinstance(p, DTensor) or p.device_mesh.size() != world]
         if plain:
@@ -68,9 +82,9 @@ class FSDP2(Backend):
                 "backend=ddp."
             )
 
-    def _reshard(self) -> None:
+    def _reshard(self, model: nn.Module | None = None) -> None:
         """A forward without backward leaves the root gathered, its parameters plain tensors; undo that."""
-        for module in self.model.modules():
+        for module in (self.model if model is None else model).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -78,7 +92,7 @@ class FSDP2(Backend):
         self._reshard()
         norms = [torch.linalg.vector_norm(g.to_local()) for g in self._gradients() if g.to_local().numel()]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
-        return float(sum_over_ranks(square).sqrt())
+        return float((sum_over_ranks(square) / self._copies).sqrt())  # every copy has the whole gradient
 
     def step(self) -> None:
         self._reshard()
@@ -98,13 +112,14 @@ class FSDP2(Backend):
                 local.copy_(change(name, local, functools.partial(part, parameter=parameter)))
 
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
-        """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
+        """See `Backend.update_momentum`; both encoders are cut alike, so that every rank moves its own part."""
         self._reshard()
-        momentum.update_from({n: self._whole(p.detach()) for n, p in model.named_parameters()}, m)
+        self._reshard(momentum.model)
+        super().update_momentum(momentum, model, m)
 
-    def weights(self, sharded: bool = False) -> Iterator[Piece]:
-        self._reshard()
-        yield from super().weights(sharded)
+    def weights(self, sharded: bool = False, of: nn.Module | None = None) -> Iterator[Piece]:
+        self._reshard(of)
+        yield from super().weights(sharded, of)
 
     def moments(self, sharded: bool = False) -> Iterator[Piece]:
         self._reshard()
@@ -114,12 +129,14 @@ class FSDP2(Backend):
         if not sharded or not isinstance(value, DTensor):
             yield from super()._pieces(name, value, sharded, alike)
         else:
-            yield Piece(name, value.to_local().flatten(), tuple(value.shape), self._start(value))
+            mine, copy = value.to_local().flatten(), self.world.rank // self._shards
+            edges = [mine.numel() * number // self._copies for number in (copy, copy + 1)]  # each copy saves a part
+            yield Piece(name, mine[edges[0] : edges[1]], tuple(value.shape), self._start(value) + edges[0])
 
-    def load_full_state(self, state: Mapping[str, Stored]) -> None:
-        self._reshard()
-        sharded = dict(self.model.named_parameters())
-        super().load_full_state({n: self._place(t, sharded[n]) if n in sharded else t for n, t in state.items()})
+    def load_full_state(self, state: Mapping[str, Stored], of: nn.Module | None = None) -> None:
+        self._reshard(of)
+        sharded = dict((self.model if of is None else of).named_parameters())
+        super().load_full_state({n: self._place(t, sharded[n]) if n in sharded else t for n, t in state.items()}, of)
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         self._reshard()
@@ -131,7 +148,7 @@ class FSDP2(Backend):
     def _start(self, tensor: DTensor) -> int:
         """Where this rank's rows begin in the flattened whole; `fully_shard` cuts rows as torch.chunk does."""
         rows = tensor.shape[0]
-        first = min(rows, self.world.rank * -(-rows // self.world.size))
+        first = min(rows, self.world.rank % self._shards * -(-rows // self._shards))
         return first * (tensor.numel() // rows)
 
     def _place(self, value: Stored, parameter: nn.Parameter) -> Tensor:

@@ -224,8 +224,10 @@ class Zero(Backend):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def weights(self, sharded: bool = False) -> Iterator[Piece]:
-        if sharded and self.stage == 3:
+    def weights(self, sharded: bool = False, of: nn.Module | None = None) -> Iterator[Piece]:
+        if of is not None:
+            yield from super().weights(sharded, of)
+        elif sharded and self.stage == 3:
             for name, parameter in self.model.named_parameters():
                 start, count = self._mine(parameter)
                 yield Piece(name, parameter.ds_tensor.flatten()[:count], tuple(parameter.ds_shape), start)
@@ -252,7 +254,10 @@ class Zero(Backend):
                 else:
                     yield Piece(f"{name}/{key}", self._whole_entry(parameter, key), shape)
 
-    def load_full_state(self, state: Mapping[str, Stored]) -> None:
+    def load_full_state(self, state: Mapping[str, Stored], of: nn.Module | None = None) -> None:
+        if of is not None:
+            super().load_full_state(state, of)
+            return
         if self.stage < 3:
             super().load_full_state(state)
         else:

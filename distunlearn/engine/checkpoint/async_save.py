@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from distunlearn import errors
 from distunlearn.common.files import write_json
@@ -124,12 +124,15 @@ class Saver:
             return False
         return wanted == "always" or (backend.cfg.backend in SHARDED and backend.num_weights > LARGE)
 
-    def save(self, step: int, extras: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, extras: Mapping[str, Tensor], facts: Mapping[str, Any], momentum: nn.Module | None = None
+    ) -> None:
         """Save the state before step `step`. Collective.
 
         Args:
             extras: what the main rank saves beside weights and optimizer, under its full name.
             facts: plain JSON for COMMIT.json.
+            momentum: the momentum encoder's model, which is saved as the weights are.
 
         Raises:
             DataError, NumericsError, RankLostError: what hindered the save before this one; synchronous: this one.
@@ -138,7 +141,7 @@ class Saver:
         sharded = self.is_sharded()
         token = self._backend.world.broadcast_object(f"{time.time_ns():x}") if sharded else "0"
         facts = {**facts, "optimizer": type(self._backend.optimizer).__name__, "sharded": sharded}
-        pieces = self._snapshot(sharded, extras)
+        pieces = self._snapshot(sharded, extras, momentum)
         job = self._job = _Save(step, token, sharded, pieces, facts, self._ledger.size())
         if sharded or self._backend.world.is_main:
             job.thread = threading.Thread(target=self._run, args=(job,), name=f"save-{step}", daemon=True)
@@ -181,9 +184,11 @@ class Saver:
         mine = [] if job.trouble is None else [type(job.trouble).__name__, str(job.trouble)]
         return [found for found in self._backend.world.gather_objects(mine) if found]
 
-    def _snapshot(self, sharded: bool, extras: Mapping[str, Tensor]) -> list[Piece]:
+    def _snapshot(self, sharded: bool, extras: Mapping[str, Tensor], momentum: nn.Module | None) -> list[Piece]:
         backend, pieces = self._backend, []
-        for prefix, source in (("model.", backend.weights(sharded)), (OPTIMIZER, backend.moments(sharded))):
+        sources = [("model.", backend.weights(sharded)), (OPTIMIZER, backend.moments(sharded))]
+        sources += [("momentum.", backend.weights(sharded, momentum))] if momentum is not None else []
+        for prefix, source in sources:
             for piece in source:  # to the end on every rank: each may be a collective
                 if sharded or backend.world.is_main:
                     pieces.append(self._buffers.copy(prefix + piece.name, piece))

@@ -13,7 +13,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from distunlearn.common.files import file_sha256, replacing, write_json
 from distunlearn.config.schema import OptimizerConfig
 from distunlearn.config.shape import plain
-from distunlearn.encoders.model import ContrastiveModel
 from distunlearn.engine import fault_injection
 from distunlearn.engine.dose.line import between, line
 from distunlearn.engine.dose.looks import FEATURES, ROLES, Viewer
@@ -105,11 +104,12 @@ def _look(session: Session, start: Path, full: Path, viewer: Viewer, seen: list[
     trained = load_trained(full, session)
     ends = [load_file(folder / STATE) for folder in (start, full)]
     model = trained.model.to(backend.device).eval()
-    momentum = trained.momentum.to(backend.device) if trained.momentum else None
+    momentum = trained.momentum
     optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=1.0, weight_decay=0.0), model)  # ZeRO needs one
     backend.prepare(model, optimizer, clip=0.0)
     if momentum is not None:
-        momentum.model = cast("ContrastiveModel", backend.synchronise(momentum.model)).eval()
+        backend.follow(momentum)
+        momentum.model.eval()
     forward = backend.plain_forward()
 
     def part(prefix: str, dose: float) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _look(session: Session, start: Path, full: Path, viewer: Viewer, seen: list[
                     )
                 backend.load_full_state(part("model.", dose))
                 if momentum is not None:
-                    momentum.load_state_dict({name: point.whole() for name, point in part("momentum.", dose).items()})
+                    backend.load_full_state(part("momentum.", dose), momentum.model)
                 seen.append(viewer.look(forward, momentum))
                 session.world.on_main(lambda: _keep(session, viewer, seen, key))
     finally:

@@ -1,0 +1,66 @@
+"""What one step asks of network and host, counted as rank 0 of 64 processes: upper bounds that it must not pass."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from scaling import BEFORE_BACKWARD, Step, configuration, count_step, counting, fake_group  # noqa: E402
+
+from distunlearn.distributed.collectives import all_gather_detached  # noqa: E402
+
+WORLD = 64
+UNITS = 13  # the 12 blocks of the vision transformer, and the rest
+
+
+def counted(encoder: str, backend: str, evaluator: str, world: int = WORLD, **other: Any) -> Step:
+    cfg = configuration(encoder, backend, evaluator, world, **other)
+    return count_step(cfg, world, pretrain=evaluator == "pretrain")
+
+
+@pytest.fixture(scope="module")
+def sketch() -> Step:
+    return counted("vit12", "fsdp2", "sketch")
+
+
+def test_a_step_of_sharded_weights(sketch):
+    assert sketch.total(places=("momentum encoder",)) == 0
+    # weights: 4 forwards and 3 backwards of the online encoder, 2 forwards of the momentum encoder
+    assert sketch.total(kind="all_gather") <= 9 * UNITS + 8
+    assert sketch.total(kind="reduce_scatter") == UNITS
+    assert sketch.total(kind="all_reduce") <= 12
+    assert sketch.total(kind="broadcast") == sketch.total("objects") == 0
+    assert sketch.total("reads", places=BEFORE_BACKWARD) == 0
+
+
+def test_a_step_of_whole_weights_but_for_batch_statistics():
+    step = counted("resnet50", "ddp", "head", sync_batchnorm=False)
+    assert step.total() <= 35 and step.total("objects") == 0
+    assert step.total("reads", places=BEFORE_BACKWARD) == 0
+
+
+def test_bytes_reduced_do_not_grow_with_the_ranks():
+    """Batch statistics and gradients; what is gathered (keys of all images) does."""
+    few, many = (counted("vit12", "ddp", "pretrain", world) for world in (4, 64))
+    assert few.total("sizes", kind="all_reduce") == many.total("sizes", kind="all_reduce") > 0
+    assert few.total("sizes", kind="all_gather") < many.total("sizes", kind="all_gather") < 200_000
+
+
+def test_what_the_counters_miss_would_pass_every_bound():
+    step, at, before = Step(), ["loss"], torch.ones(3)
+    with fake_group(4), counting(step, at):
+        x = torch.ones(3)
+        dist.all_reduce(x)
+        all_gather_detached(x)
+        dist.all_gather([torch.empty(3) for _ in range(4)], x)
+        assert float(x.sum()) and bool(x.any()) and x.tolist() and x[0].item() and x.cpu() is not None
+        assert before.tolist()  # of an earlier step: nothing waits
+    assert (step.total(), step.total(kind="all_gather"), step.total("sizes")) == (3, 2, 12 + 48 + 48)
+    assert step.total("reads", places=BEFORE_BACKWARD) == 5
