@@ -281,6 +281,8 @@ def _processes(cfg: RunConfig, world: int) -> Iterator[str]:
         return
     if cfg.backend == "single":
         yield f"backend=single cannot use {world} processes; set backend=ddp or start one process"
+    if cfg.runtime.bf16_gather and (cfg.backend, cfg.precision) != ("fsdp2", "bf16"):
+        yield "runtime.bf16_gather=true is of backend=fsdp2 with precision=bf16; set them, or leave it out"
     mesh = cfg.runtime.mesh
     if mesh and cfg.backend != "fsdp2":
         yield f"runtime.mesh={list(mesh)} is of backend=fsdp2, not {cfg.backend}; leave it out"

@@ -330,6 +330,7 @@ class RuntimeConfig:
     compile: Annotated[bool, ROUNDING] = False  # blocks through torch.compile, except in passes that hook into them
     activation_checkpointing: Annotated[bool, ROUNDING] = False  # blocks run forward again in the backward: less memory
     mesh: Annotated[tuple[PositiveInt, PositiveInt] | None, ROUNDING] = None  # fsdp2: copies, and shards of each copy
+    bf16_gather: Annotated[bool, ROUNDING] = False  # fsdp2, precision=bf16, GPUs: blocks' weights travel in bf16
     reuse: Place = None  # a finished run whose shards, original and retrained encoder are taken
     join_s: Annotated[PositiveFloat, LOCAL] = 600.0  # seconds to wait for the other processes at the start
     watchdog_s: Annotated[NonNegativeFloat, LOCAL] = 600.0  # seconds of one part of a step that end a run; 0: no limit

@@ -6,6 +6,7 @@ The four ranks run this file as a script.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from constraint_training import Case, errors, limits, plain, sharded, warm
 from processes import launch
 from test_backends import CLOSE, opened, train
 from test_sharded_checkpoints import load, same, train_and_save
+from torch import nn
 from toys import reference, update_error
 
 from distunlearn.config.schema import RuntimeConfig
@@ -30,6 +32,7 @@ READERS = (("mesh", "fsdp2"), ("fsdp2", "mesh"), ("mesh", "ddp"), ("ddp", "mesh"
 CASES = [Case(evaluator, encoder, "byol") for evaluator, encoder in (("head", "resnet"), ("sketch", "vit"))]
 FEW = [("ddp", Case("sketch", "vit", "simclr")), ("fsdp2", Case("sketch", "vit", "simclr")),
        ("fsdp2", Case("head", "vit", "byol"))]  # fmt: skip
+HALF = Case("sketch", "vit", "simclr", bf16=True)
 STEPS = 3
 
 
@@ -41,7 +44,7 @@ def start(way: str, **changes):
 
 def config(case: Case, way: str):
     made = CONFIG(case, WAYS[way])
-    return made if way != "mesh" else made.__class__(**{**vars(made), "runtime": RuntimeConfig(threads=1, mesh=(2, 2))})
+    return made if way != "mesh" else replace(made, runtime=RuntimeConfig(threads=1, mesh=(2, 2)))
 
 
 CONFIG = Case.config
@@ -49,10 +52,12 @@ CONFIG = Case.config
 
 def main(folder: Path, kind: str) -> None:
     results: dict = {}
-    for case in (*CASES, *(case for _, case in FEW)):
+    for case in (*CASES, *(case for _, case in FEW), HALF):
         if kind != "backend":
             warm(case)  # before there are other processes
-    if kind == "few":
+    if kind == "half":
+        results = half_weights()
+    elif kind == "few":
         with few_to_forget():
             results = {f"{way} {case.evaluator}": sharded(case, way, "float64", STEPS) for way, case in FEW}
     elif kind == "constraint":
@@ -121,6 +126,43 @@ def test_ranks_without_images_to_forget(tmp_path):
             error = errors(states, expected["states"])
             assert error[0] <= first and error[1] <= last, (way, case.evaluator, error)
             assert errors(states, others["states"])[0] > 100 * first
+
+
+def half_weights() -> dict:
+    """Weights that travel in bf16 where a layer norm takes them, as autocast on a GPU has it."""
+    norm, gathered, sent = nn.functional.layer_norm, [], fsdp2.fully_shard
+
+    def layer_norm(x, shape, weight, bias, eps):
+        gathered.append(weight.dtype)
+        return norm(x.float(), shape, weight.float(), bias.float(), eps)
+
+    def config(case: Case, way: str):
+        made = CONFIG(case, way)
+        return replace(made, runtime=RuntimeConfig(threads=1, bf16_gather=True))
+
+    kept: list[torch.dtype] = []
+
+    def shard(module, **how):
+        made = sent(module, **how)
+        kept.extend(p.dtype for p in module.parameters())
+        return made
+
+    with (
+        mock.patch.object(nn.functional, "layer_norm", layer_norm), mock.patch.object(fsdp2, "MIXES", ("cpu",)),
+        mock.patch.object(fsdp2, "fully_shard", shard), mock.patch.object(Case, "config", config),
+    ):  # fmt: skip
+        found = sharded(HALF, "fsdp2", "float32", STEPS)
+    return {**found, "travelled": torch.bfloat16 in gathered, "kept": set(kept) == {torch.float32}}
+
+
+def test_weights_that_travel_in_bf16_are_kept_in_float32(tmp_path):
+    expected = plain(HALF, "float32", STEPS)
+    first, last = limits(HALF, "float32")
+    for rank in launch(__file__, 2, tmp_path, "half", timeout=280):
+        assert rank["travelled"] and rank["kept"]
+        error = errors(rank["states"], expected["states"])
+        assert error[0] <= first and error[1] <= last, error
+        assert error[0] > 1e-5  # control: it is not the same computation
 
 
 @pytest.mark.matrix

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distunlearn.distributed.collectives import sum_over_ranks
 from distunlearn.encoders.blocks import shard_units
@@ -24,6 +25,8 @@ from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends.base import Backend
 from distunlearn.engine.backends.tensor_shards import Piece, Stored, part
 from distunlearn.errors import ConfigError, DataError
+
+MIXES = ("cuda",)  # devices whose autocast normalises in float32, whatever the type of the weights
 
 
 class FSDP2(Backend):
@@ -36,6 +39,11 @@ class FSDP2(Backend):
     channels_last = False
 
     def _wrap(self) -> Callable[[Tensor], Any]:
+        if self.cfg.runtime.bf16_gather and self.device.type not in MIXES:
+            raise ConfigError(
+                f"runtime.bf16_gather needs a GPU; on {self.device.type} a layer norm refuses weights of another type "
+                "than its input; leave it out."
+            )
         # Our models return views (a flattened pool) and nothing writes into them.
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -57,8 +65,17 @@ class FSDP2(Backend):
                 for tensor in model.state_dict().values():
                     dist.broadcast(tensor, src=0)  # as DDP does: all ranks start from the main rank's weights
         for unit in shard_units(model):
-            fully_shard(unit, mesh=self._mesh)
+            fully_shard(unit, mesh=self._mesh, mp_policy=self._precision(unit))
         fully_shard(model, mesh=self._mesh)
+
+    def _precision(self, unit: nn.Module) -> MixedPrecisionPolicy:
+        """How the weights of a block travel; what each rank keeps and steps is float32, and gradients are summed in it.
+
+        Layers see what autocast would make of float32 weights, but for normalisations, whose weights are rounded.
+        """
+        if not self.cfg.runtime.bf16_gather or any(isinstance(module, _BatchNorm) for module in unit.modules()):
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
     def follow(self, momentum: MomentumEncoder) -> None:
         super().follow(momentum)
