@@ -42,8 +42,8 @@ def start(way: str, **changes):
     return opened(WAYS[way], runtime=RuntimeConfig(threads=1, mesh=mesh), **changes)
 
 
-def config(case: Case, way: str):
-    made = CONFIG(case, WAYS[way])
+def config(case: Case, way: str = "single"):
+    made = CONFIG(case, WAYS.get(way, way))
     return made if way != "mesh" else replace(made, runtime=RuntimeConfig(threads=1, mesh=(2, 2)))
 
 
@@ -136,7 +136,7 @@ def half_weights() -> dict:
         gathered.append(weight.dtype)
         return norm(x.float(), shape, weight.float(), bias.float(), eps)
 
-    def config(case: Case, way: str):
+    def config(case: Case, way: str = "single"):
         made = CONFIG(case, way)
         return replace(made, runtime=RuntimeConfig(threads=1, bf16_gather=True))
 

@@ -94,7 +94,7 @@ class InputGP(Differences):
         return Constrained(phi, term + (phi - term).detach(), forgotten, others, metrics, places)
 
     def _interpolates(
-        self, ctx: Context, views: list[Tensor], count: int, pair: int, first: int, others: Sequence[int] | None
+        self, ctx: Context, views: list[Tensor], count: int, pair: int, first: int, others: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Both views of every x_i, [n, C, S, S], from those of n = `count` forgotten images and of third-party images
         after them; `first` is this rank's first row in the global forget batch; `others`: the latter of every rank.
