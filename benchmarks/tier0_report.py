@@ -199,6 +199,7 @@ def rates(seen: list[Seen]) -> dict[str, Any]:
     return {
         "encoders": len(seen), "groups": len({one.group for one in seen}),
         "false_pass": rate(seen, whole("pass", lambda one: one.beyond)),
+        "wrong_passes": rate(seen, lambda one: (int(one.beyond), 1) if overall(one.first) == "pass" else (0, 0)),
         "pass_of_failed": rate(seen, whole("pass", lambda one: overall(one.second) == "fail")),
         "power": rate(seen, whole("pass", lambda one: overall(one.second) == "pass")),
         "false_fail": rate(seen, whole("fail", lambda one: not one.beyond)),
