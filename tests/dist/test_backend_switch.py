@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import start_ranks
 from safetensors.torch import load_file
-from test_launchers import SETTINGS, deviation, execute, logged
+from test_launchers import OF_RECIPE, SETTINGS, deviation, execute, logged
 from whole_checkpoint import save_checkpoint
 
 from distunlearn.engine.backends.tensor_shards import whole as whole_tensor
@@ -40,7 +40,7 @@ def whole(tmp_path_factory) -> Path:
 def stopped(whole, tmp_path_factory) -> Path:
     """Asked to stop in the middle of pretraining."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    settings = (*SETTINGS, *WRITER, f"data.shards={whole / 'shards'}", FEW)
+    settings = (*SETTINGS, *OF_RECIPE[RECIPE], *WRITER, f"data.shards={whole / 'shards'}", FEW)
     chosen = [part for value in settings for part in ("--set", value)]
     ranks = start_ranks(2, ["pretrain", RECIPE, "--out", str(out), *chosen])
     while not (out / "ledger.jsonl").exists() or '"step":6,' not in (out / "ledger.jsonl").read_text():
@@ -82,7 +82,7 @@ def test_it_loses_what_the_uninterrupted_run_loses(stopped, whole, tmp_path, bac
 
 
 def test_control_without_its_moments_it_does_not(stopped, whole, tmp_path):
-    """AdamW that starts anew in the middle takes larger steps: the comparison sees an optimizer state that was lost."""
+    """SGD that has lost its momentum takes smaller steps: the comparison sees an optimizer state that was lost."""
     changed = tmp_path / "changed"
     shutil.copytree(stopped, changed)
     folder = changed / "original" / "checkpoints"
