@@ -16,14 +16,14 @@ from pydantic import Field
 from .commitment import kept_commitment, require_ledger
 from .dose import DosePart, dose_facts
 from .errors import DataError, EvidenceError
-from .figures import Rules, judge, plain
+from .figures import Rules
 from .forms import Count, Digest, Form, Number, RulesPart, Share, Tree, Word, read_form, rules_part
 from .gates import MIN_IMAGES
 from .ledger import effective_states, effective_steps, next_link, read_ledger
 from .receipt import ROWS, outcomes, read_rows, request_leaves, tree
 from .records import parse_record, read_plain, read_record
 from .run import DONE, PHASES, SUMMARY_FIELDS, check_run
-from .scores import raw_scores, read_scores
+from .scores import read_scores
 from .secret import commitment, make_secret
 from .states import export_digests
 
@@ -166,7 +166,7 @@ def make_predicate(
     require_ledger(digest, kept[1] if kept else None, read_ledger(folder / "ledger.jsonl"))
     predicate = {
         "commitment": digest, "run": commitment(secret, "run", b""), "sequence": sequence, "previous": previous,
-        "rules": rules_part(rules), **state_facts(folder, rules, secret), "private": private(folder, secret),
+        "rules": rules_part(rules), **state_facts(folder, found.judged, secret), "private": private(folder, secret),
         "limits": [], "tool": dict(tool),
     }  # fmt: skip
     predicate["limits"] = limits(digest, predicate["states"])
@@ -184,16 +184,15 @@ def private(folder: Path, secret: bytes) -> dict[str, str]:
     return {name: commitment(secret, name, read_plain(folder / name)) for name in PRIVATE if (folder / name).exists()}
 
 
-def state_facts(folder: Path, rules: Rules, secret: bytes) -> dict[str, Any]:
+def state_facts(folder: Path, judged: Mapping[str, Any], secret: bytes) -> dict[str, Any]:
     """`ledger`, `states`, `segments`, `request`, `outcome`, `coverage`, `dose`, `summary`, `figures` and `verdict` from
-    the files of a checked run."""
+    the files of a checked run, and what `check_run` judged of its raw scores."""
     lines, rows = read_ledger(folder / "ledger.jsonl"), read_rows(folder)
     count, head = next_link(folder / "ledger.jsonl")
     text = read_plain(folder / "audit" / "summary.json")
     summary = parse_record(text, str(folder / "audit" / "summary.json"), SUMMARY_FIELDS, EvidenceError)
     files = read_scores(folder / "audit")
     states = {encoder: content["state"] for encoder, content in files.items()}
-    judged = plain(judge(raw_scores(files), rules, unchanged=states["original"] == states["unlearned"]))
     phases = [phase for phase in PHASES.values() if any(line.get("phase") == phase for line in lines)]
     return {
         "ledger": {
@@ -210,7 +209,7 @@ def state_facts(folder: Path, rules: Rules, secret: bytes) -> dict[str, Any]:
         "coverage": summary["coverage"],
         "dose": dose_facts(folder, lines, _done(folder), set(_audited(files)), rows),
         "summary": hashlib.sha256(text).hexdigest(),
-        "figures": figures(judged, raw_scores(files).forget),
+        "figures": figures(judged, sum(row["role"] == "forget" for row in files["unlearned"]["samples"].values())),
         "verdict": judged["gates"]["verdict"],
     }
 

@@ -279,10 +279,10 @@ def _run(predicate: Predicate, envelope: Envelope, committed: tuple[Envelope, Co
     _equal("the files", private(folder, secret), predicate.private)
     lines = read_ledger(folder / "ledger.jsonl")
     require_ledger(predicate.commitment, committed[1] if committed else None, lines)
-    gaps = check_run(folder, rules).gaps
-    if gaps:
-        raise EvidenceError(f"The run directory is not whole. {' '.join(gaps)}")
-    facts = state_facts(folder, rules, secret)
+    found = check_run(folder, rules)
+    if found.gaps:
+        raise EvidenceError(f"The run directory is not whole. {' '.join(found.gaps)}")
+    facts = state_facts(folder, found.judged, secret)
     certified = predicate.model_dump()
     for part, value in facts.items():
         _equal(part, value, certified[part])

@@ -102,8 +102,10 @@ def load_key(path: Path, passphrase: str) -> Ed25519PrivateKey:
     """A private key.
 
     Raises:
-        ConfigError: the file or the passphrase is wrong.
+        ConfigError: the file or the passphrase is wrong, or it is a key in the place of a file's name.
     """
+    if "PRIVATE KEY" in str(path):
+        raise ConfigError("a key was given on the command line, where others see it; give the name of its file.")
     try:
         key = serialization.load_pem_private_key(read_plain(path, 1 << 20), passphrase.encode() or None)
     except OSError as error:

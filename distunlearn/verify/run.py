@@ -36,12 +36,14 @@ class Checked:
     """What `check_run` found.
 
     states: digest of each encoder whose weights are there. gaps: what a pass needs and could not be checked. notes:
-    what a reader must know. Both a sentence each.
+    what a reader must know. Both a sentence each. judged: what `judge` gives of the raw scores, as plain data; empty
+    where there are none.
     """
 
     states: dict[str, str] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)
 
 
 def check_run(folder: Path, rules: Rules | None) -> Checked:
@@ -191,8 +193,8 @@ def _require_summary(
                 f"({str(named[encoder])[:12]}); audit the run again."
             )
     require_distinct(states, rules.method, dose)
-    again = judge(raw_scores(files), rules, unchanged=states["original"] == states["unlearned"])
-    expected = plain({**again, "states": states})
+    found.judged.update(plain(judge(raw_scores(files), rules, unchanged=states["original"] == states["unlearned"])))
+    expected = {**found.judged, "states": states}
     if lines:
         expected["coverage"] = _coverage(lines, files, summary)
     for part, value in expected.items():
