@@ -26,10 +26,11 @@ find_python() {
         fail "$python cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv"
 }
 
-# use_venv FOLDER REQUIREMENT: after it, FOLDER/bin holds the requirement (such as /repo or /repo[test]).
+# use_venv FOLDER REQUIREMENT...: after it, FOLDER/bin holds the requirement (such as /repo[test], or -e /repo).
 # An existing environment is reused; the package itself is installed anew, since its sources may have changed.
 use_venv() {
-    local venv="$1" requirement="$2" free
+    local venv="$1" free
+    shift
     if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
         fail "$venv exists and is not a virtual environment; move it away"
     fi
@@ -43,7 +44,7 @@ use_venv() {
         "$python" -m venv --clear "$venv" || fail "the virtual environment $venv cannot be made" 70
     fi
     rm -rf -- "$repo/build/lib" # setuptools would ship modules that no longer exist
-    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$requirement"; then
+    if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; then
         # pip gives back what it had written, so what is free now would no longer tell.
         if [ "${free:-99}" -lt 7 ]; then
             echo "only $free GiB were free where $venv lies; PyTorch with CUDA takes about 6 installed" >&2

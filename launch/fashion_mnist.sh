@@ -31,7 +31,7 @@ if [ -z "$root" ] && [ ! -d "$packaged" ]; then
     fi
 fi
 
-use_venv "$repo/.venv" "$repo"
+use_venv "$repo/.venv" -e "$repo"
 if [ -n "$root" ]; then
     set -- --set "data.root=$root" "$@"
 fi

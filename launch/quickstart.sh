@@ -8,5 +8,5 @@ set -euo pipefail
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
 
-use_venv "$repo/.venv" "$repo"
+use_venv "$repo/.venv" -e "$repo"
 run_recipe digits "$@"
