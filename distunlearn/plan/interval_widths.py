@@ -8,6 +8,8 @@ method, for one that changes little keeps the scores of the original encoder, an
 factor was in the 480 finished runs in benchmarks/results (10 %, half and 90 % of them) stands in `SPREAD`. So 84 % of
 all widths are predicted within 20 %, of third_party 78 %; runs that differ by the seed alone agree no better than 91 %
 and 83 % with the median of the others, so the promise cannot be kept for all of them.
+
+Without a retrained encoder the gate is on one encoder's AUC, and its interval is never narrower than that of this one.
 """
 
 from __future__ import annotations
@@ -49,24 +51,29 @@ def spread(moves: str, encoder: str) -> dict[str, tuple[float, float, float]]:
     }
 
 
-def expected_widths(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, Any]:
-    """{"gates": {attack: figures}, "verdict": what it can be, in words}; {} without a retrained encoder (tier 0).
+GROUPS_WIDEN = (1.0, 1.0, 1.3)  # without a retrained encoder, of a fair request: by what reference groups did in a run
 
-    Figures of an attack: `half_width` of the interval of AUC(unlearned) - AUC(retrained), from `low` to `high`, that of
-    `one_encoder`'s AUC, and `passes_within`: the largest difference that still passes at that width, None if none does.
+
+def expected_widths(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, Any]:
+    """{"gates": {attack: figures}, "verdict": what it can be, in words}; {} without images of a side.
+
+    Figures of an attack: `half_width` of the interval of AUC(unlearned) - AUC(retrained), at tier 0 of
+    AUC(unlearned) - 1/2, from `low` to `high`, that of `one_encoder`'s AUC, and `passes_within`: the largest difference
+    that still passes at that width, None if none does.
 
     Args:
         counts: images by role.
     """
     forget, holdout = counts["forget"], counts["holdout"]
-    if not cfg.audit.tier or not forget or not holdout:
+    if not forget or not holdout:
         return {}
     gates = cfg.audit.gates
     plain = NormalDist().inv_cdf((1 + gates.confidence) / 2) * math.sqrt(
         (forget + holdout + 1) / (12 * forget * holdout)
     )
     found: dict[str, dict[str, float | None]] = {}
-    for attack, factors in spread(method_class(cfg).moves, cfg.encoder.name).items():
+    widened = spread(method_class(cfg).moves, cfg.encoder.name)
+    for attack, factors in (widened if cfg.audit.tier else dict.fromkeys(ATTACKED, GROUPS_WIDEN)).items():
         margin = gates.view_agreement if attack == "view_agreement" else gates.attack
         low, half, high = (round(plain * factor, 4) for factor in factors)
         room = round(margin - half, 4) if half < margin else None
@@ -74,10 +81,10 @@ def expected_widths(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, Any]
             "half_width": half, "low": low, "high": high, "one_encoder": round(plain, 4), "margin": margin,
             "passes_within": room,
         }  # fmt: skip
-    return {"gates": found, "verdict": _words(forget, holdout, found)}
+    return {"gates": found, "verdict": _words(forget, holdout, found, "retraining" if cfg.audit.tier else "chance")}
 
 
-def _words(forget: int, holdout: int, gates: Mapping[str, Mapping[str, Any]]) -> str:
+def _words(forget: int, holdout: int, gates: Mapping[str, Mapping[str, Any]], yardstick: str) -> str:
     fewest = min(forget, holdout)
     counted = f"{forget} forgotten and {holdout} held-out images"
     if fewest <= FEWEST:
@@ -94,4 +101,4 @@ def _words(forget: int, holdout: int, gates: Mapping[str, Mapping[str, Any]]) ->
         )
     name = min(gates, key=lambda attack: gates[attack]["passes_within"])
     room = gates[name]["passes_within"]
-    return f"pass or fail can come out: with {counted} {name} passes within {room:.3f} of retraining"
+    return f"pass or fail can come out: with {counted} {name} passes within {room:.3f} of {yardstick}"

@@ -103,6 +103,15 @@ def test_what_a_verdict_can_be_is_said_before_the_run(forget, holdout, words):
     assert words in found["verdict"] and str(forget) in found["verdict"]
 
 
-def test_without_a_retrained_encoder_nothing_is_promised():
+def test_without_a_retrained_encoder_the_width_is_that_of_one_encoder(finished):
+    """And so it was in finished runs, whose intervals of one encoder are of 95 %: within a tenth near 0.5."""
     cfg = replace(CFG, audit=replace(CFG.audit, tier=0))
-    assert expected_widths(cfg, {"forget": 200, "holdout": 600}) == {}
+    found = expected_widths(cfg, {"forget": 200, "holdout": 600})
+    assert {gate["half_width"] for gate in found["gates"].values()} == {0.0388} and "of chance" in found["verdict"]
+    assert expected_widths(cfg, {"forget": 200, "holdout": 0}) == {}
+    near = [
+        (attack["unlearned"]["auc_high"] - attack["unlearned"]["auc_low"]) / 2 * 1.645 / 1.96 / expected["one_encoder"]
+        for *_, name, attack, expected in finished
+        if abs(attack["unlearned"]["auc"] - 0.5) < 0.05 and name == "bank_loss"
+    ]
+    assert len(near) > 100 and statistics.median(near) == pytest.approx(1, abs=0.1)
