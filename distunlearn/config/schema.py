@@ -302,6 +302,7 @@ class AuditConfig:
     neighbours: PositiveInt = 5  # of the kNN
     tier: Literal[0, 1, 2] = 1  # 0: no retrained encoder unless it is there; 1: with it; 2: shadows too
     part_crops: NonNegativeInt = 0  # small crops of each image for the PartCrop attack; 0: without it (the paper: 128)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: of passes without a gradient; tf32: GPUs alone
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it
     keep_signals: Annotated[bool, FREE] = False  # of original and retrained encoder, for runs that reuse this one
     shadows: Annotated[int, Field(ge=6, le=64)] = 12  # pooled shadow encoders of tier 2

@@ -143,12 +143,12 @@ class Session:
         """Classes of the members, for an objective whose head is a classifier; None for others."""
         if objective_class(self.cfg).head != "classifier":
             return None
-        labels = self.manifest.columns.label[self.manifest.rows(("retain", "forget", "forgotten"))]
-        if len(labels) == 0 or labels.min() < 0:
+        labels = self.manifest.label_range(("retain", "forget", "forgotten"))
+        if labels is None or labels[0] < 0:
             raise DataError(
                 f"objective.name={self.cfg.objective.name} needs labels, but not every member has one; expected all."
             )
-        return int(labels.max()) + 1
+        return labels[1] + 1
 
     def sample(self, role: str) -> Batch:
         """The images of a role as one batch, at most `CALIBRATION_LIMIT`, alike on every rank."""

@@ -1,13 +1,15 @@
-"""What the audit of a run would train by itself: pooled shadows (tier 2) and stress tests. Nothing is trained here."""
+"""What an audit costs: the images it shows to finished encoders, and what tier 2 and stress tests train besides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from distunlearn.audit.signals.collect import AUDITED, BANK_IMAGES, PER_ROLE
 from distunlearn.audit.trainings.stress import COPIES, FEWEST_CLASSES, stress_names, thirds
 from distunlearn.config.schema import RunConfig
 from distunlearn.engine.phases import pretrain_steps
+from distunlearn.objectives import make_objective
 
 Trainings = tuple[list[int], int]  # images of every training from random weights; how many unlearnings
 
@@ -17,7 +19,7 @@ def audit_trainings(
 ) -> dict[str, dict[str, float]]:
     """Steps and images of everything that `audit.tier` 2 and `audit.stress` train, by name; {} without them.
 
-    Relearning (`audit.relearn_steps`) and the looks at finished encoders are not counted.
+    Relearning (`audit.relearn_steps`) is not counted; looks at finished encoders: `audit_looks`.
 
     Args:
         counts: images by role. classes: members by label, as far as they have labels.
@@ -34,6 +36,34 @@ def audit_trainings(
         planned["shadows"] = [members - forget // 3] * cfg.audit.shadows, cfg.audit.shadows
     planned |= {name: STRESS[name](members, forget, largest) for name in stress_names(cfg.audit.stress)}
     return {name: _figures(cfg, *trainings, phases) for name, trainings in planned.items()}
+
+
+def audit_looks(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, int]:
+    """What the audit shows to finished encoders, those of stress tests left out.
+
+    Args:
+        counts: images by role.
+
+    Returns:
+        encoders; images: audited, of one encoder; passes: images that go forward through a network, of all encoders, as
+        `audit/signals/collect.py` does it; backward: how many of them also go back, for gradients.
+    """
+    objective, audit = make_objective(cfg.objective), cfg.audit
+    encoders = 2 if audit.tier == 0 else 3
+    audited = {role: min(counts.get(role, 0), PER_ROLE) for role in AUDITED}
+    images, probed = sum(audited.values()), sum(audited.values()) - audited["retain"]
+    pairs, shown = audit.views // 2, objective.branches * (1 + objective.needs_momentum)
+    keys = objective.branches * objective.needs_momentum
+    each = audit.views + 1 + objective.uses_labels + pairs * keys  # views, plain, its own prediction, momentum keys
+    each += shown + (1 + audit.part_crops if audit.part_crops else 0)  # the pair whose gradient is sketched, crops
+    norms = 2 * pairs * objective.branches * probed  # as ghosts, and what ghosts leave
+    bank = shown * min(BANK_IMAGES, audited["retain"]) if objective.uses_bank else 0
+    return {
+        "encoders": encoders,
+        "images": images,
+        "passes": encoders * (images * each + norms + bank),
+        "backward": encoders * (images * objective.branches + norms),
+    }
 
 
 def _thirds(forget: int) -> list[int]:

@@ -37,7 +37,7 @@ from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.base import objective_class
-from distunlearn.plan.audit_cost import audit_trainings
+from distunlearn.plan.audit_cost import audit_looks, audit_trainings
 from distunlearn.plan.dry_run import NotFollowed, count_training
 from distunlearn.plan.interval_widths import expected_widths
 from distunlearn.verify.records import find_record
@@ -52,8 +52,9 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     Returns:
         plain JSON: roles, request (counts of listed, missing, copied and small images), phases (steps, images, share of
         retraining, peak memory of one process that has the whole batch and shards nothing), audit (the same of what the
-        audit trains besides), intervals (how wide the gates' will be, see `expected_widths`), coverage,
-        encoder, not_probed (layers that the constraint's and the audit's probes cannot follow), config digest.
+        audit trains besides), looks (images and passes of the audit itself), intervals (how wide the gates' will be,
+        see `expected_widths`), coverage, encoder, not_probed (layers that the constraint's and the audit's probes
+        cannot follow), config digest.
 
     Raises:
         DataError: the data cannot be had, or the schedule cannot reach every forget image.
@@ -103,6 +104,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "not_probed": _not_probed(cfg, model),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),
+        "looks": audit_looks(cfg, counts),
         "intervals": expected_widths(cfg, counts),
         "coverage": _coverage(cfg, counts),
     }

@@ -30,7 +30,7 @@ def test_key_depends_on_all_that_decides_the_signals():
     cfg, manifest = RunConfig(), Manifest(".", [], {})
     key = signals_key(cfg, manifest, "w")
     assert key == signals_key(replace(cfg, runtime=RuntimeConfig(reuse="somewhere", threads=3)), manifest, "w")
-    audits = (AuditConfig(views=4), AuditConfig(part_crops=2))
+    audits = (AuditConfig(views=4), AuditConfig(part_crops=2), AuditConfig(precision="bf16"))
     others = [replace(cfg, seed=1), *(replace(cfg, audit=audit) for audit in audits)]
     others.append(replace(cfg, views=replace(cfg.views, flip=0.5)))
     keys = [signals_key(other, manifest, "w") for other in others] + [signals_key(cfg, manifest, "v")]

@@ -35,7 +35,7 @@ def signals_key(cfg: RunConfig, manifest: Manifest, state: str) -> str:
         "weights": state,
         "manifest": manifest.fingerprint,
         "seed": cfg.seed,
-        "audit": [cfg.audit.views, cfg.audit.part_crops],
+        "audit": [cfg.audit.views, cfg.audit.part_crops, cfg.audit.precision],
         "decode_size": cfg.data.decode_size,
         **{name: dataclasses.asdict(getattr(cfg, name)) for name in ("encoder", "objective", "views")},
     }

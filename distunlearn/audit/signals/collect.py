@@ -9,6 +9,7 @@ Shapes: n = images, E = embedding dim, A = views of an image, P = A (A - 1) / 2 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -88,9 +89,10 @@ def collect_signals(encoder: EncoderView, store: ImageStore, manifest: Manifest,
     Raises:
         NumericsError: a signal is not finite.
     """
-    bank = audit_bank(encoder, store, manifest)
     chunks = chunks_of(audited(manifest, cfg.seed, store))
-    return joined([signals_of(encoder, cfg.audit, chunk, store, manifest, bank) for chunk in chunks])
+    with looking(encoder, cfg.audit.precision):
+        bank = audit_bank(encoder, store, manifest)
+        return joined([signals_of(encoder, cfg.audit, chunk, store, manifest, bank) for chunk in chunks])
 
 
 Chosen = Sequence[tuple[str, str]]  # sample id and role
@@ -122,23 +124,44 @@ def joined(parts: Sequence[Signals]) -> Signals:
     return signals
 
 
+@contextlib.contextmanager
+def looking(encoder: EncoderView, precision: str) -> Iterator[None]:
+    """Within it the encoder is in evaluation mode, and TF32 is used only where `audit.precision` says so."""
+    for network in filter(None, (encoder.model, encoder.momentum)):
+        network.eval()
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:  # torch allows it in convolutions unless it is told not to
+            place.allow_tf32 = precision != "fp32"
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
+
+
+def _half(encoder: EncoderView, audit: AuditConfig) -> torch.autocast:
+    """For the passes without a gradient; heads stay in float32 (`encoders/model.py`)."""
+    return torch.autocast(encoder.device.type, torch.bfloat16, enabled=audit.precision == "bf16")
+
+
 @torch.no_grad()
 def signals_of(
     encoder: EncoderView, audit: AuditConfig, chosen: Chosen, store: ImageStore, manifest: Manifest, bank: Bank | None
 ) -> Signals:
-    """What an attacker can see of some images. encoder: put into evaluation mode and left there."""
-    for network in filter(None, (encoder.model, encoder.momentum)):
-        network.eval()
+    """What an attacker can see of some images."""
     ids, roles = [i for i, _ in chosen], np.array([role for _, role in chosen])
     plain = plain_view(store.plain(ids).to(encoder.device))
     labels = manifest.labels(ids)
     count = audit.views
     views = encoder.views(ids, store.cut, AUDIT_EPOCH, count)
-    seen = [encoder.model(view) for view in views]
+    with _half(encoder, audit):
+        seen = [encoder.model(view) for view in views]
     used = usable_labels(encoder, plain, labels)
     pairs = [views[start : start + 2] for start in range(0, count - 1, 2)]
     outs = [seen[start : start + 2] for start in range(0, count - 1, 2)]
-    branches = [encoder.branches(pair, ids, used, out) for pair, out in zip(pairs, outs, strict=True)]
+    with _half(encoder, audit):
+        branches = [encoder.branches(pair, ids, used, out) for pair, out in zip(pairs, outs, strict=True)]
     deltas = [encoder.objective.per_sample_delta(b, bank) / len(pairs) for b in branches]
     # The gradient of a loss averaged over pairs is one gradient over all their branches.
     gradients = head_gradients(torch.cat([b.hidden for b in branches]), torch.cat(deltas))
@@ -181,8 +204,6 @@ def audit_bank(encoder: EncoderView, store: ImageStore, manifest: Manifest) -> B
     """Keys of retain images, the same images for every encoder. Not the queue: each encoder would bring its own."""
     if not encoder.objective.uses_bank:
         return None
-    for network in filter(None, (encoder.model, encoder.momentum)):
-        network.eval()
     ids = store.decodable(sampled(manifest.ids("retain"), BANK_IMAGES, encoder.seed + 1))
     keys, hashes = [], []
     for chunk in _chunks(ids):

@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distunlearn.audit.signals.cache import kept_signals, packed, unpacked
-from distunlearn.audit.signals.collect import Chosen, Signals, audit_bank, audited, chunks_of, joined, signals_of
+from distunlearn.audit.signals.collect import (
+    Chosen,
+    Signals,
+    audit_bank,
+    audited,
+    chunks_of,
+    joined,
+    looking,
+    signals_of,
+)
 from distunlearn.common.files import write_atomic
 from distunlearn.distributed.meeting import Meeting
 from distunlearn.engine import fault_injection
@@ -90,7 +99,12 @@ def _look(
     found: list[Signals] = []
     done = sum(len(chunk) for chunk in chunks.values()) - sum(len(chunks[n]) for n in missing)
     total = sum(len(chunk) for chunk in chunks.values())
-    with Meeting(world) as meeting, session.telemetry.progress(f"audit of {name}", total, done) as bar:
+    precision = session.cfg.audit.precision
+    with (
+        Meeting(world) as meeting,
+        session.telemetry.progress(f"audit of {name}", total, done) as bar,
+        looking(encoder, precision),
+    ):
         bank = audit_bank(encoder, source.store, source.manifest) if missing else None
         for number in missing[world.rank :: world.size]:
             meeting.check()

@@ -21,7 +21,7 @@ import numpy as np
 from distunlearn.common.files import write_atomic
 from distunlearn.common.text import printable
 from distunlearn.data.manifest.columns import NO_HASH, NO_LABEL, Columns, Row
-from distunlearn.data.manifest.ids import IdList
+from distunlearn.data.manifest.ids import WINDOW, IdList
 from distunlearn.data.manifest.records import (
     CODE,
     CODES,
@@ -34,7 +34,7 @@ from distunlearn.data.manifest.records import (
     check_shard_name,
     read_summary,
 )
-from distunlearn.data.manifest.request import Request, keys_of
+from distunlearn.data.manifest.request import Request, count_codes, keys_of
 from distunlearn.data.manifest.role_rows import RoleRows
 from distunlearn.errors import DataError
 
@@ -100,9 +100,11 @@ class Manifest:
             listed = list(samples)
             roles = np.array([CODE[sample.role] for sample in listed], dtype=np.uint8)
             self.columns = Columns.build(_row(sample, self._number) for sample in listed).with_roles(roles)
-        borders = np.searchsorted(self.columns.shard, np.arange(len(self._names) + 1))
+        numbers = np.arange(len(self._names) + 1, dtype=self.columns.shard.dtype)  # else NumPy copies all of them
+        borders = np.searchsorted(self.columns.shard, numbers)
         assert borders[-1] == len(self.columns) and (np.diff(borders) >= 0).all(), "samples are not in shard order"
         self._borders = borders.tolist()
+        self._digests: dict[tuple[str, ...], str] = {}
         self._selections: dict[tuple[str, ...], _Selection] = {}
 
     def __len__(self) -> int:
@@ -136,7 +138,9 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what tells the images, their places and their roles."""
-        return hashlib.sha256(self.index_sha256.encode() + self.columns.role.tobytes()).hexdigest()
+        digest = hashlib.sha256(self.index_sha256.encode())
+        digest.update(np.ascontiguousarray(self.columns.role).data)
+        return digest.hexdigest()
 
     def with_roles(self, role: np.ndarray, facts: Mapping[str, Any], person: np.ndarray | None = None) -> Manifest:
         """The same index with the roles of another request. role: uint8 [n]; person: None: as they are."""
@@ -150,8 +154,20 @@ class Manifest:
         return self.select(roles).ids
 
     def samples_digest(self, roles: Sequence[str]) -> str:
-        """sha256 of the ids, image digests and labels of all samples of some roles, wherever they lie."""
-        return self.columns.samples_digest([CODE[role] for role in roles])
+        """sha256 of the ids, image digests and labels of all samples of some roles, wherever they lie; kept."""
+        if (wanted := tuple(roles)) not in self._digests:
+            self._digests[wanted] = self.columns.samples_digest([CODE[role] for role in wanted])
+        return self._digests[wanted]
+
+    def label_range(self, roles: Sequence[str]) -> tuple[int, int] | None:
+        """Smallest and largest label of some roles, NO_LABEL where one is unknown; None: no sample has such a role."""
+        wanted, found = np.zeros(256, dtype=bool), []
+        wanted[[CODE[role] for role in roles]] = True
+        for start in range(0, len(self), WINDOW):
+            part = slice(start, start + WINDOW)
+            labels = self.columns.label[part][wanted[self.columns.role[part]]]
+            found += [labels.min(), labels.max()] if len(labels) else []
+        return (int(min(found)), int(max(found))) if found else None
 
     def select(self, roles: str | Sequence[str]) -> _Selection:
         """Ids of the roles with their shards (computed once, then kept)."""
@@ -202,7 +218,7 @@ class Manifest:
 
     def count_roles(self) -> dict[str, int]:
         """Samples per role; `unused` and `forgotten` only if there are any."""
-        counts = dict(zip(CODES, np.bincount(self.columns.role, minlength=len(CODES)).tolist(), strict=True))
+        counts = dict(zip(CODES, count_codes(self.columns.role).tolist(), strict=True))
         return {role: count for role, count in counts.items() if count or role in ROLES}
 
     def summary(self) -> dict[str, Any]:
@@ -285,10 +301,12 @@ class Manifest:
 
     def _check_ids(self) -> None:
         hashes, rows = self.columns.ids.index()
-        for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
-            first, second = (self.columns.ids[int(row)] for row in rows[place : place + 2])
-            if first == second:
-                raise DataError(f"The index in {self.folder} lists the id {first[:80]!r} twice; {_FIX}.")
+        for start in range(0, len(hashes), WINDOW):
+            part = hashes[start : start + WINDOW + 1]
+            for place in (np.flatnonzero(part[1:] == part[:-1]) + start).tolist():
+                first, second = (self.columns.ids[int(row)] for row in rows[place : place + 2])
+                if first == second:
+                    raise DataError(f"The index in {self.folder} lists the id {first[:80]!r} twice; {_FIX}.")
         self.columns.ids.release()
 
     def _rows_of(self, ids: Sequence[str]) -> np.ndarray:

@@ -8,6 +8,7 @@ same time; they only read it.
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from distunlearn.common.files import HashingFile, file_sha256, replacing, write_json
-from distunlearn.data.manifest.ids import numbers, texts
+from distunlearn.data.manifest.ids import WINDOW, numbers, texts
 from distunlearn.data.manifest.records import CODES, VERSION
 from distunlearn.errors import DataError
 from distunlearn.verify.records import read_plain
@@ -38,6 +39,12 @@ def keys_of(sha256: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(sha256[:, :8]).view("<u8")[:, 0]
 
 
+def count_codes(role: np.ndarray) -> np.ndarray:
+    """How often each code of `records.CODES` occurs, int64. role: uint8 [n]; a part at a time, for NumPy widens it."""
+    parts = (role[start : start + WINDOW] for start in range(0, len(role), WINDOW))
+    return sum((np.bincount(part, minlength=len(CODES)) for part in parts), np.zeros(len(CODES), dtype=np.int64))
+
+
 @dataclass(frozen=True)
 class Request:
     """Roles of one request.
@@ -55,7 +62,7 @@ class Request:
 
     def counts(self) -> dict[str, int]:
         """Images by role, of the roles that occur."""
-        found = np.bincount(self.role, minlength=len(CODES)).tolist()
+        found = count_codes(self.role).tolist()
         return {name: count for name, count in zip(CODES, found, strict=True) if count}
 
     def save(self, run: Path) -> None:
@@ -99,8 +106,12 @@ class Request:
         if file_sha256(run / ROLES_FILE) != sha256:
             raise DataError(f"{run / ROLES_FILE} does not have the sha256 that {REQUEST} states; {_FIX}.")
         try:
-            with pa.OSFile(str(run / ROLES_FILE)) as file:
-                batch = pa.ipc.open_file(file).read_all().combine_chunks().to_batches()[0]
+            with (run / ROLES_FILE).open("rb") as handle:
+                mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.py_buffer(mapped))
+            if reader.num_record_batches != 1:
+                raise ValueError("more than one piece")
+            batch = reader.get_batch(0)
             batch.validate(full=True)
             names = batch["role"].dictionary.to_pylist()
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
@@ -111,7 +122,7 @@ class Request:
         key = np.frombuffer(batch["key"].buffers()[1] or b"", "<u8", count)
         role = np.frombuffer(batch["role"].indices.buffers()[1] or b"", "|u1", count)
         person = np.frombuffer(batch["person"].buffers()[1] or b"", "<i4", count)
-        return cls(index, role, key, facts, person if (person >= 0).any() else None)
+        return cls(index, role, key, facts, person if person.max(initial=-1) >= 0 else None)
 
 
 def has_request(run: str | Path) -> bool:
