@@ -15,8 +15,10 @@ from distunlearn.audit.run_audit import collect_evidence
 from distunlearn.audit.trainings.shadows import audit_shadows
 from distunlearn.audit.trainings.stress import audit_stress
 from distunlearn.common.launcher import is_main
+from distunlearn.config.checks import forget_is_file
 from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
+from distunlearn.config.yaml import parse_scalar
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.request import has_request
 from distunlearn.data.prepare.selection import check_selection, draw_request, without_chain
@@ -138,6 +140,8 @@ def report(run_dir: str | Path) -> Path:
 def next_config(previous: Path, overrides: Sequence[str], world: int | None = None) -> RunConfig:
     """Settings of the next request on what a run has left: its own, with what the overrides change.
 
+    A list is read as the one before it was (`data.forget_by`, `data.forget_column`), if the overrides do not say.
+
     Raises:
         ConfigError: no override names what to forget now. DataError: there is no finished run.
     """
@@ -145,12 +149,15 @@ def next_config(previous: Path, overrides: Sequence[str], world: int | None = No
     saved = saved_config(previous, world=1)
     if not (previous / "done.json").exists():
         raise DataError(f"{previous} has not forgotten yet (done.json is missing); finish that run first.")
-    if not any(text.partition("=")[0].strip() == "data.forget" for text in overrides):
+    asked = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "data.forget"]
+    if not asked:
         raise ConfigError(f"--previous {previous} needs what to forget now; give --set data.forget=LIST.")
     shards = shards_folder(saved, previous).resolve()
     own = {"data.previous": str(previous), "data.shards": str(shards), "data.members": None, "data.exclude": None,
-           "data.forget_column": None, "data.forget_by": "id", "encoder.checkpoint": None, "runtime.reuse": None,
-           "runtime.accept_code_change": False, "evidence.commitment": None}  # fmt: skip
+           "encoder.checkpoint": None, "runtime.reuse": None, "runtime.accept_code_change": False,
+           "evidence.commitment": None}  # fmt: skip
+    if not forget_is_file(parse_scalar(asked[-1], "data.forget")):  # what says how a list names images is of a list
+        own |= {"data.forget_column": None, "data.forget_by": "id"}
     given = [f"{key}={'' if value is None else json.dumps(value)}" for key, value in own.items()]
     return load_config(None, previous / "run.yaml", [*given, *overrides], world=world)
 

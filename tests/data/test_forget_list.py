@@ -177,7 +177,7 @@ def test_all_faults_in_one_answer(tmp_path):
                  "line 6: role is 'keep'", "1 id ('a/1.png') both to forget and to retain",
                  "line 8: an id of 0"):  # fmt: skip
         assert part in said, part
-    with pytest.raises(DataError, match="line 2 .*; and 80 more faults"):
+    with pytest.raises(DataError, match="line 2 .*; and 80 more"):
         read(write(tmp_path, "b.csv", "id,n\n" + "x\n" * 100))
 
 

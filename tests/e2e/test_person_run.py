@@ -82,3 +82,23 @@ def test_three_of_forty_persons(tmp_path):
     assert np.allclose([found["low"], found["high"]], np.percentile(sampled, [5, 95]))
     page = (out / "report.html").read_text()
     assert "3 persons" in page and "person 11" not in page and "person 11" not in (out / "request.json").read_text()
+
+    # The next request names persons too, and an earlier one of them is refused.
+    (tmp_path / "next.txt").write_text("person 5\nperson 21\n")
+    (tmp_path / "again.txt").write_text("person 5\nperson 30\n")
+
+    def next_request(name: str):
+        more = ("--set", f"data.forget={tmp_path / name}", "--set", "audit.tier=0")
+        return tiny.command("run", "--previous", str(out), "--out", str(tmp_path / "second"), *more)
+
+    refused = next_request("again.txt")
+    assert refused.returncode == 3 and "an earlier request has forgotten already" in refused.stderr, refused.stderr
+    assert next_request("next.txt").returncode in (0, 6, 7)
+    later = {sample.id: sample.role for sample in Manifest.load(out / "shards", run=tmp_path / "second").samples}
+    assert {owner[i] for i, role in later.items() if role == "forgotten"} == set(ASKED)
+    assert sorted(i for i, role in later.items() if role == "forget") == sorted(
+        i for i, number in owner.items() if number in (5, 21) and roles[i] in ("retain", "forget")
+    )
+    assert not {owner[i] for i, role in later.items() if role == "holdout"} & {*ASKED, 5, 21}
+    summary = json.loads((tmp_path / "second" / "audit/summary.json").read_text())
+    assert len(summary["person_coverage"]) == 2 and summary["coverage"]["used_as_retain"] == 0

@@ -55,7 +55,7 @@ class Faults:
         """DataError with all of them, if there are any."""
         if self.count:
             more = self.count - len(self.shown)
-            rest = f"; and {more} more faults" if more > 0 else ""
+            rest = f"; and {more} more" if more > 0 else ""
             raise DataError(f"The list {self.path}: {'; '.join(self.shown)}{rest}.")
 
 
