@@ -111,35 +111,42 @@ class Meeting:
                 raise found from error
 
     def _wait(self) -> None:
-        pause = 0.001
-        ended, heard, beat = 0, time.monotonic(), -1
+        pause, ended, main = 0.001, 0, _Silence(0)
         while ended < self._world.size:
             self.check()
             ended = self._store.add("ended", 0)
-            now, found = time.monotonic(), self._store.add("pulse 0", 0)
-            if found != beat:
-                heard, beat = now, found
-            elif now - heard > (SILENCE if found else ARRIVAL):
-                raise RankLostError(f"rank 0 has said nothing for {now - heard:.0f} s; start the run again.")
+            if lost := main.heard(self._store):
+                raise RankLostError(lost)
             if ended < self._world.size:
                 time.sleep(pause)
                 pause = min(2 * pause, POLL)
 
     def _beat(self) -> None:
         """The thread: say that this rank is alive; on the main rank also look who no longer does."""
-        size = self._world.size if self._world.rank == 0 else 0
-        beats, heard = [0] * size, [time.monotonic()] * size
+        everyone = [_Silence(rank) for rank in range(self._world.size if self._world.rank == 0 else 0)]
         while True:
             try:
                 self._store.add(f"pulse {self._world.rank}", 1)
-                for rank in range(size):
-                    now, found = time.monotonic(), self._store.add(f"pulse {rank}", 0)
-                    if found != beats[rank]:
-                        beats[rank], heard[rank] = found, now
-                    elif now - heard[rank] > (SILENCE if found else ARRIVAL):
-                        text = f"rank {rank} has said nothing for {now - heard[rank]:.0f} s; start the run again."
-                        self._store.compare_set("failed", "", json.dumps([0, "RankLostError", text]))
+                for lost in filter(None, [silence.heard(self._store) for silence in everyone]):
+                    self._store.compare_set("failed", "", json.dumps([0, "RankLostError", lost]))
             except RuntimeError:  # of torch's own
                 return  # the store is gone; whoever asks it next says so
             if self._left.wait(BEAT):
                 return
+
+
+class _Silence:
+    """How long a rank has given no sign of life. A job that was suspended as a whole has not been silent meanwhile."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self._beat, self._silent, self._before = rank, 0, 0.0, time.monotonic()
+
+    def heard(self, store: dist.Store) -> str | None:
+        """Look once more; a sentence if it is too long."""
+        now, found = time.monotonic(), store.add(f"pulse {self.rank}", 0)
+        passed, self._before = min(now - self._before, 2 * BEAT), now
+        self._silent = self._silent + passed if found == self._beat else 0.0
+        self._beat = found
+        if self._silent <= (SILENCE if found else ARRIVAL):
+            return None
+        return f"rank {self.rank} has said nothing for {self._silent:.0f} s; start the run again."
