@@ -92,6 +92,12 @@ def test_no_page_is_missing_from_the_site() -> None:
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w.]+\.md", nav))
 
 
+def test_every_document_of_measurements_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    documents = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")]
+    assert documents and not [name for name in documents if f"results/{name})" not in index]
+
+
 def test_readme_shows_what_the_committed_results_say() -> None:
     maker = script("make_readme")
     found = json.loads(maker.QUICKSTART.read_text(encoding="utf-8"))
