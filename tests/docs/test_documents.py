@@ -96,6 +96,10 @@ def test_every_document_of_measurements_is_in_the_index() -> None:
     index = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     documents = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")]
     assert documents and not [name for name in documents if f"results/{name})" not in index]
+    scripts, grids = set(re.findall(r"benchmarks/\w+\.py", index)), set(re.findall(r"--grid (\w+)", index))
+    assert scripts and not [name for name in scripts if not (ROOT / name).exists()]
+    text = (ROOT / "benchmarks" / "forgetting_grid.py").read_text(encoding="utf-8")
+    assert grids and not [grid for grid in grids if f'"{grid}": Grid(' not in text]
 
 
 def test_readme_shows_what_the_committed_results_say() -> None:
