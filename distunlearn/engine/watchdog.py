@@ -128,7 +128,7 @@ class Watch:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Within it the limits hold: outside the main process may audit for hours while others wait."""
+        """Within it the limits hold: outside ranks may work for hours while others wait (`meeting.py`)."""
         self._training = True
         try:
             yield
