@@ -26,7 +26,8 @@ HEAD = """\
 Each row is a fault, what happens, and the tests that bring the fault about. A row that does not apply says why. This
 page is made by `python docs/make_faults.py > docs/faults.md`; do not edit it by hand.
 
-The rows under SLURM need its daemons (`launch/test.sh -m slurm tests/slurm`); all others are part of the default run.
+The rows under SLURM need its daemons (`launch/test.sh -m slurm tests/slurm`); the long tests of O27, O29 and O30 belong
+to `launch/test.sh -m matrix`; all others are part of the default run.
 To run those of this page alone: `launch/test.sh -n 2 --dist loadscope $(python docs/make_faults.py --tests)`.
 """
 

@@ -278,7 +278,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         ],
     ),
     "F15": (
-        "key missing when signing",
-        "Nothing is signed in this package yet, so there is no key that could be missing.",
+        "the key or its passphrase is missing or wrong: exit 2 before anything is trained",
+        ["tests/verify/test_threats.py::test_a_run_whose_key_is_missing_is_refused_before_it_trains"],
     ),
 }

@@ -191,8 +191,8 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         [f"{ENGINE}::test_momentum_encoder_and_queue_are_alike_on_all_ranks_or_nothing_is_saved"],
     ),
     "D12": (
-        "other numbers of reader processes",
-        "does not apply here: a batch is a pure function of the step, and no setting starts reader processes.",
+        "other numbers of reader processes: the same batches",
+        ["tests/data/test_stream.py::test_every_world_and_worker_count_gives_the_same_batches"],
     ),
     "D13": (
         "kNN with fewer rows than ranks",
@@ -274,7 +274,10 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         "the ledger is its owner's alone; no temporary file is left",
         [f"{ENGINE}::test_only_the_owner_may_read_ids_and_no_temporary_file_is_left"],
     ),
-    "X05": ("a private key on the command line", "does not apply yet: nothing is signed."),
+    "X05": (
+        "a private key on the command line: refused, and not shown",
+        ["tests/verify/test_certificate.py::test_a_key_on_the_command_line_is_refused_and_not_shown"],
+    ),
     "X06": (
         "control characters in ids and names: escaped in logs, metrics and progress",
         ["tests/engine/test_telemetry.py::test_control_characters_are_inert_everywhere"],

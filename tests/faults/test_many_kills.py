@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -21,45 +20,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+from outcomes import PHASES, has_begun, outcome, phase_of, without_times
 from zygote import Group, Zygote
 
 from distunlearn.verify.ledger import read_ledger
-from distunlearn.verify.scores import read_scores
 
-PHASES = ("pretrain", "unlearn", "retrain", "audit", "report")
-ENDS = {"pretrain": "original/done.json", "unlearn": "done.json", "retrain": "retrained/done.json",
-        "audit": "audit/summary.json", "report": "report.html"}  # fmt: skip
 FORMS = {"ddp": ("backend=ddp",), "fsdp2": ("backend=fsdp2", "checkpoint.sharded=always")}
 SMALL = ("pretrain.epochs=8", "pretrain.checkpoint_every=3", "unlearn.steps=24", "unlearn.checkpoint_every=4")
 KILLS, SEED = int(os.environ.get("KILLS", "100")), int(os.environ.get("KILLS_SEED", "0"))
 FOLDER = os.environ.get("KILLS_FOLDER")
-TIMES = (  # what a report says of time and of the attempts that it took; nothing else of it may differ
-    re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"),
-    re.compile(r"<h4>\s*Time, in seconds</h4>.*?</dl>", re.DOTALL),
-    re.compile(r"(?<=24 training steps)(, resumed after an interruption \(\d+ attempts\))?(?=</dd>)"),
-)
-
-
-def phase_of(out: Path) -> str:
-    """The first phase that has not ended."""
-    return next((phase for phase in PHASES if not (out / ENDS[phase]).exists()), "done")
-
-
-def without_times(report: str) -> str:
-    for pattern in TIMES:
-        report, count = pattern.subn("", report)
-        assert count == 1, f"{pattern.pattern} is there {count} times"
-    return report
-
-
-def outcome(out: Path) -> dict[str, object]:
-    """What must be the same: weights, exports, raw scores, figures, the report; not how long it took."""
-    done = [json.loads((out / ENDS[phase]).read_text()) for phase in ("pretrain", "unlearn", "retrain")]
-    summary = json.loads((out / "audit" / "summary.json").read_text())
-    kept = {key: value for key, value in summary.items() if key != "cost"}
-    return {"states": [d["state"] for d in done], "exports": [d["export"] for d in done],
-            "scores": read_scores(out / "audit"), "summary": kept,
-            "report": without_times((out / "report.html").read_text(encoding="utf-8"))}  # fmt: skip
 
 
 def start(zygote: Zygote, out: Path, form: str) -> Group:
@@ -82,21 +51,6 @@ def watched(zygote: Zygote, out: Path, form: str) -> dict[str, float]:
     if before in PHASES:
         found[before] = time.monotonic() - began[before]
     return found
-
-
-def has_begun(out: Path, phase: str, since: float) -> bool:
-    """Whether these very processes are at work at a phase, and no longer at the start of themselves."""
-    try:
-        if phase == "report":
-            return (out / ENDS["audit"]).stat().st_mtime > since
-        if phase == "audit":
-            return (out / "logs" / "audit.log").stat().st_mtime > since
-        last = [
-            line for line in (out / "ledger.jsonl").read_text().splitlines() if f'"start","phase":"{phase}"' in line
-        ]
-        return bool(last) and json.loads(last[-1])["time"] > since
-    except OSError:
-        return False
 
 
 def kill(group: Group, out: Path, target: str, delay: float, ranks: list[int], since: float) -> str:

@@ -199,3 +199,11 @@ def test_a_key_has_a_passphrase_and_is_its_owner_s(case, tmp_path):
     with pytest.raises(ConfigError, match="choose another name"):
         make_key(case.folder / "operator", PASSPHRASE)
     assert (case.folder / "operator").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_key_on_the_command_line_is_refused_and_not_shown(case, capsys, monkeypatch):
+    monkeypatch.setenv("DISTUNLEARN_PASSPHRASE", PASSPHRASE)
+    secret = (case.folder / "operator").read_text()
+    assert main(["certify", str(case.run), f"--key={secret}"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "give the name of its file" in said and secret.splitlines()[1] not in said

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from distunlearn.cli.main import main
 from distunlearn.config.yaml import read_yaml
+from distunlearn.data.loading.stream import RoleFeeder
+from distunlearn.engine import loop
 from distunlearn.run import replay
 from distunlearn.verify.check import FAILS, HOLDS, INCOMPARABLE
 from distunlearn.verify.commitment import run_rules
@@ -102,6 +104,43 @@ def test_15_code_that_was_changed(case, tmp_path):
     for check in replay.further(run, run / "shards", "1").values():
         with pytest.raises(replay.EvidenceError, match="its code was changed"):
             check(found.predicate)
+
+
+def _another_rate(monkeypatch) -> None:
+    right = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *rest: right(step, *rest) * (1.01 if step == 1 else 1))
+
+
+def _another_batch(monkeypatch) -> None:
+    right = RoleFeeder.rows_at
+    monkeypatch.setattr(RoleFeeder, "rows_at", lambda self, step: right(self, 9 if step == 1 else step))
+
+
+def _another_weight(monkeypatch) -> None:
+    right = loop._Runner._step
+
+    def step_and_touch(self, step):
+        found = right(self, step)
+        if step == 1:
+            next(self.ctx.model.parameters()).data.view(-1)[0] += 1e-3
+        return found
+
+    monkeypatch.setattr(loop._Runner, "_step", step_and_touch)
+
+
+@pytest.mark.parametrize("phase", replay.REPEATED)
+@pytest.mark.parametrize("change", [None, _another_rate, _another_batch, _another_weight])
+def test_12_13_14_one_step_that_is_not_the_declared_one(case, monkeypatch, phase, change):
+    """What was trained otherwise in one step, by either phase, is not what the declared steps make."""
+    monkeypatch.setattr(replay, "REPEATED", (phase,))
+    check = replay.further(case.run, case.run / "shards", "1")[4]
+    predicate = case.check(run=None, export=None).predicate
+    if change is None:
+        assert f"segments of {phase}" in check(predicate)
+        return
+    change(monkeypatch)
+    with pytest.raises(replay.EvidenceError, match=f"of {phase}, repeated, give state .* not made by these steps"):
+        check(predicate)
 
 
 def test_what_another_machine_makes_cannot_be_compared(case, monkeypatch):

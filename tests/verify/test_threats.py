@@ -177,6 +177,33 @@ def test_16_a_try_that_is_not_shown_is_listed(case, tmp_path):
     caught(case.statement_alone(register=register), 0, "was changed (line 2)")
 
 
+def test_the_certificate_before_is_the_one_that_is_named(case, tmp_path):
+    """One of another encoder is a new lineage, which is said; another certificate, or one by somebody else, does not
+    hold."""
+    first = envelope.read(case.path.read_bytes(), "certificate")
+    later = {"sequence": 2, "previous": first.digest}
+    commitment = recommitted(case, lambda content: content.update(later), tmp_path)
+    digest = envelope.read(commitment.read_bytes(), "commitment").digest
+    unlearned = case.statement()["predicate"]["states"]["unlearned"]
+
+    def second(**more: object) -> bytes:
+        return case.signed(lambda p: p.update({**later, "commitment": digest, **more}))
+
+    def checked(data: bytes, previous=case.path):
+        return case.statement_alone(data, previous=previous, commitment=commitment, register=None)
+
+    follows = second(states={**case.statement()["predicate"]["states"], "original": unlearned})
+    assert checked(follows).checks[0].word == HOLDS and "follows certificate 1" in str(checked(follows))
+    assert checked(second()).checks[0].word == HOLDS and "new lineage" in str(checked(second()))
+    assert "new lineage" not in str(case.statement_alone(second(), commitment=commitment, register=None))
+    stranger = tmp_path / "stranger.json"
+    stranger.write_bytes(case.signed(lambda p: None, "stranger"))
+    caught(checked(follows, stranger), 0, "no trusted operator's key signed the certificate before this one")
+    other = tmp_path / "other.json"
+    other.write_bytes(case.signed(lambda p: p["tool"].update(version="9")))
+    caught(checked(follows, other), 0, "the chain is broken")
+
+
 def test_21_a_certificate_that_was_revoked(case, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTUNLEARN_PASSPHRASE", PASSPHRASE)
     folder = tmp_path / "revocations"
@@ -222,6 +249,19 @@ def test_a_run_that_does_not_keep_to_its_commitment_is_refused(case, begun, tmp_
     done = tiny.command("pretrain", "digits", "--out", str(run), *settings, DISTUNLEARN_PASSPHRASE=PASSPHRASE)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]
     assert not (run / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize(("setting", "passphrase", "sentence"), [
+    ("evidence.key=null", PASSPHRASE, "needs evidence.key"),
+    ("evidence.key=/nonexistent", PASSPHRASE, "cannot be read"),
+    (None, "wrong", "does not open with this passphrase"),
+])  # fmt: skip
+def test_a_run_whose_key_is_missing_is_refused_before_it_trains(case, begun, tmp_path, setting, passphrase, sentence):
+    run = shutil.copytree(begun, tmp_path / "run")
+    settings = tiny.settings(*case.declared(), *([setting] if setting else []))
+    done = tiny.command("pretrain", "digits", "--out", str(run), *settings, DISTUNLEARN_PASSPHRASE=passphrase)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr[-2000:]
+    assert not (run / "ledger.jsonl").exists() and not (run / "original").exists()
 
 
 def test_a_run_that_has_begun_is_not_committed_to_afterwards(case, finished_run, tmp_path):
