@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from distunlearn.report.data import RunFiles, number, tree
-from distunlearn.report.formatting import whole
+from distunlearn.report.formatting import interval, text, whole
+from distunlearn.report.texts import NOT_EVALUATED
 
 
 def chain(run: RunFiles) -> dict[str, Any]:
@@ -28,8 +29,9 @@ def chain(run: RunFiles) -> dict[str, Any]:
         rows.append(
             {
                 "request": place, "images": whole(count), "looked_at": whole(still),
-                "before": number(now, "original"), "after": number(now, "unlearned"),
-                "retrained": number(now, "retrained"), "low": number(now, "low"), "high": number(now, "high"),
+                "before": text(number(now, "original")), "after": text(number(now, "unlearned")),
+                "retrained": text(number(now, "retrained")),
+                "interval": interval(number(now, "low"), number(now, "high"), sign=True) or NOT_EVALUATED,
             }
         )  # fmt: skip
     lost = sum(images[:-1]) - int(number(facts, "present") or 0)

@@ -65,6 +65,7 @@ class RunFiles:
     finished: str | None  # when the forgetting ended, from the ledger, UTC
     checked: Checked = field(default_factory=Checked)  # what `check_run` found
     folder: Path | None = None  # of the run
+    request_sha256: str | None = None  # of the bytes of request.json
 
 
 def load_run(run_dir: str | Path) -> RunFiles:
@@ -98,7 +99,8 @@ def load_run(run_dir: str | Path) -> RunFiles:
         original=_clean_file(folder / "original" / "done.json"),
         dose=_clean_file(folder / "dose" / "curve.json"),
         scores=scores,
-        config_sha256=hashlib.sha256(read_plain(settings)).hexdigest() if settings.is_file() else None,
+        config_sha256=_sha256(settings),
+        request_sha256=_sha256(folder / "request.json"),
         finished=_finished(folder / "ledger.jsonl"),
         folder=folder,
     )
@@ -167,6 +169,10 @@ def _finished(ledger: Path) -> str | None:
             with suppress(ValueError, OverflowError, OSError):
                 found = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
     return found
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(read_plain(path)).hexdigest() if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

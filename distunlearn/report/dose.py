@@ -24,10 +24,12 @@ def dose_table(run: RunFiles) -> dict[str, Any] | None:
             "dose": text(number(dose), 2), "aucs": [text(number(value)) for value in _listed(aucs)[: len(names)]],
             "off": text(None if share is None else 100 * share / max(1, len(names)), 1), "knn": text(knn, 1),
             "allowed": allowed is True, "chosen": number(dose) == chosen,
+            "at": number(dose), "off_at": None if share is None else 100 * share / max(1, len(names)),
         })  # fmt: skip
     return {
         "rows": rows[:MAX_ROWS], "features": [name.replace("_", " ") for name in names], "watch": f"{watch:.0f}",
         "interval": f"{low:g} to {high:g}", "kept": number(run.done, "dose") == chosen,
+        "at": chosen,
     }  # fmt: skip
 
 

@@ -21,6 +21,16 @@ DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5
 DECLARED = ("pass", "fail", "inconclusive")
 
 
+def encoders(run: RunFiles) -> dict[str, tuple[str, str]]:
+    """The encoders that were audited, with their names in words; all of them where nothing was."""
+    seen = [name for name in ENCODER_NAMES if name in run.scores or name in tree(run.audit, "states")]
+    seen += [name for name in ENCODER_NAMES if any(
+        number(run.audit, part, figure, name, "auc") is not None
+        for part in ("attacks", "further_attacks") for figure in tree(run.audit, part)
+    )]  # fmt: skip
+    return {name: words for name, words in ENCODERS.items() if not seen or name in seen}
+
+
 def attack_names(run: RunFiles) -> list[str]:
     """The audited attacks: the known ones in their own order, then others by name."""
     return _ordered(tree(run.audit, "attacks"))
@@ -191,7 +201,7 @@ def attack_table(run: RunFiles) -> list[dict[str, Any]]:
     for name in attack_names(run):
         title, question, _ = attack_words(name)
         cells = {}
-        for encoder in ENCODER_NAMES:
+        for encoder in encoders(run):
             figures = tree(run.audit, "attacks", name, encoder)
             cells[encoder] = {
                 "auc": text(number(figures, "auc")),
@@ -254,6 +264,19 @@ def retained_table(run: RunFiles) -> list[dict[str, Any]]:
     return rows[:MAX_ROWS]
 
 
+def level_sentence(run: RunFiles) -> str:
+    """How far the whole of the unlearned encoder's curves has moved; empty where it has not, or nobody can say."""
+    name = str(tree(run.audit, "level").get("farthest"))
+    moved = number(tree(run.audit, "level", "signals", name), "unlearned")
+    if moved is None or tree(run.audit, "level").get("kept") is not False:
+        return ""
+    return (
+        "In this run the unlearned encoder sees all images differently from the retrained one: in "
+        f"{name.replace('_', ' ')} unseen images lie {signed(moved, 2)} standard deviations from where they lie there. "
+        "Its curves have moved as a whole, which is a finding of its own."
+    )
+
+
 def _level_row(run: RunFiles) -> tuple[str, str, str]:
     """Name, value and words of the signal in which the whole encoder moved farthest."""
     name = str(tree(run.audit, "level").get("farthest"))
@@ -269,7 +292,7 @@ def _level_row(run: RunFiles) -> tuple[str, str, str]:
 def distances(run: RunFiles) -> list[dict[str, str]]:
     """Single numbers against the retrained encoder: name, value, how to read it; without those not evaluated."""
     audit = run.audit
-    steps = [number(audit, "relearning", encoder, "steps_to_relearn") for encoder in ("unlearned", "retrained")]
+    steps = [_steps(tree(audit, "relearning", encoder)) for encoder in ("unlearned", "retrained")]
     measured = bool(tree(audit, "relearning", "unlearned"))
     rows = [
         ("Average gap", text(number(audit, "average_gap", "value"), 2), "points; mean over four attacks and both "
@@ -284,8 +307,8 @@ def distances(run: RunFiles) -> list[dict[str, str]]:
          text(number(audit, "similarity", "forget", "to_retrained", "unlearned")),
          "on the forgotten images; the original encoder has "
          f"{text(number(audit, 'similarity', 'forget', 'to_retrained', 'original'))}"),
-        ("Steps to relearn", NOT_EVALUATED if not measured else _steps(steps[0]),
-         f"training steps until the forgotten images look as known as before; retrained: {_steps(steps[1])}"),
+        ("Steps to relearn", NOT_EVALUATED if not measured else steps[0],
+         f"training steps until the forgotten images look as known as before; retrained: {steps[1]}"),
         ("Shadow encoders: U-LiRA", text(number(audit, "pooled", "u_lira_auc", "value")),
          "0.5: encoders that unlearned an image cannot be told from those that never saw it; by chance "
          f"{text(number(audit, 'pooled', 'u_lira_auc', 'chance_low'))} to "
@@ -294,8 +317,14 @@ def distances(run: RunFiles) -> list[dict[str, str]]:
     return [{"name": name, "value": value, "meaning": words} for name, value, words in rows if value != NOT_EVALUATED]
 
 
-def _steps(found: float | None) -> str:
-    return "not within the steps tried" if found is None else f"{found:.0f}"
+def _steps(found: dict[str, Any]) -> str:
+    """Between which two steps that were looked at the level was reached."""
+    reached, at = number(found, "steps_to_relearn"), found.get("steps")
+    looked = [step for step in at if number(step) is not None] if isinstance(at, list) else []
+    if reached is None:
+        return f"more than {max(looked):.0f}" if looked else NOT_EVALUATED
+    before = [step for step in looked if step < reached]
+    return f"{max(before) + 1:.0f} to {reached:.0f}" if before and max(before) + 1 < reached else f"{reached:.0f}"
 
 
 def utility(run: RunFiles) -> list[dict[str, Any]]:
@@ -328,7 +357,7 @@ def _points(figures: dict[str, Any]) -> str:
 
 def two_sample(run: RunFiles) -> list[dict[str, str]]:
     """The classifier that tries to tell forgotten from third-party images, for each encoder."""
-    return [{"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in ENCODER_NAMES]
+    return [{"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in encoders(run)]
 
 
 def controls(run: RunFiles) -> dict[str, Any]:

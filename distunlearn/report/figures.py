@@ -221,6 +221,19 @@ def bars(values: Mapping[str, float]) -> bytes:
         return _svg(figure)
 
 
+def dose_curve(points: Sequence[tuple[float, float]], chosen: float) -> bytes:
+    """How far off the aim (points of AUC) the forgotten images are at each dose, and the dose that was chosen."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(4.4, 2.0)
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, color=COLOURS["unlearned"], linewidth=2, marker="o", markersize=4)
+        axes.axvline(chosen, color="#3d3d3d", linewidth=1.1, linestyle=(0, (4, 2)))
+        axes.set(xlabel="dose (dashed: chosen)", ylabel="off the aim, points", ylim=(0, 1.1 * max(y) or 1.0))
+        axes.grid(True, color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        return _svg(figure)
+
+
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from distunlearn.engine.run_lock import owned
 from distunlearn.errors import ConfigError
 from distunlearn.report import evidence, facts, figures, texts
 from distunlearn.report.assurance import assurance
-from distunlearn.report.data import ENCODER_NAMES, RunFiles, Scores, checked_run, load_run, number
+from distunlearn.report.brief import brief, case
+from distunlearn.report.data import RunFiles, Scores, checked_run, load_run, number, tree
 from distunlearn.report.dose import dose_table
 
 REPORT = "report.html"
@@ -46,25 +47,33 @@ def write_report(run_dir: str | Path) -> Path:
 def render(run: RunFiles) -> str:
     """The page as text."""
     rows = evidence.gates(run)
-    covered = facts.coverage(run)
+    covered, request = facts.coverage(run), facts.request(run)
+    verdict, encoders = evidence.verdict(run, rows, covered["state"]), evidence.encoders(run)
+    attacks = evidence.attack_table(run)
+    method = tree(run.config, "method").get("name")
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             version=__version__,
             written=written(),
-            verdict=evidence.verdict(run, rows, covered["state"]),
+            case=case(run),
+            contents=texts.CONTENTS,
+            brief=brief(run, request, covered, verdict["name"], rows),
+            verdict=verdict,
             headline=evidence.headline(run),
-            request=facts.request(run),
+            request=request,
             coverage=covered,
             gates=forest(rows),
             confidence=f"{100 * (number(run.config, 'audit', 'gates', 'confidence') or 0.9):g}",
-            attacks=evidence.attack_table(run),
+            attacks=attacks,
+            any_rate=any(cell["tpr"] != texts.NOT_EVALUATED for row in attacks for cell in row["cells"].values()),
             further=evidence.further_table(run),
             retained=evidence.retained_table(run),
-            dose=dose_table(run),
+            dose=_dose(run),
             stress=evidence.stress_table(run),
             distances=evidence.distances(run),
+            level=evidence.level_sentence(run),
             distributions=_distributions(run),
             rocs=_rocs(run),
             utility=_utility(run),
@@ -73,13 +82,22 @@ def render(run: RunFiles) -> str:
             cost=_cost(run),
             provenance=facts.provenance(run),
             assurance=assurance(run.folder) if run.folder else ([], ""),
-            encoders=texts.ENCODERS,
+            levels=texts.LEVELS,
+            encoders=encoders,
             tier=number(run.config, "audit", "tier"),
+            third_party_method=method == "third_party",
             difference=evidence.compared(run),
-            limits=texts.LIMITS,
+            limits=_limits(method, encoders),
             not_evaluated=texts.NOT_EVALUATED,
         )
     )
+
+
+def _limits(method: Any, encoders: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page does not show; of a retrained encoder and of the paper's method only where they are there."""
+    left_out = {texts.RETRAINED_LIMIT} if "retrained" not in encoders else set()
+    left_out |= {texts.OWN_FORMULAS} if isinstance(method, str) and method != "third_party" else set()
+    return [(head, body) for head, body in texts.LIMITS if head not in left_out]
 
 
 def environment() -> Environment:
@@ -146,14 +164,36 @@ def _distributions(run: RunFiles) -> list[dict[str, Any]]:
         }
         limits = figures.density_limits([array for roles in values.values() for array in roles.values()], log)
         panels = []
-        for encoder in ENCODER_NAMES:
+        for encoder in evidence.encoders(run):
             found = values.get(encoder, {})
             drawable = limits is not None and any(array.size >= 2 for array in found.values())
             plot = _picture(figures.density_panel, found, encoder, limits, label, log) if drawable else None
-            panels.append({"encoder": encoder, "plot": plot})
+            panels.append({"encoder": encoder, "plot": plot, "seen": _medians(found)})
         own = name == SECTION_OF_ITS_OWN
         blocks.append({"name": name, "title": title, "question": question, "panels": panels, "own": own})
     return blocks
+
+
+def _medians(found: Mapping[str, np.ndarray]) -> str:
+    """What a picture of distributions shows, in numbers."""
+    medians = [
+        f"{texts.ROLES[role][0].lower()} {np.median(values):.3g}".replace("-", "−")
+        for role in SHOWN_ROLES if (values := found.get(role, np.empty(0))).size
+    ]  # fmt: skip
+    return f"medians: {', '.join(medians)}"
+
+
+def _dose(run: RunFiles) -> dict[str, Any] | None:
+    """The table of doses and its curve."""
+    table = dose_table(run)
+    if table is None:
+        return None
+    points = [(row["at"], row["off_at"]) for row in table["rows"] if None not in (row["at"], row["off_at"])]
+    said = ", ".join(f"{dose:g}: {off:.1f}" for dose, off in points) + f"; best {table['at']:g}"
+    return table | {
+        "said": said,
+        "plot": _picture(figures.dose_curve, points, table["at"]) if len(points) > 1 else None,
+    }
 
 
 def _rocs(run: RunFiles) -> list[dict[str, Any]]:
@@ -168,10 +208,11 @@ def _rocs(run: RunFiles) -> list[dict[str, Any]]:
             if curve is not None:
                 curves[encoder] = curve
         title = texts.ATTACKS[name][0]
-        panels.append({"title": title, "plot": _picture(figures.roc_panel, curves) if curves else None})
+        seen = ", ".join(f"{encoder} AUC {np.trapezoid(y, x):.3f}" for encoder, (x, y) in curves.items())
+        panels.append({"title": title, "seen": seen, "plot": _picture(figures.roc_panel, curves) if curves else None})
         if len(panels) == 1 and curves:
             zoom = _picture(figures.roc_panel, curves, log=True)
-            panels.append({"title": f"{title}, left edge", "plot": zoom})
+            panels.append({"title": f"{title}, left edge", "seen": seen, "plot": zoom})
     return panels
 
 
@@ -218,11 +259,18 @@ def _utility(run: RunFiles) -> list[dict[str, Any]]:
     rows = evidence.utility(run)
     everything = [value for row in rows for value in row["values"].values()]
     if not everything:
-        return [row | {"plot": None} for row in rows]
+        return [row | {"plot": None, "said": ""} for row in rows]
     low, high = min(everything), max(everything)
     pad = max(2.0, 0.25 * (high - low))
     limits = (max(0.0, low - pad), min(100.0, high + pad))
-    return [row | {"plot": _picture(figures.dots, row["values"], limits) if row["values"] else None} for row in rows]
+    return [
+        row
+        | {
+            "plot": _picture(figures.dots, row["values"], limits) if row["values"] else None,
+            "said": ", ".join(f"{encoder} {value:.1f}" for encoder, value in row["values"].items()),
+        }
+        for row in rows
+    ]
 
 
 def _cost(run: RunFiles) -> dict[str, Any]:

@@ -12,14 +12,9 @@ from rich.table import Table
 from distunlearn.report import evidence, facts
 from distunlearn.report.data import checked_run
 from distunlearn.report.render import REPORT
+from distunlearn.report.texts import NEXT
 
 WIDTH = 120  # of a log; a terminal wraps what is longer
-NEXT = {
-    "pass": "Next: `distunlearn purge {folder}` lists the forgotten images in the shards; --apply deletes them.",
-    "fail": "Next: the report says which checks failed; other settings are found by `distunlearn sweep`.",
-    "inconclusive": "Next: the report says what each unsettled check would need, most often more images.",
-    "not_evaluated": "Next: `distunlearn audit {folder}`.",
-}
 
 
 def ending(run_dir: str | Path) -> str:
@@ -41,7 +36,7 @@ def ending(run_dir: str | Path) -> str:
             f"Report: {page}"
             if page.exists()
             else f"Report: not written yet; `distunlearn report {run_dir}` writes it.",
-            NEXT[found["name"]].format(folder=run_dir),
+            f"Next: {NEXT[found['name']].format(folder=run_dir)}",
         ]
     )
 

@@ -33,6 +33,40 @@ VERDICTS = {
     ),
 }
 
+# verdict -> what to do now
+NEXT = {
+    "pass": "`distunlearn purge {folder}` lists the forgotten images in the shards; --apply deletes them.",
+    "fail": "do not call the request fulfilled; `distunlearn sweep` searches for settings that pass its checks.",
+    "inconclusive": "settle what is not settled: the report gives each reason, and most often it takes more images.",
+    "not_evaluated": "`distunlearn audit {folder}`.",
+}
+
+# section of the page -> its name in the table of contents
+CONTENTS = (
+    ("asked", "What was asked, and what was done"),
+    ("compare", "The encoders that are compared"),
+    ("gates", "The checks agreed beforehand"),
+    ("spread", "Do the forgotten images still stand out?"),
+    ("gradients", "How much would the encoder still have to learn?"),
+    ("roc", "How well could an attacker do?"),
+    ("useful", "Is the encoder still useful?"),
+    ("non-members", "Forgotten images against non-members"),
+    ("controls", "Can these checks be trusted?"),
+    ("cost", "What it cost"),
+    ("limits", "What this does not show"),
+    ("assurance", "Evidence that others can check"),
+    ("origin", "Where these figures come from"),
+)
+
+# what a certificate lets others check, by level, and what they need for it beside the certificate
+LEVELS = (
+    ("0", "the statement itself: who signed it, and what was declared before the run", "nothing more"),
+    ("1", "the exported encoder is the one that was judged", "the export"),
+    ("2", "the record of the run, and every figure from the raw scores", "the run directory"),
+    ("3", "the attacks, by an audit of one's own", "the run directory and the images"),
+    ("4", "the training, by repeating steps of it", "the run directory, the images and the checkpoints"),
+)
+
 # name -> (title, the question it asks, the words under the axis)
 ATTACKS = {
     "view_agreement": (
@@ -144,6 +178,8 @@ SOURCES = {
     "webdataset": "existing WebDataset shards",
 }
 
+RETRAINED_LIMIT = "One retrained encoder is one sample."  # said where there is one
+OWN_FORMULAS = "The exact formulas are this software's own."  # said of the method of that paper
 LIMITS = (
     (
         "It is evidence, not a proof.",
@@ -161,7 +197,7 @@ LIMITS = (
         "to recognise than the average says.",
     ),
     (
-        "One retrained encoder is one sample.",
+        RETRAINED_LIMIT,
         "Training has chance in it. A second encoder retrained in the same way would give slightly different "
         "figures; the intervals cover the chance in the images, not in the training.",
     ),
@@ -171,7 +207,7 @@ LIMITS = (
         "above say whether they could be told apart; images from elsewhere may behave in another way.",
     ),
     (
-        "The exact formulas are this software's own.",
+        OWN_FORMULAS,
         "The method follows the idea of Chen, Wang and Mi (Mathematics 12(24):4001, 2024). The loss terms and the "
         "distances between gradients are this project's own and not those of the paper.",
     ),

@@ -53,11 +53,3 @@ def test_of_an_encoder_from_elsewhere_nothing_is_said_that_nobody_knows(tmp_path
     own = Page(render(load_run(build_run(tmp_path / "own"))))
     assert "Training the original took 420 000 of them" in own.text("cost")
     assert "more cannot be checked" not in own.text("asked")
-
-
-def test_a_run_without_a_retrained_encoder_says_so(tmp_path: Path) -> None:
-    cfg = settings()
-    run = build_run(tmp_path / "run", cfg=replace(cfg, audit=replace(cfg.audit, tier=0)))
-    assert "this run has none (audit.tier is 0)" in Page(render(load_run(run))).text("compare")
-    other = build_run(tmp_path / "other", cfg=cfg)
-    assert "this run has none" not in Page(render(load_run(other))).text("compare")
