@@ -26,7 +26,7 @@ SILENCE = 120.0  # seconds without one after which a rank is lost
 ARRIVAL = 1800.0  # seconds for a rank to begin at all, after the main rank has
 POLL = 0.5  # seconds between two questions of a rank that waits, at most
 
-_held = 0  # meetings of this process so far; alike on all ranks
+_held = 0  # meetings with other ranks so far; alike on all ranks
 
 
 class Ranks(Protocol):
@@ -50,9 +50,9 @@ class Meeting:
 
     def __init__(self, world: Ranks) -> None:
         global _held
-        _held += 1
         self._world = world
         self._shared = world.size > 1 and dist.is_initialized()
+        _held += self._shared  # one that a rank holds alone, within the main rank's own work, is not counted
         self._store = self._open() if self._shared else dist.HashStore()
         self._told = False  # that another rank has failed
         self._left = threading.Event()
