@@ -38,7 +38,8 @@ def record(run: Path, exit_code: int) -> dict[str, Any]:
     for encoder in ENCODERS:
         samples = json.loads((run / "audit" / f"scores-{encoder}.json").read_text(encoding="utf-8"))["samples"]
         scores[encoder] = {role: _agreements(samples, role) for role in ("forget", "holdout")}
-    shown = [line.replace(str(run), "runs/digits") for line in ending(run).splitlines()]
+    lines = [line.replace(str(run), "runs/digits") for line in ending(run).splitlines()]
+    shown = [line for line in lines if not line.startswith("Next: ")]
     summary = json.loads((run / "audit" / "summary.json").read_text(encoding="utf-8"))
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -131,7 +132,10 @@ def table() -> str:
 
 def readme(text: str, found: Mapping[str, Any]) -> str:
     """README's text with its made parts, which stand between `<!-- made: NAME -->` and `<!-- end -->`."""
-    made = {"prints": "\n".join(["```text", *found["printed"], "```"]), "table": table()}
+    from distunlearn.report.texts import NEXT
+
+    advice = textwrap.wrap(f"Next: {NEXT[found['verdict']].format(folder='runs/digits')}", 116)
+    made = {"prints": "\n".join(["```text", *found["printed"], *advice, "```"]), "table": table()}
     for name, part in made.items():
         whole = re.compile(f"(<!-- made: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
         text, count = whole.subn(lambda m, part=part: m[1] + part + m[2], text)
