@@ -19,7 +19,7 @@ from distunlearn.verify.run import check_run
 
 pytestmark = pytest.mark.slow
 # 376 images: six chunks of each encoder
-MANY = ("backend=ddp", "data.members=256", "data.holdout=96", "audit.relearn_steps=0", "pretrain.epochs=1")
+MANY = ("backend=ddp", "data.members=256", "data.holdout=96", "audit.relearn_steps=2", "pretrain.epochs=1")
 KILL = "kill@point=audit,phase=unlearned,step=3"
 # Chunks that an audit that goes on must not look at: all of the first encoder, and those of the second before the end.
 NEVER = ";".join(
