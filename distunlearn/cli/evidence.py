@@ -17,7 +17,7 @@ from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, 
 from distunlearn.common.launcher import is_main
 from distunlearn.errors import ConfigError
 
-File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="certificate.json of a run")]
 Key = Annotated[Path, tyro.conf.arg(metavar="FILE", help="private key, as keygen makes it")]
 Target = Annotated[Path, tyro.conf.arg(metavar="FILE", help="file to write; it must not be there")]
 
@@ -43,7 +43,7 @@ def _file(words: str, metavar: str = "FILE") -> Any:
 class Keygen:
     """Make an Ed25519 key under a passphrase: FILE, and FILE.pub for those who are to trust it."""
 
-    file: File
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="key to make; it must not be there")]
 
     def __call__(self) -> int:
         make_key = _module("verify.keys").make_key
@@ -72,7 +72,7 @@ class Commit:
 class Countersign:
     """Officer: show a commitment in words, draw the nonce, sign, and enter it in the register."""
 
-    request: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REQUEST")]
+    request: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REQUEST", help="what `commit` wrote")]
     key: Key = tyro.MISSING
     register: Annotated[Path, tyro.conf.arg(metavar="FILE", help="your register; made if it is not there")] = (
         tyro.MISSING
@@ -149,7 +149,9 @@ class Revoke:
     """Sign that a certificate is no longer to be relied on."""
 
     certificate: File
-    reason: Annotated[str, tyro.conf.arg(metavar="WORD")] = tyro.MISSING
+    reason: Annotated[str, tyro.conf.arg(metavar="WORD", help="refuted, superseded, withdrawn or key-compromise")] = (
+        tyro.MISSING
+    )
     key: Key = tyro.MISSING
     out: Target = tyro.MISSING
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
 import socket
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,24 @@ def test_options_are_those_that_scripts_rely_on(verb, capsys):
 
 def test_verbs_are_those_that_scripts_rely_on():
     assert set(OPTIONS) == set(NAMES)
+
+
+def without_help(verb: type) -> list[str]:
+    """Arguments of a verb that `--help` says nothing about."""
+    found = []
+    for name, hint in typing.get_type_hints(verb, include_extras=True).items():
+        said = [mark for mark in getattr(hint, "__metadata__", ()) if hasattr(mark, "help")]
+        found += [name] if not any(mark.help or mark.name == "" for mark in said) else []
+    return found
+
+
+@pytest.mark.parametrize("verb", sorted(NAMES))
+def test_every_argument_has_a_help_text(verb):
+    assert NAMES[verb].__doc__ and without_help(NAMES[verb]) == []
+
+
+def test_an_argument_without_help_is_seen():
+    assert without_help(dataclasses.make_dataclass("Verb", [("some", int)])) == ["some"]
 
 
 # -- paths -----------------------------------------------------------------------------------------------------------

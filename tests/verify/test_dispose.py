@@ -53,7 +53,7 @@ def test_what_is_left_is_listed_before_and_gone_after(case, run, tmp_path, monke
     assert case.check(run=run, export=None).exit_code == 8, "level 2 needs what is gone"
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    shown = page[page.index("Evidence that others can check") : page.index("Where these figures come from")]
+    shown = page[page.index('id="assurance"') : page.index('id="origin"')]
     for words in ("ticket 17", envelope.read(case.path.read_bytes(), "certificate").digest, "run secret", "derived"):
         assert words in shown, words
 
