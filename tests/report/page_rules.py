@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from rundir import Page
 
 BROKEN = re.compile(
-    r"\b(?:nan|inf|None(?! was)|Undefined|True|False)\b|\{\{|\}\}|strangers?\b|(?<!\d)-\d|\+-|--(?![a-z])"
+    r"\b(?:nan|inf|None(?! was| of)|Undefined|True|False)\b|\{\{|\}\}|strangers?\b|(?<!\d)-\d|\+-|--(?![a-z])"
 )
 MISSING = "not evaluated"
 
