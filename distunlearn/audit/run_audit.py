@@ -11,6 +11,7 @@ Stress tests (`stress`, called tier 3) come on top of tier 1 or 2 where `audit.s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def collect_evidence(
         signals[name] = _signals(session, name, encoder, trained.facts["state"])
         if cfg.audit.tier and cfg.audit.relearn_steps:
             steps = 0 if name == "original" else cfg.audit.relearn_steps
-            relearned[name] = world.on_main(
-                lambda encoder=encoder, steps=steps: relearn(encoder, session.store, session.manifest, cfg, steps)
-            )
+            relearned[name] = world.on_main(partial(relearn, encoder, session.store, session.manifest, cfg, steps))
     more = {"relearned": relearned, "pooled": pooled, "stress": stress}
     return world.broadcast_object(world.on_main(lambda: _conclude(session, lines, facts, signals, more)))
 
@@ -81,7 +80,7 @@ def _conclude(
     more: Mapping[str, Any],
 ) -> str:
     """Figures and gates of what was found, written; the verdict. What only an interrupted audit needs is removed."""
-    cfg, told = session.cfg, {}
+    cfg, told = session.cfg, dict[str, Any]()
     cost = {
         f"{phase}_{unit}": facts[name][unit] if name in facts else None
         for unit in ("images", "seconds") for name, phase in PHASES.items()
@@ -139,6 +138,7 @@ def _signals(session: Session, name: str, encoder: EncoderView, state: str) -> S
 
     def keep() -> None:
         session.ledger.may_write()
+        assert found is not None, "the main rank has them"
         keep_signals(own, found, key)
         remove_chunks(chunks)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,3 +92,10 @@ def yaml_list(option: str, text: str, kind: type, example: str) -> tuple[Any, ..
     if not isinstance(found, list) or not all(type(value) is kind for value in found):
         raise ConfigError(f"{option} is {printable(text, 60)!r}, expected a list such as {example}")
     return tuple(found)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence about a name that is none of the known ones, with the nearest of them."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+    return f"unknown {what} {printable(name, 40)!r}; {hint}"

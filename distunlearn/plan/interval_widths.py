@@ -97,7 +97,7 @@ def _words(forget: int, holdout: int, gates: Mapping[str, Mapping[str, Any]], ya
     if tight:
         return (
             f"a pass is not to be expected: with {counted} the interval of {', '.join(tight)} is wider than the "
-            "margin; add held-out images, or raise audit.gates.* before the run"
+            "margin; add held-out images"
         )
     name = min(gates, key=lambda attack: gates[attack]["passes_within"])
     room = gates[name]["passes_within"]

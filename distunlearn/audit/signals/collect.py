@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ class Signals:
         """Rows of a role, int64, ascending."""
         return np.flatnonzero(self.roles == role)
 
-    def at(self, rows: np.ndarray) -> Signals:
-        """The signals of some images alone; rows: int64 or bool."""
+    def at(self, rows: np.ndarray | slice) -> Signals:
+        """The signals of some images alone; rows: int64 or bool, or a slice."""
         kept = np.arange(len(self.ids))[rows]
         columns = {f.name: getattr(self, f.name)[kept] for f in fields(Signals) if f.name != "ids"}
         return Signals(ids=[self.ids[row] for row in kept.tolist()], **columns)
@@ -129,7 +130,7 @@ def looking(encoder: EncoderView, precision: str) -> Iterator[None]:
     """Within it the encoder is in evaluation mode, and TF32 is used only where `audit.precision` says so."""
     for network in filter(None, (encoder.model, encoder.momentum)):
         network.eval()
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     try:
         for place in places:  # torch allows it in convolutions unless it is told not to
@@ -235,9 +236,9 @@ def usable_labels(encoder: EncoderView, plain: Tensor, labels: np.ndarray) -> Te
     return torch.where(foreign, logits.argmax(-1), found)
 
 
-def sampled(ids: list[str], most: int, seed: int) -> list[str]:
+def sampled(ids: Sequence[str], most: int, seed: int) -> list[str]:
     if len(ids) <= most:
-        return ids
+        return list(ids)
     keep = np.sort(np.random.default_rng([seed, STREAMS["audit sample"]]).choice(len(ids), most, replace=False))
     return [ids[i] for i in keep]
 

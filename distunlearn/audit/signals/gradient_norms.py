@@ -15,6 +15,7 @@ Shapes: n = images, V = branches (of all view pairs), D = output dim, C x S x S 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def network_gradient_norms(model: ContrastiveModel, views: Tensor, delta: Tensor
     return torch.cat(found).cpu().numpy() if found else np.zeros(0)
 
 
-def _ghosts(model: ContrastiveModel, trained: dict[str, Tensor]) -> dict[str, Layer]:
+def _ghosts(model: ContrastiveModel, trained: Mapping[str, Tensor]) -> dict[str, Layer]:
     """Layers whose weight is trained, is no other layer's too, and can be followed, by name."""
     of = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     try:

@@ -21,7 +21,7 @@ shuffled image by image (`chance`), and with IN in place of UNLEARNED (`nothing_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ CHUNK = 256
 
 
 @torch.no_grad()
-def margins(encoder: EncoderView, store: ImageStore, manifest: Manifest, ids: list[str], count: int) -> np.ndarray:
+def margins(encoder: EncoderView, store: ImageStore, manifest: Manifest, ids: Sequence[str], count: int) -> np.ndarray:
     """m_i of the images, [n]: mean over disjoint pairs of `count` views."""
     bank, found = audit_bank(encoder, store, manifest), []
     for start in range(0, len(ids), CHUNK):

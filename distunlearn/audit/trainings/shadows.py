@@ -14,6 +14,8 @@ encoder; after an interruption the same command goes on. What is measured of it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def assign_parts(images: int, shadows: int, seed: int) -> np.ndarray:
     return np.stack([generator.permutation((parts + i) % 3) for i in range(images)], axis=1)
 
 
-def shadow_manifest(manifest: Manifest, ids: list[str], parts: np.ndarray) -> Manifest:
+def shadow_manifest(manifest: Manifest, ids: Sequence[str], parts: np.ndarray) -> Manifest:
     """The manifest as shadow k sees it: forget images in their parts, everything else as it was.
 
     OUT images get the role holdout, which no training reads.
@@ -79,10 +81,10 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             phases.pretrain(shadow)
             phases.unlearn(shadow)
             check_coverage(shadow)
-            measured.append(session.world.on_main(lambda shadow=shadow: _margins(session, shadow, ids)))
+            measured.append(session.world.on_main(partial(_margins, session, shadow, ids)))
     if not session.world.is_main:
         return None
-    found = np.stack(measured)
+    found = np.stack([found for found in measured if found is not None])
     session.ledger.may_write()
     (session.out / "audit").mkdir(exist_ok=True)
     rows = {i: {"part": parts[:, k].tolist(), "margin": found[:, k].tolist()} for k, i in enumerate(ids)}
@@ -92,7 +94,7 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
     return pooled_figures(found, parts, cfg)
 
 
-def _margins(session: Session, shadow: Session, ids: list[str]) -> np.ndarray:
+def _margins(session: Session, shadow: Session, ids: Sequence[str]) -> np.ndarray:
     """With the run's views and bank: shadows differ by weights only."""
     encoder = encoder_view(session, load_trained(shadow.out, shadow))
     return margins(encoder, session.store, session.manifest, ids, session.cfg.audit.views)
