@@ -38,6 +38,7 @@ from distunlearn.cli.verbs import (
     Purge,
     Report,
     Run,
+    Schema,
     Status,
     Unlearn,
 )
@@ -46,10 +47,10 @@ from distunlearn.errors import ConfigError
 
 VERBS = (
     Init, Find, Prepare, Index, Convert, Pretrain, Unlearn, Dose, Audit, Report, Run, Pool, Submit, Sweep, Status,
-    Purge, Plan, List, Doctor, *evidence.VERBS,
+    Purge, Plan, List, Schema, Doctor, *evidence.VERBS,
 )  # fmt: skip
 NAMES: dict[str, Any] = {**{verb.__name__.lower(): verb for verb in VERBS}, "launch-files": LaunchFiles}
-ONLY_PRINT = (Init, Find, Plan, List, Doctor, Status)
+ONLY_PRINT = (Init, Find, Plan, List, Schema, Doctor, Status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +97,8 @@ def _parse(args: list[str]) -> Any:
     return tyro.cli(  # type: ignore[call-overload]
         Union[verbs],  # noqa: UP007  (a union made at run time has no X | Y form)
         prog="distunlearn",
-        description="Make a contrastive image encoder forget images, on one process or many, and show the evidence.",
+        description="Make a contrastive image encoder forget images, on one process or many, and show the evidence. "
+        "`distunlearn --version` prints the version.",
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         console_outputs=is_main(),

@@ -50,7 +50,6 @@ class Run:
             return _end(pipeline().run(settings_of(self), self.out), self.out)
         if self.previous is not None:
             raise ConfigError("--seeds and --previous do not go together; run the next request of each run by itself")
-        from distunlearn.distributed.process_group import wait_for_all
         from distunlearn.run.pool import run_seeds
 
         seeds = yaml_list("--seeds", self.seeds, int, "0,1,2")
@@ -59,7 +58,7 @@ class Run:
         configs = {n: settings_of(replace(self, overrides=(*self.overrides, f"seed={n}"))) for n in seeds}
         folders = run_seeds(configs, self.out)
         code = Pool(tuple(folders), self.out)()
-        wait_for_all()
+        pipeline().wait_for_all()
         return code
 
 
@@ -233,6 +232,18 @@ class Plan:
         planned = make_plan(settings_of(self), self.out)
         if is_main():
             print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
+        return 0
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Print the JSON schema of settings files, by which an editor completes and checks them."""
+
+    def __call__(self) -> int:
+        from distunlearn.config.json_schema import settings_schema
+
+        if is_main():
+            print(json.dumps(settings_schema(), indent=2))
         return 0
 
 
