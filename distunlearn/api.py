@@ -16,7 +16,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save
 from torch import nn
@@ -46,6 +46,10 @@ from distunlearn.run.purge import purge
 from distunlearn.run.status import run_status as status
 from distunlearn.verify.records import find_record
 from distunlearn.verify.run import SUMMARY_FIELDS
+from distunlearn.verify.scores import read_scores
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = [
     "Run", "audit", "load_config", "next_config", "open_run", "plan", "prepare", "pretrain", "purge", "report", "run",
@@ -85,6 +89,26 @@ class Run:
         if found is None:
             raise DataError(f"{self.out} was not audited yet; call audit() first.")
         return found
+
+    @property
+    def scores(self) -> pandas.DataFrame:
+        """The raw scores of the audit as pandas: a row for each encoder and image, with `encoder`, `id`, `role`, `label`
+        and a column for each attack (NaN where an image has no such score). `scores.to_parquet(FILE)` keeps them.
+
+        Raises:
+            DataError: the run was not audited. ConfigError: pandas is not installed.
+        """
+        found = read_scores(self.out / "audit")
+        if not found:
+            raise DataError(f"{self.out} was not audited yet; call audit() first.")
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError(
+                "pandas is not installed, and Run.scores is a table of pandas; pip install pandas."
+            ) from None
+        rows = [{"encoder": e, "id": i, **row} for e, file in found.items() for i, row in file["samples"].items()]
+        return pandas.DataFrame(rows)
 
     @property
     def verdict(self) -> str:

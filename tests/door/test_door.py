@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -255,3 +256,17 @@ def test_the_number_of_threads_is_the_users(variables: dict[str, str], threads: 
         "print(torch.get_num_threads())"
     )
     assert int(python(text, **variables)) == (threads or _cores())
+
+
+def test_scores_are_a_table_whose_aucs_are_those_of_the_summary(finished_run, tmp_path):
+    out, _ = finished_run()
+    run = du.open_run(out)
+    table = run.scores
+    assert set(table["encoder"]) == {"original", "unlearned", "retrained"} and not table["id"].isna().any()
+    sides = table[(table["encoder"] == "unlearned") & table["role"].isin(["forget", "holdout"])]
+    auc = roc_auc_score(sides["role"] == "forget", sides["view_agreement"])
+    told = run.figures["attacks"]["view_agreement"]["unlearned"]["auc"]
+    assert min(abs(auc - told), abs(1 - auc - told)) < 1e-9  # as a sign has it
+    table.to_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(DataError, match="not audited"):
+        _ = du.Run(tmp_path).scores
