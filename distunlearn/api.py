@@ -92,8 +92,8 @@ class Run:
 
     @property
     def scores(self) -> pandas.DataFrame:
-        """The raw scores of the audit as pandas: a row for each encoder and image, with `encoder`, `id`, `role`, `label`
-        and a column for each attack (NaN where an image has no such score). `scores.to_parquet(FILE)` keeps them.
+        """The raw scores of the audit as pandas: a row for each encoder and image, with `encoder`, `id`, `role`,
+        `label` and a column for each attack (NaN where an image has no such score). `to_parquet(FILE)` keeps them.
 
         Raises:
             DataError: the run was not audited. ConfigError: pandas is not installed.
@@ -105,7 +105,7 @@ class Run:
             import pandas
         except ImportError:
             raise ConfigError(
-                "pandas is not installed, and Run.scores is a table of pandas; pip install pandas."
+                "pandas is not installed, and Run.scores is a pandas table; pip install pandas."
             ) from None
         rows = [{"encoder": e, "id": i, **row} for e, file in found.items() for i, row in file["samples"].items()]
         return pandas.DataFrame(rows)
