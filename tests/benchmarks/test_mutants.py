@@ -53,7 +53,8 @@ def test_an_entry_that_does_not_fit_the_code_is_refused(tree):
 def test_the_list_is_complete_and_fits_the_code():
     """Where the code moves on, its entry follows: `python benchmarks/mutants.py --check`."""
     entries = mutants.read_list()
-    assert [sum(m.kind == kind for m in entries) for kind in ("known", "further")] == [20, 60]
+    known, further = (sum(m.kind == kind for m in entries) for kind in ("known", "further"))
+    assert known == 20 and further >= 60
     assert len({(m.file, m.old, m.new) for m in entries}) == len(entries)
     assert {m.number: why for m in entries if (why := mutants.misfit(m, mutants.REPOSITORY))} == {}
 

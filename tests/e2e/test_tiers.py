@@ -51,7 +51,7 @@ def test_tier_0_trains_nothing_and_compares_with_held_out_images(tmp_path):
     assert "part_crop" in found["further_attacks"] and "rmia" not in found["further_attacks"]
     page = (out / "report.html").read_text()
     assert "No encoder was retrained" in page and "2026-11-30-tier0.md" in page and "AUC minus 0.5" in page
-    assert "not evaluated" in page and "PartCrop" in page and "RMIA</th>" not in page
+    assert ">Retrained</th>" not in page and "PartCrop" in page and "RMIA</th>" not in page
 
 
 def test_tier_2_pools_shadows_that_never_see_what_they_must_not(tmp_path, monkeypatch):
