@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from distunlearn.config.registry import EVALUATOR, find
+from distunlearn.config.registry import EVALUATOR, OBJECTIVE, find
 from distunlearn.data.loading.stream import Batches
 from distunlearn.distributed import collectives
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
@@ -55,7 +55,11 @@ class Split:
         patch(ContrastiveModel, "forward", "forward")
         patch(MomentumEncoder, "__call__", "forward")
         patch(training, "task_loss", "forward")
-        patch(third_party, "task_loss", "forward")
+        patch(third_party, "embed", "forward")  # of the retained images; the others go through the evaluator
+        objectives = {kind for name in OBJECTIVE.table for kind in find(OBJECTIVE, name).__mro__}
+        for kind in objectives:
+            if "task_loss" in vars(kind):
+                patch(kind, "task_loss", "forward")
         for kind in (find(EVALUATOR, name) for name in EVALUATOR.table):
             if "constrain" in vars(kind):
                 patch(kind, "constrain", "constraint")

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from distunlearn.config.schema import RunConfig
+from distunlearn.distributed.world import World
+from distunlearn.engine.backends.base import Backend
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
@@ -78,3 +83,12 @@ def test_memory_of_norms_does_not_grow_with_depth_as_gradients_would():
 
     tensor = 4 * rows * width
     assert (peak(24) - peak(12)) / 12 == pytest.approx(tensor, rel=0.1)  # each layer's input, nothing else
+
+
+def test_what_is_timed_exists(monkeypatch):
+    """Every function that is to be timed is there by its name; nothing is patched."""
+    timed = []
+    monkeypatch.setattr(Split, "_patch", lambda self, owner, name, part: timed.append((getattr(owner, name), part)))
+    monkeypatch.setattr(DistributedDataParallel, "__init__", DistributedDataParallel.__init__)  # put back afterwards
+    Split().install(Backend(RunConfig(), World(0, 1, torch.device("cpu"))))
+    assert {part for _, part in timed} >= {"data", "views", "forward", "constraint", "backward", "communication"}

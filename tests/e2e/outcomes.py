@@ -13,7 +13,7 @@ ENDS = {"pretrain": "original/done.json", "unlearn": "done.json", "retrain": "re
         "audit": "audit/summary.json", "report": "report.html"}  # fmt: skip
 TIMES = (  # what a report says of time, and of the attempts that it took; nothing else of it may differ
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"), 1),
-    (re.compile(r"<h4>\s*Time, in seconds</h4>.*?</dl>", re.DOTALL), 1),
+    (re.compile(r">Time, in seconds</h3>.*?</dl>", re.DOTALL), 1),
     (re.compile(r", resumed after an interruption \(\d+ attempts\)"), 0),
 )
 
