@@ -46,6 +46,14 @@ MIB = 1 << 20
 LOOKED_AT = 256  # members whose size is read before there is an index
 
 
+def _together(problems: list[DistunlearnError]) -> DistunlearnError:
+    """One error that says all of them."""
+    if len(problems) == 1:
+        return problems[0]
+    kind = DataError if any(isinstance(problem, DataError) for problem in problems) else ConfigError
+    return kind(" ".join(map(str, problems)))
+
+
 def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
     """Resolve roles, encoder and schedule of `cfg` without writing anything.
 
@@ -83,10 +91,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         except DistunlearnError as error:
             problems.append(error)
     if problems:
-        kind = DataError if any(isinstance(p, DataError) for p in problems) else ConfigError
-        if len(problems) == 1:
-            raise problems[0]
-        raise kind(" ".join(str(p) for p in problems))
+        raise _together(problems)
     assert model is not None, "or there was a problem"
     trains_heads = model.backbone_frozen
     model.requires_grad_(True).backbone_frozen = False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -16,7 +18,10 @@ from distunlearn.verify.statistics import draw_images
 PERSONS, EACH, ASKED = 40, 6, (3, 11, 30)
 
 
-def test_three_of_forty_persons(tmp_path):
+@pytest.fixture(scope="module")
+def forgotten(tmp_path_factory) -> tuple[Path, dict[str, int]]:
+    """(run directory of a request of three persons, who is on each image)."""
+    tmp_path = tmp_path_factory.mktemp("persons")
     rows = ["id,person"]
     for n in range(PERSONS * EACH):
         path = tmp_path / "images" / f"c{n % 4}" / f"{n:03d}.jpg"
@@ -33,7 +38,11 @@ def test_three_of_forty_persons(tmp_path):
         "data.third_party=24", "data.third_party_audit=24", "data.holdout=60", "unlearn.steps=8",
     )  # fmt: skip
     assert done.returncode in (0, 6, 7), done.stderr[-3000:]
-    owner = {row.split(",")[0]: int(row.split()[-1]) for row in rows[1:]}
+    return out, {row.split(",")[0]: int(row.split()[-1]) for row in rows[1:]}
+
+
+def test_three_of_forty_persons(forgotten):
+    out, owner = forgotten
     manifest = Manifest.of_run(out)
     roles = {sample.id: sample.role for sample in manifest.samples}
     forget = [i for i, role in roles.items() if role == "forget"]
@@ -83,7 +92,10 @@ def test_three_of_forty_persons(tmp_path):
     page = (out / "report.html").read_text()
     assert "3 persons" in page and "person 11" not in page and "person 11" not in (out / "request.json").read_text()
 
-    # The next request names persons too, and an earlier one of them is refused.
+
+def test_the_next_request_names_persons_too_and_an_earlier_one_is_refused(forgotten, tmp_path):
+    out, owner = forgotten
+    roles = {sample.id: sample.role for sample in Manifest.of_run(out).samples}
     asked = sorted({owner[i] for i, role in roles.items() if role == "retain"} - set(ASKED))[:2]
     (tmp_path / "next.txt").write_text("".join(f"person {number}\n" for number in asked))
     (tmp_path / "again.txt").write_text(f"person {asked[0]}\nperson {ASKED[0]}\n")
