@@ -130,7 +130,7 @@ def _read_archive(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:  # another version of zip, encrypted
         raise _unreadable(path, error) from error
     names = {entry.filename.rpartition("/")[2]: entry for entry in entries}
     if "constants.pkl" in names:

@@ -112,7 +112,7 @@ def read_looks(path: Path) -> tuple[Looks, dict[str, list[str]]]:
             ids = {role: found[f"{role}_ids"].tolist() for role in SEEN[:3]}
             features = found["features"].tolist()
         return _looks(arrays, features), ids
-    except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, IndexError, RuntimeError, zipfile.BadZipFile, zlib.error):
         raise EvidenceError(f"{path} is not the file of scores that a dose was chosen by; restore it.") from None
 
 

@@ -106,7 +106,7 @@ def test_tensors_without_values_count_as_those_with(encoder):
         assert found[1] == pytest.approx(counted[1], rel=0.1), step
 
 
-@pytest.mark.parametrize("encoder", ENCODERS | PRODUCTION)
+@pytest.mark.parametrize("encoder", [*ENCODERS, *(pytest.param(name, marks=pytest.mark.matrix) for name in PRODUCTION)])
 def test_the_bounds_hold(encoder):
     """Constraint pairs = half the retain pairs; 1.6, 2.1 and 2.1 times the plain step."""
     assert BOUNDS == {"head": 1.6, "sliced": 2.1, "sketch": 2.1}
@@ -120,6 +120,7 @@ def test_the_bounds_hold(encoder):
             assert wide > BOUNDS["sketch"]  # negative control: the probes' own work is in the count
 
 
+@pytest.mark.matrix
 def test_the_script_writes_its_document(tmp_path, monkeypatch):
     """In a small setting: every step is timed in every round, and the document says what was not measured."""
     document = tmp_path / "found" / "constraint.md"

@@ -195,9 +195,18 @@ def views_of_one_number(path) -> None:
                 "patch_embed.proj.weight": torch.ones(1).expand(32, 3, 10**4, 10**4)}, path)  # fmt: skip
 
 
+def another_zip(path) -> None:
+    """An archive that needs version 6.4 of the format, which Python's zipfile says it does not implement."""
+    torch.save({"w": torch.ones(2)}, path)
+    data = bytearray(path.read_bytes())
+    at = data.find(b"PK\x01\x02")
+    data[at + 6 : at + 8] = struct.pack("<H", 64)
+    path.write_bytes(data)
+
+
 HOSTILE = (
     nested_containers, shared_containers, chains_of_names, million_names, compressed_zeros, long_pickle,
-    views_of_one_number,
+    views_of_one_number, another_zip,
 )  # fmt: skip
 
 

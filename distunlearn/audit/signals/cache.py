@@ -58,7 +58,7 @@ def unpacked(data: bytes, key: str) -> Signals | None:
             if str(found["key"]) != key:
                 return None
             columns = {f.name: found[f.name] for f in dataclasses.fields(Signals)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     return Signals(**{**columns, "ids": columns["ids"].tolist()})
 

@@ -36,7 +36,7 @@ FOLDER = "dose"
 CURVE = "curve.json"
 SCORES = "scores.npz"
 SEEN = (*ROLES, "chance", "right")  # by dose, as `Viewer.look` gives it
-BAD_FILE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+BAD_FILE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def settle_dose(session: Session, start: Path, full: Path, digest: str) -> None:
