@@ -12,9 +12,9 @@ PHASES = ("pretrain", "unlearn", "retrain", "audit", "report")
 ENDS = {"pretrain": "original/done.json", "unlearn": "done.json", "retrain": "retrained/done.json",
         "audit": "audit/summary.json", "report": "report.html"}  # fmt: skip
 TIMES = (  # what a report says of time, and of the attempts that it took; nothing else of it may differ
-    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"), 1),
-    (re.compile(r">Time, in seconds</h3>.*?</dl>", re.DOTALL), 1),
-    (re.compile(r", resumed after an interruption \(\d+ attempts\)"), 0),
+    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"), 1, 1),
+    (re.compile(r">Time, in seconds</h3>.*?</dl>", re.DOTALL), 1, 1),
+    (re.compile(r", resumed after an interruption \(\d+ attempts\)"), 0, 3),  # of each training
 )
 
 
@@ -24,9 +24,9 @@ def phase_of(out: Path) -> str:
 
 
 def without_times(report: str) -> str:
-    for pattern, least in TIMES:
+    for pattern, least, most in TIMES:
         report, count = pattern.subn("", report)
-        assert least <= count <= 1, f"{pattern.pattern} is there {count} times"
+        assert least <= count <= most, f"{pattern.pattern} is there {count} times"
     return report
 
 
