@@ -139,11 +139,9 @@ def _judged(
         first = judge(raw({"original": 0, "unlearned": at}, placed), RULES)["gates"]
         alone = judge(raw({"original": 0, "unlearned": at}, _alone(placed)), RULES)["gates"]
         rest = tuple(second[s]["auc"] for s in SEEN), tuple(second[s]["margin"] for s in SEEN)
-        yield tuple(  # type: ignore[misc]
-            Seen(group, kind, f"{name} {dose}", *rest, tuple(gates[s]["verdict"] for s in SEEN),
-                 tuple(second[s]["verdict"] for s in SEEN))
-            for gates in (first, alone)
-        )  # fmt: skip
+        words = [tuple(gates[s]["verdict"] for s in SEEN) for gates in (first, alone, second)]
+        label = f"{name} {dose}"
+        yield Seen(group, kind, label, *rest, words[0], words[2]), Seen(group, kind, label, *rest, words[1], words[2])
 
 
 def _alone(placed: Placed) -> Placed:

@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -100,13 +100,13 @@ class Meeting:
 
     def _fail(self, error: Exception) -> None:
         """Tell the others; the first rank that fails is the one that counts."""
-        found = disk_trouble(error) or error
+        found: Any = disk_trouble(error) or error
         if self._told:
             return
         with contextlib.suppress(RuntimeError):  # the main rank is gone, and its store with it
             self._store.compare_set("failed", "", json.dumps([self._world.rank, type(found).__name__, str(found)]))
         if getattr(errors, type(found).__name__, None) is not None:
-            found.agreed = True  # type: ignore[attr-defined]
+            found.agreed = True
             if found is not error:
                 raise found from error
 

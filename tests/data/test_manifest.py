@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,9 +19,8 @@ import pytest
 
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.loading.verify import read_sample, verify_shards
-from distunlearn.data.manifest import columns as columns_module
 from distunlearn.data.manifest import manifest as module
-from distunlearn.data.manifest.ids import check_id, hash_ids, refused
+from distunlearn.data.manifest.ids import check_id, refused
 from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.purge import purge_shards, purged_before
@@ -399,45 +396,3 @@ def test_a_sample_takes_96_bytes_and_its_id(tmp_path):
         sizes[n] = (tmp_path / "index.arrow").stat().st_size - sum(len(s.id.encode()) for s in found)
     assert sizes[16_000] - sizes[8_000] == pytest.approx(8_000 * (96 + 3 / 8), abs=64)
     assert sizes[8_000] < 8_000 * (96 + 3 / 8) + 6_000
-
-
-def test_look_ups_in_mapped_columns_take_no_memory_that_stays(tmp_path):
-    """200,000 look-ups in a manifest of 1,200,000: less is held, lists included, than the 126 MB that are mapped."""
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "manifest.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--ids", "200000", "--samples", "1200000", "--folder", str(tmp_path)],
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (case,) = json.loads(done.stdout)["cases"]
-    assert case["found"] == 200_000 and case["missing"] == 1
-    assert case["mib_above_imports"] < 100, case
-
-
-@pytest.mark.parametrize("window", [7, 1 << 16])
-def test_the_digest_of_samples_is_of_what_they_are_and_not_of_where_they_lie(tmp_path, size, window, monkeypatch):
-    monkeypatch.setattr(columns_module, "WINDOW", window)
-    found, files = samples()
-    roles = ("retain", "forget")
-    digest = Manifest(tmp_path, found, files).samples_digest(roles)
-    chosen = sorted((s for s in found if s.role in roles), key=lambda s: int(hash_ids([s.id])[0]))
-    expected = hashlib.sha256()
-    for start in range(0, len(chosen), window):
-        part = chosen[start : start + window]
-        expected.update(b"".join(len(s.id.encode()).to_bytes(8, "little") for s in part))
-        expected.update(b"".join(s.id.encode() for s in part))
-        expected.update(b"".join(bytes.fromhex(s.sha256) for s in part))
-        expected.update(b"".join((module.NO_LABEL if s.label is None else s.label).to_bytes(4, "little", signed=True)
-                                 for s in part))  # fmt: skip
-    assert digest == expected.hexdigest()
-    elsewhere = [replace(s, shard="one.tar", offset=512 + 1000 * k) for k, s in enumerate(reversed(found))]
-    other = Manifest(tmp_path, elsewhere, {"one.tar": Shard(10**6, "cd" * 32, len(found))})
-    assert other.samples_digest(roles) == digest
-    at = next(k for k, s in enumerate(found) if s.role == "retain")
-    changes = ({"id": "another.jpg"}, {"sha256": "0" * 64}, {"label": 99}, {"role": "holdout"})
-    for change in changes:
-        changed = [*found[:at], replace(found[at], **change), *found[at + 1 :]]
-        assert Manifest(tmp_path, changed, files).samples_digest(roles) != digest
-    unseen = next(k for k, s in enumerate(found) if s.role == "holdout")
-    changed = [*found[:unseen], replace(found[unseen], label=99), *found[unseen + 1 :]]
-    assert Manifest(tmp_path, changed, files).samples_digest(roles) == digest
