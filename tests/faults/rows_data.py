@@ -238,7 +238,7 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
         "list of a million ids: read as a stream, memory bounded",
         [
             f"{_LISTS}test_f09_a_million_ids_in_bounded_memory",
-            "tests/data/test_manifest.py::test_look_ups_in_mapped_columns_take_no_memory_that_stays",
+            "tests/data/test_manifest_at_scale.py::test_look_ups_in_mapped_columns_take_no_memory_that_stays",
         ],
     ),
     "F10": (

@@ -112,6 +112,7 @@ OPTIONS = {
     "receipt": "--id --out", "residuals": "", "dispose": "--key --apply --no-apply", "revoke": "--reason --key --out",
     "find": "--config --count --image --run --set",
     "init": "--checkpoint --encoder --images --non-members --request",
+    "schema": "",
     "convert": "--args --image-size --in-chans --name --out --prefix --to",
     "verify": (
         "--trust --commitment --register --revocations --previous --disposal --receipt --image --export --run --secret "

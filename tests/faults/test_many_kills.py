@@ -127,7 +127,7 @@ def test_killed_again_and_again_a_run_ends_as_if_nothing_had_been(tmp_path, form
 
 def test_a_report_differs_in_its_times_alone():
     """Control: another figure is seen, another time is not."""
-    page = "<dd>2026-11-30 14:43 UTC</dd><p>0.5</p><h4>\nTime, in seconds</h4><dd>173 %</dd></dl><p>7</p>"
+    page = '<dd>2026-11-30 14:43 UTC</dd><p>0.5</p><h3 class="small">Time, in seconds</h3><dd>173 %</dd></dl><p>7</p>'
     page += "<dd>24 training steps</dd>"
     other = page.replace("14:43", "15:01").replace("173", "164")
     other = other.replace("steps<", "steps, resumed after an interruption (2 attempts)<")
