@@ -51,6 +51,7 @@ SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 12, "num_heads": 2, "class_t
 ENCODERS = {
     "vit12": EncoderConfig(name="vit_tiny_patch16_224", image_size=32, in_chans=3, stem="standard", args=SMALL),
     "resnet50": EncoderConfig(name="resnet50", image_size=32, in_chans=3, stem="standard"),
+    "resnet50_224": EncoderConfig(name="resnet50", image_size=224, in_chans=3, stem="standard"),
     "vit_base": EncoderConfig(name="vit_base_patch16_224", image_size=224, in_chans=3, stem="standard"),
     "vit_large": EncoderConfig(name="vit_large_patch16_224", image_size=224, in_chans=3, stem="standard"),
     "vit_giant": EncoderConfig(name="vit_giant_patch14_224", image_size=224, in_chans=3, stem="standard"),
@@ -58,8 +59,10 @@ ENCODERS = {
 IMAGES = 2  # of each role, on each rank
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__")
 BEFORE_BACKWARD = ("data", "loss")
-KINDS = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
-         "allreduce": "all_reduce", "all_reduce": "all_reduce", "broadcast": "broadcast"}  # fmt: skip
+KINDS = {
+    "allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce", "all_reduce": "all_reduce", "broadcast": "broadcast", "reduce": "reduce",
+}  # fmt: skip
 
 
 @dataclass
@@ -241,10 +244,11 @@ def _runner(cfg: RunConfig, method: Method, at: list[str]) -> Any:
 
 
 def cell(name: str, world: int, hollow: bool) -> list[str]:
-    """A row of the table; name: ENCODER:BACKEND:EVALUATOR, "pretrain" in place of an evaluator."""
-    encoder, backend, evaluator = name.split(":")
-    found = count_step(configuration(encoder, backend, evaluator, world), world, pretrain=evaluator == "pretrain",
-                       hollow=hollow)  # fmt: skip
+    """A row of the table; name: ENCODER:BACKEND:EVALUATOR, "pretrain" in place of an evaluator; and ":own" where every
+    rank has batch statistics of its own, which need no collective."""
+    encoder, backend, evaluator, *own = name.split(":")
+    cfg = configuration(encoder, backend, evaluator, world, sync_batchnorm=not own)
+    found = count_step(cfg, world, pretrain=evaluator == "pretrain", hollow=hollow)
     numbers = [
         world, *(found.total(kind=kind) for kind in dict.fromkeys(KINDS.values())),
         found.total(places=("momentum encoder",)), found.total("objects"),
@@ -261,7 +265,7 @@ HEADER = ["step", "W", "all-gather", "reduce-scatter", "all-reduce", "broadcast"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", default=["vit12:fsdp2:pretrain", "vit12:fsdp2:head", "vit12:fsdp2:sketch",
-                        "resnet50:ddp:head"], metavar="ENCODER:BACKEND:EVALUATOR")  # fmt: skip
+                        "resnet50:ddp:head"], metavar="ENCODER:BACKEND:EVALUATOR[:own]")  # fmt: skip
     parser.add_argument("--worlds", nargs="+", type=int, default=[2])
     parser.add_argument("--hollow", action="store_true", help="tensors without values, and the memory they would take")
     args = parser.parse_args()

@@ -99,9 +99,8 @@ def train_phase(
 
 @dataclass(frozen=True)
 class _Part:
-    """What is left of a micro-batch after its backward."""
+    """What is left of a micro-batch after its backward. metrics: its loss among them."""
 
-    loss: Tensor
     metrics: dict[str, float]
     consumed: dict[str, list[str]]
     ids: dict[str, list[str]]
@@ -225,7 +224,7 @@ class _Runner:
         parts = [self._micro_batch(step, micro, rate) for micro in range(phase.optim.accumulate)]
         self._at("gradient norm", step)
         norm = backend.grad_norm()
-        figures = [{"loss": float(part.loss), **part.metrics} for part in parts]
+        figures = [part.metrics for part in parts]
         place = Place(step, rate, ids=_merged([part.ids for part in parts]), parts=figures)
         own = {**_merged([part.consumed for part in parts]), REPLACED: [i for part in parts for i in part.replaced]}
         strays = self.guard.require(torch.as_tensor(norm), "gradient norm", place, count=self.consumption.strays(own))
@@ -264,7 +263,7 @@ class _Runner:
             self._at("finite check", step)
             metrics = self.guard.check(out, place)
         replaced = [i for batch in batches.values() for i in batch.replaced]
-        return _Part(out.loss.detach(), metrics, out.consumed, ids, replaced)
+        return _Part(metrics, out.consumed, ids, replaced)
 
     def _at(self, place: str, step: int, *, slow: bool = False) -> None:
         """The first step of an attempt may compile, and takes its time."""

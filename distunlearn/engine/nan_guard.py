@@ -70,14 +70,14 @@ class NumericsGuard:
         return out
 
     def check(self, out: StepOutput, place: Place) -> dict[str, float]:
-        """The figures of an output that is sound on every rank; before any weight changes. Collective.
+        """The loss and the figures of an output that is sound on every rank; before any weight changes. Collective.
 
         Raises:
             NumericsError: it is not sound; `agreed`.
         """
         self.require(out.loss, "loss", place, out)
         self._require_bounds(out, place)
-        return {name: float(value) for name, value in out.metrics.items()}
+        return _read({"loss": out.loss, **out.metrics})
 
     def require(
         self, value: Tensor, what: str, place: Place, out: StepOutput | None = None, reason: str | None = None,
@@ -153,6 +153,14 @@ class NumericsGuard:
         )
         error.agreed = True
         raise error
+
+
+def _read(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Numbers of Python; of those that lie on a GPU all are waited for at once."""
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    found = torch.stack([value.double().reshape(()) for value in tensors.values()]).tolist() if tensors else []
+    return {**{name: float(value) for name, value in values.items() if name not in tensors},
+            **dict(zip(tensors, found, strict=True))}  # fmt: skip
 
 
 def _gradients(backend: Backend) -> dict[str, Any]:

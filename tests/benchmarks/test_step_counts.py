@@ -38,6 +38,8 @@ def test_a_step_of_sharded_weights(sketch):
     assert sketch.total(kind="all_reduce") <= 12
     assert sketch.total(kind="broadcast") == sketch.total("objects") == 0
     assert sketch.total("reads", places=BEFORE_BACKWARD) == 0
+    # after it: sound everywhere, all figures, the norm, that it is sound everywhere, what the ledger is told
+    assert sketch.total("reads") <= 5
 
 
 def test_a_step_of_whole_weights_but_for_batch_statistics():
