@@ -171,6 +171,8 @@ class Verify:
     register: Annotated[Path | None, _file("the officer's register of commitments")] = None
     revocations: Annotated[Path | None, _file("folder of revocations", "DIR")] = None
     previous: Annotated[Path | None, _file("the certificate before this one")] = None
+    timestamps: Annotated[Path | None, _file("folder of commitment.tsr and certificate.tsr", "DIR")] = None
+    tsa: Annotated[Path | None, _file("root certificates of the time stamp services that you trust")] = None
     disposal: Annotated[Path | None, _file("what the operator signed about deletion")] = None
     receipt: Annotated[Path | None, _file("receipt of one image")] = None
     image: Annotated[Path | None, _file("the very file of that image")] = None

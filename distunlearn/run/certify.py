@@ -22,6 +22,7 @@ from distunlearn.verify.receipt import make_receipt, read_rows
 from distunlearn.verify.revocation import REASONS
 from distunlearn.verify.secret import SECRET, read_secret
 from distunlearn.verify.states import export_digests
+from distunlearn.verify.timestamps import write_query
 
 
 def certify(run_dir: Path, key: Path, passphrase: str, version: str, previous: Path | None = None) -> Path:
@@ -48,7 +49,9 @@ def certify(run_dir: Path, key: Path, passphrase: str, version: str, previous: P
     with owned(folder):
         write_rows(folder, manifest)
         predicate = make_predicate(folder, run_rules(plain(cfg), folder), tool, chain)
-        write_atomic(folder / CERTIFICATE, sign("certificate", export_digests(folder / "export"), predicate, private))
+        data = sign("certificate", export_digests(folder / "export"), predicate, private)
+        write_atomic(folder / CERTIFICATE, data)
+        write_query(folder / CERTIFICATE, read(data, "certificate").digest)
     return folder / CERTIFICATE
 
 

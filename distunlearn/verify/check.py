@@ -26,6 +26,7 @@ from .revocation import revoked
 from .run import check_run, difference
 from .secret import SECRET, read_secret
 from .states import export_digests
+from .timestamps import Times, in_words, read_times, require_before, undated
 
 HOLDS, FAILS, OPEN, INCOMPARABLE = "holds", "does not hold", "not checked", "cannot be compared"
 EXIT = {"pass": 0, "fail": 6, "inconclusive": 7}
@@ -68,6 +69,8 @@ class Given:
     register: Path | None = None
     revocations: Path | None = None
     previous: Path | None = None
+    timestamps: Path | None = None
+    tsa: Path | None = None
     disposal: Path | None = None
     receipt: Path | None = None
     image: Path | None = None
@@ -140,14 +143,15 @@ def verify(data: bytes, given: Given, further: Mapping[int, Further] | None = No
         predicate = read_predicate(envelope.statement)
         committed = _commitment(envelope, predicate, given)
         signer = _signed(envelope, predicate, given)
-        first = _declared(envelope, predicate, signer, committed, given)
+        times = _times(envelope, committed, given)
+        first = _declared(envelope, predicate, signer, committed, given, times)
     except EvidenceError as error:
         rest = (Check(level, TITLES[level], OPEN, "the statement does not hold") for level in range(1, 5))
         return Verified((Check(0, TITLES[0], FAILS, str(error)), *rest), None, None, None)
     checks = [
         first,
         _level(1, "--export", given.export and (lambda _: _export(envelope, given.export))),
-        _level(2, "--run", given.run and (lambda _: _run(predicate, envelope, committed, given))),
+        _level(2, "--run", given.run and (lambda _: _run(predicate, envelope, committed, given, times))),
         _level(3, "--run and --shards to the whole package", further.get(3), predicate),
         _level(4, "--run, --shards and --replay to it", further.get(4), predicate),
     ]
@@ -211,7 +215,7 @@ def _signed(envelope: Envelope, predicate: Predicate, given: Given) -> str | Non
 
 def _declared(
     envelope: Envelope, predicate: Predicate, signer: str | None, committed: tuple[Envelope, Commitment] | None,
-    given: Given,
+    given: Given, times: Times | None,
 ) -> Check:  # fmt: skip
     """Level 0 as a whole."""
     told: list[str] = []
@@ -231,6 +235,11 @@ def _declared(
     elif given.trust is not None:
         lacking = unsigned(committed[0], given.trust)
         told.insert(0, f"countersigned before the run, for request {committed[1].reference}")
+    if given.trust is not None:
+        for kind, statement in _statements(envelope, committed).items():
+            lacking = lacking or undated(statement, kind, times or {}, given.trust)
+    if times is not None:
+        told.append(in_words(times))
     if given.register is not None and committed is not None:
         others = tries(given.register, committed[0].digest, str(committed[1].reference))
         if others:
@@ -241,6 +250,19 @@ def _declared(
         else:
             told.append("1 try")
     return Check(0, TITLES[0], OPEN if lacking else HOLDS, lacking or "; ".join(told))
+
+
+def _statements(envelope: Envelope, committed: tuple[Envelope, Commitment] | None) -> dict[str, Envelope]:
+    return {"certificate": envelope} | ({"commitment": committed[0]} if committed else {})
+
+
+def _times(envelope: Envelope, committed: tuple[Envelope, Commitment] | None, given: Given) -> Times | None:
+    """When time stamp services saw certificate and commitment; None: not asked for."""
+    if (given.timestamps is None) != (given.tsa is None):
+        raise ConfigError("--timestamps and --tsa go together; give the answers and whose answers you trust.")
+    if given.timestamps is None or given.tsa is None:
+        return None
+    return read_times(given.timestamps, given.tsa, _statements(envelope, committed))
 
 
 def _follows(before: Envelope, predicate: Predicate, trust: Trust | None) -> str:
@@ -273,12 +295,16 @@ def _export(envelope: Envelope, folder: Path | None) -> None:
         )
 
 
-def _run(predicate: Predicate, envelope: Envelope, committed: tuple[Envelope, Commitment] | None, given: Given) -> None:
+def _run(
+    predicate: Predicate, envelope: Envelope, committed: tuple[Envelope, Commitment] | None, given: Given,
+    times: Times | None,
+) -> None:  # fmt: skip
     folder, rules = Path(given.run or "."), predicate.rules.rules()
     secret = read_secret(given.secret or folder / SECRET)
     _equal("the files", private(folder, secret), predicate.private)
     lines = read_ledger(folder / "ledger.jsonl")
     require_ledger(predicate.commitment, committed[1] if committed else None, lines)
+    require_before(times or {}, next((line.get("time") for line in lines), None))
     found = check_run(folder, rules)
     if found.gaps:
         raise EvidenceError(f"The run directory is not whole. {' '.join(found.gaps)}")

@@ -19,6 +19,8 @@ INPUTS = {
     "register": "the officer's register of commitments",
     "revocations": "folder of revocations",
     "previous": "the certificate before this one",
+    "timestamps": "folder of commitment.tsr and certificate.tsr, the answers of a time stamp service",
+    "tsa": "root certificates of the time stamp services that you trust (PEM)",
     "disposal": "what the operator signed about deletion",
     "receipt": "receipt of one image",
     "image": "the very file of that image",

@@ -16,6 +16,7 @@ from .errors import ConfigError, DistunlearnError
 from .forms import read_form
 from .keys import load_key, passphrase
 from .records import read_plain
+from .timestamps import write_query
 
 
 def in_words(request: Path) -> str:
@@ -40,7 +41,7 @@ def countersign(request: Path, key: Path, secret: str, register: Path, reference
     reference are tries of one request.
 
     Returns:
-        `commitment.json` beside the request.
+        `commitment.json` beside the request, and `commitment.tsq` to have it time stamped.
 
     Raises:
         ConfigError: the key is wrong, or there is such a file. EvidenceError: the request is none.
@@ -55,6 +56,7 @@ def countersign(request: Path, key: Path, secret: str, register: Path, reference
     add_to_register(register, commitment=digest, reference=reference, run=found.run, time=int(time.time()))
     with open(target, "xb") as file:
         file.write(data)
+    write_query(target, digest)
     return target
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError
 from .records import read_plain
@@ -25,12 +25,14 @@ Role = Literal["operator", "officer", "auditor"]
 
 
 class TrustedKey(BaseModel):
-    """pem: public key. role: of its holder."""
+    """pem: public key. role: of its holder. since, until: when its signatures count, by a time stamp; None: always."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     pem: str
     role: Role
     name: str = ""
+    since: AwareDatetime | None = None
+    until: AwareDatetime | None = None
 
 
 class Trust(BaseModel):
@@ -43,6 +45,10 @@ class Trust(BaseModel):
     def of(self, role: Role) -> dict[str, Ed25519PublicKey]:
         """Public keys of a role, by id."""
         return {key_id(key): key for key in (public_key(k.pem.encode()) for k in self.keys if k.role == role)}
+
+    def periods(self) -> dict[str, TrustedKey]:
+        """Keys that have a period, by id."""
+        return {key_id(public_key(k.pem.encode())): k for k in self.keys if k.since or k.until}
 
 
 def read_trust(path: Path) -> Trust:

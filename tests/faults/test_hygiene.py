@@ -115,8 +115,8 @@ OPTIONS = {
     "schema": "",
     "convert": "--args --image-size --in-chans --name --out --prefix --to",
     "verify": (
-        "--trust --commitment --register --revocations --previous --disposal --receipt --image --export --run --secret "
-        "--shards --replay --json"
+        "--trust --commitment --register --revocations --previous --timestamps --tsa --disposal --receipt --image "
+        "--export --run --secret --shards --replay --json"
     ),
     "submit": (
         "--out --config --previous --set --account --array --constraint --container --container-image --cpus --dry-run "
