@@ -165,7 +165,7 @@ def broken(draw: st.DrawFn, contents: list[bytes]) -> bytes:
 
 
 def read(path: Path, data: bytes, reader: Callable[[Path], object]) -> None:
-    """An answer or a sentence. Seconds are of the processor, for which a long run may wait; hangs are the deadline's."""
+    """An answer or a sentence. Seconds are of the processor, for which long runs wait; hangs are the deadline's."""
     path.write_bytes(data)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
