@@ -25,6 +25,7 @@ from distunlearn.data.sources.decode import decode_image
 from distunlearn.data.views.crops import Cutter
 
 BATCH = 64
+START = 16 * BATCH  # images of a turn that do not count: processes start, and memory is touched for the first time
 LIMIT = 10**8
 ROLES = ("retain", "forget")
 
@@ -118,28 +119,34 @@ def forget_pages() -> None:
 
 def race(
     manifest: Manifest, root: Path, size: int, workers: int, count: int, rounds: int, only: Sequence[str] = (),
-    cold: bool = False,
-) -> dict[str, list[tuple[float, float]]]:  # fmt: skip
-    """{contender: (images/s, CPU ms per image) of every round}; the first round warms up and does not count.
+    cold: bool = False, start: int = START,
+) -> dict[str, list[tuple[float, float, float]]]:  # fmt: skip
+    """{contender: (images/s, CPU ms per image, CPU s of start and end) of every round; the first round warms up.
 
+    Each turn is made twice, with `start` images and with `count` more: the rates are of the difference.
     cold: every turn begins with an empty page cache.
     """
-    held = Reader(manifest).read([manifest.by_id[i] for i in manifest.ids(ROLES)[:BATCH]])
-    contenders: dict[str, Callable[[], None]] = {
-        "pure": lambda: pure(held, size, workers, count),
-        "stream": lambda: streamed(manifest, size, workers, count),
-        "imagefolder": lambda: imagefolder(root, size, workers, count),
-        "webdataset": lambda: webdataset(manifest, size, workers, count),
-        "pure threads": lambda: pure(held, size, workers, count, threads=True),
+    held = Reader(manifest).read([manifest.by_id[i] for i in manifest.ids(ROLES)[: 4 * BATCH]])
+    contenders: dict[str, Callable[[int], None]] = {
+        "pure": lambda images: pure(held, size, workers, images),
+        "stream": lambda images: streamed(manifest, size, workers, images),
+        "imagefolder": lambda images: imagefolder(root, size, workers, images),
+        "webdataset": lambda images: webdataset(manifest, size, workers, images),
+        "pure threads": lambda images: pure(held, size, workers, images, threads=True),
     }
     contenders = {name: act for name, act in contenders.items() if not only or name in only}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, act in contenders.items():
-            if cold:
-                forget_pages()
-            wall, cpu = cost(act)
+            (wall, cpu), (whole_wall, whole_cpu) = (_turn(act, images, cold) for images in (start, start + count))
             if turn:
-                found[name].append((count / wall, 1000 * cpu / count))
+                each = (whole_cpu - cpu) / count
+                found[name].append((count / (whole_wall - wall), 1000 * each, cpu - start * each))
         print(size, workers, turn, {k: v[-1] for k, v in found.items() if v}, flush=True)
     return found
+
+
+def _turn(act: Callable[[int], None], images: int, cold: bool) -> tuple[float, float]:
+    if cold:
+        forget_pages()
+    return cost(lambda: act(images))

@@ -147,7 +147,7 @@ def requests(asked: argparse.Namespace) -> dict:
         if asked.purge and not (before / "purge.json").exists():
             command(1, "purge", str(before), "--apply")
         if not (run / "report.html").exists():
-            again = [f"data.forget={NEXT[asked.kind]}", f"seed={asked.seed}"]
+            again = [f"data.forget={NEXT[asked.kind]}", f"seed={asked.seed}", *asked.later]
             command(asked.processes, "run", "--previous", str(before), "--out", str(run), *sets(again))
     cfg, kept = saved_config(runs[0], world=1), Manifest.of_run(kept_run)
     found = {
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--purge", action="store_true", help="purge the shards between the requests")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="further settings of the first run")
+    parser.add_argument("--later", action="append", default=[], help="further settings of the later runs")
     asked = parser.parse_args()
     found = requests(asked)
     (asked.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
