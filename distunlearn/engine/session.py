@@ -25,6 +25,7 @@ from distunlearn.config.view_recipes import own_view
 from distunlearn.constraints.evaluators.base import evaluator_class
 from distunlearn.data.loading.image_store import ImageStore, open_store
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.prepare.previous import count_labels
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.world import World
 from distunlearn.encoders.export import export_backbone
@@ -143,12 +144,12 @@ class Session:
         """Classes of the members, for an objective whose head is a classifier; None for others."""
         if objective_class(self.cfg).head != "classifier":
             return None
-        labels = self.manifest.label_range(("retain", "forget", "forgotten"))
-        if labels is None or labels[0] < 0:
+        labels = count_labels(self.manifest)
+        if labels is None:
             raise DataError(
                 f"objective.name={self.cfg.objective.name} needs labels, but not every member has one; expected all."
             )
-        return labels[1] + 1
+        return labels
 
     def sample(self, role: str) -> Batch:
         """The images of a role as one batch, at most `CALIBRATION_LIMIT`, alike on every rank."""

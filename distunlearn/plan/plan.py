@@ -78,8 +78,9 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         problems.append(error)
     model: ContrastiveModel | None = None
     notes: list[str] = []
+    labels = max(max(classes, default=1) + 1, facts.get("previous", {}).get("labels", 0))
     try:
-        model, notes = _model(cfg, max(classes, default=1) + 1)
+        model, notes = _model(cfg, labels)
     except DistunlearnError as error:
         problems.append(error)
     if counts:
@@ -105,7 +106,7 @@ def make_plan(cfg: RunConfig, out: Path | None = None) -> dict[str, Any]:
         "objective": cfg.objective.name,
         "roles": dict(counts),
         "request": facts,
-        "encoder": _encoder(cfg, model, max(classes, default=1) + 1) | ({"checkpoint": notes} if notes else {}),
+        "encoder": _encoder(cfg, model, labels) | ({"checkpoint": notes} if notes else {}),
         "not_probed": _not_probed(cfg, model),
         "phases": phases,
         "audit": audit_trainings(cfg, counts, classes, phases),

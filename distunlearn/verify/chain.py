@@ -4,12 +4,13 @@ Two files in a run directory, of the operator alone (mode 0600). `chain.key`: 32
 a chain. `chain.json`, which is the suppression list:
 
     {"version": 1, "lineage": random id,
-     "requests": [{"images", "original", "unlearned"} ...],      digests of the encoder's weights before and after
+     "requests": [{"images", "labels", "original", "unlearned"} ...],
      "forgotten": [[number of the request from 1, HMAC of the image, HMAC of its id, perceptual hash or null] ...]}
 
-HMAC is HMAC-SHA256 under the key, hexadecimal: of b"image" and the 32 bytes of the sha256 of the image's encoded bytes;
-of b"id" and the UTF-8 of its id in normal form. The perceptual hash is plain (16 hexadecimal digits), or copies that
-were re-encoded could not be counted.
+`original` and `unlearned` are digests of the encoder before and after; `labels` is how many a classifier of the members
+has, 0 where a member has none. HMAC is HMAC-SHA256 under the key, hexadecimal: of b"image" and the 32 bytes of the
+sha256 of the image's encoded bytes; of b"id" and the UTF-8 of its id in normal form. The perceptual hash is plain
+(16 hexadecimal digits), or copies that were re-encoded could not be counted.
 """
 
 from __future__ import annotations
@@ -65,13 +66,14 @@ class Chain:
             key = read_plain(path.with_name(KEY))
             rows = tuple((number, image, name, near) for number, image, name, near in found["forgotten"])
             good = found["version"] == VERSION and len(key) == KEY_BYTES and all(map(_is_row, rows))
+            good = good and all(type(entry.get("labels", 0)) is int for entry in found["requests"])
             chain = cls(str(found["lineage"]), key, tuple(dict(entry) for entry in found["requests"]), rows)
         except OSError as error:
             raise DataError(
                 f"{error.filename} cannot be read ({error.strerror or error}); a chain of requests is {CHAIN} and "
                 f"beside it {KEY}, which a run writes when it has forgotten."
             ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged; restore it from a copy.") from error
         if not good or any(not 1 <= number <= len(chain.requests) for number, *_ in rows):
             raise DataError(f"{path} or its {KEY} is damaged; restore both from a copy.")
@@ -110,6 +112,11 @@ class Chain:
     def hashes(self) -> list[int]:
         """Perceptual hashes that are known."""
         return [int(near, 16) for *_, near in self.forgotten if near is not None]
+
+    @property
+    def labels(self) -> int:
+        """Outputs that a classifier had before the last request; 0: none is known."""
+        return max((entry.get("labels", 0) for entry in self.requests), default=0)
 
     def with_request(self, images: Sequence[tuple[bytes, str, int | None]], **facts: Any) -> Chain:
         """The chain with one more request. images: (sha256, id, perceptual hash) of each. facts: of the request."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.prepare.previous import chain_after, leave_out, next_request
+from distunlearn.data.prepare.previous import chain_after, count_labels, leave_out, next_request
 from distunlearn.data.prepare.selection import draw_request
 from distunlearn.data.prepare.write_shards import prepare_shards, write_shards
 from distunlearn.data.purge import purge_shards
@@ -46,7 +46,7 @@ def test_the_chain_holds_hmacs_and_neither_ids_nor_digests(first):
     made = Manifest.load(first.parent / "shards", run=first)
     text, key = (first / "chain.json").read_text(), (first / "chain.key").read_bytes()
     found = json.loads(text)
-    assert len(key) == 32 and found["requests"] == [{"images": 10, "original": "a", "unlearned": "b"}]
+    assert len(key) == 32 and found["requests"] == [{"images": 10, "labels": 10, "original": "a", "unlearned": "b"}]
     samples = made.lookup(made.ids("forget"))
     assert found["forgotten"] == [
         [1, hmac.new(key, b"image" + bytes.fromhex(s.sha256), hashlib.sha256).hexdigest(),
@@ -79,6 +79,17 @@ def test_the_next_request_takes_over_roles_and_leaves_out_what_was_forgotten(fir
     assert len(after.ids("forget")) == 4 and len(after.ids("retain")) == 40 - 10 - 5 - 4
     assert set(after.ids("forgotten")) == ({*wanted} if purged else {*wanted, *made.ids("forget")})
     assert Chain.load(tmp_path / "two").key == Chain.load(first).key
+
+
+def test_a_classifier_keeps_the_output_of_a_class_whose_last_image_was_purged(first, tmp_path):
+    made = Manifest.load(tmp_path / "shards", run=first)
+    last = made.columns.ids.at(np.flatnonzero(made.columns.label == 9))
+    made = next_request(replace(SMALL, forget="class:9"), 0, made, first)
+    made.save_request(tmp_path / "two")
+    chain_after(made, Chain.load(first), original="b", unlearned="c").save(tmp_path / "two")
+    purge_shards(tmp_path / "shards", last)
+    after = next_request(replace(SMALL, forget=4), 3, Manifest.load(tmp_path / "shards"), tmp_path / "two")
+    assert after.label_range(("retain", "forget", "forgotten"))[1] < 9 and count_labels(after) == 10
 
 
 def test_what_may_not_come_again_is_refused(first, tmp_path):

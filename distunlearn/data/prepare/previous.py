@@ -45,7 +45,7 @@ def next_request(cfg: DataConfig, seed: int, manifest: Manifest, previous: Path)
     role, known = _carried(manifest, previous)
     role, facts = leave_out(manifest, role, chain, cfg.near_distance)
     fresh = int((~known & (role != CODE[FORGOTTEN])).sum())
-    facts = {**facts, "new_images": fresh, "requests": len(chain.requests)}
+    facts = {**facts, "new_images": fresh, "requests": len(chain.requests), "labels": chain.labels}
     role, found = _with_forget(cfg, seed, manifest, role, chain)
     role, persons, person = settle_index(cfg, manifest, role)
     role, copies = duplicate_facts(manifest.columns.with_roles(role), cfg.copies, cfg.near_distance)
@@ -153,7 +153,19 @@ def chain_after(manifest: Manifest, chain: Chain, **facts: Any) -> Chain:
     near = [None if value == NO_HASH else value for value in columns.near[rows].tolist()]
     digests = [row.tobytes() for row in columns.sha256[rows]]
     ids = [normal_id(name) for name in columns.ids.at(rows)]
-    return chain.with_request(list(zip(digests, ids, near, strict=True)), **facts)
+    labels = max(chain.labels, count_labels(manifest) or 0)
+    return chain.with_request(list(zip(digests, ids, near, strict=True)), labels=labels, **facts)
+
+
+def count_labels(manifest: Manifest) -> int | None:
+    """Outputs of a classifier of the members, of those too that the chain forgot; None: not every member has a label.
+
+    A class may be gone with its last image, by a purge: the encoder that a request begins with has its output.
+    """
+    labels = manifest.label_range(("retain", "forget", FORGOTTEN))
+    if labels is None or labels[0] < 0:
+        return None
+    return max(labels[1] + 1, (chained(manifest.facts) or {}).get("labels", 0))
 
 
 def chained(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
