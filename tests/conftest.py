@@ -35,3 +35,11 @@ def finished_run(tmp_path_factory):
         return found[recipe]
 
     return finished
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory):
+    """The certified run that tests of evidence look at and copy: `evidence_case.Case`."""
+    from evidence_case import Case
+
+    return Case(tmp_path_factory.mktemp("evidence")).make()

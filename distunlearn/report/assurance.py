@@ -12,9 +12,9 @@ from distunlearn.verify.forms import read_form
 
 UNDECLARED = "none was made before the run: settings and margins were declared by the operator's word"
 NEXT = (
-    "Sign what this run shows: distunlearn certify DIR --key KEY.",
-    "Let somebody who does not depend on you check it: distunlearn verify CERTIFICATE --trust FILE --run DIR "
-    "--shards DIR --replay 3. Then delete what still holds the images: distunlearn dispose DIR.",
+    "Sign what this run shows: `distunlearn certify RUN --key KEY`.",
+    "Let somebody who does not depend on you check it: `distunlearn verify CERTIFICATE --trust FILE --run RUN "
+    "--shards DIR --replay 3`. Then delete what still holds the images: `distunlearn dispose RUN`.",
     "Keep certificate, commitment and disposal; levels 0 and 1 and receipts can be checked with them.",
 )
 

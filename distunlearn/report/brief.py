@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distunlearn.report.data import RunFiles, number
-from distunlearn.report.formatting import whole
+from distunlearn.report.formatting import text, whole
 from distunlearn.report.texts import NEXT, NOT_EVALUATED
 from distunlearn.verify.commitment import kept_commitment
 
@@ -26,24 +26,43 @@ def brief(
     run: RunFiles, request: dict[str, Any], covered: dict[str, Any], verdict: str, rows: dict[str, list[dict[str, Any]]]
 ) -> list[tuple[str, list[str]]]:
     """(heading, sentences). request, covered: of `facts`. verdict: its name. rows: of `evidence.gates`."""
-    asked = f"To forget {request['count']} images: {request['chosen']}."
-    done = f"Method: {request['method']}. It took {request['length']}." if number(run.done, "steps") is not None else (
-        f"Method: {request['method']}."
-    )  # fmt: skip
-    following = NEXT[verdict].format(folder="RUN")
+    following = next_step(run, verdict, "RUN")
     return [
-        ("What was asked", [asked]),
-        ("What was done", [done, covered["sentence"]]),
+        ("What was asked", _asked(run, request)),
+        ("What was done", [*_done(run, request), covered["sentence"]]),
         ("What remains", _remains(run, request, rows)),
         ("Next step", [following[:1].upper() + following[1:]]),
     ]
+
+
+def next_step(run: RunFiles, verdict: str, folder: str) -> str:
+    """What to do now, in a sentence with commands in backticks. folder: how the run directory is called there."""
+    return NEXT["purged" if verdict == "pass" and run.purge else verdict].format(folder=folder)
+
+
+def _asked(run: RunFiles, request: dict[str, Any]) -> list[str]:
+    chosen = "" if request["chosen"] == NOT_EVALUATED else f": {request['chosen']}"
+    found = [f"To forget {request['count']} images{chosen}."]
+    if (people := number(run.audit, "persons", "forget")) is not None:
+        found.append(f"They show {whole(people)} persons.")
+    if len(earlier := run.chain.get("images") or []) > 1:
+        found.append(f"It is request {len(earlier)} on this encoder.")
+    return found
+
+
+def _done(run: RunFiles, request: dict[str, Any]) -> list[str]:
+    took = f" It took {request['length']}." if number(run.done, "steps") is not None else ""
+    found = [f"Method: {request['method']}.{took}"]
+    if (dose := number(run.done, "dose")) is not None and dose != 1:
+        found.append(f"Of the move that this made, the encoder keeps the share {text(dose, 2)}, which was chosen.")
+    return found
 
 
 def _remains(run: RunFiles, request: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     """What is not settled, and where the images still are."""
     unsettled = [row for row in (*rows["attacks"], *rows["utility"]) if row["verdict"] != "pass"]
     found = [
-        f"{row['title']}: {row['word'].lower()}{', for ' + row['reason'] if row['reason'] else ''}."
+        f"{row['title']} ({row['word'].lower()}){': ' + row['reason'] if row['reason'] else ''}."
         for row in unsettled[:MAX_OPEN]
     ]
     if request["copies"]:

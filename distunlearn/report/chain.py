@@ -47,7 +47,8 @@ def _near(facts: dict[str, Any]) -> list[str]:
     if not near:
         return []
     return [
-        f"{whole(near)} images that stay look almost like one that was forgotten before; the encoder learns from them."
+        f"Images that stay and look almost like one that was forgotten before: {whole(near)}. The encoder learns from "
+        "them."
     ]
 
 
@@ -57,6 +58,6 @@ def _purged(run: RunFiles) -> list[str]:
         return []
     copies = number(run.purge, "copies") or 0
     return [
-        f"{whole(count)} images were purged from the shards after this audit; {whole(copies)} images with the same "
-        "bytes under other names stay. The source of the images and other copies are not reached by that."
+        f"Images purged from the shards after this audit: {whole(count)}; images with the same bytes under other names "
+        f"that stay: {whole(copies)}. The source of the images and other copies are not reached by that."
     ]

@@ -54,6 +54,8 @@ def gates(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
     points = _margin(run, "utility_points")
     for name, (title, question) in UTILITY.items():
         row = _row(title, tree(run.audit, "gates", name), "change", (-points, math.inf), 1, 100.0)
+        if tree(run.audit, "utility", name) and number(run.audit, "utility", name, "original") is None:
+            row["reason"] = "it takes labelled images of two classes or more, and there are none"
         useful.append(row | {"question": question, "allowed": f"lower end above −{points:g}"})
     return {"attacks": attacks, "utility": useful}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from distunlearn import __version__
 from distunlearn.common.files import write_atomic
@@ -111,7 +112,14 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.globals["colours"] = figures.COLOURS
+    made.filters["commands"] = _commands
     return made
+
+
+def _commands(sentence: str) -> Markup:
+    """A sentence with what stands in backticks as code, everything escaped."""
+    parts = [escape(part) for part in sentence.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
 
 
 def written() -> str | None:

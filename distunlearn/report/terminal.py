@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distunlearn.report import evidence, facts
+from distunlearn.report.brief import next_step
 from distunlearn.report.data import checked_run
 from distunlearn.report.render import REPORT
-from distunlearn.report.texts import NEXT
 
 WIDTH = 120  # of a log; a terminal wraps what is longer
 
@@ -36,7 +36,7 @@ def ending(run_dir: str | Path) -> str:
             f"Report: {page}"
             if page.exists()
             else f"Report: not written yet; `distunlearn report {run_dir}` writes it.",
-            f"Next: {NEXT[found['name']].format(folder=run_dir)}",
+            f"Next: {next_step(run, found['name'], str(run_dir))}",
         ]
     )
 

@@ -35,7 +35,8 @@ VERDICTS = {
 
 # verdict -> what to do now
 NEXT = {
-    "pass": "`distunlearn purge {folder}` lists the forgotten images in the shards; --apply deletes them.",
+    "pass": "`distunlearn purge {folder}` lists the forgotten images in the shards; `--apply` deletes them.",
+    "purged": "sign what this run shows: `distunlearn certify {folder} --key KEY`.",
     "fail": "do not call the request fulfilled; `distunlearn sweep` searches for settings that pass its checks.",
     "inconclusive": "settle what is not settled: the report gives each reason, and most often it takes more images.",
     "not_evaluated": "`distunlearn audit {folder}`.",

@@ -44,7 +44,8 @@ def equivalence(
     if images > FEWEST and (low > margin or high < -margin):
         return Gate(value, low, high, "fail", f"the interval lies wholly outside the margin: {_seen(value, than)}")
     if images < MIN_IMAGES:
-        return Gate(value, low, high, "inconclusive", f"{_too_few(images)}; what was seen: {_seen(value, than)}")
+        seen = _seen(value, than) if abs(value) > margin else f"a difference of {abs(value):.2f}, within the margin"
+        return Gate(value, low, high, "inconclusive", f"{_too_few(images)}; what was seen: {seen}")
     if low < -margin or high > margin:
         return Gate(value, low, high, "inconclusive", "the interval reaches beyond the margin")
     if not powered:

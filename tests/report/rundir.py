@@ -26,6 +26,7 @@ from distunlearn.config.recipes import digits
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import digest
 from distunlearn.data.manifest.manifest import Manifest, Sample, Shard
+from distunlearn.data.manifest.records import FORGOTTEN
 from distunlearn.engine.environment import environment
 from distunlearn.engine.ledger import Ledger
 from distunlearn.engine.loop import PhaseResult
@@ -37,7 +38,7 @@ from distunlearn.verify.run import DONE, FOLDERS, STATE
 from distunlearn.verify.states import export_digests, read_tensors, state_digest
 
 COUNTS = {"retain": 60, "forget": 40, "third_party": 20, "third_party_audit": 40, "calibration": 20, "holdout": 80}
-AUDITED = ("retain", "forget", "third_party_audit", "holdout")
+AUDITED = ("retain", "forget", "third_party_audit", "holdout", FORGOTTEN)
 CASES = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}  # the word of each verdict on the page
 CLASSES = 4
 STEPS = 130
@@ -66,7 +67,8 @@ def settings() -> RunConfig:
 
 def synthetic_signals(known: float, encoder: int, counts: dict[str, int] = COUNTS, seed: int = 3) -> Signals:
     """Signals of one encoder: images share their luck over encoders, `known` is what it remembers of forget."""
-    roles = np.repeat(AUDITED, [counts[role] for role in AUDITED])
+    audited = [role for role in AUDITED if role in counts]
+    roles = np.repeat(audited, [counts[role] for role in audited])
     n = len(roles)
     shared, own = np.random.default_rng(seed), np.random.default_rng([seed, encoder])
     luck = shared.standard_normal(n)
@@ -79,7 +81,7 @@ def synthetic_signals(known: float, encoder: int, counts: dict[str, int] = COUNT
     score = luck + member + 0.02 * own.standard_normal(n)
     norm = np.exp(-0.5 * score)
     return Signals(
-        ids=[f"people/{role}-{row:04d}.png" for role in AUDITED for row in range(counts[role])],
+        ids=[f"people/{role}-{row:04d}.png" for role in audited for row in range(counts[role])],
         roles=roles,
         labels=labels,
         embedding=(centres[labels] + body + 0.05 * own.standard_normal((n, 8))).astype(np.float32),
@@ -103,25 +105,40 @@ def signals_of(case: str, counts: dict[str, int] = COUNTS, draw: int = 3) -> dic
 
 
 def build_run(
-    folder: Path, case: str = "pass", cfg: RunConfig | None = None, counts: dict[str, int] = COUNTS, draw: int = 3
+    folder: Path,
+    case: str = "pass",
+    cfg: RunConfig | None = None,
+    counts: dict[str, int] = COUNTS,
+    draw: int = 3,
+    labels: bool = True,
+    **told: Any,
 ) -> Path:
-    """A finished and audited run directory with the verdict `case`. draw: of its scores and weights."""
+    """A finished and audited run directory with the verdict `case`. draw: of its scores and weights.
+
+    told: of `summarise`. With tier 0 there is no retrained encoder.
+    """
     cfg = cfg or settings()
+    folders = {encoder: place for encoder, place in FOLDERS.items() if cfg.audit.tier or encoder != "retrained"}
     folder.mkdir(parents=True)
     save_config(cfg, folder / "run.yaml")
     write_json(folder / "env.json", _environment())
     write_json(folder / "plan.json", _plan() | {"digest": digest(cfg)})
     manifest = _manifest(folder, counts)
     states = {
-        encoder: _encoder(folder / place, number, draw) for number, (encoder, place) in enumerate(FOLDERS.items())
+        encoder: _encoder(folder / place, number, draw) for number, (encoder, place) in enumerate(folders.items())
     }
     _ledger(folder, manifest, states["unlearned"])
-    cost = {
+    cost: dict[str, float | None] = {
         "pretrain_images": 420_000, "unlearn_images": 63_000, "retrain_images": 300_000,
         "pretrain_seconds": 140.0, "unlearn_seconds": 58.0, "retrain_seconds": 101.0,
     }  # fmt: skip
+    if "retrained" not in folders:
+        cost |= dict.fromkeys(("retrain_images", "retrain_seconds"))
     covered = coverage(read_ledger(folder / "ledger.jsonl"), manifest.ids("forget")).as_dict()
-    summary, scores = summarise(signals_of(case, counts, draw), cfg, cost=cost, coverage=covered, states=states)
+    signals = {name: found for name, found in signals_of(case, counts, draw).items() if name in folders}
+    if not labels:
+        signals = {name: replace(found, labels=np.full_like(found.labels, -1)) for name, found in signals.items()}
+    summary, scores = summarise(signals, cfg, cost=cost, coverage=covered, states=states, **told)
     write_audit(folder / "audit", summary, scores)
     return folder
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rundir
+from kinds import CURVE
 from parts import ATTACKS, METHODS, method_settings
 from rundir import CASES, Page, change_json, page, verdict
 from sklearn.metrics import roc_auc_score
@@ -271,13 +272,6 @@ def test_pass_needs_raw_scores_and_ledger(passing: Path, gone: str) -> None:
     (passing / gone).unlink()
     found = Page(write_report(passing).read_text(encoding="utf-8"))
     assert verdict(found) == "inconclusive" and "not there" in found.text("verdict")
-
-
-CURVE = {
-    "dose": 0.5, "low": 0.0, "high": 1.0, "grid": [0.0, 0.5, 1.0], "features": ["bank_loss", "view_agreement"],
-    "auc": [[0.7, 0.8], [0.52, 0.49], [0.31, 0.3]], "criterion": [0.5, 0.03, 0.39], "images": {"watch": 321},
-    "lost": [[0.0, 0.0], [0.01, 0.25], [0.4, 7.5]], "allowed": [True, True, False],
-}  # fmt: skip
 
 
 def test_doses_are_a_table_and_a_page_of_another_dose_says_so(light: Path) -> None:
