@@ -28,6 +28,7 @@ from distunlearn.data.sources.sources import Source, open_source, read_bytes
 from distunlearn.encoders.recognise import Recognised, recognise
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.plan.interval_widths import expected_widths
+from distunlearn.run.init_copies import FORGET, KEEP, OUTSIDE, told_copies
 from distunlearn.run.init_text import Found, contrastive_batch, settings_text
 from distunlearn.verify.gates import MIN_IMAGES
 
@@ -62,7 +63,8 @@ def _look(
     warnings: list[str] = []
     members = _open(images, "--images", warnings)
     side, grey = _sampled(members, images, warnings)
-    forget, named, understood = _list(request, images, members, warnings)
+    listed, understood = _list(request, images, members, warnings)
+    forget, named = (sum(role == wanted for role in listed.values()) for wanted in (FORGET, OUTSIDE))
     others = None if non_members is None else _open(non_members, "--non-members", warnings)
     if others is not None and non_members is not None:
         their_side, _ = _sampled(others, non_members, warnings)
@@ -73,6 +75,9 @@ def _look(
             )
     if not members.labels_known:
         warnings.append("there are no class folders, so no labels: the kNN and linear-probe gates stay inconclusive")
+    images_of = [(listed.get(i, KEEP), members, i) for i, _ in members.samples]
+    images_of += [] if others is None else [(OUTSIDE, others, i) for i, _ in others.samples]
+    warnings += told_copies(images_of)
     count = len(members.samples) - named
     pool = named if others is None else len(others.samples)
     if others is None and not named:
@@ -124,11 +129,11 @@ def _sampled(source: Source, folder: Path, warnings: list[str]) -> tuple[int, bo
     return int(median(sides)), modes <= {"1", "L"}
 
 
-def _list(request: Path | None, images: Path, members: Source, warnings: list[str]) -> tuple[int, int, str]:
-    """(images to forget, non-members that it names, how it was read)."""
+def _list(request: Path | None, images: Path, members: Source, warnings: list[str]) -> tuple[dict[str, str], str]:
+    """(FORGET or OUTSIDE by the ids that the list names so, how it was read)."""
     if request is None:
         warnings.append("no --request: name the list of images to forget in data.forget")
-        return 0, 0, ""
+        return {}, ""
     if request.suffix.lower() not in ENDINGS:
         raise DataError(f"--request {printable(request)} is no list; expected one of {', '.join(ENDINGS)}.")
     table = IdTable.of(sample_id for sample_id, _ in members.samples)
@@ -138,7 +143,10 @@ def _list(request: Path | None, images: Path, members: Source, warnings: list[st
             f"{read.num_missing} of {read.entries} entries of the list name no image, such as "
             f"{printable(read.missing[0], 80)!r}: correct it, or set data.allow_missing=true to have them left out"
         )
-    named = sum(len(rows) for role, rows in read.rows.items() if role not in ("forget", "retain"))
+    roles = {
+        table[row]: FORGET if role == "forget" else OUTSIDE
+        for role, rows in read.rows.items() if role != "retain" for row in rows.tolist()
+    }  # fmt: skip
     given = sorted(
         role for role, rows in read.rows.items() if len(rows) and role not in ("forget", "retain", NON_MEMBER)
     )
@@ -146,7 +154,7 @@ def _list(request: Path | None, images: Path, members: Source, warnings: list[st
         warnings.append(
             f"the list gives the roles {', '.join(given)}: check that data.* below fits what it leaves open"
         )
-    return len(read.forget), named, read.understood
+    return roles, read.understood
 
 
 def _drawn(count: int, checkpoint: Path | None, warnings: list[str]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -16,9 +17,10 @@ from distunlearn.config.schema import DataConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.draw import open_and_draw
 from distunlearn.data.prepare.duplicates import drop_copies, perceptual_hash
-from distunlearn.data.prepare.selection import check_selection, request_facts
+from distunlearn.data.prepare.selection import check_selection, draw_request, request_facts
 from distunlearn.data.prepare.write_shards import prepare_shards
 from distunlearn.data.sources.decode import decode_image
+from distunlearn.data.sources.image_folder import FolderSource
 from distunlearn.data.sources.sources import open_source
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.run.prepare import describe
@@ -290,14 +292,17 @@ def test_a_class_by_its_name(tmp_path):
         open_and_draw(config(root, forget="class:dogs"), 0)
 
 
-def test_images_named_by_their_digest(tmp_path):
-    import hashlib
-
+def test_images_named_by_their_digest(tmp_path, monkeypatch):
+    """In prepared shards the index knows the digests: no image is read again."""
     root = folder(tmp_path / "images")
     cfg = config(root, forget=_listed(tmp_path, [hashlib.sha256(jpeg(7)).hexdigest()], "sha256"), forget_by="sha256")
     assert [i for i, r in open_and_draw(cfg, 0)[1].roles.items() if r == "forget"] == ["class1/007.jpg"]
     with pytest.raises(ConfigError, match="data.forget_by=url needs shards"):
         open_and_draw(config(root, forget=cfg.forget, forget_by="url"), 0)
+    made = prepare_shards(cfg, 0, tmp_path / "shards")
+    monkeypatch.setattr(FolderSource, "bytes_of", lambda *_: pytest.fail("an image was read again"))
+    monkeypatch.setattr(FolderSource, "read", lambda *_: pytest.fail("an image was read again"))
+    assert draw_request(cfg, 0, made).ids("forget") == ["class1/007.jpg"]
 
 
 def test_batches_larger_than_their_roles_turned_out_to_be_are_refused(tmp_path, capsys):

@@ -9,6 +9,7 @@ import html
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,6 +127,11 @@ def test_what_is_doubtful_is_told(given, tmp_path):
     (few / "class0/scan.pdf").write_bytes(b"x")
     (tmp_path / "three.txt").write_text("class0/0000.jpg\nclass0/0004.jpg\nclass0/gone.jpg\n")
     bare = moco_file(tmp_path / "moco.pth.tar")
+    twice = written(tmp_path / "twice", 60, 30_000)
+    shutil.copy(given["images"] / "class1/0001.jpg", twice / "class1/again.jpg")
+    kept = tmp_path / "kept"
+    shutil.copytree(given["images"], kept)
+    shutil.copy(kept / "class0/0004.jpg", kept / "class2/copy.jpg")
     for changes, said in (
         ({"non_members": few}, "20 non-members leave 9 to be held out: never a pass below 20"),
         ({"non_members": few}, "files in {few} are no images that can be read (left out: 1 .pdf)"),
@@ -136,6 +142,8 @@ def test_what_is_doubtful_is_told(given, tmp_path):
         ({"images": few, "request": tmp_path / "three.txt"}, "18 images stay, so that batches have 4 images"),
         ({"checkpoint": bare}, "nothing says by which mean and standard deviation"),
         ({"request": None}, "no --request"),
+        ({"non_members": twice}, "1 of the non-members have the very bytes of images to keep, such as"),
+        ({"images": kept}, "1 of the images to keep have the very bytes of images to forget, such as"),
     ):
         found = warned(given, **changes)
         assert said.format(few=few) in found, found

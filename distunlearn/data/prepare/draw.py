@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from distunlearn.config.schema import DataConfig
@@ -12,8 +13,13 @@ from distunlearn.data.sources.image_folder import left_out
 from distunlearn.data.sources.sources import Sources, names_by, open_sources
 
 
-def open_and_draw(cfg: DataConfig, seed: int, foreign: bool = False) -> tuple[Sources, Drawn]:
-    """What `prepare` and `plan` begin with. foreign: see `draw_roles`. Errors: see there and `open_sources`."""
+def open_and_draw(
+    cfg: DataConfig, seed: int, foreign: bool = False, known: Mapping[str, str] | None = None
+) -> tuple[Sources, Drawn]:
+    """What `prepare` and `plan` begin with. Errors: see `draw_roles` and `open_sources`.
+
+    foreign: see `draw_roles`. known: see `names_by`.
+    """
     opened = open_sources(cfg)
     members = opened.members
     person = read_persons(cfg, ((source.samples, source.classes) for source in opened.all))
@@ -21,7 +27,7 @@ def open_and_draw(cfg: DataConfig, seed: int, foreign: bool = False) -> tuple[So
     if cfg.forget_by == "person":
         names = [[person[sample_id]] if sample_id in person else [] for sample_id, _ in members.samples]
     elif is_list(cfg.forget):
-        names = names_by(members, cfg.forget_by)
+        names = names_by(members, cfg.forget_by, known)
     excluded = excluded_ids(cfg, [sample_id for sample_id, _ in members.samples], names)
     drawn = draw_roles(
         members.samples, cfg, seed,

@@ -113,7 +113,10 @@ def _drawn(
         )  # fmt: skip
         roles = drawn.roles
     else:
-        _, drawn = open_and_draw(cfg, seed, foreign)
+        known = None
+        if cfg.forget_by == "sha256":
+            known = dict(zip(columns.ids, (row.tobytes().hex() for row in columns.sha256), strict=True))
+        _, drawn = open_and_draw(cfg, seed, foreign, known)
         lost = set(info.get("undecodable_ids", ()))
         roles = {sample_id: role for sample_id, role in drawn.roles.items() if sample_id not in lost}
         absent = len(roles) - sum(sample_id in roles for sample_id in columns.ids)

@@ -185,8 +185,8 @@ def open_sources(cfg: DataConfig) -> Sources:
     return Sources(**{key: source for key, (_, _, source) in opened.items()})
 
 
-def names_by(source: Source, by: str) -> list[list[str]] | None:
-    """By what each image of a source may be meant, in order; None for `by` = id.
+def names_by(source: Source, by: str, known: Mapping[str, str] | None = None) -> list[list[str]] | None:
+    """By what each image of a source may be meant, in order; None for `by` = id. known: sha256 by id, not read again.
 
     Raises:
         ConfigError: the source knows no such names.
@@ -200,7 +200,8 @@ def names_by(source: Source, by: str) -> list[list[str]] | None:
                 f"data.forget_by={by} needs shards whose samples have it, but the source is {source.name}; list ids."
             )
         return [[str(fact[by])] if fact.get(by) is not None else [] for fact in facts]
-    digests = [hashlib.sha256(read_bytes(source, sample_id)).hexdigest() for sample_id, _ in source.samples]
+    known = known or {}
+    digests = [known.get(i) or hashlib.sha256(read_bytes(source, i)).hexdigest() for i, _ in source.samples]
     told = [fact.get("sha256") for fact in facts] if facts else [None] * len(digests)
     return [[digest, *([str(other)] if other else [])] for digest, other in zip(digests, told, strict=True)]
 
