@@ -23,6 +23,7 @@ from torch import nn
 
 from distunlearn.common import plugins
 from distunlearn.common.files import write_atomic
+from distunlearn.common.progress import progress_of
 from distunlearn.config.checks import HANDED_OVER
 from distunlearn.config.load import load_config
 from distunlearn.config.schema import RunConfig
@@ -41,7 +42,6 @@ from distunlearn.plan.plan import make_plan as plan
 from distunlearn.run import pipeline
 from distunlearn.run.pipeline import audit, next_config, prepare, pretrain, report, run
 from distunlearn.run.pipeline import unlearn as unlearn_config
-from distunlearn.run.prepare import shards_progress
 from distunlearn.run.purge import purge
 from distunlearn.run.status import run_status as status
 from distunlearn.verify.records import find_record
@@ -374,7 +374,7 @@ def _write_inputs(
     forget = {i for i in members if roles[i] == "forget"}
     facts = forget_facts(members, labels, forget, cfg.data)
     facts[HANDED_OVER] = {"sha256": digest, "left_out_as_copies": {k: n for k, n in left_out.items() if n}}
-    with shards_progress("prepare") as progress:
+    with progress_of("prepare", "images") as progress:
         made = write_shards(
             [data], roles, folder, cfg.data.samples_per_shard, seed=cfg.seed, progress=progress,
             workers=cfg.data.prepare_workers or 1, copies=cfg.data.copies, near_distance=cfg.data.near_distance,

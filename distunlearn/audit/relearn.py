@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from distunlearn.audit.signals.collect import audit_bank, sampled, usable_labels
+from distunlearn.common.progress import progress_of
 from distunlearn.common.random import STREAMS, VIEW_EPOCHS
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import ImageStore
@@ -65,19 +66,21 @@ def relearn(encoder: EncoderView, store: ImageStore, manifest: Manifest, cfg: Ru
     optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=cfg.unlearn.lr, weight_decay=cfg.unlearn.weight_decay)
     moments = sorted({0, steps, *(1 << k for k in range(steps.bit_length()) if 1 << k < steps)})
     found = []
-    for step in range(steps + 1):
-        if step in moments:
-            found.append(_agreement(encoder, ids, store.cut))
-        if step == steps:
-            break
-        rows = _rows(step, count, cfg.seed)
-        chosen = [ids[i] for i in rows]
-        with torch.enable_grad():
-            pair = encoder.views(chosen, store.cut, TRAINED_EPOCH + step, 2)
-            loss = encoder.objective.per_sample_loss(encoder.branches(pair, chosen, labels[rows]), bank).mean()
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
+    with progress_of("relearning") as show:
+        for step in range(steps + 1):
+            if step in moments:
+                found.append(_agreement(encoder, ids, store.cut))
+            if step == steps:
+                break
+            rows = _rows(step, count, cfg.seed)
+            chosen = [ids[i] for i in rows]
+            with torch.enable_grad():
+                pair = encoder.views(chosen, store.cut, TRAINED_EPOCH + step, 2)
+                loss = encoder.objective.per_sample_loss(encoder.branches(pair, chosen, labels[rows]), bank).mean()
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            show(step + 1, steps)
     agreement = np.stack(found)
     return Relearned(tuple(moments), agreement[:, :count], agreement[:, count:])
 

@@ -18,9 +18,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+from distunlearn.common.progress import PROGRESS_INTERVAL, Progress
 from distunlearn.common.records import LineFile
 from distunlearn.common.text import printable
-from distunlearn.engine.progress import PROGRESS_INTERVAL, Progress
 from distunlearn.engine.trackers import Trackers
 
 METRICS = "metrics.jsonl"

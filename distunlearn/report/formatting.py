@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distunlearn.engine.progress import duration
+from distunlearn.common.progress import duration
 from distunlearn.report.texts import NOT_EVALUATED
 
 

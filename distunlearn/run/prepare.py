@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from distunlearn.common.progress import progress_of
 from distunlearn.common.text import printable
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.prepare.index_shards import index_shards
 from distunlearn.data.prepare.write_shards import prepare_shards
-from distunlearn.engine.progress import Progress
-
-QUIET = 10.0  # seconds without a plain line; a terminal gets its bar after a tenth of that
 
 
 def make_shards(cfg: RunConfig, folder: Path) -> Manifest:
     """Sources to shards, an index and a summary in `folder`; the roles are in memory alone."""
-    with shards_progress("prepare") as progress:
+    with progress_of("prepare", "images") as progress:
         foreign = cfg.encoder.checkpoint is not None
         return prepare_shards(cfg.data, cfg.seed, folder, progress=progress, foreign=foreign)
 
 
 def index_folder(cfg: RunConfig, folder: Path) -> Manifest:
     """The index of WebDataset shards that exist, written beside them."""
-    with shards_progress("index", "shards") as progress:
+    with progress_of("index") as progress:
         return index_shards(cfg.data, folder, progress)
 
 
@@ -56,24 +50,3 @@ def describe(manifest: Manifest) -> str:
             text += f"; {printable(counts)}: {words}"
     bad = info.get("undecodable", 0)
     return text + (f"; {bad} images that cannot be decoded" if bad else "")
-
-
-@contextmanager
-def shards_progress(phase: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, all) that shows rate and time left on stderr, once the work has taken a moment."""
-    began = time.monotonic()
-    quiet = QUIET / 10 if sys.stderr.isatty() else QUIET
-    bars: list[Progress] = []
-
-    def show(done: int, total: int) -> None:
-        if not bars:
-            if time.monotonic() - began < quiet or done == total:
-                return
-            bars.append(Progress(phase, total, done, sys.stderr))
-        bars[0].update(done, images=done if unit == "images" else 0)
-
-    try:
-        yield show
-    finally:
-        for bar in bars:
-            bar.close()

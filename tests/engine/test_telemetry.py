@@ -12,9 +12,9 @@ import pytest
 import torch
 from metrics_file import read_metrics
 
+from distunlearn.common.progress import Progress, duration
 from distunlearn.common.text import printable
 from distunlearn.engine.metrics_log import METRICS, Telemetry
-from distunlearn.engine.progress import Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -84,7 +84,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
 
 def test_plain_lines_first_last_and_every_interval(tmp_path, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("distunlearn.engine.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("distunlearn.common.progress.time.monotonic", lambda: clock[0])
     with quiet(tmp_path, attempt="a1", interval=10.0) as telemetry:
         with telemetry.progress("unlearn", 40, start=10) as bar:
             for step in range(11, 41):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from distunlearn.audit.attacks.base import Attacked
 from distunlearn.audit.signals.collect import Signals
+from distunlearn.common.progress import progress_of
 from distunlearn.config.registry import ATTACKS, own_attacks
 
 __all__ = ["Attacked", "attack", "run_attacks"]
@@ -31,13 +32,15 @@ def run_attacks(signals: Mapping[str, Signals], seed: int, also: Iterable[str] =
     also: `audit.gates.also`, for attacks that are not of this package.
     """
     found = {}
-    for name, entry in ATTACKS.items():
-        run = attack(name)
-        if entry.reference is not None and entry.reference in signals:
-            found[name] = {e: run(s, signals[entry.reference], seed) for e, s in signals.items()}
-        elif entry.reference is None and (
-            name != "part_crop" or all(s.part_responses.shape[1] for s in signals.values())
-        ):
-            found[name] = {e: run(s, seed) for e, s in signals.items()}
+    with progress_of("attacks") as show:
+        for number, (name, entry) in enumerate(ATTACKS.items(), start=1):
+            run = attack(name)
+            if entry.reference is not None and entry.reference in signals:
+                found[name] = {e: run(s, signals[entry.reference], seed) for e, s in signals.items()}
+            elif entry.reference is None and (
+                name != "part_crop" or all(s.part_responses.shape[1] for s in signals.values())
+            ):
+                found[name] = {e: run(s, seed) for e, s in signals.items()}
+            show(number, len(ATTACKS))
     own = own_attacks(also)
     return found | {name: {e: run(s, seed) for e, s in signals.items()} for name, run in own.items()}

@@ -24,6 +24,7 @@ from distunlearn.audit.signals.collect import encoder_view
 from distunlearn.audit.trainings.shadow_figures import IN, OUT, UNLEARNED, margins, pooled_figures
 from distunlearn.audit.trainings.sub_run import nested_session, with_roles
 from distunlearn.common.files import write_json
+from distunlearn.common.progress import Rounds
 from distunlearn.common.random import STREAMS
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine import phases
@@ -72,9 +73,9 @@ def audit_shadows(session: Session) -> dict[str, Any] | None:
             f"audit.tier 2 shares {len(ids)} forget images among shadows, and one of them would get only {fewest} of a "
             "kind, expected at least 2; forget more images or set audit.tier=1."
         )
-    measured = []
+    measured, rounds = [], Rounds(cfg.audit.shadows)
     for number, row in enumerate(parts):
-        session.telemetry.note("audit", f"shadow encoder {number + 1} of {cfg.audit.shadows}")
+        session.telemetry.note("audit", f"shadow encoder {rounds.next()}")
         seed = (cfg.seed + SHADOW_SEED * (number + 1)) % 2**32
         manifest = shadow_manifest(session.manifest, ids, row)
         with nested_session(session, f"shadows/{number:02d}", manifest, seed) as shadow:

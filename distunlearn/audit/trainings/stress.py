@@ -31,6 +31,7 @@ from distunlearn.audit.signals.collect import Signals, encoder_view
 from distunlearn.audit.signals.shares import shared_signals
 from distunlearn.audit.trainings.stress_figures import accuracies, agreement, of_request, request_figures
 from distunlearn.audit.trainings.sub_run import nested_session, with_copies, with_roles
+from distunlearn.common.progress import Rounds
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import UNUSED
 from distunlearn.data.schedule import permutation
@@ -84,9 +85,10 @@ def audit_stress(session: Session) -> Figures | None:
         CoverageError: a request whose unlearning missed one of its images.
     """
     check_count(len(session.manifest.ids("forget")))
-    found = {}
-    for name in stress_names(session.cfg.audit.stress):
-        session.telemetry.note("audit", f"stress test {name}")
+    found, names = {}, stress_names(session.cfg.audit.stress)
+    rounds = Rounds(len(names))
+    for name in names:
+        session.telemetry.note("audit", f"stress test {rounds.next()}: {name}")
         found[name] = TESTS[name](session)
     return found if session.world.is_main else None
 

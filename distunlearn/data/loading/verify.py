@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from distunlearn.common.files import file_sha256
+from distunlearn.common.progress import progress_of
 from distunlearn.data.manifest.manifest import SUMMARY, Manifest, Sample
 from distunlearn.data.sources.tar_index import walk_tar
 from distunlearn.errors import DataError
@@ -83,11 +84,14 @@ def verify_shards(manifest: Manifest, deep: bool, sizes: bool = True, share: sli
     """
     for name in manifest.shard_files if sizes else ():
         check_shard_size(manifest, name)
-    for name in list(manifest.shard_files)[share] if deep else ():
-        if file_sha256(manifest.shard_path(name)) != manifest.shard_files[name].sha256:
-            raise DataError(
-                f"The shard {name} does not have the sha256 of {SUMMARY}: {_what_changed(manifest, name)}; {_FIX}."
-            )
+    mine = list(manifest.shard_files)[share] if deep else []
+    with progress_of("checking shards") as show:
+        for number, name in enumerate(mine, start=1):
+            if file_sha256(manifest.shard_path(name)) != manifest.shard_files[name].sha256:
+                raise DataError(
+                    f"The shard {name} does not have the sha256 of {SUMMARY}: {_what_changed(manifest, name)}; {_FIX}."
+                )
+            show(number, len(mine))
     listed = manifest.folder.glob("*.tar") if sizes else ()
     extra = sorted(path.name for path in listed if path.name not in manifest.shard_files)
     if extra:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distunlearn.common.files import file_sha256
+from distunlearn.common.progress import progress_of
 from distunlearn.common.text import printable
 from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.data.manifest.records import Remote
@@ -50,12 +51,15 @@ def verify_objects(manifest: Manifest, deep: bool) -> None:
     store = ObjectStore(remote.url, remote.retries)
     check_sizes(store, manifest, manifest.shards(), counts)
     cache = ShardCache(store, manifest, remote) if remote.cache else None
-    for shard in manifest.shards() if deep else ():
-        if cache is None:
-            _digested(store, manifest, shard, counts)
-        else:
-            cache.discard_damaged(shard)
-            os.close(cache.open(shard, counts))
+    shards = list(manifest.shards()) if deep else []
+    with progress_of("checking shards") as show:
+        for number, shard in enumerate(shards, start=1):
+            if cache is None:
+                _digested(store, manifest, shard, counts)
+            else:
+                cache.discard_damaged(shard)
+                os.close(cache.open(shard, counts))
+            show(number, len(shards))
 
 
 def _digested(store: ObjectStore, manifest: Manifest, shard: str, counts: Counts, handle: int | None = None) -> None:

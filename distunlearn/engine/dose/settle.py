@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from distunlearn.common.files import file_sha256, replacing, write_json
+from distunlearn.common.progress import progress_of
 from distunlearn.config.schema import OptimizerConfig
 from distunlearn.config.shape import plain
 from distunlearn.engine import fault_injection
@@ -102,7 +103,7 @@ def _look(session: Session, start: Path, full: Path, viewer: Viewer, seen: list[
     """
     cfg, backend = session.cfg, session.backend
     trained = load_trained(full, session)
-    ends = [load_file(folder / STATE) for folder in (start, full)]
+    ends, first = [load_file(folder / STATE) for folder in (start, full)], len(seen)
     model = trained.model.to(backend.device).eval()
     momentum = trained.momentum
     optimizer = make_optimizer(OptimizerConfig(optimizer="sgd", lr=1.0, weight_decay=0.0), model)  # ZeRO needs one
@@ -113,11 +114,11 @@ def _look(session: Session, start: Path, full: Path, viewer: Viewer, seen: list[
     forward = backend.plain_forward()
 
     def part(prefix: str, dose: float) -> dict[str, Any]:
-        first, last = ({k.removeprefix(prefix): v for k, v in e.items() if k.startswith(prefix)} for e in ends)
-        return line(first, last, dose)
+        begun, ended = ({k.removeprefix(prefix): v for k, v in e.items() if k.startswith(prefix)} for e in ends)
+        return line(begun, ended, dose)
 
     try:
-        with session.watch.training():
+        with session.watch.training(), progress_of("dose") as show:
             for number in range(len(seen), len(cfg.dose.grid)):
                 dose = cfg.dose.grid[number]
                 session.watch.at("dose", "unlearn", number, slow=True)
@@ -133,6 +134,7 @@ def _look(session: Session, start: Path, full: Path, viewer: Viewer, seen: list[
                     backend.load_full_state(part("momentum.", dose), momentum.model)
                 seen.append(viewer.look(forward, momentum))
                 session.world.on_main(lambda: _keep(session, viewer, seen, key))
+                show(number + 1 - first, len(cfg.dose.grid) - first)
     finally:
         backend.release()
 

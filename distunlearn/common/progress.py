@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 from rich import console, progress
 
+from distunlearn.common.launcher import is_main
+
 PROGRESS_INTERVAL = 10.0  # seconds between plain lines
+QUIET = 10.0  # seconds before the first plain line of `progress_of`; a terminal gets its bar after a tenth of that
 
 
 class Progress:
@@ -17,7 +22,7 @@ class Progress:
 
     phase: printable text. total, start: steps. note: also called with every plain line (the log
     file gets them on a terminal too). interval: seconds between plain lines, of which the first
-    and the last step always have one.
+    and the last step always have one. began: of the work, by time.monotonic; None: now.
     """
 
     def __init__(
@@ -28,11 +33,12 @@ class Progress:
         stream: IO[str] | None,
         note: Callable[[str], None] | None = None,
         interval: float = PROGRESS_INTERVAL,
+        began: float | None = None,
     ) -> None:
         self.phase, self.total, self.start = phase, total, start
         self._stream, self._note, self._interval = stream, note, interval
         self._images = 0
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._last_line = -math.inf
         self._bar: Any = None
         self._task: Any = None
@@ -90,6 +96,46 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def progress_of(phase: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, all) that shows time left on stderr, once the work has taken a moment; the main process alone.
+
+    unit: "images" shows the rate, too.
+    """
+    began = time.monotonic()
+    quiet = QUIET / 10 if sys.stderr.isatty() else QUIET
+    bars: list[Progress] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            if time.monotonic() - began < quiet or done == total or not is_main():
+                return
+            bars.append(Progress(phase, total, 0, sys.stderr, began=began))
+        bars[0].update(done, images=done if unit == "images" else 0)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+class Rounds:
+    """Which of several trainings it is and how long the rest takes, from those that were not finished before."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._began: list[float] = []
+
+    def next(self) -> str:
+        """At the start of a round, such as `3 of 12, about 2 h 10 min left`."""
+        self._began.append(time.monotonic())
+        number = len(self._began)
+        took = [end - start for start, end in zip(self._began, self._began[1:], strict=False) if end - start >= 1]
+        left = f", about {duration((self.total - number + 1) * sum(took) / len(took))} left" if took else ""
+        return f"{number} of {self.total}{left}"
 
 
 def duration(seconds: float) -> str:
