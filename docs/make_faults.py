@@ -13,6 +13,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
@@ -60,17 +61,36 @@ SENTENCES = {
 }  # fmt: skip
 
 Row = tuple[str, "list[str] | str"]
+KINDS_HEAD = """
+## Kinds of what was found from outside
+
+The rows above are the faults that were found. Each kind has inputs of its own, too, that were not among them; their
+tests prove that the fault fired.
+
+| kind | rows | further inputs | shown by |
+|---|---|---|---|
+"""
+
+
+def table(path: Path) -> ModuleType:
+    """A table of rows, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kinds() -> dict[str, tuple[list[str], list[tuple[str, str]]]]:
+    """kind -> (its rows, further inputs and their tests)."""
+    return table(ROOT / "tests/faults/rows_outside.py").KINDS
 
 
 def rows() -> dict[str, Row]:
     """All tables together, in the order of GROUPS."""
     found: dict[str, Row] = {}
     for path in sorted((ROOT / "tests" / "faults").glob("rows_*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for name, row in module.ROWS.items():
+        for name, row in table(path).ROWS.items():
             assert name not in found, f"{name} is in two tables"
             found[name] = row if isinstance(row, tuple) else (SENTENCES.get(name, ""), row)
     order = list(GROUPS)
@@ -92,7 +112,8 @@ def missing() -> list[str]:
     """Tests that a table names and that do not exist."""
     known: dict[str, set[str]] = {}
     gone = []
-    for name, (_, shown) in rows().items():
+    further = {kind: ("", [test for _, test in inputs]) for kind, (_, inputs) in kinds().items()}
+    for name, (_, shown) in {**rows(), **further}.items():
         for test in shown if isinstance(shown, list) else ():
             file, _, function = test.partition("::")
             path = ROOT / file
@@ -118,6 +139,12 @@ def page() -> str:
             parts.append(f"\n## {GROUPS[group]}\n\n| row | fault, and what happens | shown by |\n|---|---|---|\n")
         told = "<br>".join(f"`{test}`" for test in shown) if isinstance(shown, list) else shown
         parts.append(f"| {name} | {sentence} | {told} |\n")
+    parts.append(KINDS_HEAD)
+    for kind, (names, inputs) in kinds().items():
+        for number, (sentence, test) in enumerate(inputs):
+            parts.append(
+                f"| {'' if number else kind} | {'' if number else ', '.join(names)} | {sentence} | `{test}` |\n"
+            )
     return "".join(parts)
 
 

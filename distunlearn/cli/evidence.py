@@ -190,6 +190,8 @@ class Verify:
         cli = _module("verify.cli")
         inputs = {name: getattr(self, name) for name in cli.INPUTS}
         more = {}
+        if self.run is not None:  # what is at work changes its files, which would be called forged
+            _module("engine.run_lock").refuse_if_owned(self.run)
         if self.replay is not None and (self.run is None or self.shards is None or not _is_count(self.replay)):
             raise ConfigError("--replay takes a number of segments or all, and needs --run and --shards.")
         if self.run is not None and self.shards is not None:

@@ -65,10 +65,11 @@ def receipt(run_dir: Path, sample_id: str, out: Path) -> Path:
     folder = Path(run_dir)
     if not (folder / CERTIFICATE).exists():
         raise DataError(f"{folder} has no {CERTIFICATE}; certify it first.")
-    envelope = read((folder / CERTIFICATE).read_bytes(), "certificate")
-    certificate = read_predicate(envelope.statement)
-    secret, lines = read_secret(folder / SECRET), read_ledger(folder / "ledger.jsonl")
-    data = make_receipt(sample_id, read_rows(folder), secret, lines, envelope.digest, certificate.commitment)
+    with owned(folder):
+        envelope = read((folder / CERTIFICATE).read_bytes(), "certificate")
+        certificate = read_predicate(envelope.statement)
+        secret, lines = read_secret(folder / SECRET), read_ledger(folder / "ledger.jsonl")
+        data = make_receipt(sample_id, read_rows(folder), secret, lines, envelope.digest, certificate.commitment)
     try:
         with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)

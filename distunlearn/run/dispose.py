@@ -72,11 +72,11 @@ def dispose(run_dir: Path, key: Path, passphrase: str) -> Path:
     with owned(folder):
         for path in [path for name in PLACES for path in _paths(folder, name)]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    after = residuals(folder)
-    left = {name: count for name, count in after["found"].items() if count}
-    content = {"certificate": digest, "absent": sorted(set(after["found"]) - set(left)), "left": left,
-               "claimed": sorted(after["claimed"]), "means": "deleted from the file system"}  # fmt: skip
-    write_atomic(folder / DISPOSAL, sign("disposal", {"certificate": digest}, content, private))
+        after = residuals(folder)
+        left = {name: count for name, count in after["found"].items() if count}
+        content = {"certificate": digest, "absent": sorted(set(after["found"]) - set(left)), "left": left,
+                   "claimed": sorted(after["claimed"]), "means": "deleted from the file system"}  # fmt: skip
+        write_atomic(folder / DISPOSAL, sign("disposal", {"certificate": digest}, content, private))
     return folder / DISPOSAL
 
 

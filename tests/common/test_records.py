@@ -140,13 +140,18 @@ def test_lines_go_into_the_users_own_plain_files_alone(tmp_path, kind):
 # -- files of others and disks ---------------------------------------------------------------------------------------
 
 
-def test_a_planted_link_under_a_temporary_name_is_not_followed(tmp_path):
+@pytest.mark.parametrize("kind", ["link", "hard link", "link to nowhere", "link under the old name"])
+def test_a_planted_link_under_a_temporary_name_is_not_followed(tmp_path, kind):
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (tmp_path / f".done.json.{os.getpid()}.tmp").symlink_to(victim)
+    planted = tmp_path / (".done.json.tmp" if kind == "link under the old name" else f".done.json.{os.getpid()}.tmp")
+    if kind == "hard link":
+        os.link(victim, planted)
+    else:
+        planted.symlink_to(tmp_path / "nowhere" if kind == "link to nowhere" else victim)
     write_atomic(tmp_path / "done.json", "{}")
     assert victim.read_text() == "precious" and (tmp_path / "done.json").read_text() == "{}"
-    assert not (tmp_path / "done.json").is_symlink()
+    assert not (tmp_path / "done.json").is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 def test_a_link_that_is_planted_at_the_last_moment_is_refused(tmp_path, monkeypatch):

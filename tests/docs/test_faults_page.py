@@ -23,6 +23,13 @@ def test_a_test_that_is_gone_is_noticed(maker, monkeypatch):
     assert maker.missing() == ["C01: tests/cli/test_config_io.py::test_of_nothing"]
 
 
+def test_every_kind_has_rows_and_three_further_inputs(maker):
+    kinds = maker.kinds()
+    assert len(kinds) == 9 and all(len(inputs) >= 3 for _, inputs in kinds.values())
+    named = {name for names, _ in kinds.values() for name in names}
+    assert named <= set(maker.rows()) and all(names for names, _ in kinds.values())
+
+
 def test_the_page_is_what_the_script_prints(maker):
     committed = (Path(ROOT) / "docs" / "faults.md").read_text(encoding="utf-8")
     assert committed == maker.page(), "run: python docs/make_faults.py > docs/faults.md"

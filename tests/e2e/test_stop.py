@@ -78,13 +78,17 @@ def test_signals_and_the_stop_file_lose_no_step(tmp_path):
     wait_for(out, "unlearn", 25, process)
     os.kill(process.pids[0], signal.SIGINT)
     check_stopped(*ended(process), out, "unlearn", "SIGINT")
+    process = started(out)
+    wait_for(out, "unlearn", 32, process)
+    os.kill(process.pids[0], signal.SIGHUP)
+    check_stopped(*ended(process), out, "unlearn", "SIGHUP")
     last = ended(started(out))[0]
     assert last == expected and last in (0, 6, 7)
     assert all(torch.equal(weights(out)[name], value) for name, value in weights(whole).items())
     coverage = [json.loads((f / "audit/summary.json").read_text())["coverage"] for f in (whole, out)]
     assert coverage[0] == coverage[1]
     attempts = json.loads((out / "done.json").read_text())["attempts"]
-    assert attempts == 4
+    assert attempts == 5
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch  # noqa: F401, whose import starts a program, which is no verb's doing
 from hostile_tars import heard, jpeg
 
 from distunlearn.cli.main import main

@@ -31,12 +31,13 @@ input()
 # -- owners ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["report", "purge", "unlearn", "audit", "prepare", "run"])
+@pytest.mark.parametrize(
+    "verb", ["report", "purge", "unlearn", "audit", "prepare", "run", "pretrain", "commit", "dose"]
+)
 def test_no_verb_works_beside_a_living_owner(run, capsys, verb):
     """Which is another process; nothing is written, and it is said who is there."""
-    arguments = {"report": [str(run)], "purge": [str(run), "--apply"], "audit": [str(run)]}.get(
-        verb, ["digits", "--out", str(run), *tiny.settings()]
-    )
+    own = {"report": [str(run)], "purge": [str(run), "--apply"], "audit": [str(run)], "dose": [str(run)]}
+    arguments = own.get(verb, ["digits", "--out", str(run), *tiny.settings()])
     with subprocess.Popen(
         [sys.executable, "-c", OWNER_ALONE, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
@@ -170,6 +171,37 @@ def test_a_disk_that_fails_in_training_ends_it_with_3_and_the_file(copied, capsy
     assert f"{name} cannot be written ({os.strerror(number)})" in said and "Traceback" not in said and len(fired) > 1
     monkeypatch.undo()
     assert main(arguments) == 0
+
+
+WHOLE = [("unlearn", "rank-0000.json", errno.ENOSPC), ("unlearn", "done.json", errno.EIO),
+         ("audit", "summary.json", errno.EDQUOT), ("report", "report.html", errno.EROFS)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "name", "number"), WHOLE)
+def test_a_disk_that_fails_under_a_file_that_is_replaced_ends_it_with_3(
+    request, capsys, monkeypatch, verb, name, number
+):
+    """Watch files, records, figures, the page: nothing half-written takes their place, and the next start goes on."""
+    folder = request.getfixturevalue("copied" if verb == "unlearn" else "run")
+    replace, fired = os.replace, []
+
+    def failing(source, target, **more):
+        if Path(target).name == name:
+            fired.append(target)
+            raise OSError(number, os.strerror(number), str(source))
+        return replace(source, target, **more)
+
+    monkeypatch.setattr(os, "replace", failing)
+    arguments = [verb, str(folder)]
+    if verb == "unlearn":
+        arguments = [verb, "digits", "--out", str(folder), *tiny.settings(*SMALL)]
+    before = {path: path.read_bytes() for path in folder.rglob(name)}
+    assert main(arguments) == 3
+    said = capsys.readouterr().err
+    assert fired and name in said and os.strerror(number) in said and "Traceback" not in said, said
+    assert before == {path: path.read_bytes() for path in folder.rglob(name)}
+    monkeypatch.undo()
+    assert main(arguments) in (0, 6, 7)
 
 
 @pytest.fixture

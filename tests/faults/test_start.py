@@ -61,6 +61,33 @@ def test_a_port_in_use_is_named(variables):
             )
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+def test_a_store_of_one_machine_listens_to_its_address_alone(variables, address):
+    """127.0.0.2 is another address of this machine, which a store that listens everywhere answers at."""
+    variables(MASTER_ADDR=address, MASTER_PORT=str(free_port()), TORCHELASTIC_USE_AGENT_STORE="False")
+    store = rendezvous._store(0, PATIENCE)
+    assert not answers("127.0.0.2", store.port)
+    here = torch.distributed.TCPStore(address, store.port, is_master=False, timeout=PATIENCE)
+    here.set("a", "b")
+    assert store.get("a") == b"b"
+    everywhere = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert answers("127.0.0.2", everywhere.port)  # control
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [

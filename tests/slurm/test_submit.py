@@ -229,6 +229,8 @@ def test_submit_hands_over_the_script_and_remembers_the_job(tmp_path, stubs, mon
     assert asked == ["--parsable", f"--output={tmp_path}/run of 100%%/slurm/%j.log", str(path)]
     job = json.loads((out / "slurm" / "jobs.jsonl").read_text())
     assert (job["job"], job["nodes"], job["tasks"]) == ("4711", 2, 1)
+    submit(text, Job(logs=str(tmp_path / "logs %j")), out)  # a folder of one's own
+    assert f"--output={tmp_path}/logs %%j/%j.log" in (stubs.folder / "asked").read_text().splitlines()
 
 
 def test_a_refusal_of_sbatch_is_passed_on(tmp_path, stubs, monkeypatch, capsys):
@@ -262,8 +264,9 @@ def test_what_would_fail_on_the_nodes_is_refused_here(wrong, tmp_path, stubs, mo
 
 
 def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path / "run"), "--set", "seed=3", "--time", "60", "--dry-run"]
+    arguments = ["--out", str(tmp_path / "run"), "--set", "seed=3", "--time", "1440", "--qos", "high", "--dry-run"]
     assert main(["submit", "digits", *arguments]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("#!/bin/bash\n") and "#SBATCH --time=60" in said and "--set seed=3" in said
+    assert said.startswith("#!/bin/bash\n") and "--set seed=3" in said
+    assert "#SBATCH --time=1440\n" in said and "#SBATCH --qos=high\n" in said
     assert not list(tmp_path.iterdir())

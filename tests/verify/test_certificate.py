@@ -23,6 +23,7 @@ from distunlearn.verify.errors import ConfigError, EvidenceError
 from distunlearn.verify.forms import read_form
 from distunlearn.verify.keys import load_key, make_key, read_trust
 from distunlearn.verify.keys import main as keys_main
+from distunlearn.verify.receipt import read_rows
 
 
 def words(found) -> list[str]:
@@ -207,3 +208,27 @@ def test_a_key_on_the_command_line_is_refused_and_not_shown(case, capsys, monkey
     assert main(["certify", str(case.run), f"--key={secret}"]) == 2
     said = "".join(capsys.readouterr())
     assert "give the name of its file" in said and secret.splitlines()[1] not in said
+
+
+@pytest.mark.parametrize("verb", ["certify", "receipt", "dispose", "verify"])
+def test_no_verb_of_evidence_works_beside_a_living_owner(case, tmp_path, monkeypatch, capsys, verb):
+    """It would sign, or call forged, what another process is changing."""
+    monkeypatch.setenv("DISTUNLEARN_PASSPHRASE", PASSPHRASE)
+    run, key = case.copy(tmp_path), ["--key", str(case.folder / "operator")]
+    arguments = {"certify": [str(run), *key], "dispose": [str(run), *key, "--apply"],
+                 "receipt": [str(run), "--id", sorted(read_rows(run))[0], "--out", str(tmp_path / "receipt")],
+                 "verify": [str(case.path), "--trust", str(case.trust), "--run", str(run)]}[verb]  # fmt: skip
+    alone = (
+        "from distunlearn.engine.run_lock import Lease; import sys; Lease(sys.argv[1]); print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", alone, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout.readline() == "1\n"
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        assert main([verb, *arguments]) == 2
+        assert f"in use by process {owner.pid} on " in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        assert not (tmp_path / "receipt").exists()
+        owner.communicate("")
+    assert main([verb, *arguments]) in (0, 6, 7)  # control: it has gone
