@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from distunlearn.cli.output import Verb, tell
+
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Verb):
     """Write the backbone of another program's checkpoint under timm's names, as a file of safetensors."""
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="weights of another program")]
@@ -26,5 +28,5 @@ class Convert:
         from distunlearn.encoders.convert import convert
 
         notes = convert(self.file, self.out, self.name, self.image_size, self.in_chans, self.args, self.prefix)
-        print("\n".join([*notes, str(self.out)]))
+        tell("\n".join([*notes, str(self.out)]), {"file": self.out, "notes": notes})
         return 0

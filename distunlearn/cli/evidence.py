@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import tyro
 
 from distunlearn import __version__
 from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, RunDir, settings_of
+from distunlearn.cli.output import Verb, tell
 from distunlearn.common.launcher import is_main
 from distunlearn.errors import ConfigError
 
@@ -40,19 +42,20 @@ def _file(words: str, metavar: str = "FILE") -> Any:
 
 
 @dataclass(frozen=True)
-class Keygen:
+class Keygen(Verb):
     """Make an Ed25519 key under a passphrase: FILE, and FILE.pub for those who are to trust it."""
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help="key to make; it must not be there")]
 
     def __call__(self) -> int:
         make_key = _module("verify.keys").make_key
-        print(f"key {make_key(self.file, _passphrase(twice=True))}")
+        made = make_key(self.file, _passphrase(twice=True))
+        tell(f"key {made}", {"key": made})
         return 0
 
 
 @dataclass(frozen=True)
-class Commit:
+class Commit(Verb):
     """Check and prepare everything, train nothing, and write what an officer is to countersign."""
 
     recipe: Recipe = None
@@ -63,13 +66,12 @@ class Commit:
 
     def __call__(self) -> int:
         path = _module("run.commit").commit(settings_of(self), self.out)
-        if is_main():
-            print(path)
+        tell(str(path), {"file": path})
         return 0
 
 
 @dataclass(frozen=True)
-class Countersign:
+class Countersign(Verb):
     """Officer: show a commitment in words, draw the nonce, sign, and enter it in the register."""
 
     request: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="REQUEST", help="what `commit` wrote")]
@@ -83,13 +85,15 @@ class Countersign:
 
     def __call__(self) -> int:
         verb = _module("verify.countersign")
-        print(verb.in_words(self.request))
-        print(verb.countersign(self.request, self.key, _passphrase(), self.register, self.reference))
+        words = verb.in_words(self.request)
+        print(words, file=sys.stderr if self.json else sys.stdout, flush=True)  # before the key is asked for
+        path = verb.countersign(self.request, self.key, _passphrase(), self.register, self.reference)
+        tell(str(path), {"file": path, "commitment": words})
         return 0
 
 
 @dataclass(frozen=True)
-class Certify:
+class Certify(Verb):
     """Check a finished run against itself, and sign what it shows as evidence/certificate.json."""
 
     out: RunDir
@@ -99,12 +103,12 @@ class Certify:
     def __call__(self) -> int:
         certify = _module("run.certify").certify
         path = certify(self.out, self.key, _passphrase(), __version__, self.previous)
-        print(f"{path}: {path.stat().st_size} bytes")
+        tell(f"{path}: {path.stat().st_size} bytes", {"file": path})
         return 0
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Receipt(Verb):
     """Write the receipt for one image of a certified run; it goes to that person alone."""
 
     run_dir: RunDir
@@ -114,23 +118,24 @@ class Receipt:
     def __call__(self) -> int:
         receipt = _module("run.certify").receipt
         path = receipt(self.run_dir, self.id, self.out)
-        print(f"{path}: {path.stat().st_size} bytes")
+        tell(f"{path}: {path.stat().st_size} bytes", {"file": path})
         return 0
 
 
 @dataclass(frozen=True)
-class Residuals:
+class Residuals(Verb):
     """Print who still holds images, ids or weights of a run: what `dispose` deletes, and what is out of reach."""
 
     run_dir: RunDir
 
     def __call__(self) -> int:
-        print(json.dumps(_module("run.dispose").residuals(self.run_dir), indent=1))
+        found = _module("run.dispose").residuals(self.run_dir)
+        tell(json.dumps(found, indent=1), found)
         return 0
 
 
 @dataclass(frozen=True)
-class Dispose:
+class Dispose(Verb):
     """Delete images, ids and weights of a certified run, and sign a record; without --apply only list them."""
 
     run_dir: RunDir
@@ -140,12 +145,13 @@ class Dispose:
     def __call__(self) -> int:
         if not self.apply:
             return Residuals(self.run_dir)()
-        print(_module("run.dispose").dispose(self.run_dir, self.key, _passphrase()))
+        record = _module("run.dispose").dispose(self.run_dir, self.key, _passphrase())
+        tell(str(record), {"file": record})
         return 0
 
 
 @dataclass(frozen=True)
-class Revoke:
+class Revoke(Verb):
     """Sign that a certificate is no longer to be relied on."""
 
     certificate: File
@@ -157,7 +163,8 @@ class Revoke:
 
     def __call__(self) -> int:
         revoke = _module("run.certify").revoke
-        print(revoke(self.certificate, self.reason, self.key, _passphrase(), self.out))
+        path = revoke(self.certificate, self.reason, self.key, _passphrase(), self.out)
+        tell(str(path), {"file": path})
         return 0
 
 

@@ -86,6 +86,11 @@ def catalog_text(kind: str | None = None) -> str:
     return "\n\n".join(parts)
 
 
+def names(kind: str | None = None) -> dict[str, dict[str, str]]:
+    """{kind: {name: what it is}} of one kind, or of all."""
+    return {each: dict(KINDS[each]()) for each in ([kind] if kind else KINDS)}
+
+
 def _lines(entries: Mapping[str, str]) -> list[str]:
     width = max(map(len, entries), default=0)
     return [f"{name:<{width}}  {text}".rstrip() for name, text in entries.items()]

@@ -22,6 +22,7 @@ from distunlearn.cli.convert import Convert
 from distunlearn.cli.exit import EXIT_STOPPED, ended
 from distunlearn.cli.exit import complain as _complain
 from distunlearn.cli.init import Find, Init
+from distunlearn.cli.output import Verb, collected
 from distunlearn.cli.submit import Submit
 from distunlearn.cli.sweep import Sweep
 from distunlearn.cli.verbs import (
@@ -78,12 +79,15 @@ def _main(args: list[str]) -> int:
         verb = _parse(args)
     if verb is None:
         return parsing.code
-    try:
-        return verb()
-    except BrokenPipeError:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        return ended(error)
+    with collected(args[0], isinstance(verb, Verb) and verb.json) as told:
+        try:
+            told["exit_code"] = verb()
+        except BrokenPipeError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            told["exit_code"] = ended(error)
+            told["error"] = str(error) or type(error).__name__
+    return told["exit_code"]
 
 
 def _unknown_verb(name: str) -> int:

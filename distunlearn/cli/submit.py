@@ -8,11 +8,12 @@ from typing import Annotated
 import tyro
 
 from distunlearn.cli.arguments import Config, Out, Overrides, Previous, Recipe, settings_of
+from distunlearn.cli.output import Verb, tell
 from distunlearn.run.slurm import Job, script, submit
 
 
 @dataclass(frozen=True)
-class Submit:
+class Submit(Verb):
     """Give a run to SLURM, as a job that saves at signals and asks for itself again; --dry-run prints the script."""
 
     recipe: Recipe = None
@@ -29,5 +30,6 @@ class Submit:
             settings_of(self, world, needed_by=self.out)
         verb = ("run", "--previous", str(self.previous.resolve())) if self.previous else None
         text = script(self.job, self.recipe, self.out, self.config, self.overrides, verb=verb)
-        print(text if self.dry_run else f"submitted as job {submit(text, self.job, self.out)}")
+        job = None if self.dry_run else submit(text, self.job, self.out)
+        tell(text if job is None else f"submitted as job {job}", {"job": job, "script": text})
         return 0

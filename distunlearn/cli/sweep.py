@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distunlearn.cli.arguments import Config, Out, Overrides, Recipe, resolved, yaml_list
+from distunlearn.cli.output import Verb, tell
 from distunlearn.errors import ConfigError
 from distunlearn.run.slurm import Job, script, submit
 
@@ -18,7 +19,7 @@ Seeds = Annotated[str, tyro.conf.arg(metavar="[N,N,...]", help="list of the seed
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Verb):
     """Search the settings of methods with an equal budget, choose on one forget set, report on others
     (docs/researcher.md).
 
@@ -72,9 +73,11 @@ class Sweep:
         )  # fmt: skip
         sweep.prepare_sweep(cfg, what, self.out)
         if self.submit or self.dry_run:
-            print(self._next_stage())
+            stage = self._next_stage()
+            tell(stage, {"stage": stage})
         else:
-            print(sweep.run_sweep(self.out, self.jobs, self.processes, report=self.report))
+            page = sweep.run_sweep(self.out, self.jobs, self.processes, report=self.report)
+            tell(str(page), {"results": page})
         return 0
 
     def _next_stage(self) -> str:

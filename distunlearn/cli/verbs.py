@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,12 +26,13 @@ from distunlearn.cli.arguments import (
     unknown,
     yaml_list,
 )
+from distunlearn.cli.output import Verb, tell
 from distunlearn.common.launcher import is_main, restarts_left
 from distunlearn.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Verb):
     """Prepare, pretrain, unlearn, audit and report, in order; goes on where an earlier run stopped.
 
     With --previous: the next request on what a finished run has left, with that run's settings.
@@ -63,7 +64,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Verb):
     """Judge several finished runs that differ in seed or retrained encoder as one: one verdict, one report."""
 
     run_dirs: Annotated[
@@ -77,11 +78,11 @@ class Pool:
         from distunlearn.run.pool import pool
 
         told, words = pool(self.run_dirs, self.out)
-        return _ended(pipeline().VERDICT_CODES[told["gates"]["verdict"]], words, self.out / "pool.json")
+        return _ended(pipeline().VERDICT_CODES[told["gates"]["verdict"]], words, self.out / "pool.json", told)
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(Verb):
     """Turn a source of images into shards, a manifest and a summary."""
 
     source: Annotated[
@@ -103,12 +104,13 @@ class Prepare:
         if self.source is None and self.config is None:
             raise ConfigError(f"no source; name one of {', '.join(SOURCES)}, or give --config")
         cfg = load_source(self.source, self.config, list(self.overrides))
-        print(pipeline().prepare(cfg, self.out))
+        made = pipeline().prepare(cfg, self.out)
+        tell(made, {"run_dir": self.out, "made": made})
         return 0
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(Verb):
     """Write the index of WebDataset shards that exist, beside them; the shards stay as they are."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help="folder of .tar files")]
@@ -119,12 +121,13 @@ class Index:
         if is_main():
             own = ("data.source=webdataset", f"data.root={self.folder}", f"data.shards={self.folder}")
             cfg = resolved(None, self.config, (*own, *self.overrides))
-            print(pipeline().index(cfg))
+            made = pipeline().index(cfg)
+            tell(made, {"folder": self.folder, "made": made})
         return 0
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Verb):
     """Train the original encoder."""
 
     recipe: Recipe = None
@@ -134,11 +137,11 @@ class Pretrain:
 
     def __call__(self) -> int:
         pipeline().pretrain(settings_of(self), self.out)
-        return 0
+        return _trained(self.out, "original")
 
 
 @dataclass(frozen=True)
-class Unlearn:
+class Unlearn(Verb):
     """Make the original encoder forget."""
 
     recipe: Recipe = None
@@ -148,24 +151,22 @@ class Unlearn:
 
     def __call__(self) -> int:
         pipeline().unlearn(settings_of(self), self.out)
-        return 0
+        return _trained(self.out, ".")
 
 
 @dataclass(frozen=True)
-class Dose:
+class Dose(Verb):
     """Look at every dose of a run that has unlearned, print figures and the choice as JSON; no encoder changes."""
 
     run_dir: RunDir
 
     def __call__(self) -> int:
-        found = pipeline().dose(self.run_dir)
-        if is_main():
-            print(json.dumps(found, indent=2))
+        _tell_data(pipeline().dose(self.run_dir))
         return 0
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Verb):
     """Attack the original, the unlearned and the retrained encoder of a run, and judge its gates."""
 
     run_dir: RunDir
@@ -175,19 +176,20 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Verb):
     """Write report.html of an audited run."""
 
     run_dir: RunDir
 
     def __call__(self) -> int:
         if is_main():
-            print(pipeline().report(self.run_dir))
+            page = pipeline().report(self.run_dir)
+            tell(str(page), {"report": page})
         return 0
 
 
 @dataclass(frozen=True)
-class Status:
+class Status(Verb):
     """Print where a run stands, from its directory, as JSON."""
 
     run_dir: RunDir
@@ -195,12 +197,12 @@ class Status:
     def __call__(self) -> int:
         from distunlearn.run.status import run_status
 
-        print(json.dumps(run_status(self.run_dir), indent=2))
+        _tell_data(run_status(self.run_dir))
         return 0
 
 
 @dataclass(frozen=True)
-class Purge:
+class Purge(Verb):
     """Take the forgotten images out of the run's shards, for good; without --apply only say what would happen."""
 
     run_dir: RunDir
@@ -210,12 +212,12 @@ class Purge:
         from distunlearn.run.purge import purge
 
         if is_main():
-            print(json.dumps(purge(self.run_dir, apply=self.apply), indent=2))
+            _tell_data(purge(self.run_dir, apply=self.apply))
         return 0
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Verb):
     """Resolve and check everything, print steps, memory and coverage as JSON, touch nothing."""
 
     recipe: Recipe = None
@@ -229,26 +231,23 @@ class Plan:
     def __call__(self) -> int:
         from distunlearn.plan.plan import make_plan
 
-        planned = make_plan(settings_of(self), self.out)
-        if is_main():
-            print(json.dumps(planned, indent=2, ensure_ascii=False, default=str))
+        _tell_data(make_plan(settings_of(self), self.out))
         return 0
 
 
 @dataclass(frozen=True)
-class Schema:
+class Schema(Verb):
     """Print the JSON schema of settings files, by which an editor completes and checks them."""
 
     def __call__(self) -> int:
         from distunlearn.config.json_schema import settings_schema
 
-        if is_main():
-            print(json.dumps(settings_schema(), indent=2))
+        _tell_data(settings_schema())
         return 0
 
 
 @dataclass(frozen=True)
-class List:
+class List(Verb):
     """Show the methods, encoders, objectives, attacks and recipes that can be named."""
 
     kind: Annotated[
@@ -258,17 +257,16 @@ class List:
     ] = None
 
     def __call__(self) -> int:
-        from distunlearn.cli.list import KINDS, catalog_text
+        from distunlearn.cli.list import KINDS, catalog_text, names
 
         if self.kind is not None and self.kind not in KINDS:
             raise ConfigError(unknown("kind", self.kind, KINDS))
-        if is_main():
-            print(catalog_text(self.kind))
+        tell(catalog_text(self.kind), names(self.kind))
         return 0
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Verb):
     """Describe this environment for a bug report, secrets left out, and name what is wrong with it.
 
     With a recipe or --config, under the launcher of the run: check the launch itself, too.
@@ -280,20 +278,18 @@ class Doctor:
     overrides: Overrides = ()
 
     def __call__(self) -> int:
-        from distunlearn.cli.doctor import doctor_text, launch_text
+        from distunlearn.cli.doctor import doctor_text, environment, launch_text
 
-        if is_main():
-            print(doctor_text(self.out))
+        tell(doctor_text(self.out), environment())
         if self.recipe is None and self.config is None:
             return 0
         text, sound = launch_text(settings_of(self), self.out)
-        if is_main():
-            print(text)
+        tell(text, {"launch": text, "sound": sound})
         return 0 if sound else ConfigError.exit_code
 
 
 @dataclass(frozen=True)
-class LaunchFiles:
+class LaunchFiles(Verb):
     """Write settings for accelerate and scripts for sbatch into DIR/launch and DIR/slurm, to copy and to change."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="made if it does not exist")]
@@ -302,7 +298,8 @@ class LaunchFiles:
         from distunlearn.run.launch_files import write_launch_files
 
         if is_main():
-            print("\n".join(str(path) for path in write_launch_files(self.folder)))
+            paths = write_launch_files(self.folder)
+            tell("\n".join(map(str, paths)), {"files": paths})
         return 0
 
 
@@ -310,16 +307,33 @@ def _end(code: int, run_dir: Path) -> int:
     """Print how an audited run ended; returns `code`, or 0 where torchrun would take a verdict for a crash."""
     from distunlearn.report.terminal import ending
 
-    return _ended(code, ending(run_dir) if is_main() else "", run_dir / "audit" / "summary.json")
+    summary = run_dir / "audit" / "summary.json"
+    words, found = (ending(run_dir), json.loads(summary.read_text())) if is_main() else ("", {})
+    return _ended(code, words, summary, {"run_dir": run_dir, **found})
 
 
-def _ended(code: int, words: str, verdict: Path) -> int:
+def _ended(code: int, words: str, verdict: Path, found: dict[str, Any]) -> int:
+    """found: figures of which `gates` are told."""
     again = code != 0 and restarts_left() > 0
-    if is_main():
-        print(words)
-        if again:
-            print(
-                f"ends with 0 in place of {code}, for torchrun has restarts left and would audit again; the verdict is "
-                f"in {verdict}"
-            )
+    if again:
+        words += (
+            f"\nends with 0 in place of {code}, for torchrun has restarts left and would audit again; the verdict is "
+            f"in {verdict}"
+        )
+    report = verdict.parent / "report.html" if "run_dir" not in found else found["run_dir"] / "report.html"
+    gates = found.get("gates")
+    tell(words, {"verdict": gates and gates["verdict"], "gates": gates, "report": report, "figures": verdict})
     return 0 if again else code
+
+
+def _trained(run_dir: Path, place: str) -> int:
+    """Tell where a finished training keeps its record, and with --json what it says. Returns 0."""
+    done = run_dir / place / "done.json"
+    if is_main() and done.exists():  # a method need not make an encoder
+        tell(str(done), {"run_dir": run_dir, "done": json.loads(done.read_text())})
+    return 0
+
+
+def _tell_data(found: Any) -> None:
+    """Of a verb that has no words: indented JSON either way."""
+    tell(json.dumps(found, indent=2, ensure_ascii=False, default=str), found)
