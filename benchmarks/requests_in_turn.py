@@ -9,7 +9,8 @@ backbone alone that was trained elsewhere: by a run of another seed, on the imag
 Every run is `distunlearn run`, the later ones with `--previous`. The images of the first request are kept aside before
 they are purged, and every encoder is shown them here, in the way of the audit. Prints and writes DIR/result.json: view
 agreement (AUC against the holdout) of the first request's images in the encoder before it, after it, and after the
-third, and how often one of them is in a batch of a later run, by the ledger and by the roles. Goes on where it stopped.
+third, and how often one of them is in a batch of a later run, by the ledger and by the roles; and of each request its
+own images before and after it. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from photos import jpeg
 from safetensors.torch import load_file
@@ -30,10 +32,12 @@ from distunlearn.audit.signals.collect import collect_signals
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import open_store
 from distunlearn.data.manifest.manifest import Manifest
+from distunlearn.data.manifest.records import CODE
 from distunlearn.encoders.model import MomentumEncoder, build_model
 from distunlearn.engine.run_directory import saved_config, shards_folder
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import EncoderView
+from distunlearn.verify.chain import Chain
 from distunlearn.verify.run import STATE
 from distunlearn.verify.statistics import Comparison, auc
 
@@ -115,6 +119,15 @@ def view_agreement(run: Path, cfg: RunConfig, kept: Manifest) -> float:
     return auc(Comparison.of(known[signals.of("forget")], known[signals.of("holdout")]))
 
 
+def of_request(kept: Manifest, chain: Chain, number: int) -> Manifest:
+    """The images of the first run, of which those that request `number` of the chain named are to be forgotten."""
+    role = kept.columns.role.copy()
+    asked = np.array(chain.requests_of(row.tobytes() for row in kept.columns.sha256)) == number
+    role[role == CODE["forget"]] = CODE["unused"]
+    role[asked] = CODE["forget"]
+    return kept.with_roles(role, kept.facts)
+
+
 def in_later_batches(run: Path, kept: Manifest) -> int:
     """Times that an image of the first request is in a batch of a later run: named by its ledger, or by its roles."""
     gone = {sample.sha256 for sample in kept.lookup(kept.ids("forget"))}
@@ -150,10 +163,17 @@ def requests(asked: argparse.Namespace) -> dict:
             again = [f"data.forget={NEXT[asked.kind]}", f"seed={asked.seed}", *asked.later]
             command(asked.processes, "run", "--previous", str(before), "--out", str(run), *sets(again))
     cfg, kept = saved_config(runs[0], world=1), Manifest.of_run(kept_run)
+    chain = Chain.load(runs[-1])
+    own = {
+        run.name: {"before": view_agreement(before, cfg, asked_for), "after": view_agreement(run, cfg, asked_for)}
+        for number, (before, run) in enumerate(zip([runs[0] / "original", *runs], runs, strict=False), 1)
+        for asked_for in [of_request(kept, chain, number)]
+    }  # fmt: skip
     found = {
         "kind": asked.kind, "seed": asked.seed, "purge": asked.purge, "processes": asked.processes,
         "before": view_agreement(runs[0] / "original", cfg, kept),
         **{run.name: view_agreement(run, cfg, kept) for run in runs},
+        "own": own,
         "in_later_batches": {run.name: in_later_batches(run, kept) for run in runs[1:]},
     }  # fmt: skip
     found["moved"] = found["third"] - found["first"]

@@ -139,3 +139,14 @@ def test_the_next_request_may_be_a_job(chain, tmp_path):
     assert f"-m distunlearn run --previous {one} --set data.forget=5" in done.stdout and not out.exists()
     done = tiny.command(*words)
     assert done.returncode == 2 and "needs what to forget now" in done.stderr
+
+
+def test_a_classifier_goes_on_after_its_last_class_was_purged(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    short = ("audit.tier=0", "pretrain.epochs=1", "unlearn.steps=2", "data.forget=class:9")
+    done = tiny.run(one, *short, recipe="digits_supervised")
+    assert done.returncode in ENDED, done.stderr[-3000:]
+    assert tiny.command("purge", str(one), "--apply").returncode == 0
+    done = again(one, two, "data.forget=class:8")
+    assert done.returncode in ENDED, done.stderr[-3000:]
+    assert len(load_file(two / STATE)["model.projector.last.weight"]) == 10

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,18 +25,18 @@ from distunlearn.config.load import load_config
 from distunlearn.encoders.weights import load_backbone
 from distunlearn.errors import ConfigError, EncoderError
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from photos import photo  # noqa: E402
+
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(-1, 1, 1)
 
 
 @pytest.fixture(scope="module")
 def photos() -> Tensor:
-    """50 pictures of coloured squares on noise, in [0, 1]."""
-    rng = np.random.default_rng(7)
-    found = rng.random((50, 3, SIDE, SIDE)).astype("f4") * 0.3
-    for i, picture in enumerate(found):
-        y, x = rng.integers(0, SIDE // 2, 2)
-        picture[i % 3, y : y + SIDE // 3, x : x + SIDE // 3] += 0.6
-    return torch.from_numpy(found)
+    """50 photos of the benchmarks' generator, in [0, 1]."""
+    large = torch.from_numpy(np.stack([photo(seed, (96, 96)) for seed in range(50)])).permute(0, 3, 1, 2)
+    return nn.functional.interpolate(large / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
 
 
 @pytest.fixture(scope="module")
