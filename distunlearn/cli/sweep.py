@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Literal
 
 import tyro
@@ -73,18 +74,16 @@ class Sweep(Verb):
         )  # fmt: skip
         sweep.prepare_sweep(cfg, what, self.out)
         if self.submit or self.dry_run:
-            stage = self._next_stage()
+            stage = self._next_stage(sweep)
             tell(stage, {"stage": stage})
         else:
             page = sweep.run_sweep(self.out, self.jobs, self.processes, report=self.report)
             tell(str(page), {"results": page})
         return 0
 
-    def _next_stage(self) -> str:
+    def _next_stage(self, sweep: ModuleType) -> str:
         """Submit the array of the first unfinished stage, or print its script; with none left, the results' path."""
-        from distunlearn.sweep.sweep import open_stages, write_results
-
-        for stage, tasks in open_stages(self.out, self.report):
+        for stage, tasks in sweep.open_stages(self.out, self.report):
             left = [str(task.index) for task in tasks]
             if left:
                 at_once = f"%{self.jobs}" if self.jobs > 1 else ""
@@ -94,4 +93,4 @@ class Sweep(Verb):
                     return text
                 number = submit(text, job, self.out / stage)
                 return f"{stage}: {len(left)} tasks submitted as job {number}; the same command goes on after them"
-        return str(write_results(self.out) if self.report else self.out / "chosen.json")
+        return str(sweep.write_results(self.out) if self.report else self.out / "chosen.json")

@@ -29,6 +29,7 @@ from distunlearn.cli.arguments import (
 from distunlearn.cli.output import Verb, tell
 from distunlearn.common.launcher import is_main, restarts_left
 from distunlearn.errors import ConfigError
+from distunlearn.run.launch_files import write_launch_files
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,6 @@ class LaunchFiles(Verb):
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="made if it does not exist")]
 
     def __call__(self) -> int:
-        from distunlearn.run.launch_files import write_launch_files
-
         if is_main():
             paths = write_launch_files(self.folder)
             tell("\n".join(map(str, paths)), {"files": paths})
