@@ -63,7 +63,8 @@ def rewound(whole: Path, out: Path, phase: str, step: int, keep: Path) -> Path:
         shutil.copytree(keep / name, folder / "checkpoints" / name)
     lines = (out / "ledger.jsonl").read_text().splitlines()
     begun = next(i for i, line in enumerate(lines) if f'"start","phase":"{phase}"' in line)
-    (out / "ledger.jsonl").write_text("\n".join(lines[: begun + step + 2]) + "\n")  # and a step that was not saved
+    torn = '{"n":7,"event":"st' if step % 2 else ""  # of the line at which the process was killed
+    (out / "ledger.jsonl").write_text("\n".join([*lines[: begun + step + 2], torn]))  # and a step that was not saved
     return folder
 
 

@@ -143,12 +143,13 @@ def test_12_13_14_one_step_that_is_not_the_declared_one(case, monkeypatch, phase
         check(predicate)
 
 
-def test_what_another_machine_makes_cannot_be_compared(case, monkeypatch):
-    """Never a failure: another processor or another number of processes rounds differently."""
+@pytest.mark.parametrize(("name", "here"), [("device", "ANOTHER"), ("threads", 2), ("torch", "2.0"), ("world", 2)])
+def test_what_another_machine_makes_cannot_be_compared(case, monkeypatch, name, here):
+    """Never a failure: another processor, another number of threads or processes rounds differently."""
     right = replay.numerics
-    monkeypatch.setattr(replay, "numerics", lambda *args: right(*args) | {"device": "ANOTHER"})
+    monkeypatch.setattr(replay, "numerics", lambda *args: right(*args) | {name: here})
     found = replay.further(case.run, case.run / "shards", "1")
-    with pytest.raises(replay.Incomparable, match="device .* there, ANOTHER here"):
+    with pytest.raises(replay.Incomparable, match=f"{name} .* there, {here} here"):
         found[4](case.check(run=None, export=None).predicate)
     assert INCOMPARABLE == "cannot be compared"
 

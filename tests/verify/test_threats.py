@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import rfc8785
@@ -217,13 +219,31 @@ def test_21_a_certificate_that_was_revoked(case, tmp_path, monkeypatch):
     caught(case.statement_alone(revocations=folder), 0, "was revoked (key-compromise)")
 
 
-@pytest.mark.parametrize(
-    ("row", "number"), [(11, 1), (13, 5), (18, 7), (22, 4), (23, 5), (24, 6), (25, 3), (26, 8)]
-)  # fmt: skip
+NEVER = [(11, 1), (13, 5), (18, 7), (22, 4), (23, 5), (24, 6), (25, 3), (26, 8)]  # row, sentence
+
+
+@pytest.mark.parametrize(("row", "number"), NEVER)
 def test_what_is_never_caught_here_is_said(case, row, number):
     """`verify` passes, and the sentence stands in every answer."""
     found = case.check()
     assert all(check.word == HOLDS for check in found.checks[:3]) and LIMITS[number] in str(found)
+
+
+def test_every_row_of_the_threats_has_a_test():
+    """By the numbers in their names, and in docs/assurance.md."""
+    folder = Path(__file__).parent
+    texts = [path.read_text("utf-8") for path in folder.glob("test_*.py")]
+    heads = [head for text in texts for head in re.findall(r"def test_((?:\d+_)+)", text)]
+    named = {int(number) for head in heads for number in head.split("_")[:-1]}
+    named |= {int(name.split()[0]) for name in SIGNED if name[0].isdigit()}
+    named |= {row for row, _ in NEVER}
+    assert named == set(range(1, 28))
+    page = (folder.parents[1] / "docs/assurance.md").read_text("utf-8")
+    shown = "\n".join(
+        line.split("|")[1].partition(":")[0] for line in page.splitlines() if re.match(r"\| \d+[,:]", line)
+    )
+    listed = {int(n) for n in re.findall(r"\d+", shown)} | set(range(22, 27))  # "22 to 26"
+    assert listed == set(range(1, 28))
 
 
 # -- the run follows the commitment ----------------------------------------------------------------------------------
