@@ -43,7 +43,8 @@ class Loaded(NamedTuple):
         elsewhere = tuple(prefix for prefix in (*taken, *(copy.prefix for copy in self.copies)) if prefix)
         outside = [name for name in self.reading.outside if not name.startswith(elsewhere)]
         if outside:
-            notes.append(f"The backbone fits; {len(outside)} tensors outside it were left out: {_names(outside)}.")
+            number = "1 tensor outside it was" if len(outside) == 1 else f"{len(outside)} tensors outside it were"
+            notes.append(f"The backbone fits; {number} left out: {_names(outside)}.")
         return notes
 
 

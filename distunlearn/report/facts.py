@@ -167,10 +167,10 @@ def _other_training(run: RunFiles) -> list[str]:
     epochs, batch = (number(pretrain, name) for name in ("epochs", "batch"))
     if not number(run.audit, "cost", "retrain_images"):
         return []
+    passes = "1 epoch" if epochs == 1 else f"{whole(epochs)} epochs"
     return [
-        f"The retrained encoder was trained by the settings of this run, {whole(epochs)} epochs in batches of "
-        f"{whole(batch)}. As far as the original was trained otherwise, a difference between the two need not come "
-        "from the images to forget."
+        f"The retrained encoder was trained by the settings of this run, {passes} in batches of {whole(batch)}. As far "
+        "as the original was trained otherwise, a difference between the two need not come from the images to forget."
     ]
 
 

@@ -57,7 +57,7 @@ def _seen(value: float, than: str) -> str:
     """Direction and size of a difference of AUC, for people."""
     if value < 0:
         return f"these images now stand out as unknown, {-value:.2f} below {than}"
-    return f"these images are still recognised, {value:.2f} above {than}"
+    return f"these images are recognised, {value:.2f} above {than}"
 
 
 def _too_few(images: int) -> str:

@@ -100,7 +100,7 @@ def check_report(page: str) -> None:
         "The backbone was read from below state_dict.module.encoder_q in the checkpoint.",
         "The checkpoint's own heads were taken: the projector from below state_dict.module.encoder_q.fc.",
         "The momentum encoder was taken from below state_dict.module.encoder_k.",
-        "The backbone fits; 1 tensors outside it were left out: state_dict.module.queue.",
+        "The backbone fits; 1 tensor outside it was left out: state_dict.module.queue.",
         "Its images are normalised by mean 0.485, 0.456, 0.406 and standard deviation 0.229, 0.224, 0.225.",
         "Third-party images from the images that were named as never trained on",
         "Which images the original encoder was never trained on was stated with the request.",

@@ -224,7 +224,7 @@ def test_what_belongs_inside_or_is_missing_is_refused_with_the_first_ten(tmp_pat
     """A tensor of a larger model is fatal: left out in silence, the encoder would be another function."""
     path = tmp_path / "w.pth"
     torch.save({**source, "adapter.weight": torch.ones(2, 2)}, path)
-    assert "1 tensors outside it were left out: adapter.weight" in load_backbone(backbone_of(), path).notes[0]
+    assert "1 tensor outside it was left out: adapter.weight" in load_backbone(backbone_of(), path).notes[0]
     for prefix in ("", "backbone."):
         larger = {**source, "layer1.7.conv1.weight": torch.ones(2, 2)}
         torch.save({f"{prefix}{k}": v for k, v in larger.items()}, path)
