@@ -24,6 +24,7 @@ from distunlearn.data.manifest.records import FORGOTTEN
 from distunlearn.engine.session import Session, load_for_all
 from distunlearn.objectives.forward import EncoderView
 from distunlearn.verify.chain import CHAIN, Chain
+from distunlearn.verify.figures import REFERENCES
 from distunlearn.verify.ledger import coverage, coverage_by_person, read_ledger
 from distunlearn.verify.run import DONE, FOLDERS, PHASES, require_distinct, require_settings
 
@@ -43,8 +44,11 @@ def collect_evidence(
     signals: dict[str, Signals | None] = {}
     relearned: dict[str, Relearned | None] = {}
     facts: dict[str, dict[str, Any]] = {}
+    further = REFERENCES[max(1, len(cfg.audit.reference)) :]
     for name, place in FOLDERS.items():
         folder = out / place
+        if name in further:
+            continue
         is_there = world.broadcast_object((folder / DONE).exists())
         if name == "retrained" and cfg.audit.tier == 0 and not is_there:
             continue

@@ -71,7 +71,8 @@ def _text(cfg: RunConfig) -> Iterator[str]:
     values += [("data.forget", cfg.data.forget), ("encoder.name", cfg.encoder.name)]
     values += [(f"encoder.args.{key}", value) for key, value in cfg.encoder.args.items()]
     for key, value in values:
-        if any(unicodedata.category(char) == "Cc" for char in f"{key}{value}" if isinstance(value, str)):
+        text = "".join(value) if isinstance(value, tuple) else value
+        if any(unicodedata.category(char) == "Cc" for char in f"{key}{text}" if isinstance(text, str)):
             yield f"{key} contains a control character; remove it"
 
 
@@ -272,6 +273,10 @@ def _audit(cfg: RunConfig) -> Iterator[str]:
             yield f"audit.stress names {name!r}, which is no stress test; {nearest(name, STRESS_TESTS)}"
     if audit.tier == 0 and audit.stress:
         yield "audit.stress needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
+    if audit.reference and not audit.tier:
+        yield "audit.reference stands in the place of the retrained encoder, which audit.tier=0 leaves out; set tier 1"
+    if len(set(audit.reference)) < len(audit.reference):
+        yield "audit.reference names an encoder twice; name each once"
     if audit.tier == 0 and audit.gates.also:
         yield "audit.gates.also needs the retrained encoder, which audit.tier=0 does not train; set audit.tier=1"
 

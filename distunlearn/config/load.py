@@ -144,6 +144,8 @@ def require_inputs(cfg: RunConfig, out: Path) -> None:
         named |= {f"data.{key}": getattr(cfg.data, key) for key in ("root", "holdout_root", "third_party_root")}
     if forget_is_file(cfg.data.forget) and not (Path(out) / "request.json").exists():
         named["data.forget"] = str(cfg.data.forget)
+    if not (Path(out) / "retrained" / "done.json").exists():
+        named |= {f"audit.reference[{k}]": place for k, place in enumerate(cfg.audit.reference)}
     gone = [f"{key}={value}" for key, value in named.items() if value and not Path(value).expanduser().exists()]
     if gone:
         raise ConfigError(f"{', '.join(gone)}: there is no such file or folder; check the path.")
@@ -247,8 +249,12 @@ def _put(draft: _Draft, given: _Given) -> None:
         return
     mark = {} if free else marks(draft.fields[path])
     is_path = "path" in mark or (name == "data.forget" and forget_is_file(value))
+    if is_path and isinstance(value, str) and isinstance(get(draft.tree, path), list):
+        value = value.split(",")
     if is_path and isinstance(value, str):
         value = _whole_path(value)
+    elif is_path and isinstance(value, list):
+        value = [_whole_path(part) if isinstance(part, str) else part for part in value]
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

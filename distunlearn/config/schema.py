@@ -301,6 +301,7 @@ class AuditConfig:
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     neighbours: PositiveInt = 5  # of the kNN
     tier: Literal[0, 1, 2] = 1  # 0: no retrained encoder unless it is there; 1: with it; 2: shadows too
+    reference: Annotated[tuple[str, ...], CHECKPOINT, Field(max_length=4)] = ()  # not retrained: checkpoints, or runs
     part_crops: NonNegativeInt = 0  # small crops of each image for the PartCrop attack; 0: without it (the paper: 128)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: of passes without a gradient; tf32: GPUs alone
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it

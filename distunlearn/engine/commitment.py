@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,13 @@ from distunlearn.methods.base import method_class
 from distunlearn.verify.certificate import CERTIFICATE, read_predicate
 from distunlearn.verify.commitment import COMMITMENT, Commitment, kept_commitment, read_commitment
 from distunlearn.verify.envelope import read
-from distunlearn.verify.figures import Rules
+from distunlearn.verify.figures import REFERENCES, Rules
 from distunlearn.verify.forms import rules_part
 from distunlearn.verify.keys import load_key, passphrase
 from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.receipt import ROWS, request_leaves, tree
-from distunlearn.verify.records import read_plain, read_record
-from distunlearn.verify.run import DONE
+from distunlearn.verify.records import find_record, read_plain, read_record
+from distunlearn.verify.run import CHECKPOINT_SHA256, DONE, DONE_FIELDS, REFERENCE
 from distunlearn.verify.secret import commitment, make_secret
 
 
@@ -75,7 +76,8 @@ def declaration(cfg: RunConfig, out: Path, world: World, manifest: Manifest) -> 
         "dose": plain(cfg.dose) if cfg.method.dose == "auto" and method_class(cfg).dosed(cfg) else None,
         "request": tree(request_leaves(write_rows(out, manifest), secret)),
         "images": commitment(secret, REQUEST, (out / REQUEST).read_bytes()),
-        "original": _original(cfg), "version": __version__, "code": code_digest(), "packages": packages_digest(),
+        "original": _original(cfg), "references": source_digests(cfg, out),
+        "version": __version__, "code": code_digest(), "packages": packages_digest(),
         "numerics": numerics(cfg, world), "nonce": None,
     }  # fmt: skip
 
@@ -97,6 +99,27 @@ def _original(cfg: RunConfig) -> str | None:
         return file_sha256(path) if path.is_file() else None
     done = Path(cfg.runtime.reuse).expanduser() / "original" / DONE if cfg.runtime.reuse else None
     return read_record(done)["state"] if done and done.exists() else None
+
+
+def references(cfg: RunConfig) -> Iterator[tuple[str, Path]]:
+    """(folder, place) of every encoder that the user brings."""
+    return zip(REFERENCES, map(Path, cfg.audit.reference), strict=False)
+
+
+def source_digests(cfg: RunConfig, out: Path) -> list[str]:
+    """What tells the encoders that are brought: the SHA-256 of a file, the state digest of another run's encoder. Once
+    they are taken the places are not needed."""
+    found = []
+    for name, place in references(cfg):
+        done = find_record(out / name / DONE)
+        if done is not None:
+            kept = done.get(REFERENCE)
+            found.append(done[CHECKPOINT_SHA256] if kept is None else kept["state"])
+        elif place.is_dir():
+            found.append(read_record(place / "retrained" / DONE, DONE_FIELDS)["state"])
+        else:
+            found.append(file_sha256(place))
+    return found
 
 
 def declared(cfg: RunConfig, out: Path, world: World, manifest: Manifest) -> Declared:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.common.files import file_sha256
+from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import without_effect
+from distunlearn.data.manifest.manifest import Manifest
 from distunlearn.engine.session import Session
 from distunlearn.verify.records import read_record
-from distunlearn.verify.run import DONE, DONE_FIELDS
-
-CHECKPOINT_SHA256 = "checkpoint_sha256"  # in `done.json` of the original encoder: of `encoder.checkpoint`
+from distunlearn.verify.run import CHECKPOINT_SHA256, DONE, DONE_FIELDS
 
 
 def digest_of(**parts: object) -> str:
@@ -33,14 +33,14 @@ def training_digest(session: Session, phase: str) -> str:
 
     Collective: the main rank finds it.
     """
-    world = session.world
-    return world.broadcast_object(world.on_main(lambda: _training_digest(session, phase)))
+    world, parts = session.world, (session.cfg, session.manifest, session.out)
+    return world.broadcast_object(world.on_main(lambda: training_digest_here(*parts, phase)))
 
 
-def _training_digest(session: Session, phase: str) -> str:
-    cfg = session.cfg
+def training_digest_here(cfg: RunConfig, manifest: Manifest, out: Path, phase: str) -> str:
+    """`training_digest` of a run directory, on this rank alone."""
     if cfg.data.previous and phase == "pretrain":
-        own = session.out / "original" / DONE  # once it is there, the run before is not needed
+        own = out / "original" / DONE  # once it is there, the run before is not needed
         done = own if own.exists() else Path(cfg.data.previous) / DONE
         return digest_of(previous=read_record(done, DONE_FIELDS)["state"])
     foreign = cfg.encoder.checkpoint if phase == "pretrain" else None
@@ -54,15 +54,15 @@ def _training_digest(session: Session, phase: str) -> str:
         objective=cfg.objective,
         views=cfg.views,
         pretrain=cfg.pretrain,
-        samples=session.manifest.samples_digest(roles),
-        **({"checkpoint": _checkpoint_sha256(session, Path(foreign))} if foreign else {}),
+        samples=manifest.samples_digest(roles),
+        **({"checkpoint": _checkpoint_sha256(out, Path(foreign))} if foreign else {}),
         decode_size=cfg.data.decode_size,
     )
 
 
-def _checkpoint_sha256(session: Session, path: Path) -> str:
+def _checkpoint_sha256(out: Path, path: Path) -> str:
     """Of `encoder.checkpoint`; once the original encoder is made of it, as it was then, if the file is gone."""
-    done = session.out / "original" / DONE
+    done = out / "original" / DONE
     if not path.exists() and done.exists():
         return read_record(done, DONE_FIELDS)[CHECKPOINT_SHA256]
     return file_sha256(path)

@@ -36,12 +36,14 @@ from distunlearn.encoders.checkpoint_heads import other_heads, take_heads
 from distunlearn.encoders.model import ContrastiveModel, MomentumEncoder
 from distunlearn.encoders.weights import load_checkpoint
 from distunlearn.engine import fault_injection
-from distunlearn.engine.digests import CHECKPOINT_SHA256, digest_of, training_digest, unlearn_digest
+from distunlearn.engine.commitment import references
+from distunlearn.engine.digests import digest_of, training_digest, unlearn_digest
 from distunlearn.engine.dose.settle import FULL, measure_dose, settle_dose
 from distunlearn.engine.ledger import require_coverage
 from distunlearn.engine.loop import Phase, PhaseResult, train_phase
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.engine.provenance import require_same_code
+from distunlearn.engine.references import reference_digests, take_from_run
 from distunlearn.engine.session import (
     Session,
     Trained,
@@ -59,10 +61,9 @@ from distunlearn.objectives.forward import Context, EncoderView
 from distunlearn.objectives.queue import KeyQueue
 from distunlearn.verify.ledger import coverage, effective_steps, read_ledger
 from distunlearn.verify.records import read_record
-from distunlearn.verify.run import DONE, DONE_FIELDS, STATE
+from distunlearn.verify.run import BROUGHT, CHECKPOINT, CHECKPOINT_SHA256, DONE, DONE_FIELDS, PHASES, STATE
 
 KEYS_AT_ONCE = 256
-CHECKPOINT = "checkpoint"  # in `done.json` of the original encoder: what was taken from `encoder.checkpoint`
 NEW_HEADS = (
     "The checkpoint holds no heads that fit the objective; new ones are trained on its backbone with the images that "
     "stay, none of which is forgotten or held out."
@@ -104,11 +105,30 @@ def _pretraining(cfg: RunConfig) -> Pretrain:
 
 
 def retrain(session: Session) -> Path:
-    """Train the reference: from scratch on the retain samples, everything else as in `pretrain`."""
+    """Train the reference: from scratch on the retain samples, everything else as in `pretrain`.
+
+    With `audit.reference` the encoders that it names stand in its place; of one without heads they are trained.
+    """
     folder = session.out / "retrained"
     method = Retrain(session.cfg)
+    if session.cfg.audit.reference:
+        for (name, place), digest in zip(references(session.cfg), reference_digests(session), strict=True):
+            _take_reference(session, name, place, digest)
+        return folder
     _train(session, "retrain", folder, method, training_digest(session, "retrain"), start=None)
     return folder
+
+
+def _take_reference(session: Session, name: str, place: Path, digest: str) -> None:
+    folder, phase = session.out / name, {**PHASES, **BROUGHT}[name]
+    if is_done(folder, digest):
+        return
+    if not place.is_dir():
+        encoder = dataclasses.replace(session.cfg.encoder, checkpoint=str(place))
+        own = dataclasses.replace(session, cfg=dataclasses.replace(session.cfg, encoder=encoder))
+        return _train(own, phase, folder, TrainHeads(own.cfg), digest, start=None)
+    facts = {"phase": phase, "digest": digest, **dataclasses.asdict(PhaseResult(0, 0, 0.0, 1, {}))}
+    session.world.on_main(lambda: take_from_run(session, place, folder, facts))
 
 
 def unlearn(session: Session, start: Path | None = None) -> Path:
@@ -248,9 +268,10 @@ def _finish(
 
 
 def _start(session: Session, name: str) -> Trained:
-    """Where a phase without a predecessor starts: fresh weights, or for `pretrain` those of a foreign checkpoint."""
+    """Where a phase without a predecessor starts: fresh weights, or those of a foreign checkpoint."""
     trained, cfg = scratch(session, name), session.cfg
-    if name != "pretrain" or cfg.encoder.checkpoint is None:
+    brought = bool(cfg.audit.reference) and name.startswith(PHASES["retrained"])
+    if cfg.encoder.checkpoint is None or not (name == "pretrain" or brought):
         return trained
     trained.facts[CHECKPOINT] = take_checkpoint(trained, cfg)
     for note in trained.facts[CHECKPOINT]:

@@ -167,7 +167,8 @@ def _begin(cfg: RunConfig, out: Path, request: Manifest | None) -> Lease:
             write_json(out / "env.json", environment())
         if cfg.runtime.reuse:
             # With a nonce of its own a run trains a retrained encoder of its own.
-            names = ("original",) if cfg.evidence.commitment else ("original", "retrained")
+            other = cfg.evidence.commitment or cfg.audit.reference
+            names = ("original",) if other else ("original", "retrained")
             _take_over(Path(cfg.runtime.reuse).expanduser(), out, names)
     except BaseException:
         lease.release()

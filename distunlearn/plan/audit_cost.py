@@ -49,7 +49,7 @@ def audit_looks(cfg: RunConfig, counts: Mapping[str, int]) -> dict[str, int]:
         `audit/signals/collect.py` does it; backward: how many of them also go back, for gradients.
     """
     objective, audit = make_objective(cfg.objective), cfg.audit
-    encoders = 2 if audit.tier == 0 else 3
+    encoders = 2 if audit.tier == 0 else 2 + max(1, len(audit.reference))
     audited = {role: min(counts.get(role, 0), PER_ROLE) for role in AUDITED}
     images, probed = sum(audited.values()), sum(audited.values()) - audited["retain"]
     pairs, shown = audit.views // 2, objective.branches * (1 + objective.needs_momentum)

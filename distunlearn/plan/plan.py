@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from distunlearn.errors import (
     ConfigError,
     DataError,
     DistunlearnError,
+    EncoderError,
 )
 from distunlearn.methods.base import Method, method_class, refuse_missing
 from distunlearn.methods.training import Pretrain, Retrain, TrainHeads
@@ -154,11 +157,29 @@ def _model(cfg: RunConfig, classes: int) -> tuple[ContrastiveModel, list[str]]:
     if cfg.encoder.checkpoint is not None:
         momentum = MomentumEncoder(model) if make_objective(cfg.objective).needs_momentum else None
         notes = take_checkpoint(Trained(model, momentum, None, {}), cfg)
+    _try_references(cfg, model)
     if cfg.audit.part_crops and not hasattr(model.backbone, "forward_intermediates"):
         raise ConfigError(
             f"audit.part_crops needs feature maps, which {cfg.encoder.name} does not give; set audit.part_crops=0."
         )
     return model, notes
+
+
+def _try_references(cfg: RunConfig, model: ContrastiveModel) -> None:
+    """Files that stand in the place of a retrained encoder fit, and come with heads if that of the original does."""
+    for place in cfg.audit.reference:
+        if Path(place).is_dir():
+            continue
+        encoder = dataclasses.replace(cfg.encoder, checkpoint=place)
+        tried = Trained(copy.deepcopy(model).requires_grad_(True), None, None, {})
+        tried.model.backbone_frozen = False
+        take_checkpoint(tried, dataclasses.replace(cfg, encoder=encoder))
+        if tried.model.backbone_frozen != model.backbone_frozen:
+            with_heads, without = ("the original encoder", place)[:: -1 if model.backbone_frozen else 1]
+            raise EncoderError(
+                f"audit.reference: {with_heads} comes with heads that fit the objective and {without} does not, so a "
+                "difference between the two need not come from the images; give both as files of one program."
+            )
 
 
 def _encoder(cfg: RunConfig, model: ContrastiveModel, classes: int) -> dict[str, Any]:

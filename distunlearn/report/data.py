@@ -59,6 +59,7 @@ class RunFiles:
     audit: dict[str, Any]
     done: dict[str, Any]
     original: dict[str, Any]  # its done.json
+    retrained: dict[str, Any]  # its done.json
     dose: dict[str, Any]  # the curve behind `method.dose=auto`
     scores: Mapping[str, Scores]
     config_sha256: str | None  # of the bytes of run.yaml
@@ -97,6 +98,7 @@ def load_run(run_dir: str | Path) -> RunFiles:
         audit=_clean_file(folder / "audit" / "summary.json"),
         done=_clean_file(folder / "done.json"),
         original=_clean_file(folder / "original" / "done.json"),
+        retrained=_clean_file(folder / "retrained" / "done.json"),
         dose=_clean_file(folder / "dose" / "curve.json"),
         scores=scores,
         config_sha256=_sha256(settings),

@@ -11,13 +11,14 @@ from importlib.resources import files
 from typing import Any
 
 from distunlearn.report.data import ENCODER_NAMES, RunFiles, number, tree
-from distunlearn.report.facts import other_kind
+from distunlearn.report.facts import brought, grounds, other_kind
 from distunlearn.report.formatting import interval, p_value, percent, signed, text
 from distunlearn.report.texts import ATTACKS, ENCODERS, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 from distunlearn.verify.figures import JUDGED
 
 MAX_ROWS = 40  # attacks that the report has no words for
 DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5}
+OTHERWISE = ("it treats held-out images", "one that was brought as such")  # compared with no retrained encoder
 DECLARED = ("pass", "fail", "inconclusive")
 
 
@@ -129,24 +130,14 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) 
     meanings = [{"name": name, "word": word, "meaning": meaning} for name, (word, meaning) in VERDICTS.items()]
     sentence = _sentence(result, named, unsettled)
     if result == "pass" and grounds(run) != "retrained_encoder":
-        sentence = sentence.replace("an encoder that never saw them", "it treats held-out images")
+        sentence = sentence.replace("an encoder that never saw them", OTHERWISE[bool(brought(run))])
     return {"name": result, "word": VERDICTS[result][0], "sentence": sentence, "notes": notes, "meanings": meanings}
-
-
-def grounds(run: RunFiles) -> Any:
-    """What the gates of the attacks compare with: `retrained_encoder`, `reference_groups` or `none`."""
-    return tree(run.audit, "evidence").get("kind", "retrained_encoder")
-
-
-def compared(run: RunFiles) -> str:
-    """What the gates of the attacks are the difference of."""
-    return "AUC unlearned minus retrained" if grounds(run) == "retrained_encoder" else "AUC minus 0.5"
 
 
 def _without_reference(run: RunFiles) -> list[str]:
     """Which evidence it is that needs no retrained encoder, and how often it was wrong where there was one."""
-    if grounds(run) == "retrained_encoder":
-        return []
+    if grounds(run) in ("retrained_encoder", "brought_encoders"):
+        return brought(run)
     groups = tree(run.audit, "evidence")
     chosen = "; too few held-out images for groups that are chosen like it"
     if grounds(run) == "reference_groups":

@@ -15,7 +15,7 @@ from distunlearn.report.texts import NOT_EVALUATED, ROLES, SOURCES
 CLASS = re.compile(r"class:(-?\d{1,9})")
 PATH_KEYS = frozenset(
     ("root", "shards", "store", "store_cache", "third_party_root", "holdout_root", "checkpoint", "forget", "reuse",
-     "persons", "previous", "exclude")
+     "persons", "previous", "exclude", "reference")
 )  # fmt: skip
 HIDDEN_PATH = "(a path, not shown)"
 MAX_ROWS = 300  # of settings or versions
@@ -172,6 +172,38 @@ def _other_training(run: RunFiles) -> list[str]:
         f"The retrained encoder was trained by the settings of this run, {passes} in batches of {whole(batch)}. As far "
         "as the original was trained otherwise, a difference between the two need not come from the images to forget."
     ]
+
+
+def grounds(run: RunFiles) -> Any:
+    """What gates of attacks compare with: `retrained_encoder`, `brought_encoders`, `reference_groups` or `none`."""
+    return tree(run.audit, "evidence").get("kind", "retrained_encoder")
+
+
+def compared(run: RunFiles) -> str:
+    """What the gates of the attacks are the difference of."""
+    return (
+        "AUC unlearned minus retrained"
+        if grounds(run) in ("retrained_encoder", "brought_encoders")
+        else "AUC minus 0.5"
+    )
+
+
+def brought(run: RunFiles) -> list[str]:
+    """Whose word it is that the encoders which the gates compare with never saw the images, if any were brought."""
+    count, shown = number(run.audit, "evidence", "encoders"), tree(run.retrained, "reference")
+    if not count:
+        return []
+    which = "an encoder" if count == 1 else f"the mean of {whole(count)} encoders"
+    told = "That the images to forget were no part of its training is the word of who brought it."
+    if count == 1 and shown:
+        told = (
+            f"It is the retrained encoder of another run, trained on {whole(number(shown, 'images'))} images, where "
+            f"this run keeps {whole(number(shown, 'of_images'))}; by the roles there, no image to forget and no "
+            "non-member of this run is among them, by their bytes."
+        )
+    elif count > 1:
+        told = "That the images to forget were no part of their training is the word of who brought them."
+    return [f"This run retrained no encoder: the gates compare with {which} that audit.reference names. {told}"]
 
 
 def other_kind(run: RunFiles) -> list[str]:

@@ -28,6 +28,7 @@ from distunlearn.engine import phases
 from distunlearn.engine.backends import open_backend
 from distunlearn.engine.phases import check_coverage
 from distunlearn.engine.preemption import stop_kept
+from distunlearn.engine.references import require_runs
 from distunlearn.engine.run_directory import (
     refuse_other_settings,
     require_reusable,
@@ -175,6 +176,7 @@ def begin(cfg: RunConfig, out: str | Path) -> dict:
         require_reusable(cfg)
         refuse_if_owned(out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
+        require_runs(cfg, out)
 
     open_backend(cfg).world.on_main(make_ready)  # what the main process refuses ends the others, too
     return planned

@@ -13,7 +13,7 @@ from distunlearn.config.shape import field_diff, marked
 from distunlearn.engine.run_directory import refuse_other_settings, saved_config
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.report import facts
-from distunlearn.report.data import RunFiles, checked_run
+from distunlearn.report.data import RunFiles, checked_run, tree
 from distunlearn.report.pool import POOL, pool_ending, write_pool_report
 from distunlearn.run import pipeline
 from distunlearn.run.status import run_status
@@ -80,6 +80,8 @@ def _whole(folder: Path) -> RunFiles:
         raise DataError(
             f"{folder} has no retrained encoder to compare with (audit.tier is 0); pool runs that have one."
         )
+    if len(tree(run.config, "audit").get("reference") or ()) > 1:
+        raise DataError(f"{folder} compares with more than one encoder that was brought; pool runs that have one.")
     if run.checked.gaps:
         raise DataError(f"{folder} cannot be pooled: {' '.join(run.checked.gaps)} Restore what is missing.")
     covered = facts.coverage(run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ from .scores import read_scores
 from .secret import commitment, make_secret
 from .states import export_digests
 
-Encoder = Literal["original", "unlearned", "retrained"]
+Encoder = Literal["original", "unlearned", "retrained", "retrained_2", "retrained_3", "retrained_4"]
 Verdict = Literal["pass", "fail", "inconclusive"]
 Phase = Literal["pretrain", "unlearn", "retrain"]
 LIMITS = {
@@ -41,11 +41,12 @@ LIMITS = {
     7: "Forgotten images that return under other bytes are not found.",
     8: "On a GPU no step is repeated: weights within rounding of honest ones are not told apart.",
     9: "No encoder was trained without the images: gates compare them with held-out ones, which is weaker evidence.",
+    10: "This run trained no encoder without the images: that what it was given never saw them is the operator's word.",
 }  # fmt: skip
 CERTIFICATE = Path("evidence") / "certificate.json"  # in the run directory
-PRIVATE = ("run.yaml", "ledger.jsonl", "audit/scores-original.json", "audit/scores-unlearned.json",
-           "audit/scores-retrained.json", "dose/scores.npz", "request.json", "roles.arrow",
-           "chain.json", str(ROWS))  # fmt: skip
+SCORED = [f"audit/scores-{encoder}.json" for encoder in get_args(Encoder)]
+PRIVATE = ("run.yaml", "ledger.jsonl", *SCORED, "dose/scores.npz", "request.json", "roles.arrow", "chain.json",
+           str(ROWS))  # fmt: skip
 
 
 class LedgerPart(Form):
@@ -131,15 +132,16 @@ def read_predicate(statement: Mapping[str, Any]) -> Predicate:
         EvidenceError: it has not the form of a certificate, version 1.
     """
     found = read_form(Predicate, statement["predicate"], "the certificate")
-    if found.limits != limits(found.commitment, found.states):
+    if found.limits != limits(found.commitment, found.states, found.rules.references):
         raise EvidenceError("the certificate leaves out sentences about what it does not cover; it is none.")
     return found
 
 
-def limits(committed: str | None, encoders: Collection[str]) -> list[int]:
-    """Numbers of the sentences that a certificate has. encoders: those that were audited."""
+def limits(committed: str | None, encoders: Collection[str], references: int) -> list[int]:
+    """Numbers of the sentences that a certificate has. encoders: those that were audited. references: see `Rules`."""
     left_out = {2} if committed is not None else set()
-    return sorted(set(LIMITS) - left_out - ({9} if "retrained" in encoders else set()))
+    left_out |= ({9} if "retrained" in encoders else set()) | (set() if references else {10})
+    return sorted(set(LIMITS) - left_out)
 
 
 def make_predicate(
@@ -169,7 +171,7 @@ def make_predicate(
         "rules": rules_part(rules), **state_facts(folder, found.judged, secret), "private": private(folder, secret),
         "limits": [], "tool": dict(tool),
     }  # fmt: skip
-    predicate["limits"] = limits(digest, predicate["states"])
+    predicate["limits"] = limits(digest, predicate["states"], rules.references)
     read_predicate({"predicate": predicate})
     return predicate
 

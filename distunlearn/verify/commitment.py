@@ -28,8 +28,9 @@ UNSIGNED = "no trusted {role}'s key signed the commitment; it was not made, or n
 class Commitment(Form):
     """reference: the officer's own word for the request. settings, images: salted commitments of run.yaml and of
     request.json, which has the digests of the index of all images and of their roles. tier: of the audit. dose: how it
-    is chosen; null: it is given. original: digest of a foreign checkpoint; null: this run trains it. numerics: what
-    rounding depends on. nonce, reference: null in a request.
+    is chosen; null: it is given. original: digest of a foreign checkpoint; null: this run trains it. references: of
+    the encoders that stand in the place of one that is trained again. numerics: what rounding depends on. nonce,
+    reference: null in a request.
     """
 
     run: Digest
@@ -43,6 +44,7 @@ class Commitment(Form):
     request: Tree
     images: Digest
     original: Digest | None
+    references: list[Digest]
     version: Word
     code: Digest
     packages: Digest

@@ -29,7 +29,9 @@ def in_words(request: Path) -> str:
         f"Pass: difference of AUC to retraining within {rules.view_agreement:g} (view agreement) and {rules.attack:g} "
         f"({', '.join(rules.gates)}), loss of accuracy below {rules.utility_points:g} points, "
         f"{100 * rules.confidence:g} % intervals of {rules.bootstrap} draws; audit tier {found.tier}.",
-        f"Original encoder: {found.original or 'trained by this run'}. On: {json.dumps(found.numerics)}.",
+        f"Original encoder: {found.original or 'trained by this run'}. "
+        f"Encoder without the images: {', '.join(found.references) or 'trained by this run, or none'}. "
+        f"On: {json.dumps(found.numerics)}.",
         "Signing draws the nonce, from which the run's seeds follow, and enters the commitment in the register.",
     ))  # fmt: skip
 

@@ -7,7 +7,7 @@ decided by the rules that were declared before the run, never by which figures a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from .statistics import (
 )
 
 ENCODERS = ("original", "unlearned", "retrained")
+REFERENCES = ("retrained", "retrained_2", "retrained_3", "retrained_4")  # with more than one their mean counts
 UTILITIES = ("knn", "linear_probe")
 JUDGED = ("view_agreement", "encodermi_vector", "bank_loss", "gradient_norm_network", "gradient_norm_head")
 AGAINST_ORIGINAL = ("alignment_gap",)  # compared with the original itself, where they have nothing to find
@@ -50,6 +51,7 @@ class Rules:
     """How a run is judged; declared before it. gates: names of the attacks that are judged. method: `method.name`.
 
     tier: of the audit. At 0, without a retrained encoder, gates ask whether forgotten images look like held-out ones.
+    references: how many encoders the operator brings in the place of one that the run trains again.
     """
 
     seed: int
@@ -61,6 +63,7 @@ class Rules:
     gates: tuple[str, ...]
     method: str
     tier: int = 1
+    references: int = 0
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Rules:
@@ -78,6 +81,7 @@ class Rules:
             gates=tuple(dict.fromkeys((*JUDGED, *also))),
             method=str(method["name"]),
             tier=int(audit["tier"]),
+            references=len(audit["reference"]),
         )
 
     def margin(self, attack: str) -> float:
@@ -126,7 +130,7 @@ def judge(raw: Raw, rules: Rules, *, unchanged: bool = False) -> dict[str, Any]:
         "further_attacks": {name: _unjudged(found) for name, found in figures.items() if name not in attacks},
         "utility": utility,
         "persons": told,
-        "evidence": _evidence(groups, rules) if untrained else {"kind": "retrained_encoder"},
+        "evidence": _evidence(groups, rules, untrained),
         "gates": {"verdict": verdict, **gates},
     }
 
@@ -160,14 +164,17 @@ def _attack(
     attack: str, found: Mapping[str, Comparison], draws: Draws, units: int, rules: Rules, groups: Groups | None
 ) -> dict[str, Any]:
     sampled = {name: auc_bootstrap(comparison, draws) for name, comparison in found.items()}
-    result: dict[str, Any] = {name: _figures(found.get(name), sampled.get(name)) for name in ENCODERS}
+    names = dict.fromkeys((*ENCODERS, *found))
+    result: dict[str, Any] = {name: _figures(found.get(name), sampled.get(name)) for name in names}
+    yardsticks = [name for name in REFERENCES if name in found]
     at = "retrained" if attack in AGAINST_ORIGINAL else "original"
     low, high = result[at]["auc_low"], result[at]["auc_high"]
     powered = bool(low > 0.5 or high < 0.5)
     margin = rules.margin(attack)
-    if "retrained" in found:
-        value = result["unlearned"]["auc"] - result["retrained"]["auc"]
-        ends = percentile_interval(sampled["unlearned"] - sampled["retrained"], rules.confidence)
+    if yardsticks and len(yardsticks) >= rules.references:
+        value = result["unlearned"]["auc"] - float(np.mean([result[name]["auc"] for name in yardsticks]))
+        between = sampled["unlearned"] - np.mean([sampled[name] for name in yardsticks], axis=0)
+        ends = percentile_interval(between, rules.confidence)
         gate = equivalence(value, *ends, margin, powered=powered, images=units)
     elif rules.tier == 0 and attack not in AGAINST_ORIGINAL:
         ends = percentile_interval(sampled["unlearned"] - 0.5, rules.confidence)
@@ -197,8 +204,11 @@ def _to_chance(
     return gate, asdict(shown)
 
 
-def _evidence(groups: Groups | None, rules: Rules) -> dict[str, Any]:
-    """What the gates compare with, where no encoder was trained again."""
+def _evidence(groups: Groups | None, rules: Rules, untrained: bool) -> dict[str, Any]:
+    """What the gates compare with."""
+    if not untrained:
+        brought = {"kind": "brought_encoders", "encoders": rules.references}
+        return brought if rules.references else {"kind": "retrained_encoder"}
     if groups is None:
         return {"kind": "none"}
     return {"kind": "reference_groups", "seed": rules.seed, **groups.told()}
@@ -248,15 +258,20 @@ def persons_told(raw: Raw, draws: Draws, counted: tuple[int, int], rules: Rules)
     for attack, found in raw.comparisons.items():
         if "retrained" not in found:
             continue
-        both = [found[encoder] for encoder in ("unlearned", "retrained")]
-        low, high = percentile_interval(auc_bootstrap(both[0], draws) - auc_bootstrap(both[1], draws), rules.confidence)
+        own, others = found["unlearned"], [found[name] for name in REFERENCES if name in found]
+        between = auc_bootstrap(own, draws) - np.mean([auc_bootstrap(other, draws) for other in others], axis=0)
+        low, high = percentile_interval(between, rules.confidence)
         each = []
         for person in np.unique(forget).tolist():
-            unlearned, retrained = (auc(_of(comparison, forget == person)) for comparison in both)
-            images = int((forget == person).sum())
-            each.append({"person": person, "images": images, "unlearned": unlearned, "retrained": retrained})
-        attacks[attack] = {"auc": auc(both[0]) - auc(both[1]), "low": low, "high": high, "each": each}
+            here = forget == person
+            told = {"unlearned": auc(_of(own, here)), "retrained": _mean_auc([_of(other, here) for other in others])}
+            each.append({"person": person, "images": int(here.sum()), **told})
+        attacks[attack] = {"auc": auc(own) - _mean_auc(others), "low": low, "high": high, "each": each}
     return {"forget": counted[0], "holdout": counted[1], "are_units": min(counted) >= MIN_IMAGES, "attacks": attacks}
+
+
+def _mean_auc(comparisons: Sequence[Comparison]) -> float:
+    return float(np.mean([auc(comparison) for comparison in comparisons]))
 
 
 def _of(comparison: Comparison, kept: np.ndarray) -> Comparison:
@@ -277,7 +292,8 @@ def _utility(raw: Raw, draws: Draws, units: int, rules: Rules) -> tuple[dict[str
         rights = {encoder: right[tested] for encoder, right in rights.items()}
         figures: dict[str, Any] = {e: _mean(rights[e]) if e in rights else math.nan for e in ENCODERS}
         change = _difference(rights["unlearned"], rights["original"], weights, rules.confidence)
-        yardstick = rights.get("retrained", np.full(len(rights["unlearned"]), math.nan))
+        yardsticks = [rights[name] for name in REFERENCES if name in rights]
+        yardstick = np.mean(yardsticks, axis=0) if yardsticks else np.full(len(rights["unlearned"]), math.nan)
         gap = _difference(rights["unlearned"], yardstick, weights, rules.confidence)
         figures["gap"] = dict(zip(("accuracy", "low", "high"), gap, strict=True))
         utility[name] = figures

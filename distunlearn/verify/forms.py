@@ -53,6 +53,7 @@ class RulesPart(Form):
     gates: list[Word]
     method: Word
     tier: Count
+    references: Count
 
     def rules(self) -> Rules:
         """The same for `judge`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EvidenceError
-from .figures import Rules, judge, plain
+from .figures import REFERENCES, Rules, judge, plain
 from .ledger import coverage, effective_states, effective_steps, read_ledger
 from .records import find_record, read_plain
 from .scores import raw_scores, read_scores
@@ -23,9 +23,13 @@ from .states import export_digests, read_tensors, require_same_backbone, state_d
 
 DONE = "done.json"
 STATE = "training_state.safetensors"
-FOLDERS = {"original": "original", "unlearned": ".", "retrained": "retrained"}
+FOLDERS = {"original": "original", "unlearned": ".", **{name: name for name in REFERENCES}}
 PHASES = {"original": "pretrain", "unlearned": "unlearn", "retrained": "retrain"}
+BROUGHT = {name: name.replace("retrained", "retrain") for name in REFERENCES[1:]}  # phases of further references
 MAY_BE_ONE = {"none": {"original", "unlearned"}, "retrain": {"unlearned", "retrained"}}  # by method
+# What else `done.json` may hold: sentences about what was taken of a file, its digest; what shows that an encoder which
+# another run trained fits.
+CHECKPOINT, CHECKPOINT_SHA256, REFERENCE = "checkpoint", "checkpoint_sha256", "reference"
 DONE_FIELDS = {"phase": str, "digest": str, "state": str, "export": dict, "steps": int}
 SUMMARY_FIELDS = {"attacks": dict, "utility": dict, "gates": dict, "coverage": dict}
 CLOSE = 1e-9  # figures of another machine may differ by rounding
@@ -75,8 +79,9 @@ def check_run(folder: Path, rules: Rules | None) -> Checked:
         else:
             found.notes.append(f"The weights of the {encoder} encoder are not there, so their digest is not checked.")
         if lines:
-            _require_steps(lines, PHASES[encoder], done)
-            _require_states(lines, PHASES[encoder], done, named.get("original"))
+            phase = {**PHASES, **BROUGHT}[encoder]
+            _require_steps(lines, phase, done)
+            _require_states(lines, phase, done, named.get("original"))
     summary = find_record(folder / "audit" / "summary.json", None, EvidenceError)
     if summary is not None:
         _require_summary(folder, summary, named, dose, rules, lines, found)

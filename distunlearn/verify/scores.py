@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EvidenceError
-from .figures import ENCODERS, UTILITIES, Raw
+from .figures import ENCODERS, REFERENCES, UTILITIES, Raw
 from .records import read_record
 from .reference_groups import Placed
 from .statistics import Comparison, Part
@@ -38,7 +38,7 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
         EvidenceError: a file is no such file, or they are not of the same images in the same order and roles.
     """
     found: dict[str, dict[str, Any]] = {}
-    for encoder in ENCODERS:
+    for encoder in dict.fromkeys((*ENCODERS, *REFERENCES)):
         path = Path(folder) / f"scores-{encoder}.json"
         if os.path.lexists(path):
             found[encoder] = _read(path, encoder)
