@@ -23,7 +23,7 @@ from toys import share, snapshot, update_error
 
 from distunlearn.config.schema import EncoderConfig, OptimizerConfig, RunConfig, RuntimeConfig, UnlearnConfig
 from distunlearn.data.schedule import Batch
-from distunlearn.distributed.collectives import get_world
+from distunlearn.distributed.collectives import all_reduce_mean, get_world
 from distunlearn.encoders.model import EncoderOutput, MomentumEncoder, build_model
 from distunlearn.engine.backends import Backend, open_backend, zero
 from distunlearn.engine.optimizer import make_optimizer
@@ -200,8 +200,8 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def train(case: Case, ctx: Context, precision: str, steps: int, backend: Backend | None, update, state) -> dict:
-    """Some steps of SGD: weights on the way, the calibration, metrics of the last step, and the attention kernels that
-    ran in the first.
+    """Some steps of SGD: weights on the way, losses and gradient norms, the calibration, metrics of the last step, and
+    the attention kernels that ran in the first.
     """
     right, computing = forward.make_view, COMPUTING[precision]
     with (
@@ -209,21 +209,30 @@ def train(case: Case, ctx: Context, precision: str, steps: int, backend: Backend
         computing_in(precision),
     ):
         method = third_party.ThirdParty(ctx.cfg)
-        states, metrics = [state()], {}
+        states, metrics, losses, norms = [state()], {}, [], []
         started = method.calibrate(ctx, batch)
         state()  # weights can be gathered after forwards without a backward
         ctx.accumulate = case.accumulate
         kernels: set[str] = set()
         for ctx.step in range(steps):
             with attention_kernels(kernels) if ctx.step == 0 and case.encoder == "vit" else nullcontext():
-                metrics = gradients(case, ctx, method, backend)
+                metrics, loss = gradients(case, ctx, method, backend)
+            losses.append(loss)
+            norms.append(backend.grad_norm() if backend else total_norm(ctx.model))
             update()
             states.append(state())
-    return {"states": states, "metrics": metrics, "started": started, "attention": sorted(kernels)}
+    found = {"states": states, "losses": losses, "norms": norms, "metrics": metrics, "started": started}
+    return {**found, "attention": sorted(kernels)}
 
 
-def gradients(case: Case, ctx: Context, method: third_party.ThirdParty, backend: Backend | None) -> dict[str, float]:
-    """Forward and backward of every micro-batch of a step; the metrics of the last."""
+def total_norm(model: nn.Module) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def gradients(
+    case: Case, ctx: Context, method: third_party.ThirdParty, backend: Backend | None
+) -> tuple[dict[str, float], float]:
+    """Forward and backward of every micro-batch of a step; metrics and global loss of the last."""
     for ctx.micro in range(case.accumulate):
         batches = {role: batch(role, ctx.draw, share(SIZES[role])) for role in ("retain", "forget", "third_party")}
         if backend is None:
@@ -233,7 +242,8 @@ def gradients(case: Case, ctx: Context, method: third_party.ThirdParty, backend:
             with backend.micro_batch(last=ctx.micro == case.accumulate - 1):
                 out = method.loss(ctx, batches)
                 backend.backward(out.loss / case.accumulate)
-    return {name: float(value) for name, value in out.metrics.items()}
+    loss = float(all_reduce_mean(out.loss.detach()))
+    return {name: float(value) for name, value in out.metrics.items()}, loss
 
 
 @contextmanager

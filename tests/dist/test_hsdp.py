@@ -175,6 +175,9 @@ def test_the_constraint_trains_alike(tmp_path):
             for way in WAYS:
                 error = errors(rank[f"{case.evaluator} {way}"]["states"], expected["states"])
                 assert error[0] <= first and error[1] <= last, (case.evaluator, way, error)
+                for figure in ("losses", "norms"):
+                    found_here = rank[f"{case.evaluator} {way}"][figure]
+                    assert found_here == pytest.approx(expected[figure], rel=1e-6), (case.evaluator, way, figure)
                 metrics = rank[f"{case.evaluator} {way}"]["metrics"]
                 assert metrics["phi_gradient"] == pytest.approx(expected["metrics"]["phi_gradient"], rel=1e-6)
 

@@ -118,7 +118,8 @@ def build_run(
     told: of `summarise`. With tier 0 there is no retrained encoder.
     """
     cfg = cfg or settings()
-    folders = {encoder: place for encoder, place in FOLDERS.items() if cfg.audit.tier or encoder != "retrained"}
+    names = ("original", "unlearned", *(("retrained",) if cfg.audit.tier else ()))
+    folders = {encoder: FOLDERS[encoder] for encoder in names}
     folder.mkdir(parents=True)
     save_config(cfg, folder / "run.yaml")
     write_json(folder / "env.json", _environment())
