@@ -1,7 +1,7 @@
 """Three requests in turn on one encoder: do the images of the first stay forgotten while the later ones are served?
 
     python benchmarks/requests_in_turn.py digits --seed 0 --out DIR            [--purge] [--processes 2] [--set K=V ...]
-    python benchmarks/requests_in_turn.py photos --seed 0 --out DIR --purge
+    python benchmarks/requests_in_turn.py photos --seed 0 --out DIR --purge    [--later K=V ...]
 
 `digits`: the recipe of that name. `photos`: 600 generated photos and, as the original encoder, a checkpoint of a
 backbone alone that was trained elsewhere: by a run of another seed, on the images that are the members here.
