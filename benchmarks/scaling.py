@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +70,9 @@ KINDS = {
 class Step:
     """Counts of one step by place of the loop. bytes: of what a collective gives this rank. peak_bytes: alive at once.
 
-    collectives, sizes: by (place, kind). reads: blocking ones, by place. objects: exchanges of plain data, by place.
+    weights: of the encoder, over all ranks. momentum_weights: of the momentum encoder, on this one; momentum_rows: one
+    row of each of its weights. collectives, sizes: by (place, kind). reads: blocking ones, by place. objects: exchanges
+    of plain data, by place.
     """
 
     collectives: Counter = field(default_factory=Counter)
@@ -77,6 +80,8 @@ class Step:
     reads: Counter = field(default_factory=Counter)
     objects: Counter = field(default_factory=Counter)
     weights: int = 0
+    momentum_weights: int = 0
+    momentum_rows: int = 0
     peak_bytes: int = 0
 
     def total(self, what: str = "collectives", *, places: tuple[str, ...] = (), kind: str = "") -> int:
@@ -177,6 +182,9 @@ def count_step(cfg: RunConfig, world: int, *, pretrain: bool = False, hollow: bo
         with counting(step, at):
             runner._step(2)
         step.weights = runner.backend.num_weights
+        for weight in runner.ctx.momentum.model.parameters() if runner.ctx.momentum else ():
+            step.momentum_weights += (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
+            step.momentum_rows += weight[:1].numel() if not isinstance(weight, DTensor) else weight.shape[1:].numel()
         step.peak_bytes = getattr(live, "peak", 0)
         runner.backend.release()
     return step

@@ -42,6 +42,13 @@ def test_a_step_of_sharded_weights(sketch):
     assert sketch.total("reads") <= 5
 
 
+def test_a_rank_holds_its_share_of_the_momentum_encoder(sketch):
+    """P / W weights, and of each weight a row at most beyond that; whole under ddp (control)."""
+    assert 0 < sketch.momentum_weights <= sketch.weights / WORLD + sketch.momentum_rows < sketch.weights / 10
+    whole = counted("vit12", "ddp", "pretrain", 4)
+    assert whole.momentum_weights > 10 * sketch.momentum_weights
+
+
 def test_a_step_of_whole_weights_but_for_batch_statistics():
     step = counted("resnet50", "ddp", "head", sync_batchnorm=False)
     assert step.total() <= 35 and step.total("objects") == 0
