@@ -98,7 +98,7 @@ def document(result: dict[str, Any]) -> str:
         f"{batch} images a process and step ({batch} retain, and a quarter of that forgotten and as many third-party "
         "in `third_party`), two views each, all of SimCLR's operations. Every cell is a whole run of its own: real "
         "shards, ledger, metrics, finite checks, gradient norm. Cells ran one after another on a machine whose load "
-        "changed: **compare cells with care**; pairs that took turns are in the peers' and scaling documents. "
+        "changed: **compare cells with care**; pairs that took turns are in the documents of scaling. "
         'Images/s counts source images of the global batch: median and quartiles over steps. "By CPU" is the same '
         "with the process's own CPU seconds (for two processes: of rank 0, times the images of both).",
         "## Speed\n",

@@ -1,4 +1,4 @@
-"""One phase of a real run, timed step by step: what `throughput.py`, `scaling.py` and `peers.py` measure.
+"""One phase of a real run, timed step by step: what `throughput.py` and `scaling.py` measure.
 
 Nothing is imitated: images of noise are written to PNG files, prepared into shards, and trained on by
 `engine.phases`, with its ledger, metrics, finite checks and gradient norm. A step lasts from the end of one telemetry

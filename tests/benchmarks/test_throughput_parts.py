@@ -1,8 +1,7 @@
-"""Parts of the throughput benchmarks: intervals by hand, exclusive timers, and norms against brute force."""
+"""Parts of the throughput benchmarks: intervals by hand, and exclusive timers."""
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from pathlib import Path
@@ -18,8 +17,6 @@ from distunlearn.engine.backends.base import Backend
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))
 
-from constraint_cost import peak_bytes  # noqa: E402
-from peers_norms import NETWORKS, brute_force, our_norms  # noqa: E402
 from throughput_split import Split  # noqa: E402
 from throughput_stats import interval, ratio  # noqa: E402
 
@@ -62,27 +59,6 @@ def test_every_moment_is_counted_once_and_the_constraint_keeps_its_own():
     # The evaluator's forward (0.02) is the constraint's: with it counted as forward there would be 0.04 of that.
     assert found["forward"] < found["constraint"] / 1.5
     assert split.take(1.0)["other"] == 1.0
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_norms_are_those_of_single_samples(name):
-    torch.manual_seed(0)
-    network, x = NETWORKS[name]()
-    x = x[:3]
-    torch.testing.assert_close(our_norms(network, x)().double(), brute_force(copy.deepcopy(network), x), rtol=1e-5,
-                               atol=0)  # fmt: skip
-
-
-def test_memory_of_norms_does_not_grow_with_depth_as_gradients_would():
-    """A deeper network keeps more inputs; gradients of outputs, which took as much again, are dropped as they come."""
-    width, rows = 64, 512
-
-    def peak(depth: int) -> int:
-        layers = [torch.nn.Linear(width, width, bias=False) for _ in range(depth)]
-        return peak_bytes(our_norms(torch.nn.Sequential(*layers), torch.randn(rows, width)))
-
-    tensor = 4 * rows * width
-    assert (peak(24) - peak(12)) / 12 == pytest.approx(tensor, rel=0.1)  # each layer's input, nothing else
 
 
 def test_what_is_timed_exists(monkeypatch):

@@ -105,7 +105,8 @@ def test_pool_says_one_verdict_in_file_page_and_terminal(runs: list[Path], tmp_p
     assert told["gates"]["verdict"] == "pass" and [run["seed"] for run in told["runs"]] == list(SEEDS)
     page = Page((out / "report.html").read_text())
     assert verdict(page) == "pass"
-    assert "drawn by chance" in page.text("runs") and "Run 3, seed 2" in page.text("spread")
+    assert "drawn by chance Source" in page.text("runs"), "with no run's own seed"
+    assert "Run 3, seed 2" in page.text("spread")
     assert f"{told['attacks']['view_agreement']['unlearned']['auc']:.3f}" in page.text("levels")
     assert "people/" not in page.text() and str(tmp_path) not in page.text()
 

@@ -1,22 +1,22 @@
-"""Norms of per-sample gradients over a whole network: ours (`constraints/ghost.py`) and Opacus' ghost clipping.
-
-Both get the same network and images and return |d l_i / d W| over all weights, for a loss summed over samples. Opacus
-gets them from an ordinary backward pass, which also makes the summed gradient of every weight, as its user does; ours
-differentiates by the layers' outputs only. Networks have no biases and no normalisation, which the two treat
-differently.
-"""
+"""Norms of per-sample gradients over whole networks: against one sample at a time, and the memory that they take."""
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from distunlearn.constraints.gradients.ghost_norms import Recorder
 from distunlearn.constraints.gradients.layers import probed_layers
 
-__all__ = ["NETWORKS", "brute_force", "opacus_norms", "our_norms"]
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from constraint_cost import peak_bytes  # noqa: E402
 
 
 def _mlp() -> tuple[nn.Module, Tensor]:
@@ -69,23 +69,6 @@ def our_norms(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return run
 
 
-def opacus_norms(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """The same by Opacus; hooks stay on the network, which must be its own copy."""
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-
-    wrapped = GradSampleModuleFastGradientClipping(
-        network, max_grad_norm=1.0, use_ghost_clipping=True, loss_reduction="sum"
-    )
-
-    def run() -> Tensor:
-        losses(wrapped(x)).sum().backward()
-        norms = wrapped.get_norm_sample()
-        wrapped.zero_grad(set_to_none=True)
-        return norms
-
-    return run
-
-
 def brute_force(network: nn.Module, x: Tensor) -> Tensor:
     """The same sample by sample, in float64."""
     network, weights = network.double(), list(network.parameters())
@@ -94,3 +77,24 @@ def brute_force(network: nn.Module, x: Tensor) -> Tensor:
         for row in x
     ]
     return torch.stack(found).sum(1).sqrt()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_norms_are_those_of_single_samples(name):
+    torch.manual_seed(0)
+    network, x = NETWORKS[name]()
+    x = x[:3]
+    torch.testing.assert_close(our_norms(network, x)().double(), brute_force(copy.deepcopy(network), x), rtol=1e-5,
+                               atol=0)  # fmt: skip
+
+
+def test_memory_of_norms_does_not_grow_with_depth_as_gradients_would():
+    """A deeper network keeps more inputs; gradients of outputs, which took as much again, are dropped as they come."""
+    width, rows = 64, 512
+
+    def peak(depth: int) -> int:
+        layers = [torch.nn.Linear(width, width, bias=False) for _ in range(depth)]
+        return peak_bytes(our_norms(torch.nn.Sequential(*layers), torch.randn(rows, width)))
+
+    tensor = 4 * rows * width
+    assert (peak(24) - peak(12)) / 12 == pytest.approx(tensor, rel=0.1)  # each layer's input, nothing else
