@@ -22,7 +22,7 @@ from distunlearn.errors import ConfigError, EvidenceError
 from distunlearn.methods.base import method_class
 from distunlearn.verify.certificate import CERTIFICATE, read_predicate
 from distunlearn.verify.commitment import COMMITMENT, Commitment, kept_commitment, read_commitment
-from distunlearn.verify.envelope import read
+from distunlearn.verify.envelope import load, read
 from distunlearn.verify.figures import REFERENCES, Rules
 from distunlearn.verify.forms import rules_part
 from distunlearn.verify.keys import load_key, passphrase
@@ -144,7 +144,7 @@ def declared(cfg: RunConfig, out: Path, world: World, manifest: Manifest) -> Dec
         )
     if kept is None:
         return Declared()
-    if given is not None and given.exists() and read_commitment(given.read_bytes())[0].digest != digest:
+    if given is not None and given.exists() and read_commitment(load(given))[0].digest != digest:
         raise ConfigError(f"{given} is not the commitment that {out} belongs to; leave evidence.commitment out.")
     _require_kept(kept[1], declaration(cfg, out, world, manifest))
     return Declared(digest, kept[1].nonce)
@@ -155,7 +155,7 @@ def _take(cfg: RunConfig, given: Path, out: Path) -> Any:
         raise ConfigError(f"evidence.commitment: {given} does not exist; have {COMMITMENT.name} countersigned.")
     if cfg.evidence.key is None:
         raise ConfigError("evidence.commitment needs evidence.key, the operator's private key, which signs it.")
-    envelope, _ = read_commitment(given.read_bytes())
+    envelope, _ = read_commitment(load(given))
     key = load_key(Path(cfg.evidence.key).expanduser(), passphrase())
     (out / COMMITMENT).parent.mkdir(mode=0o700, exist_ok=True)
     write_atomic(out / COMMITMENT, envelope.also_signed(key))

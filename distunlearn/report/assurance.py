@@ -7,7 +7,7 @@ from pathlib import Path
 from distunlearn.errors import DataError
 from distunlearn.verify.commitment import kept_commitment
 from distunlearn.verify.disposal import Disposal
-from distunlearn.verify.envelope import read
+from distunlearn.verify.envelope import load, read
 from distunlearn.verify.forms import read_form
 
 UNDECLARED = "none was made before the run: settings and margins were declared by the operator's word"
@@ -31,7 +31,7 @@ def assurance(folder: Path) -> tuple[list[tuple[str, str]], str]:
     if disposal is None:
         rows.append(("Deleted", "nothing by this program, as far as it has signed"))
     else:
-        content = read((folder / "evidence/disposal.json").read_bytes(), "disposal").statement["predicate"]
+        content = read(load(folder / "evidence/disposal.json"), "disposal").statement["predicate"]
         found = read_form(Disposal, content, "the disposal")
         rows.append(("Deleted from the file system", ", ".join(found.absent)))
         rows.append(("Only claimed, checked by nobody", ", ".join(found.claimed)))
@@ -41,6 +41,6 @@ def assurance(folder: Path) -> tuple[list[tuple[str, str]], str]:
 def _digest(folder: Path, kind: str) -> str | None:
     """Of a signed statement; None: there is none, or it is damaged, which `verify` says."""
     try:
-        return read((folder / "evidence" / f"{kind}.json").read_bytes(), kind).digest
+        return read(load(folder / "evidence" / f"{kind}.json"), kind).digest
     except (OSError, DataError):
         return None

@@ -15,7 +15,7 @@ from distunlearn.engine.session import load_own_parts
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.verify.certificate import CERTIFICATE, make_predicate, read_predicate
 from distunlearn.verify.commitment import run_rules
-from distunlearn.verify.envelope import read, sign
+from distunlearn.verify.envelope import load, read, sign
 from distunlearn.verify.keys import load_key
 from distunlearn.verify.ledger import read_ledger
 from distunlearn.verify.receipt import make_receipt, read_rows
@@ -43,7 +43,7 @@ def certify(run_dir: Path, key: Path, passphrase: str, version: str, previous: P
     load_own_parts(cfg)
     chain = chain_link(cfg)
     if previous is not None:
-        before = read(previous.read_bytes(), "certificate")
+        before = read(load(previous), "certificate")
         chain = read_predicate(before.statement).sequence + 1, before.digest
     tool = {"version": version, "code": code_digest()}
     with owned(folder):
@@ -66,7 +66,7 @@ def receipt(run_dir: Path, sample_id: str, out: Path) -> Path:
     if not (folder / CERTIFICATE).exists():
         raise DataError(f"{folder} has no {CERTIFICATE}; certify it first.")
     with owned(folder):
-        envelope = read((folder / CERTIFICATE).read_bytes(), "certificate")
+        envelope = read(load(folder / CERTIFICATE), "certificate")
         certificate = read_predicate(envelope.statement)
         secret, lines = read_secret(folder / SECRET), read_ledger(folder / "ledger.jsonl")
         data = make_receipt(sample_id, read_rows(folder), secret, lines, envelope.digest, certificate.commitment)
@@ -82,7 +82,7 @@ def revoke(certificate: Path, reason: str, key: Path, passphrase: str, out: Path
     """Sign that a certificate is no longer to be relied on, as operator or officer."""
     if reason not in REASONS:
         raise ConfigError(f"--reason is {reason[:40]!r}; expected one of {', '.join(REASONS)}.")
-    digest = read(Path(certificate).read_bytes(), "certificate").digest
+    digest = read(load(Path(certificate)), "certificate").digest
     content = {"certificate": digest, "reason": reason}
     write_atomic(out, sign("revocation", {"certificate": digest}, content, load_key(key, passphrase)))
     return out

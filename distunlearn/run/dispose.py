@@ -19,7 +19,7 @@ from distunlearn.run.purge import purge
 from distunlearn.verify.certificate import CERTIFICATE
 from distunlearn.verify.chain import CHAIN
 from distunlearn.verify.disposal import CLAIMED
-from distunlearn.verify.envelope import read, sign
+from distunlearn.verify.envelope import load, read, sign
 from distunlearn.verify.keys import load_key
 from distunlearn.verify.receipt import ROWS
 from distunlearn.verify.secret import SECRET
@@ -65,7 +65,7 @@ def dispose(run_dir: Path, key: Path, passphrase: str) -> Path:
     folder, private = Path(run_dir), load_key(key, passphrase)
     if not (folder / CERTIFICATE).exists():
         raise DataError(f"{folder} has no {CERTIFICATE}; certify it, and have it verified, before disposing of it.")
-    digest = read((folder / CERTIFICATE).read_bytes(), "certificate").digest
+    digest = read(load(folder / CERTIFICATE), "certificate").digest
     before = residuals(folder)
     if before["found"]["images in the shards"] and "object store" not in before["claimed"]:
         purge(folder, apply=True)

@@ -17,11 +17,12 @@ from typing import Any
 from .certificate import LIMITS, Predicate, private, read_predicate, state_facts
 from .commitment import COMMITMENT, Commitment, read_commitment, require_followed, require_ledger, tries, unsigned
 from .disposal import disposed
-from .envelope import Envelope, read
+from .envelope import Envelope, load, read
 from .errors import ConfigError, DataError, EvidenceError
 from .keys import Trust
 from .ledger import read_ledger
 from .receipt import check_receipt
+from .records import read_plain
 from .revocation import revoked
 from .run import check_run, difference
 from .secret import SECRET, read_secret
@@ -156,8 +157,7 @@ def verify(data: bytes, given: Given, further: Mapping[int, Further] | None = No
         _level(4, "--run, --shards and --replay to it", further.get(4), predicate),
     ]
     if given.receipt is not None:
-        content, image = given.receipt.read_bytes(), given.image.read_bytes() if given.image else None
-        checks.append(_level(None, "", lambda p: check_receipt(content, envelope.digest, p, image), predicate))
+        checks.append(_level(None, "", lambda p: _receipt(given, envelope.digest, p), predicate))
     return Verified(tuple(checks), predicate.verdict, signer, predicate)
 
 
@@ -183,7 +183,7 @@ def _commitment(envelope: Envelope, predicate: Predicate, given: Given) -> tuple
         return None
     if predicate.commitment is None:
         raise EvidenceError("the certificate names no commitment, and there is one; it is of another run.")
-    found = read_commitment(place.read_bytes())
+    found = read_commitment(load(place))
     require_followed(*found, predicate)
     return found
 
@@ -224,9 +224,9 @@ def _declared(
     elif (reason := revoked(given.revocations, envelope.digest, given.trust)) is not None:
         raise EvidenceError(f"the certificate was revoked ({reason}); ask for the one that took its place.")
     if given.previous is not None:
-        told.append(_follows(read(given.previous.read_bytes(), "certificate"), predicate, given.trust))
+        told.append(_follows(read(load(given.previous), "certificate"), predicate, given.trust))
     if given.disposal is not None:
-        told.append(disposed(given.disposal.read_bytes(), envelope.digest, given.trust))
+        told.append(disposed(load(given.disposal), envelope.digest, given.trust))
     lacking = None if signer else NO_TRUST
     if predicate.commitment is None:
         told.insert(0, "declared by the operator's word")
@@ -314,6 +314,14 @@ def _run(
         _equal(part, value, certified[part])
     if export_digests(folder / "export") != {e["name"]: e["digest"]["sha256"] for e in envelope.statement["subject"]}:
         raise EvidenceError("the certified export is not that of the certified weights; ask the operator.")
+
+
+def _receipt(given: Given, certificate: str, predicate: Predicate) -> str:
+    try:
+        image = read_plain(given.image) if given.image else None
+    except OSError as error:
+        raise EvidenceError(f"{given.image} cannot be read ({error.strerror or error}); give the image.") from None
+    return check_receipt(load(Path(given.receipt or "")), certificate, predicate, image)
 
 
 def _equal(what: str, found: Any, certified: Mapping[str, Any]) -> None:

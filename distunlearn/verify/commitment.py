@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .dose import DoseRules
-from .envelope import Envelope, read
+from .envelope import Envelope, load, read
 from .errors import EvidenceError
 from .figures import Rules
 from .forms import Count, Digest, Form, RulesPart, Text, Tree, Word, read_form, rules_part, same
 from .keys import Trust
+from .records import read_plain
 
 COMMITMENT = Path("evidence") / "commitment.json"  # in the run directory
 REQUEST = Path("evidence") / "commitment.request.json"
@@ -73,7 +74,7 @@ def read_commitment(data: bytes) -> tuple[Envelope, Commitment]:
 def kept_commitment(folder: Path) -> tuple[Envelope, Commitment] | None:
     """The commitment of a run directory; None: it has none."""
     path = Path(folder) / COMMITMENT
-    return read_commitment(path.read_bytes()) if path.exists() else None
+    return read_commitment(load(path)) if path.exists() else None
 
 
 def phase_seed(seed: int, nonce: str | None, phase: str) -> int:
@@ -156,7 +157,7 @@ def register_lines(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     prev = None
     try:
-        for number, text in enumerate(Path(path).read_bytes().splitlines()):
+        for number, text in enumerate(read_plain(path).splitlines()):
             line = json.loads(text)
             if (line["n"], line["prev"]) != (number, prev) or not {"commitment", "reference"} <= line.keys():
                 raise ValueError
@@ -175,7 +176,7 @@ def add_to_register(path: Path, **entry: Any) -> None:
     """
     path = Path(path)
     lines = register_lines(path) if path.exists() else []
-    raw = path.read_bytes().splitlines() if lines else []
+    raw = read_plain(path).splitlines() if lines else []
     line = {"n": len(lines), "prev": hashlib.sha256(raw[-1]).hexdigest() if raw else None, **entry}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, separators=(",", ":")) + "\n")

@@ -21,6 +21,7 @@ import numpy as np
 
 from .errors import EvidenceError
 from .forms import Count, Digest, Form, Number
+from .records import open_plain
 from .statistics import DOSE_UTILITY, Comparison, auc, auc_bootstrap, draw_images
 
 SCORES = Path("dose") / "scores.npz"  # in the run directory
@@ -107,7 +108,7 @@ def read_looks(path: Path) -> tuple[Looks, dict[str, list[str]]]:
         EvidenceError: it is no such file.
     """
     try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as found:
+        with open_plain(path) as handle, np.load(handle, allow_pickle=False) as found:
             arrays = {name: found[name].astype(np.float64) for name in SEEN}
             ids = {role: found[f"{role}_ids"].tolist() for role in SEEN[:3]}
             features = found["features"].tolist()

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import rfc8785
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from .errors import EvidenceError
 from .keys import key_id
+from .records import read_plain
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -95,6 +97,20 @@ def read(data: bytes, kind: str) -> Envelope:
     if (statement["_type"], statement["predicateType"]) != (STATEMENT, predicate_type(kind)):
         raise EvidenceError(f"the statement is no {kind} of version 1; give one, or use the version that wrote it.")
     return Envelope(statement, payload, _signatures(outer["signatures"]))
+
+
+def load(path: Path) -> bytes:
+    """The bytes of a statement or a receipt in a file.
+
+    Raises:
+        EvidenceError: it is no plain file, cannot be read, or is larger than any of ours.
+    """
+    try:
+        return read_plain(path, LARGEST)
+    except OSError as error:
+        raise EvidenceError(
+            f"{path} cannot be read ({error.strerror or error}); give the file as it was signed."
+        ) from None
 
 
 def canonical(data: bytes, what: str) -> Any:

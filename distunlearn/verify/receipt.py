@@ -21,6 +21,7 @@ from .errors import ConfigError, EvidenceError
 from .forms import Count, Digest, Form, read_form
 from .ledger import coverage, effective_steps
 from .merkle import inclusion, is_included, leaf_hash, root
+from .records import read_plain
 from .secret import leaf_salt
 
 ROWS = Path("evidence") / "requested.json"  # {id: SHA-256 of the image}, in the run directory, of the operator alone
@@ -63,7 +64,7 @@ def read_rows(folder: Path) -> dict[str, str]:
     """
     path = Path(folder) / ROWS
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_plain(path))
         if isinstance(found, dict) and found and all(isinstance(value, str) for value in found.values()):
             return found
     except (OSError, ValueError, RecursionError):

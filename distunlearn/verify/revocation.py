@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .envelope import read
+from .envelope import load, read
 from .forms import Digest, Form, read_form
 from .keys import Trust
 
@@ -29,7 +29,7 @@ def revoked(folder: Path, certificate: str, trust: Trust | None) -> str | None:
         EvidenceError: a file is no revocation.
     """
     for path in sorted(Path(folder).glob("*.json")):
-        envelope = read(path.read_bytes(), "revocation")
+        envelope = read(load(path), "revocation")
         found = read_form(Revocation, envelope.statement["predicate"], f"{path.name}")
         keys = {**trust.of("operator"), **trust.of("officer")} if trust else {}
         if found.certificate == certificate and envelope.signed_by(keys):

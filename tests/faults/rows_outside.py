@@ -50,7 +50,8 @@ ROWS: dict[str, tuple[str, list[str] | str]] = {
             [f"{FILES}::test_special_files_among_images_neither_hang_nor_fill_the_memory",
              f"{FILES}::test_special_files_as_lists_and_settings_neither_hang_nor_fill_the_memory",
              f"{RECORDS}::test_only_plain_files_are_opened_and_nothing_is_waited_for",
-             f"{RECORDS}::test_a_file_that_is_too_large_is_not_read"]),
+             f"{RECORDS}::test_a_file_that_is_too_large_is_not_read",
+             f"{CERTIFICATE}::test_what_a_verifier_is_given_is_no_pipe_and_has_a_size"]),
     "O11": ("a JPEG of thousands of scans: refused before it is decoded",
             [f"{FILES}::test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded"]),
     "O12": ("extended headers of a tar that claim gigabytes: refused unread",
@@ -139,6 +140,8 @@ KINDS: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     ]),
     "unbounded inputs": (["O10", "O11", "O12", "O27"], [
         ("pipe, device and folder as list and as settings", f"{FILES}::test_special_files_as_lists_and_settings_neither_hang_nor_fill_the_memory"),
+        ("pipe, device and 1 TiB as commitment, register, receipt and five other inputs of `verify`",
+         f"{CERTIFICATE}::test_what_a_verifier_is_given_is_no_pipe_and_has_a_size"),
         ("extended headers of the types g, L and K, and of one byte too many", f"{FILES}::test_an_extended_header_of_4_gib_is_refused_unread"),
         ("sockets, broken links and a sparse file of 1 TiB as records", f"{RECORDS}::test_only_plain_files_are_opened_and_nothing_is_waited_for"),
         ("nested containers, compressed zeros, a million names in weights", f"{FORMATS}::test_hostile_files_end_soon_and_in_little_memory"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +241,35 @@ def test_no_verb_of_evidence_works_beside_a_living_owner(case, tmp_path, monkeyp
         assert not (tmp_path / "receipt").exists()
         owner.communicate("")
     assert main([verb, *arguments]) in (0, 6, 7)  # control: it has gone
+
+
+GIVEN = ["commitment", "register", "revocations", "previous", "disposal", "receipt", "image", "timestamps"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse"])
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_verifier_is_given_is_no_pipe_and_has_a_size(case, tmp_path, kind, name):
+    """It neither waits nor fills the memory, and the evidence does not hold by it."""
+    path = tmp_path / ("certificate.tsr" if name == "timestamps" else "a.json")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    given = {name: tmp_path if name in ("revocations", "timestamps") else path}
+    if name == "image":
+        given["receipt"] = case.path
+    if name == "timestamps":
+        given["tsa"] = root_of_nobody(tmp_path / "root.pem")
+    began = time.monotonic()
+    found = case.statement_alone(**given)
+    assert found.exit_code == 8 and time.monotonic() - began < 10, str(found)
+
+
+def root_of_nobody(path: Path) -> Path:
+    """A root certificate, by which nothing is signed."""
+    command = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=x", "-keyout", "/dev/null"]
+    subprocess.run([*command, "-out", str(path)], check=True, capture_output=True)
+    return path
