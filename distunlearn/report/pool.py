@@ -26,14 +26,9 @@ def write_pool_report(out: Path, runs: Sequence[RunFiles], told: dict[str, Any])
     page = environment().get_template("pool.html.j2").render(
         version=__version__, written=written(), verdict=evidence.verdict(pooled, rows, "pass"), gates=forest(rows),
         confidence=f"{100 * (number(pooled.config, 'audit', 'gates', 'confidence') or 0.9):g}",
-<<<<<<< HEAD
         difference=facts.compared(runs[0]),
-        request=facts.request(runs[0]), runs=[_row(run) for run in runs], spread=_spread(told),
-=======
-        difference=evidence.compared(runs[0]),
         request=facts.request(replace(runs[0], config=runs[0].config | {"seed": None})),  # each has its own
         runs=[_row(run) for run in runs], spread=_spread(told),
->>>>>>> cb83f92 (README and benchmarks are fewer; trackers without a network have a document; a pool names no run's own seed)
         attacks=evidence.attack_table(pooled), encoders=texts.ENCODERS, not_evaluated=texts.NOT_EVALUATED,
         settings=facts.provenance(runs[0])["settings"], same=told["same_images"],
         twice=whole(told["images_in_several_runs"]),
