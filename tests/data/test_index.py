@@ -208,13 +208,13 @@ def test_what_cannot_be_indexed_is_refused(shards, tmp_path):
 
 
 def test_progress_shows_rate_and_time_once_the_work_takes_a_moment(tmp_path, capsys, monkeypatch):
-    from distunlearn.run import prepare
+    from distunlearn.common import progress
 
     words = ["prepare", "digits", *sets(*SETTINGS, "data.samples_per_shard=10")]
-    monkeypatch.setattr(prepare, "QUIET", 1000.0)
+    monkeypatch.setattr(progress, "QUIET", 1000.0)
     assert main([*words, "--out", str(tmp_path / "quick")]) == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(prepare, "QUIET", -1.0)
+    monkeypatch.setattr(progress, "QUIET", -1.0)
     assert main([*words, "--out", str(tmp_path / "slow")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("prepare: 10/58") and lines[-1].startswith("prepare: 58/58")
