@@ -1,6 +1,6 @@
 """third_party: make forgotten images look like images the model never met.
 
-    L = task_weight       * L_task(retain)
+    L = task_weight       * L_task(retain)   [ or (sum_retain l_r - ascent_weight * sum_forget l_i) / (R + F) ]
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
@@ -15,9 +15,10 @@ distance `constraint.distance`, by default the energy distance as a U-statistic.
 third-party and calibration samples differ under the original encoder, their distance is the target Phi*, and the
 term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
 else Phi* is 0 and the term stays on. With `constraint.memory_steps` the gradient of Phi is taken against the samples of
-the last steps as well (`constraints/cross_batch_memory`). Phi compares and knows no level: what pushes forgotten images
-away pushes whatever looks like them, third-party images too, and a stranger that was pushed is no stranger's likeness
-any more. The anchor holds the third party where the original encoder, which never met it, had put it.
+the last steps as well (`constraints/cross_batch_memory`). The anchor holds the third party where the original encoder,
+which never met it, had put it. With `ascent_weight` the task's loss is that of one batch of retained and forgotten
+images, turned round for the latter, as in `neg_grad`: a direction of little noise that takes most of the trace away, so
+that small weights of Phi suffice, whose gradient is noise once the distributions have met.
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
 Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
@@ -39,11 +40,11 @@ from torch import Tensor
 
 from distunlearn.common.device import on_device
 from distunlearn.common.random import VIEW_EPOCHS
-from distunlearn.config.schema import MethodConfig, NonNegativeFloat, RunConfig
+from distunlearn.config.schema import MethodConfig, NonNegativeFloat, PositiveFloat, RunConfig
 from distunlearn.constraints.confidence import entropy_confidence, hinge_confidence
 from distunlearn.constraints.cross_batch_memory import FeatureMemory
 from distunlearn.constraints.distances.energy import DISTANCES, own_rows, permutation_test, surrogate
-from distunlearn.constraints.evaluators import Constrained, Features, evaluator_class, make_evaluator
+from distunlearn.constraints.evaluators import Features, evaluator_class, make_evaluator, require_pull
 from distunlearn.constraints.moving_averages import PhiSwitch, RunningSpread
 from distunlearn.data.schedule import Batch
 from distunlearn.data.views.draws import id_hashes
@@ -54,9 +55,10 @@ from distunlearn.distributed.collectives import (
     mean_scale,
     sum_over_ranks,
 )
-from distunlearn.errors import NumericsError
 from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart
+from distunlearn.methods.grad_ascent import require_bounded
+from distunlearn.methods.mixed_batch import opposed_losses
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank
 from distunlearn.objectives.base import Branches
@@ -78,6 +80,8 @@ class ThirdPartyConfig(MethodConfig):
 
     name: str = "third_party"
     task_weight: NonNegativeFloat = 1.0  # of the encoder's own loss on retained images
+    ascent_weight: NonNegativeFloat = 0.0  # of that loss on forgotten images, turned round; 0: they are in Phi alone
+    ascent_bound: PositiveFloat = 50.0  # stop (exit 4) when that loss passes this
     gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
     output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
     confidence_weight: NonNegativeFloat = 0.1  # of the term that lowers the confidence on third-party images
@@ -102,6 +106,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         "method.gradient_weight": Log(0.1, 10.0),
         "method.output_weight": Log(0.5, 20.0),
         "method.confidence_weight": Log(0.01, 0.5),
+        "method.ascent_weight": Log(0.01, 1.0),
     }
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -114,6 +119,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         self.switch_output = PhiSwitch(0.0, cfg.constraint.phi_momentum)
         self.memory_gradient = FeatureMemory(cfg.constraint.memory_steps)
         self.memory_output = FeatureMemory(cfg.constraint.memory_steps)
+        self._climbed: Tensor | None = None  # forget loss of the latest step, where it is climbed
         self.threshold = torch.zeros(())
         self.pseudo_ids = torch.zeros(0, dtype=torch.int64)
         self.pseudo_labels = torch.zeros(0, dtype=torch.int64)
@@ -216,16 +222,12 @@ class ThirdParty(Method[ThirdPartyConfig]):
         weights = self.settings
         retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
         # First: batch statistics change the buffers that the second forward saves.
-        retained = embed(ctx, retain, batchnorm="train")
-        bank = retain_bank(ctx, retained)
-        if ctx.queue is None and bank is not None:
-            retained = retained._replace(gathered=bank.keys)
-        task = ctx.objective.task_loss(retained, bank)
+        utility, task, retained, bank = self._utility(ctx, retain, forget)
         on = {"gradient": self.switch_gradient.active, "output": self.switch_output.active}  # before this step's Phi
         compared = self.evaluator.features(ctx, self._labelled(ctx, forget), self._labelled(ctx, third), bank)
         sizes = [gather_sizes(len(batch), ctx.device, batch.sizes) for batch in (forget, third)]
         found = compared.pull(*self._match_gradients(ctx, compared, sizes))
-        pull = self._require_pull(ctx, found, on["gradient"] > 0) if ctx.step == 0 else None
+        pull = require_pull(ctx, found, on["gradient"] > 0) if ctx.step == 0 else None
         o_f, _ = self._outputs(ctx, found.forget, bank)
         o_t, c_t = self._outputs(ctx, found.third, bank)
         whole = all_gather_detached(o_f, sizes[0]), all_gather_detached(o_t, sizes[1])
@@ -234,7 +236,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         phi_o, output_term = self._match(ctx, o_f, whole, sizes, *how)
         confidence_term, active = self._confidence(ctx, found.third, bank, c_t, sizes[1])
         total = (
-            weights.task_weight * task
+            weights.task_weight * utility
             + weights.gradient_weight * found.term
             + weights.output_weight * output_term
             + weights.confidence_weight * confidence_term
@@ -244,7 +246,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
             total = total + weights.anchor_weight * moved
         enqueue(ctx, retained)
         metrics = {
-            "task_loss": task.detach(),
+            "task_loss": task,
             "phi_gradient": found.phi,
             "phi_output": phi_o,
             "gradient_term_on": on["gradient"],
@@ -254,6 +256,8 @@ class ThirdParty(Method[ThirdPartyConfig]):
             "hinge_active_share": active,
             **found.metrics,
         }
+        if self._climbed is not None:
+            metrics["forget_loss"] = self._climbed
         if pull is not None:
             metrics["constraint_gradient"] = pull
         if weights.anchor_weight:
@@ -261,26 +265,24 @@ class ThirdParty(Method[ThirdPartyConfig]):
         consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
         return StepOutput(total, metrics, consumed)
 
-    def _require_pull(self, ctx: Context, found: Constrained, on: bool) -> float:
-        """Norm of the constraint's gradient where it enters the encoder, for this rank's forget images.
-
-        on: whether the switch lets it through: of several micro-batches the first may have met the target.
+    def _utility(self, ctx: Context, retain: Batch, forget: Batch) -> tuple[Tensor, Tensor, Branches, Bank | None]:
+        """The first term, the task loss in it, detached, and the retained images' branches and bank.
 
         Raises:
-            NumericsError: on any rank it is 0 where there are images, and it is on: the run would forget nothing and
-                not notice. All ranks raise it, for each would wait for the others.
+            NumericsError: a step earlier, so that nothing waits for it, the forget loss passed `ascent_bound`.
         """
-        norm, vanishes = 0.0, False
-        if found.places[0].numel():
-            parts = torch.autograd.grad(found.term, found.places, retain_graph=True, allow_unused=True)
-            norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
-            vanishes = on and norm == 0
-        if float(all_reduce_mean(torch.tensor(float(vanishes), device=ctx.device))) > 0:
-            raise NumericsError(
-                "the gradient constraint has no gradient at the first step, expected one above 0; the encoder's "
-                "per-sample gradients vanish: raise objective.temperature or use an encoder that is not collapsed."
-            )
-        return norm
+        if self.settings.ascent_weight:
+            if self._climbed is not None:
+                require_bounded(ctx, self.name, float(self._climbed), self.settings.ascent_bound)
+            found = opposed_losses(ctx, retain, forget, self.settings.ascent_weight)
+            self._climbed = found.climbed
+            return found.loss, found.task, found.retained, retain_bank(ctx, found.retained)
+        retained = embed(ctx, retain, batchnorm="train")
+        bank = retain_bank(ctx, retained)
+        if ctx.queue is None and bank is not None:
+            retained = retained._replace(gathered=bank.keys)
+        task = ctx.objective.task_loss(retained, bank)
+        return task, task.detach(), retained, bank
 
     def _moved(self, ctx: Context, third: Batch, pairs: list[Branches]) -> Tensor:
         """How far third-party outputs and embeddings have turned from the original encoder's, same views; in [0, 2]."""

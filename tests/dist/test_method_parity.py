@@ -39,17 +39,23 @@ CASES = [
     ("alignment_calibration", "simclr"), ("alignment_calibration", "byol"), ("alignment_calibration", "moco"),
     ("neg_grad", "simclr"), ("neg_grad", "moco"), ("grad_ascent", "byol"), ("scrub", "byol"), ("salun", "byol"),
     ("sure", "byol"), ("held_out_distillation", "byol"), ("random_target", "simclr"), ("l1_sparse", "simclr"),
-    ("finetune", "simclr"), ("retrain", "byol"),
+    ("finetune", "simclr"), ("retrain", "byol"), ("third_party", "simclr"),
 ]  # fmt: skip
 STARTS = {"ddp": ("ddp",), "sharded": ("fsdp2", "zero3")}
 # What differs under sharded weights: changes after the step, a teacher, several forwards. The rest: pytest -m matrix.
-SHARDED = [("salun", "byol"), ("l1_sparse", "simclr"), ("sure", "byol"), ("alignment_calibration", "simclr")]
+SHARDED = [
+    ("salun", "byol"),
+    ("l1_sparse", "simclr"),
+    ("sure", "byol"),
+    ("alignment_calibration", "simclr"),
+    ("third_party", "simclr"),
+]
 PRECISE = ("ddp", "fsdp2")  # DeepSpeed keeps float32
 RATE, STEPS = 1e-2, 2
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3}
 SETTINGS = {
     "forget_weight": 5.0, "alignment_weight": 5.0, "calibration_weight": 0.5, "l1_weight": 0.5, "mask_share": 0.4,
-    "critic_lr": 0.1, "critic_width": 8, "max_share": 1.0,
+    "critic_lr": 0.1, "critic_width": 8, "max_share": 1.0, "ascent_weight": 0.7,
 }  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from photo_batches import photo_batch
 
 from distunlearn.config.schema import EncoderConfig, RunConfig, UnlearnConfig
 from distunlearn.constraints.distances.energy import DISTANCES, energy_distance
+from distunlearn.constraints.evaluators import base
 from distunlearn.data.schedule import Batch
 from distunlearn.data.views.draws import id_hashes
 from distunlearn.encoders.model import MomentumEncoder, batchnorm_mode, build_model
 from distunlearn.errors import NumericsError
-from distunlearn.methods import third_party
 from distunlearn.methods.third_party import ThirdParty
 from distunlearn.methods.training import Finetune
 from distunlearn.objectives import KeyQueue, make_objective
@@ -164,7 +164,7 @@ def test_a_constraint_whose_target_an_earlier_micro_batch_met_runs_on():
 
 def test_a_constraint_without_gradient_on_another_rank_stops_this_one_too(monkeypatch):
     method, ctx = started(config())
-    monkeypatch.setattr(third_party, "all_reduce_mean", lambda x: torch.full_like(x, 0.5))  # one of two says so
+    monkeypatch.setattr(base, "all_reduce_mean", lambda x: torch.full_like(x, 0.5))  # one of two says so
     with pytest.raises(NumericsError, match="no gradient at the first step"):
         method.loss(ctx, BATCHES)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from method_batches import batch, darker, in_float64
-from test_method_losses import CLOSE, TAU, config, context, gradients, started, unit
+from test_method_losses import CLOSE, TAU, config, context, gradients, merged, started, unit
 from torch import Tensor
 
 from distunlearn.constraints.distances.energy import permutation_test
@@ -196,10 +196,10 @@ def test_calibration_by_hand():
 TARGETS = {"gradient": 0.0, "output": 50.0}  # on in every step; on in the first step alone
 
 
-@pytest.mark.parametrize("confidence", ["hinge", "entropy"])
-def test_steps_by_hand(confidence):
+@pytest.mark.parametrize(("confidence", "ascent"), [("hinge", 0.0), ("entropy", 0.0), ("hinge", 0.6)])
+def test_steps_by_hand(confidence, ascent):
     """Four steps with a memory of two: the projection, and with it the memory of gradients, begins anew in the last."""
-    cfg = settings(confidence_loss=confidence)
+    cfg = settings(confidence_loss=confidence, ascent_weight=ascent)
     ctx, method = context(cfg), ThirdParty(cfg)
     threshold = 0.04  # in the midst of them
     method.load_state_dict(
@@ -215,7 +215,7 @@ def test_steps_by_hand(confidence):
         batches = {role: at(batch(role), step) for role in ("retain", "forget", "third_party")}
         with in_float64():
             out = method.loss(ctx, batches)
-        value, expected = by_hand(hand, batches, step, spreads, switches, held, confidence, threshold)
+        value, expected = by_hand(hand, batches, step, spreads, switches, held, confidence, threshold, ascent)
         assert float(out.loss.detach()) == pytest.approx(float(value), rel=1e-9), step
         found, right = gradients(out.loss, ctx), gradients(expected, hand)
         assert right.norm() > 1e-4 and (found - right).norm() < CLOSE * right.norm(), step
@@ -227,16 +227,13 @@ def test_steps_by_hand(confidence):
                     weight.add_(0.02 * weight.std(unbiased=False) * torch.randn(weight.shape, generator=generator))
 
 
-def by_hand(hand, batches, step, spreads, switches, held, confidence, threshold) -> tuple[Tensor, Tensor]:
+def by_hand(hand, batches, step, spreads, switches, held, confidence, threshold, ascent) -> tuple[Tensor, Tensor]:
     """(the loss, a scalar with its gradient) of one step."""
     retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
-    seen = look(hand, retain, "train")
-    everyone = unit(seen.output).flatten(0, 1)
-    likeness = torch.exp(everyone @ everyone.T / TAU)
-    others = (likeness - likeness.diag().diag()).sum(1)
-    partner = torch.cat([torch.arange(12, 24), torch.arange(12)])
-    task = -(likeness[torch.arange(24), partner] / others).log().mean()
-    keys = keys_of(seen)
+    seen = look(hand, merged(retain, forget) if ascent else retain, "train")
+    rows = contrastive_rows(unit(seen.output))
+    task = (rows[:12].sum() - ascent * rows[12:].sum()) / len(rows)
+    keys = keys_of(Seen(seen.output[:, :12], seen.hidden, seen.embedding))
     pairs = {role: [look(hand, batches[role], pair=pair) for pair in (0, 1)] for role in ("forget", "third_party")}
     described = {role: gradient_features(found, keys, step // (MEMORY + 1), hand.cfg) for role, found in pairs.items()}
     outputs = {role: output_features(found, keys)[0] for role, found in pairs.items()}
@@ -270,6 +267,15 @@ def by_hand(hand, batches, step, spreads, switches, held, confidence, threshold)
     rest = 0.4 * lowered + 0.5 * torch.stack(turned).mean()
     assert len(forget.ids) == 6
     return value + rest.detach(), total + rest
+
+
+def contrastive_rows(u: Tensor) -> Tensor:
+    """NT-Xent of every image, [n], of its views [2, n, D]: partner against all others, mean over both views."""
+    everyone, n = u.flatten(0, 1), u.shape[1]
+    likeness = torch.exp(everyone @ everyone.T / TAU)
+    others = (likeness - likeness.diag().diag()).sum(1)
+    partner = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
+    return -(likeness[torch.arange(2 * n), partner] / others).log().view(2, n).mean(0)
 
 
 def original(hand: Context, shown: Batch, pair: int) -> Seen:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from distunlearn.config.checks import SHARDED
 from distunlearn.config.schema import RunConfig
-from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Features, evaluator_class
+from distunlearn.constraints.evaluators.base import Constrained, Evaluator, Features, evaluator_class, require_pull
 from distunlearn.errors import ConfigError
 
-__all__ = ["Constrained", "Evaluator", "Features", "evaluator_class", "make_evaluator"]
+__all__ = ["Constrained", "Evaluator", "Features", "evaluator_class", "make_evaluator", "require_pull"]
 
 
 def make_evaluator(cfg: RunConfig) -> Evaluator:

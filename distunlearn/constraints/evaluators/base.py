@@ -27,7 +27,7 @@ from distunlearn.config.schema import ConstraintConfig, Pattern, PositiveFloat, 
 from distunlearn.constraints.gradients.shared_activations import shared_pattern
 from distunlearn.data.schedule import Batch
 from distunlearn.distributed.collectives import all_reduce_mean
-from distunlearn.errors import ConfigError
+from distunlearn.errors import ConfigError, NumericsError
 from distunlearn.objectives.base import Branches
 from distunlearn.objectives.forward import Context, view_pair
 from distunlearn.objectives.memory_bank import Bank
@@ -149,6 +149,28 @@ class Evaluator(ABC, Generic[Settings]):
 def evaluator_class(cfg: RunConfig) -> type[Evaluator]:
     """The evaluator that the settings name."""
     return find(EVALUATOR, cfg.constraint.evaluator)
+
+
+def require_pull(ctx: Context, found: Constrained, on: bool) -> float:
+    """Norm of the constraint's gradient where it enters the encoder, for this rank's forget images.
+
+    on: whether the switch lets it through: of several micro-batches the first may have met the target.
+
+    Raises:
+        NumericsError: on any rank it is 0 where there are images, and it is on: the run would forget nothing and
+            not notice. All ranks raise it, for each would wait for the others.
+    """
+    norm, vanishes = 0.0, False
+    if found.places[0].numel():
+        parts = torch.autograd.grad(found.term, found.places, retain_graph=True, allow_unused=True)
+        norm = float(torch.stack([part.norm() for part in parts if part is not None]).norm())
+        vanishes = on and norm == 0
+    if float(all_reduce_mean(torch.tensor(float(vanishes), device=ctx.device))) > 0:
+        raise NumericsError(
+            "the gradient constraint has no gradient at the first step, expected one above 0; the encoder's "
+            "per-sample gradients vanish: raise objective.temperature or use an encoder that is not collapsed."
+        )
+    return norm
 
 
 def mean_loss(ctx: Context, pairs: list[Branches], bank: Bank | None) -> Tensor:
