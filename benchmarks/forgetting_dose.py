@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forgetting_grid import FORMER, FORMER_THIRD_PARTY
 from forgetting_requests import write_request
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,8 +43,8 @@ DOSES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.15, 1.3, 1.6, 2.0)
 SEEN = (*ROLES, "holdout")
 SIGNALS = (*FEATURES, "embedding_norm")  # the last is in no choice: an attack that the choice does not look at
 KEPT = 140  # images of a role whose signals a cell keeps
-DIGITS = (  # the recipe, but for 450 non-members in place of 700 in audits; 250 watch
-    "data.watch=250", "data.third_party_audit=50", "data.holdout=400",
+DIGITS = (  # as in the grids, but for 450 non-members in place of 700 in audits; 250 watch
+    *FORMER, "data.watch=250", "data.third_party_audit=50", "data.holdout=400",
 )  # fmt: skip
 FASHION = (
     "data.members=1000", "data.holdout=1000", "data.third_party=1500", "data.third_party_audit=100", "data.watch=500",
@@ -60,7 +61,7 @@ VIT = tuple(
 # Settings of the methods are those that the searches of the grid `small` chose on other seeds.
 TUNED = {
     "digits-resnet": {
-        "third_party": (),
+        "third_party": FORMER_THIRD_PARTY,
         "neg_grad": ("unlearn.lr=0.003326", "method.ascent_weight=0.01722"),
         "alignment_calibration": ("unlearn.lr=4e-3",),
     },

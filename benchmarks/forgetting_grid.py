@@ -93,6 +93,11 @@ SMOKE = (
     "unlearn.forget_batch=8", "unlearn.third_party_batch=8", "constraint.view_pairs=1", "audit.views=4",
     "audit.bootstrap=100", "audit.relearn_steps=2",
 )  # fmt: skip
+FORMER = (  # of the recipe `digits` when the grids were begun
+    "data.members=700", "data.holdout=600", "data.third_party=300", "data.third_party_audit=100",
+    "pretrain.epochs=400", "unlearn.lr=1e-3", "audit.views=10",
+)  # fmt: skip
+FORMER_THIRD_PARTY = ("method.gradient_weight=1.0", "method.output_weight=4.0", "method.ascent_weight=0.0")
 SMALL = (
     "data.forget=0.2", "pretrain.epochs=300", "unlearn.retain_batch=128", "unlearn.forget_batch=32",
     "unlearn.third_party_batch=32", "constraint.view_pairs=1",
@@ -245,6 +250,8 @@ def cell_config(
     plain = dataclasses.asdict(encoder)
     keys = ("name", "image_size", "in_chans", "stem", "args", "embed_dim")
     given = [f"encoder.{key}={json.dumps(plain[key])}" for key in keys]
+    if cell.dataset != "fashion_mnist":
+        given += [*FORMER, *(FORMER_THIRD_PARTY if cell.method == "third_party" else ())]
     given += [*grid.settings, *(s for name in (cell.dataset, cell.objective, cell.encoder)
                                 for s in grid.by_name.get(name, ()))]  # fmt: skip
     given += [f"seed={cell.seed}", f"objective.name={cell.objective}", f"method.name={cell.method}"]

@@ -169,7 +169,7 @@ def test_a_key_of_another_part_is_refused_with_its_owners_and_the_nearest_key():
 
 def test_what_the_recipe_sets_for_its_own_part_goes_and_what_both_have_stays():
     cfg = load("method.name=scrub", "objective.name=moco")
-    assert cfg.method == settings_of(METHOD, "scrub") and load().method.output_weight == 4.0
+    assert cfg.method == settings_of(METHOD, "scrub") and load().method.output_weight == 0.1
     assert cfg.objective == settings_of(OBJECTIVE, "moco", hidden_dim=256) and load().objective.hidden_dim == 256
     assert load("constraint.evaluator=sketch").constraint.view_pairs == load().constraint.view_pairs == 2
 
@@ -290,9 +290,9 @@ def test_all_problems_are_reported_together(write):
 
 
 def test_a_refused_value_draws_no_second_complaint():
-    """members=abc falls back to 700 for the later checks, but 800 to forget must not be blamed on that."""
-    assert "leaves nothing" not in refusal("data.members=abc", "data.forget=800")
-    assert "leaves nothing" in refusal("data.forget=800")
+    """members=abc falls back to 900 for the later checks, but 1000 to forget must not be blamed on that."""
+    assert "leaves nothing" not in refusal("data.members=abc", "data.forget=1000")
+    assert "leaves nothing" in refusal("data.forget=1000")
 
 
 # Checks across settings
@@ -308,13 +308,13 @@ def test_a_refused_value_draws_no_second_complaint():
         (["data.third_party_source=stl10"], "needs data.third_party_root"),
         (["data.third_party_root=/x"], "without data.third_party_source"),
         (["data.forget=0"], "nothing to forget"),
-        (["data.forget=700"], "leaves nothing of data.members=700"),
+        (["data.forget=900"], "leaves nothing of data.members=900"),
         (["data.forget=1.5"], "a share between 0 and 1"),
         (["data.forget=class: "], "such as class:3"),
         (["data.forget=ids.xlsx"], "a file of ids (.txt, .csv, .tsv, .jsonl)"),
-        (["pretrain.batch=701"], "larger than data.members=700"),
-        (["unlearn.retain_batch=501"], "the 500 images to retain"),
-        (["unlearn.third_party_batch=301"], "larger than data.third_party=300"),
+        (["pretrain.batch=901"], "larger than data.members=900"),
+        (["unlearn.retain_batch=701"], "the 700 images to retain"),
+        (["unlearn.third_party_batch=251"], "larger than data.third_party=250"),
         (["pretrain.batch=1"], "at least 2"),
         (["encoder.name=' '"], "encoder.name is empty"),
         (["encoder.checkpoint=/nowhere/a.safetensors"], "is not a file"),
