@@ -13,7 +13,15 @@ from dataclasses import replace
 
 from distunlearn.config.photo_recipes import photos_64, photos_224
 from distunlearn.config.registry import EVALUATOR, METHOD, OBJECTIVE, settings_of, switched
-from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig, UnlearnConfig, ViewsConfig
+from distunlearn.config.schema import (
+    DataConfig,
+    EncoderConfig,
+    MethodConfig,
+    PretrainConfig,
+    RunConfig,
+    UnlearnConfig,
+    ViewsConfig,
+)
 
 SMALL_RESNET = EncoderConfig(
     name="resnet18",
@@ -41,9 +49,13 @@ def digits() -> RunConfig:
         data=replace(base.data, members=900, holdout=500, third_party=250, third_party_audit=50),
         pretrain=replace(base.pretrain, epochs=350),
         unlearn=replace(base.unlearn, lr=3.3e-3),
-        method=replace(base.method, ascent_weight=0.6, gradient_weight=0.02, output_weight=0.1),
+        method=_third_party(ascent_weight=0.6, gradient_weight=0.02, output_weight=0.1),
         audit=replace(base.audit, views=20),
     )
+
+
+def _third_party(**weights: float) -> MethodConfig:
+    return settings_of(METHOD, "third_party", confidence_weight=0.05, **weights)
 
 
 def _digits(name: str) -> RunConfig:
@@ -56,7 +68,7 @@ def _digits(name: str) -> RunConfig:
         views=ViewsConfig(recipe="grey"),
         pretrain=PretrainConfig(epochs=400, batch=128, lr=4e-3),
         unlearn=UnlearnConfig(steps=175, retain_batch=96, forget_batch=32, third_party_batch=48, lr=1e-3),
-        method=settings_of(METHOD, "third_party", gradient_weight=1.0, output_weight=4.0, confidence_weight=0.05),
+        method=_third_party(gradient_weight=1.0, output_weight=4.0),
         constraint=settings_of(EVALUATOR, "head", view_pairs=2),
     )
 
