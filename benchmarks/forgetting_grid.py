@@ -97,7 +97,7 @@ FORMER = (  # of the recipe `digits` when the grids were begun
     "data.members=700", "data.holdout=600", "data.third_party=300", "data.third_party_audit=100",
     "pretrain.epochs=400", "unlearn.lr=1e-3", "audit.views=10",
 )  # fmt: skip
-FORMER_THIRD_PARTY = ("method.gradient_weight=1.0", "method.output_weight=4.0", "method.ascent_weight=0.0")
+FORMER_THIRD_PARTY = ("method.gradient_weight=1.0", "method.output_weight=4.0", "method.climb_weight=0.0")
 SMALL = (
     "data.forget=0.2", "pretrain.epochs=300", "unlearn.retain_batch=128", "unlearn.forget_batch=32",
     "unlearn.third_party_batch=32", "constraint.view_pairs=1",

@@ -2,7 +2,7 @@
 
 Embedded recipes use scikit-learn's digits (8 x 8 pixels, shown to the encoder at 32 x 32) and encoders that
 two CPU cores train in a few minutes. Settings of `digits` were chosen on seeds 10 to 13. The others take over what was
-chosen on the digits before, without `method.ascent_weight`, which was measured with SimCLR and a ResNet alone. Change
+chosen on the digits before, without `method.climb_weight`, which was measured with SimCLR and a ResNet alone. Change
 single values with `--set`, or derive a function of your own.
 """
 
@@ -49,7 +49,7 @@ def digits() -> RunConfig:
         data=replace(base.data, members=900, holdout=500, third_party=250, third_party_audit=50),
         pretrain=replace(base.pretrain, epochs=350),
         unlearn=replace(base.unlearn, lr=3.3e-3),
-        method=_third_party(ascent_weight=0.6, gradient_weight=0.02, output_weight=0.1),
+        method=_third_party(climb_weight=0.6, gradient_weight=0.02, output_weight=0.1),
         audit=replace(base.audit, views=20),
     )
 

@@ -25,11 +25,11 @@ from distunlearn.methods.training import retain_bank
 from distunlearn.objectives.forward import Context, embed, image_mean
 
 
-def require_bounded(ctx: Context, name: str, level: float, bound: float) -> None:
-    """Raises NumericsError where the forget loss, which ascent drives up without end, passes method.ascent_bound."""
+def require_bounded(ctx: Context, name: str, level: float, bound: float, key: str = "ascent_bound") -> None:
+    """Raises NumericsError where the forget loss, which ascent drives up without end, passes `bound`, that of `key`."""
     if level > bound:
         raise NumericsError(
-            f"{name}: the forget loss reached {level:.3g} at step {ctx.step}, above method.ascent_bound = "
+            f"{name}: the forget loss reached {level:.3g} at step {ctx.step}, above method.{key} = "
             f"{bound:g}; lower unlearn.lr or unlearn.steps."
         )
 

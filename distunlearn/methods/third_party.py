@@ -1,6 +1,6 @@
 """third_party: make forgotten images look like images the model never met.
 
-    L = task_weight       * L_task(retain)   [ or (sum_retain l_r - ascent_weight * sum_forget l_i) / (R + F) ]
+    L = task_weight       * L_task(retain)   [ or (sum_retain l_r - climb_weight * sum_forget l_i) / (R + F) ]
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
@@ -16,7 +16,7 @@ third-party and calibration samples differ under the original encoder, their dis
 term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
 else Phi* is 0 and the term stays on. With `constraint.memory_steps` the gradient of Phi is taken against the samples of
 the last steps as well (`constraints/cross_batch_memory`). The anchor holds the third party where the original encoder,
-which never met it, had put it. With `ascent_weight` the task's loss is that of one batch of retained and forgotten
+which never met it, had put it. With `climb_weight` the task's loss is that of one batch of retained and forgotten
 images, turned round for the latter, as in `neg_grad`: a direction of little noise that takes most of the trace away, so
 that small weights of Phi suffice, whose gradient is noise once the distributions have met.
 
@@ -80,8 +80,8 @@ class ThirdPartyConfig(MethodConfig):
 
     name: str = "third_party"
     task_weight: NonNegativeFloat = 1.0  # of the encoder's own loss on retained images
-    ascent_weight: NonNegativeFloat = 0.0  # of that loss on forgotten images, turned round; 0: they are in Phi alone
-    ascent_bound: PositiveFloat = 50.0  # stop (exit 4) when that loss passes this
+    climb_weight: NonNegativeFloat = 0.0  # of that loss on forgotten images, turned round; 0: they are in Phi alone
+    climb_bound: PositiveFloat = 50.0  # stop (exit 4) when that loss passes this
     gradient_weight: NonNegativeFloat = 1.0  # of the distance between per-sample gradients
     output_weight: NonNegativeFloat = 1.0  # of the distance between outputs (view agreement, bank similarities)
     confidence_weight: NonNegativeFloat = 0.1  # of the term that lowers the confidence on third-party images
@@ -106,7 +106,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
         "method.gradient_weight": Log(0.1, 10.0),
         "method.output_weight": Log(0.5, 20.0),
         "method.confidence_weight": Log(0.01, 0.5),
-        "method.ascent_weight": Log(0.01, 1.0),
+        "method.climb_weight": Log(0.01, 1.0),
     }
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -269,12 +269,12 @@ class ThirdParty(Method[ThirdPartyConfig]):
         """The first term, the task loss in it, detached, and the retained images' branches and bank.
 
         Raises:
-            NumericsError: a step earlier, so that nothing waits for it, the forget loss passed `ascent_bound`.
+            NumericsError: a step earlier, so that nothing waits for it, the forget loss passed `climb_bound`.
         """
-        if self.settings.ascent_weight:
+        if self.settings.climb_weight:
             if self._climbed is not None:
-                require_bounded(ctx, self.name, float(self._climbed), self.settings.ascent_bound)
-            found = opposed_losses(ctx, retain, forget, self.settings.ascent_weight)
+                require_bounded(ctx, self.name, float(self._climbed), self.settings.climb_bound, "climb_bound")
+            found = opposed_losses(ctx, retain, forget, self.settings.climb_weight)
             self._climbed = found.climbed
             return found.loss, found.task, found.retained, retain_bank(ctx, found.retained)
         retained = embed(ctx, retain, batchnorm="train")

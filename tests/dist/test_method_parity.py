@@ -55,7 +55,7 @@ RATE, STEPS = 1e-2, 2
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-3}
 SETTINGS = {
     "forget_weight": 5.0, "alignment_weight": 5.0, "calibration_weight": 0.5, "l1_weight": 0.5, "mask_share": 0.4,
-    "critic_lr": 0.1, "critic_width": 8, "max_share": 1.0, "ascent_weight": 0.7,
+    "critic_lr": 0.1, "critic_width": 8, "max_share": 1.0, "climb_weight": 0.7,
 }  # fmt: skip
 
 

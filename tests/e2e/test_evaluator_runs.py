@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-PLAIN = 6 * (32 + 8 + 8) * 2  # views of six steps, without what evaluators add
+PLAIN = 6 * (32 + 8 + 8 + 8) * 2  # views of six steps, without what evaluators add; forgotten images climb, too
 EXTRA = {"sketch": 6 * 2 * (2 * 8), "sliced": 6 * 2 * (8 + 2 * 8), "input_gp": 6 * 2 * 3 * 8}
 EXTRA["ghost_norm"] = EXTRA["sketch"]
 

@@ -199,7 +199,7 @@ TARGETS = {"gradient": 0.0, "output": 50.0}  # on in every step; on in the first
 @pytest.mark.parametrize(("confidence", "ascent"), [("hinge", 0.0), ("entropy", 0.0), ("hinge", 0.6)])
 def test_steps_by_hand(confidence, ascent):
     """Four steps with a memory of two: the projection, and with it the memory of gradients, begins anew in the last."""
-    cfg = settings(confidence_loss=confidence, ascent_weight=ascent)
+    cfg = settings(confidence_loss=confidence, climb_weight=ascent)
     ctx, method = context(cfg), ThirdParty(cfg)
     threshold = 0.04  # in the midst of them
     method.load_state_dict(
