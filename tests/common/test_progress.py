@@ -57,7 +57,7 @@ def test_long_work_says_every_ten_seconds_how_long_it_still_takes(
 
 def test_a_terminal_has_a_bar_after_a_second(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(stream, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", stream)
     work(clock, 3, 2.0)
     assert "3/3" in stream.getvalue() and "took 6 s" in stream.getvalue()

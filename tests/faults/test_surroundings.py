@@ -170,7 +170,7 @@ EVIL = "evil\n\x1b[31mok: \u202edone"
 
 
 @pytest.mark.parametrize("field", ["error", "verdict", "host", "place", "stack"])
-def test_what_another_rank_wrote_of_itself_is_shown_on_one_line(tmp_path, field):
+def test_what_another_rank_wrote_of_itself_is_shown_on_one_line(tmp_path, monkeypatch, field):
     """Its report in watch/ may be anybody's."""
     watch = Watch(tmp_path, 0, 2, limit=1.0, slow_limit=1.0)
     (tmp_path / WATCH).mkdir()
@@ -182,7 +182,7 @@ def test_what_another_rank_wrote_of_itself_is_shown_on_one_line(tmp_path, field)
     reports = watch._reports()
     assert len(reports) == 2
     if field == "host":
-        watch._silent = lambda reports: [1]  # type: ignore[method-assign]
+        monkeypatch.setattr(watch, "_silent", lambda reports: [1])
     said = watch._who_failed() if field in ("error", "verdict") else watch._verdict(reports)
     assert "evil\\n" in said and "\n" not in said and "\x1b" not in said and "\u202e" not in said, said
 
