@@ -94,6 +94,7 @@ class DifferencesConfig(ConstraintConfig):
 
 
 Settings = TypeVar("Settings", bound=ConstraintConfig)
+Stepped = TypeVar("Stepped", bound=DifferencesConfig)
 
 
 class Evaluator(ABC, Generic[Settings]):
@@ -260,10 +261,10 @@ class StepCheck:
         return {"step_size_change": change}
 
 
-class Differences(Evaluator[DifferencesConfig]):
+class Differences(Evaluator[Stepped]):
     """An evaluator that takes finite differences: rho is `constraint.rho`, or its own step for the run's precision."""
 
-    def __init__(self, settings: DifferencesConfig, precision: str, lasting: bool = True) -> None:
+    def __init__(self, settings: Stepped, precision: str, lasting: bool = True) -> None:
         super().__init__(settings, precision, lasting)
         self.rho = self.steps[precision] if settings.rho is None else settings.rho
         self.check = StepCheck(self.name, settings.check_every, self.rho)

@@ -49,7 +49,7 @@ class GhostNormConfig(LayersConfig, DifferencesConfig):
     evaluator: str = "ghost_norm"
 
 
-class GhostNorm(Differences):
+class GhostNorm(Differences[GhostNormConfig]):
     """Features ln max(n_i, floor), [n, 1]."""
 
     name = "ghost_norm"

@@ -48,7 +48,7 @@ class InputGPConfig(DifferencesConfig):
     center: Literal[0, 1] = 1  # gradient norm that the penalty pulls to
 
 
-class InputGP(Differences):
+class InputGP(Differences[InputGPConfig]):
     """No features are compared: the term is the penalty itself, and third-party images take part in interpolates."""
 
     name = "input_gp"

@@ -52,7 +52,7 @@ class SlicedConfig(ProbesConfig, DifferencesConfig):
     evaluator: str = "sliced"
 
 
-class Sliced(Differences):
+class Sliced(Differences[SlicedConfig]):
     """Features s_i, [n, 1]; not with precision=bf16: Phi of numbers goes by their order, which rounding changes."""
 
     name = "sliced"
@@ -70,7 +70,7 @@ class Sliced(Differences):
 
     def describe(self, ctx: Context, batch: Batch, bank: Bank | None, draw: int) -> tuple[Tensor, list[Branches]]:
         """See `Evaluator.describe`; without graph, and a part of the batch at a time."""
-        probes, found = draw_probes(self.settings, ctx, draw), []  # type: ignore[arg-type]
+        probes, found = draw_probes(self.settings, ctx, draw), []
         core = direction(probes, ctx.cfg.seed, draw)
         for start in range(0, len(batch), CALIBRATION_CHUNK):
             piece = batch.part(slice(start, start + CALIBRATION_CHUNK))
@@ -81,7 +81,7 @@ class Sliced(Differences):
         return torch.cat([f for f, _ in found]), [joined(parts) for parts in zip(*(p for _, p in found), strict=True)]
 
     def features(self, ctx: Context, forget: Batch, third: Batch, bank: Bank | None) -> Features:
-        count, probes = len(forget), draw_probes(self.settings, ctx, ctx.projection)  # type: ignore[arg-type]
+        count, probes = len(forget), draw_probes(self.settings, ctx, ctx.projection)
         core = direction(probes, ctx.cfg.seed, ctx.projection)
         shown = self._shown(ctx, concat_batches(forget, third), count, probes, core, self.rho)
         values, both = self._values(ctx, shown, count, bank, self.rho)
