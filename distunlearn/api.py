@@ -39,14 +39,13 @@ from distunlearn.engine.backends import open_backend
 from distunlearn.engine.run_directory import saved_config, shards_folder
 from distunlearn.errors import ConfigError, DataError
 from distunlearn.plan.plan import make_plan as plan
-from distunlearn.run import pipeline
+from distunlearn.run import pipeline, tables
 from distunlearn.run.pipeline import audit, next_config, prepare, pretrain, report, run
 from distunlearn.run.pipeline import unlearn as unlearn_config
 from distunlearn.run.purge import purge
 from distunlearn.run.status import run_status as status
 from distunlearn.verify.records import find_record
 from distunlearn.verify.run import SUMMARY_FIELDS
-from distunlearn.verify.scores import read_scores
 
 if TYPE_CHECKING:
     import pandas
@@ -92,23 +91,18 @@ class Run:
 
     @property
     def scores(self) -> pandas.DataFrame:
-        """The raw scores of the audit as pandas: a row for each encoder and image, with `encoder`, `id`, `role`,
-        `label` and a column for each attack (NaN where an image has no such score). `to_parquet(FILE)` keeps them.
+        """The raw scores of the audit, a row for each encoder and image: `run.tables.scores`."""
+        return tables.scores(self.out)
 
-        Raises:
-            DataError: the run was not audited. ConfigError: pandas is not installed.
-        """
-        found = read_scores(self.out / "audit")
-        if not found:
-            raise DataError(f"{self.out} was not audited yet; call audit() first.")
-        try:
-            import pandas
-        except ImportError:
-            raise ConfigError(
-                "pandas is not installed, and Run.scores is a pandas table; pip install pandas."
-            ) from None
-        rows = [{"encoder": e, "id": i, **row} for e, file in found.items() for i, row in file["samples"].items()]
-        return pandas.DataFrame(rows)
+    @property
+    def embeddings(self) -> pandas.DataFrame:
+        """The embeddings that an audit with `audit.keep_signals` kept: `run.tables.embeddings`."""
+        return tables.embeddings(self.out)
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """Losses and progress, a row for each line of `metrics.jsonl`: `run.tables.metrics`."""
+        return tables.metrics(self.out)
 
     @property
     def verdict(self) -> str:

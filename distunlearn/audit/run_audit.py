@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distunlearn.audit.relearn import Relearned, relearn
-from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_key
+from distunlearn.audit.signals.cache import SHARED, keep_signals, kept_signals, signals_file, signals_key
 from distunlearn.audit.signals.collect import Signals, encoder_view
 from distunlearn.audit.signals.shares import remove_chunks, shared_signals
 from distunlearn.audit.summary import summarise, write_audit
@@ -109,9 +109,8 @@ def _conclude(
     )
     session.ledger.may_write()
     write_audit(session.out / "audit", summary, scores)
-    for name in signals:
-        if not (name in SHARED and cfg.audit.keep_signals):
-            _file(session.out, name).unlink(missing_ok=True)
+    for name in signals if not cfg.audit.keep_signals else ():
+        signals_file(session.out, name).unlink(missing_ok=True)
     return summary["gates"]["verdict"]
 
 
@@ -124,15 +123,11 @@ def _requests(session: Session) -> dict[str, int]:
     return dict(zip((sample.id for sample in samples), numbers, strict=True))
 
 
-def _file(out: Path, name: str) -> Path:
-    return out / "audit" / f"signals-{name}.npz"
-
-
 def _signals(session: Session, name: str, encoder: EncoderView, state: str) -> Signals | None:
     """What this run, or one that it reuses, kept of an encoder, else found by looking; on the main rank. Collective."""
-    cfg, own, world = session.cfg, _file(session.out, name), session.world
+    cfg, own, world = session.cfg, signals_file(session.out, name), session.world
     key = signals_key(cfg, session.manifest, state)
-    reused = [_file(Path(cfg.runtime.reuse).expanduser(), name)] if name in SHARED and cfg.runtime.reuse else []
+    reused = [signals_file(Path(cfg.runtime.reuse).expanduser(), name)] if name in SHARED and cfg.runtime.reuse else []
     found = world.on_main(lambda: next(filter(None, (kept_signals(path, key) for path in (own, *reused))), None))
     chunks = own.with_suffix("")
     if world.broadcast_object(found is not None):

@@ -305,7 +305,7 @@ class AuditConfig:
     part_crops: NonNegativeInt = 0  # small crops of each image for the PartCrop attack; 0: without it (the paper: 128)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: of passes without a gradient; tf32: GPUs alone
     relearn_steps: NonNegativeInt = 16  # of the relearning attack; 0: without it
-    keep_signals: Annotated[bool, FREE] = False  # of original and retrained encoder, for runs that reuse this one
+    keep_signals: Annotated[bool, FREE] = False  # embeddings and the like, to read, and for runs that reuse this one
     shadows: Annotated[int, Field(ge=6, le=64)] = 12  # pooled shadow encoders of tier 2
     stress: tuple[str, ...] = ()  # stress tests: worst_case, whole_class, canaries, sequential
     average: tuple[str, ...] = AVERAGE  # attacks of the average gap

@@ -260,13 +260,14 @@ def retained_table(run: RunFiles) -> list[dict[str, Any]]:
 def level_sentence(run: RunFiles) -> str:
     """How far the whole of the unlearned encoder's curves has moved; empty where it has not, or nobody can say."""
     name = str(tree(run.audit, "level").get("farthest"))
-    moved = number(tree(run.audit, "level", "signals", name), "unlearned")
+    level = tree(run.audit, "level", "signals", name)
+    moved, before = number(level, "unlearned"), number(level, "original")
     if moved is None or tree(run.audit, "level").get("kept") is not False:
         return ""
     return (
         "In this run the unlearned encoder sees all images differently from the retrained one: in "
-        f"{name.replace('_', ' ')} unseen images lie {signed(moved, 2)} standard deviations from where they lie there. "
-        "Its curves have moved as a whole, which is a finding of its own."
+        f"{name.replace('_', ' ')} unseen images lie {signed(moved, 2)} standard deviations from where they lie there "
+        f"(before forgetting: {signed(before, 2)}). Its curves lie elsewhere as a whole, which is a finding of its own."
     )
 
 

@@ -217,7 +217,8 @@ def bars(values: Mapping[str, float]) -> bytes:
         axes.invert_yaxis()
         axes.set_xlim(0, 1.02 * max(values.values()) or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " ")))
+        shown = FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " ") if value >= 10 else f"{value:g}")
+        axes.xaxis.set_major_formatter(shown)
         return _svg(figure)
 
 

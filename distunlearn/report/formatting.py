@@ -52,5 +52,11 @@ def p_value(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A length of time."""
-    return text(value) if value is None or not 0 <= value < 1e12 else duration(value)
+    """A length of time; below ten seconds with two digits, so that a short one is not "0 s".
+
+    >>> seconds(0.042), seconds(0.0), seconds(9.6)
+    ('0.042 s', '0 s', '10 s')
+    """
+    if value is None or not 0 <= value < 1e12:
+        return text(value)
+    return f"{value:.2g} s" if 0 < value < 9.5 else duration(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -270,3 +271,25 @@ def test_scores_are_a_table_whose_aucs_are_those_of_the_summary(finished_run, tm
     table.to_parquet(tmp_path / "scores.parquet")
     with pytest.raises(DataError, match="not audited"):
         _ = du.Run(tmp_path).scores
+
+
+def test_embeddings_and_losses_are_tables(finished_run, tmp_path):
+    """The embeddings give the summary's linear CKA, after a way through a parquet file."""
+    run = du.open_run(finished_run()[0])
+    run.embeddings.to_parquet(tmp_path / "embeddings.parquet")
+    table = pd.read_parquet(tmp_path / "embeddings.parquet")
+    assert len(table) == len(run.scores) and table["embedding"][0].dtype == np.float32
+    sides = [
+        np.stack(rows.sort_values("id")["embedding"]).astype(np.float64)
+        for _, rows in table[(table["role"] == "forget") & (table["encoder"] != "original")].groupby("encoder")
+    ]
+    one, two = (side - side.mean(0) for side in sides)
+    cka = np.sum((one.T @ two) ** 2) / np.linalg.norm(one.T @ one) / np.linalg.norm(two.T @ two)
+    assert cka == pytest.approx(run.figures["similarity"]["forget"]["to_retrained"]["unlearned"], abs=1e-9)
+
+    steps = run.metrics.query("phase == 'unlearn' and step > 0")
+    assert steps["step"].tolist() == list(range(1, 7)) and np.isfinite(steps["loss"]).all()
+    (tmp_path / "metrics.jsonl").touch()
+    assert du.Run(tmp_path).metrics.empty
+    with pytest.raises(DataError, match="keep_signals"):
+        _ = du.Run(tmp_path).embeddings

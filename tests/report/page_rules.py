@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ BROKEN = re.compile(
     r"\b(?:nan|inf|None(?! was| of)|Undefined|True|False)\b|\{\{|\}\}|strangers?\b|(?<!\d)-\d|\+-|--(?![a-z])"
 )
 MISSING = "not evaluated"
+TICK = re.compile(r'<g id="([xy])tick_\d+">.*?<text[^>]*>([^<]*)</text>', re.S)
 
 
 class Tables(HTMLParser):
@@ -40,6 +42,15 @@ class Tables(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+def scales(page: Page) -> list[list[str]]:
+    """The numbers on every axis of every picture."""
+    found = []
+    for source in page.attributes("src"):
+        ticks = TICK.findall(base64.b64decode(source.partition(",")[2]).decode())
+        found += [axis for of in "xy" if (axis := [text for letter, text in ticks if letter == of])]
+    return found
+
+
 def problems(text: str) -> list[str]:
     """Sentences about what is wrong on a page."""
     page = Page(text)
@@ -49,6 +60,7 @@ def problems(text: str) -> list[str]:
     found += [f"no section {link}" for link in page.attributes("href") if link.removeprefix("#") not in names]
     alts = [attrs.get("alt") or "" for tag, attrs in page.elements if tag == "img"]
     found += [f"no content: {alt!r}" for alt in alts if alt and not re.search(r"\d", alt)]
+    found += [f"a scale with one number twice: {axis}" for axis in scales(page) if len(set(axis)) < max(2, len(axis))]
     for rows in Tables(text).tables:
         width = max((len(row) for row in rows), default=0)
         for column in range(width):

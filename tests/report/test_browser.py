@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +73,19 @@ def test_it_prints_on_white_paper(browser: Any, tmp_path: Path) -> None:
         "rgb(255, 255, 255)",
         "rgba(0, 0, 0, 0)",
     )
-    assert page.pdf(path=tmp_path / "report.pdf", format="A4", print_background=True).startswith(b"%PDF")
+
+
+def test_the_command_of_the_documents_makes_a_pdf(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs/privacy_officer.md"
+    [command] = re.findall(r"^chromium .*$", page.read_text(), re.M)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits").symlink_to(KINDS["fail"](tmp_path / "run"))
+    (tmp_path / "run/report.html").write_text(render(checked_run(tmp_path / "run")))
+    program, *options = shlex.split(command)
+    subprocess.run([program, "--no-sandbox", *options], cwd=tmp_path, check=True, timeout=120)
+    made = (tmp_path / "report.pdf").read_bytes()
+    assert made.startswith(b"%PDF") and b"%%EOF" in made[-10:]
+    assert 5 <= len(re.findall(rb"/Type */Page\b", made)) <= 20
 
 
 def test_what_nobody_can_read_is_found(browser: Any) -> None:

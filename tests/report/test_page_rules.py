@@ -32,7 +32,7 @@ VERDICTS = {
     "tiny": None,
 }  # fmt: skip
 ONLY = {  # words -> the kinds on whose page they stand
-    "have moved as a whole": {"moved"},
+    "lie elsewhere as a whole": {"moved"},
     "this run has none (audit.tier is 0)": {"tier_0", "tier_0_few"},
     "No encoder was retrained without the images": {"tier_0", "tier_0_few"},
     "groups of 20 held-out images": {"tier_0_few"},

@@ -1,7 +1,7 @@
 """Signals kept in files: for an audit that goes on after an interruption, and for runs that share encoders.
 
 While an audit is under way every encoder's signals lie in `audit/signals-<encoder>.npz`. With `audit.keep_signals`
-those of the original and the retrained encoder stay: runs that `reuse` this one read them in place of looking at the
+they stay: runs that `reuse` this one read those of the original and the retrained encoder in place of looking at the
 same images through the same weights again. A file counts only for the very weights, images and settings of the audit
 that it was made with; else it is passed over.
 """
@@ -26,6 +26,11 @@ from distunlearn.config.schema import RunConfig
 from distunlearn.data.manifest.manifest import Manifest
 
 SHARED = ("original", "retrained")
+
+
+def signals_file(out: Path, name: str) -> Path:
+    """Where an encoder's signals lie in a run directory."""
+    return out / "audit" / f"signals-{name}.npz"
 
 
 def signals_key(cfg: RunConfig, manifest: Manifest, state: str) -> str:
