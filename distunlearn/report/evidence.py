@@ -15,6 +15,7 @@ from distunlearn.report.facts import brought, grounds, other_kind
 from distunlearn.report.formatting import interval, p_value, percent, signed, text
 from distunlearn.report.texts import ATTACKS, ENCODERS, NOT_EVALUATED, STRESS, UTILITY, VERDICTS, attack_words
 from distunlearn.verify.figures import JUDGED
+from distunlearn.verify.gates import FEWEST
 
 MAX_ROWS = 40  # attacks that the report has no words for
 DEFAULT_MARGINS = {"view_agreement": 0.06, "attack": 0.08, "utility_points": 2.5}
@@ -128,7 +129,8 @@ def verdict(run: RunFiles, rows: dict[str, list[dict[str, Any]]], covered: str) 
     else:
         result = declared
     meanings = [{"name": name, "word": word, "meaning": meaning} for name, (word, meaning) in VERDICTS.items()]
-    sentence = _sentence(result, named, unsettled)
+    asked = number(run.audit, "images", "forget")
+    sentence = _sentence(result, named, unsettled, few=asked if asked is not None and asked <= FEWEST else None)
     if result == "pass" and grounds(run) != "retrained_encoder":
         sentence = sentence.replace("an encoder that never saw them", OTHERWISE[bool(brought(run))])
     return {"name": result, "word": VERDICTS[result][0], "sentence": sentence, "notes": notes, "meanings": meanings}
@@ -157,7 +159,8 @@ def _without_reference(run: RunFiles) -> list[str]:
     ]
 
 
-def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str]) -> str:
+def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str], few: float | None) -> str:
+    """few: images of a request so small that none of its own checks can fail; None: it is larger."""
     if result == "pass":
         return (
             "In every check that was declared before the run, the unlearned encoder treats the forgotten images "
@@ -166,6 +169,12 @@ def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str]) ->
     if result == "fail":
         which = f": {_listed(named['fail'])}" if named["fail"] else ""
         return f"The request cannot be called fulfilled. At least one check is clearly outside its limits{which}."
+    if result == "inconclusive" and few is not None:
+        counted = "1 image is" if few == 1 else f"{few:.0f} images are"
+        return (
+            f"{counted} too few to say whether the request is fulfilled: no check of it can pass or fail. What was seen "
+            "stands beside each check."
+        )
     if result == "inconclusive":
         which = f" Not settled: {_listed(unsettled)}." if unsettled else ""
         return f"No check failed, but the evidence is not enough to say that the images were forgotten.{which}"

@@ -24,8 +24,8 @@ VERDICTS = {
     ),
     "inconclusive": (
         "Inconclusive",
-        "No check failed, but at least one could not be settled either way, for example because there are too few "
-        "images for a precise answer. This is not a pass.",
+        "At least one check could not be settled either way, for example because there are too few images for a "
+        "precise answer, and none came out clearly outside its limits. This is not a pass.",
     ),
     "not_evaluated": (
         "Not evaluated",

@@ -49,6 +49,7 @@ KNOWN = {
     "pass": {"original": 1.6, "unlearned": 0.0, "retrained": 0.0},
     "fail": {"original": 1.6, "unlearned": 1.5, "retrained": 0.0},
     "inconclusive": {"original": 0.0, "unlearned": 0.0, "retrained": 0.0},  # the attacks have no power
+    "unknown": {"original": 1.6, "unlearned": -0.87, "retrained": 0.95},  # AUC 0.27 where retraining has 0.75
 }
 
 
