@@ -52,7 +52,11 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
         seconds[name], last = round(time.process_time() - last, 1), time.process_time()
 
     with open_session(cfg, run) as session:
-        for name, phase in (("original", phases.pretrain), ("unlearned", phases.unlearn), ("retrained", phases.retrain)):
+        for name, phase in (
+            ("original", phases.pretrain),
+            ("unlearned", phases.unlearn),
+            ("retrained", phases.retrain),
+        ):
             phase(session)
             done(name)
     again = run / "again"
@@ -95,22 +99,20 @@ def gates(cfg: RunConfig, signals: Mapping[str, Signals]) -> dict[str, Any]:
         named |= {f"retrained_{n}": other for n, other in enumerate(references[1:], 2)}
         comparisons = {name: {e: own[source] for e, source in named.items()} for name, own in seen.items()}
         judged = judge(Raw(comparisons, {e: correct[source] for e, source in named.items()}, *sizes), rules)
-        found["gates"][pair] = {
-            name: gate if name == "verdict" else [*(_short(gate[k]) for k in (*_figure(gate), "low", "high")), gate["verdict"]]
-            for name, gate in judged["gates"].items()
-        }  # fmt: skip
-        found["power"] = {
-            name: [_short(own["power"][key]) for key in ("auc", "low", "high")] for name, own in judged["attacks"].items()
-        }
+        found["gates"][pair] = {name: _gate(gate) for name, gate in judged["gates"].items()}
+        found["power"] = {name: _rounded(own["power"], "auc") for name, own in judged["attacks"].items()}
     return found
 
 
-def _figure(gate: Mapping[str, Any]) -> tuple[str]:
-    return ("auc",) if "auc" in gate else ("change",)
+def _gate(gate: Any) -> Any:
+    """Figure, ends of its interval and verdict; the verdict of all is a word already."""
+    if isinstance(gate, str):
+        return gate
+    return [*_rounded(gate, "auc" if "auc" in gate else "change"), gate["verdict"]]
 
 
-def _short(value: float) -> float:
-    return round(float(value), 4)
+def _rounded(figures: Mapping[str, Any], key: str) -> list[float]:
+    return [round(float(figures[name]), 4) for name in (key, "low", "high")]
 
 
 def main() -> None:

@@ -172,8 +172,8 @@ def _sentence(result: str, named: dict[str, list[str]], unsettled: list[str], fe
     if result == "inconclusive" and few is not None:
         counted = "1 image is" if few == 1 else f"{few:.0f} images are"
         return (
-            f"{counted} too few to say whether the request is fulfilled: no check of it can pass or fail. What was seen "
-            "stands beside each check."
+            f"{counted} too few to say whether the request is fulfilled: no check of it can pass or fail. What was "
+            "seen stands beside each check."
         )
     if result == "inconclusive":
         which = f" Not settled: {_listed(unsettled)}." if unsettled else ""
