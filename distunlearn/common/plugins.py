@@ -76,14 +76,10 @@ def resolve(
     elif isinstance(name, str) and ":" in name:
         found = _from_outside(name, shown)
     else:
-        points = (
-            {}
-            if not isinstance(name, str)
-            else {point.name: point for point in importlib.metadata.entry_points(group=group)}
-        )
-        if not isinstance(name, str) or name not in points:
+        points = _points(group, tuple(sys.path)) if isinstance(name, str) else {}
+        if name not in points:
             raise ConfigError(f"{shown} is not known; {_hint(str(name), [*builtin, *points])}")
-        found = _from_outside(points[name].value.partition("[")[0].replace(" ", ""), shown)
+        found = _from_outside(points[name].partition("[")[0].replace(" ", ""), shown)
     if not counted:
         _OUTSIDE.clear()
         _OUTSIDE.update(before)
@@ -92,7 +88,13 @@ def resolve(
 
 def names(builtin: Mapping[str, str], group: str) -> list[str]:
     """Every name that needs no path: built-in parts, then entry points of the group."""
-    return [*builtin, *sorted({point.name for point in importlib.metadata.entry_points(group=group)} - set(builtin))]
+    return [*builtin, *sorted(_points(group, tuple(sys.path)).keys() - set(builtin))]
+
+
+@functools.cache  # every installed package's files are read for it, and a run asks some fifty times
+def _points(group: str, path: tuple[str, ...]) -> dict[str, str]:
+    """Values of a group's entry points by name, as they are found on `path`, which is `sys.path`."""
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=group)}
 
 
 def start_anew() -> None:

@@ -62,7 +62,8 @@ def embed_dim(backbone: nn.Module, encoder: EncoderConfig) -> int:
     """E of a backbone that `create_backbone` made."""
     if is_own(encoder.name):
         return embedding_size(backbone, input_size(encoder))
-    return _hollow_embedding(_without_values(backbone).eval(), encoder).shape[1]
+    known = _SOUND.get(_key(backbone, encoder))
+    return known or _hollow_embedding(_without_values(backbone).eval(), encoder).shape[1]
 
 
 def create_args(encoder: EncoderConfig) -> dict[str, Any]:
@@ -98,9 +99,8 @@ def create_args(encoder: EncoderConfig) -> dict[str, Any]:
     return {**args, "in_chans": encoder.in_chans, "num_classes": 0}
 
 
-_SOUND: set[tuple] = (
-    set()
-)  # settings and names of weights whose embedding this process has checked: a run builds its encoder ten times
+# Embedding sizes that this process has checked, by settings and names of weights: a run builds its encoder ten times.
+_SOUND: dict[tuple, int] = {}
 
 
 def create_backbone(encoder: EncoderConfig) -> nn.Module:
@@ -125,12 +125,15 @@ def create_backbone(encoder: EncoderConfig) -> nn.Module:
     except Exception as error:  # timm and torch raise whatever the wrong argument happens to break
         raise _refused(encoder, error) from error
     _check_patches(backbone, encoder)
-    key = repr(encoder), tuple(backbone.state_dict())
+    key = _key(backbone, encoder)
     if key not in _SOUND:
-        _check_embedding(backbone, encoder)
-        _SOUND.add(key)
+        _SOUND[key] = _check_embedding(backbone, encoder)
     without_chance(backbone)
     return backbone
+
+
+def _key(backbone: nn.Module, encoder: EncoderConfig) -> tuple:
+    return repr(encoder), tuple(backbone.state_dict())
 
 
 def _refused(encoder: EncoderConfig, error: Exception) -> EncoderError:
@@ -163,8 +166,9 @@ def _check_patches(backbone: nn.Module, encoder: EncoderConfig) -> None:
         )
 
 
-def _check_embedding(backbone: nn.Module, encoder: EncoderConfig) -> None:
-    """Pass two images without values through a twin without weights: shapes and use of every weight, for no memory."""
+def _check_embedding(backbone: nn.Module, encoder: EncoderConfig) -> int:
+    """Pass two images without values through a twin without weights: shapes and use of every weight, for no memory.
+    Returns the embedding's size."""
     twin = _without_values(backbone).train()
     try:
         embedding = _hollow_embedding(twin, encoder)
@@ -189,6 +193,7 @@ def _check_embedding(backbone: nn.Module, encoder: EncoderConfig) -> None:
             f"{len(idle)} weights of {encoder.name} take no part in the embedding ({', '.join(idle[:5])}), expected "
             "every weight to be trained; choose another encoder.args or encoder.name."
         )
+    return found[0]
 
 
 def _hollow_embedding(twin: nn.Module, encoder: EncoderConfig) -> Any:

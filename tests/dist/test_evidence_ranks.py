@@ -24,7 +24,10 @@ class Ranks(Case):
         return group
 
 
-@pytest.mark.parametrize(("backend", "extra"), [("ddp", ()), ("fsdp2", ("checkpoint.sharded=always",))])
+@pytest.mark.parametrize(
+    ("backend", "extra"),
+    [pytest.param("ddp", (), marks=pytest.mark.matrix), ("fsdp2", ("checkpoint.sharded=always",))],
+)
 def test_two_processes(tmp_path, backend, extra):
     case = Ranks(tmp_path).make(f"backend={backend}", *extra)
     lines = read_ledger(case.run / "ledger.jsonl")

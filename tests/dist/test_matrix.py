@@ -42,6 +42,7 @@ from distunlearn.encoders import compile
 pytestmark = pytest.mark.slow
 
 BACKENDS = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+COVERED = tuple(kind for kind in BACKENDS if kind != "zero2")
 OBJECTIVES = ("simclr", "moco", "byol")
 FACTORS = {
     "backend": BACKENDS, "evaluator": EVALUATORS, "encoder": tuple(ENCODERS), "objective": OBJECTIVES,
@@ -83,13 +84,14 @@ def cell_of(choice: dict) -> Cell:
 def feasible() -> list[tuple[Cell, set[tuple]]]:
     """Every combination of choices that a run accepts, with the pairs in it.
 
-    But for compilation under DeepSpeed, left to the marker `matrix`: a cell takes as long as all others to trace.
+    But for what is left to the marker `matrix`: compilation under DeepSpeed, of which a cell takes as long as all others
+    to trace; and zero2, which differs from zero1 in where DeepSpeed keeps gradients between micro-batches.
     """
     found = []
     for values in itertools.product(*FACTORS.values()):
         choice = dict(zip(FACTORS, values, strict=True))
         kind, case = cell_of(choice)
-        if runs_on(case, kind) and not (case.compile and kind.startswith("zero")):
+        if kind in COVERED and runs_on(case, kind) and not (case.compile and kind.startswith("zero")):
             found.append(((kind, case), pairs_of(choice)))
     return found
 
@@ -193,7 +195,7 @@ def test_the_covering_array_holds_every_pair_that_a_run_accepts():
     assert len(cells) < 60
 
 
-@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("kind", COVERED)
 def test_every_pair_of_choices(kind, tmp_path):
     cases = [case for backend, case in covering() if backend == kind]
     assert len(cases) >= len(EVALUATORS) - (kind in ("fsdp2", "zero3"))

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slow
 CLOSE = 0.011
 STRESS = [
     *SETTINGS, "pretrain.epochs=2", "unlearn.steps=8", "unlearn.lr=1e-4", "audit.views=4", "audit.bootstrap=100",
-    "audit.relearn_steps=0", "audit.stress=[worst_case,canaries,sequential]",
+    "audit.relearn_steps=0", "audit.stress=[sequential]",
 ]  # fmt: skip
+EVERY = "audit.stress=[worst_case,canaries,sequential]"
 
 
 def stressed(world: int, out: Path, *extra: str) -> Path:
@@ -64,18 +65,24 @@ def alone(tmp_path_factory) -> Path:
     return stressed(1, tmp_path_factory.mktemp("alone") / "run")
 
 
-def test_two_sharded_processes_find_what_one_finds(alone, tmp_path):
-    out = stressed(2, tmp_path / "run", "backend=fsdp2")
+def compare(out: Path, alone: Path, count: int) -> None:
     assert requests(out) == requests(alone)
     found, expected = np.array(aucs(figures(out))), np.array(aucs(figures(alone)))
     print(f"largest difference of {len(found)} AUCs: {np.abs(found - expected).max():.4f}")
-    assert len(found) == 3 * (3 + 3 + 5) and np.abs(found - expected).max() <= CLOSE
+    assert len(found) == count and np.abs(found - expected).max() <= CLOSE
+
+
+def test_two_sharded_processes_find_what_one_finds(alone, tmp_path):
+    compare(stressed(2, tmp_path / "run", "backend=fsdp2"), alone, 3 * 5)
+
+
+@pytest.mark.matrix
+def test_every_stress_test_on_two_sharded_processes(tmp_path):
+    compare(stressed(2, tmp_path / "two", "backend=fsdp2", EVERY), stressed(1, tmp_path / "one", EVERY), 3 * 11)
 
 
 def test_control_another_start_differs_by_more(alone, tmp_path):
     """The comparison sees encoders that are not the same: ten times the rate of pretraining, the same shards."""
-    out = stressed(
-        1, tmp_path / "run", "pretrain.lr=1e-3", "audit.stress=[sequential]", f"data.shards={alone / 'shards'}"
-    )
+    out = stressed(1, tmp_path / "run", "pretrain.lr=1e-3", f"data.shards={alone / 'shards'}")
     found, expected = (np.array(aucs(figures(run)["sequential"])) for run in (out, alone))
     assert len(found) == len(expected) > 0 and np.abs(found - expected).max() > CLOSE

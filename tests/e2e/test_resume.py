@@ -42,7 +42,10 @@ POOLED = ["constraint.memory_steps=6", "objective.queue_size=64"]
 IN_PARTS = ["pretrain.accumulate=2", "unlearn.accumulate=4"]
 
 
-@pytest.mark.parametrize(("recipe", "extra"), [("digits", IN_PARTS), ("digits_moco", POOLED)])
+@pytest.mark.parametrize(
+    ("recipe", "extra"),
+    [pytest.param("digits", [], marks=pytest.mark.matrix), ("digits_moco", [*IN_PARTS, *POOLED])],
+)
 def test_killed_mid_pretrain_and_mid_unlearn_ends_in_the_same_weights(tmp_path, recipe, extra):
     whole = tiny.run(tmp_path / "whole", *LONG, *extra, recipe=recipe)
     assert whole.returncode in (0, 6, 7), whole.stderr[-3000:]
