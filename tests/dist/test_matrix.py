@@ -84,8 +84,8 @@ def cell_of(choice: dict) -> Cell:
 def feasible() -> list[tuple[Cell, set[tuple]]]:
     """Every combination of choices that a run accepts, with the pairs in it.
 
-    But for what is left to the marker `matrix`: compilation under DeepSpeed, of which a cell takes as long as all others
-    to trace; and zero2, which differs from zero1 in where DeepSpeed keeps gradients between micro-batches.
+    But for what is left to the marker `matrix`: compilation under DeepSpeed, of which a cell takes as long as all
+    others to trace; and zero2, which differs from zero1 in where DeepSpeed keeps gradients between micro-batches.
     """
     found = []
     for values in itertools.product(*FACTORS.values()):
