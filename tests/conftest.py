@@ -10,6 +10,11 @@ import pytest
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
+def pytest_collection_modifyitems(items):
+    """SLURM's tests first: with several processes one of them is busy with these for minutes."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 def pytest_sessionfinish(session):
     """The process that tests fork from ends with the session."""
     import zygote  # here: what has to be set before torch is used is set
