@@ -55,6 +55,8 @@ def _done(run: RunFiles, request: dict[str, Any]) -> list[str]:
     found = [f"Method: {request['method']}.{took}"]
     if (dose := number(run.done, "dose")) is not None and dose != 1:
         found.append(f"Of the move that this made, the encoder keeps the share {text(dose, 2)}, which was chosen.")
+        if dose == 0:
+            found.append("So it is the original encoder, and nothing was forgotten.")
     return found
 
 

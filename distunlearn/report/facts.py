@@ -312,12 +312,10 @@ def cost(run: RunFiles) -> dict[str, Any]:
             }
         )
     images = number(found, "pretrain_images")
-    if not tree(run.config, "encoder").get("checkpoint"):
-        before = f"Training the original took {whole(images)} of them."
-    elif images:
-        before = f"Training new heads for the original took {whole(images)} of them."
-    else:
-        before = "What training the original took is not known."
+    trained = "new heads for the original" if tree(run.config, "encoder").get("checkpoint") else "the original"
+    before = (
+        f"Training {trained} took {whole(images)} of them." if images else "The original was not trained in this run."
+    )
     return {"rows": rows, "before": before}
 
 

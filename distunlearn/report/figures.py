@@ -277,7 +277,7 @@ def _positive_log(values: np.ndarray) -> np.ndarray:
 
 
 def _decade_ticks(low: float, high: float) -> list[float]:
-    """log10 of round numbers between 10^low and 10^high: 1, 2 and 5 of each decade where the range is short."""
+    """log10 of round numbers between 10^low and 10^high: 1, 2 and 5 of each decade, or any where the range is short."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     choices = [[10.0], [10.0, 30.0], [10.0, 20.0, 50.0]]
     found: list[float] = []
@@ -286,13 +286,16 @@ def _decade_ticks(low: float, high: float) -> list[float]:
         found = [tick for tick in found if low <= tick <= high]
         if len(found) >= 3:
             break
+    if len(found) < 2:
+        found = [math.log10(value) for value in MaxNLocator(4).tick_values(10**low, 10**high) if value > 0]
+        found = [tick for tick in found if low <= tick <= high]
     return found[:: max(1, len(found) // 5)]
 
 
 def _plain_power(power: float) -> str:
     """10^power as a plain number where that is short, else as a power of ten."""
     if -3 <= power <= 4:
-        return f"{10**power:.1g}" if power < 1 else f"{round(10**power)}"
+        return f"{float(f'{10**power:.3g}'):g}"
     exponent = math.floor(power + 1e-9)
     digit = round(10 ** (power - exponent))
     raised = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -87,6 +87,7 @@ def render(run: RunFiles) -> str:
             encoders=encoders,
             tier=number(run.config, "audit", "tier"),
             third_party_method=method == "third_party",
+            last_layer=method == "third_party" and tree(run.config, "constraint").get("evaluator") == "head",
             difference=facts.compared(run),
             limits=_limits(method, encoders),
             not_evaluated=texts.NOT_EVALUATED,

@@ -105,7 +105,7 @@ def check_report(page: str) -> None:
         "Third-party images from the images that were named as never trained on",
         "Which images the original encoder was never trained on was stated with the request.",
         "The retrained encoder was trained by the settings of this run",
-        "What training the original took is not known.",
+        "The original was not trained in this run.",
     ):
         assert sentence in shown, sentence
     for wrong in ("were not taken", "same source as the members", "Training the original took", "by which the dose"):
