@@ -27,7 +27,6 @@ from distunlearn.common.files import write_json
 from distunlearn.config.schema import RunConfig
 from distunlearn.config.shape import plain as plain_settings
 from distunlearn.verify.figures import Raw, Rules, judge, plain
-from distunlearn.verify.records import read_record
 from distunlearn.verify.scores import raw_scores
 from distunlearn.verify.statistics import auc
 
@@ -204,8 +203,3 @@ def _parts(attack: str, signals: Signals, found: Attacked) -> tuple[int, dict[st
         column[forget], column[holdout[part.rows]] = part.positives, part.negatives
         columns[f"{attack}_fold{number}"] = column
     return 1, columns
-
-
-def load_scores(folder: Path, encoder: str) -> dict[str, dict[str, Any]]:
-    """The raw scores of one encoder, by sample id, as `write_audit` saved them."""
-    return read_record(folder / f"scores-{encoder}.json", {"samples": dict})["samples"]

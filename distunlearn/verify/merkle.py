@@ -1,4 +1,4 @@
-"""Trees of RFC 9162 (Certificate Transparency, version 2), section 2.1: root, inclusion, consistency; SHA-256."""
+"""Trees of RFC 9162 (Certificate Transparency, version 2), section 2.1: root, inclusion; SHA-256."""
 
 from __future__ import annotations
 
@@ -58,44 +58,3 @@ def is_included(leaf: bytes, place: int, size: int, proof: Sequence[bytes], expe
             found = _node(found, part)
         number, last = number >> 1, last >> 1
     return last == 0 and found == expected
-
-
-def consistency(leaves: Sequence[bytes], first: int) -> list[bytes]:
-    """Proof that the tree over the first `first` leaf hashes is the beginning of the one over all."""
-    assert 0 < first <= len(leaves), (first, len(leaves))
-    return _subproof(leaves, first, whole=True)
-
-
-def _subproof(leaves: Sequence[bytes], first: int, *, whole: bool) -> list[bytes]:
-    if first == len(leaves):
-        return [] if whole else [root(leaves)]
-    k = _split(len(leaves))
-    if first <= k:
-        return [*_subproof(leaves[:k], first, whole=whole), root(leaves[k:])]
-    return [*_subproof(leaves[k:], first - k, whole=False), root(leaves[:k])]
-
-
-def is_consistent(first: int, second: int, old: bytes, new: bytes, proof: Sequence[bytes]) -> bool:
-    """RFC 9162, 2.1.4.2. first, second: sizes of the trees; old, new: their roots."""
-    if not 0 < first <= second:
-        return False
-    if first == second:
-        return not proof and old == new
-    path = list(proof) if first & (first - 1) else [old, *proof]
-    if not path:
-        return False
-    number, last = first - 1, second - 1
-    while number & 1:
-        number, last = number >> 1, last >> 1
-    earlier = later = path[0]
-    for part in path[1:]:
-        if last == 0:
-            return False
-        if number & 1 or number == last:
-            earlier, later = _node(part, earlier), _node(part, later)
-            while not number & 1 and number:
-                number, last = number >> 1, last >> 1
-        else:
-            later = _node(later, part)
-        number, last = number >> 1, last >> 1
-    return last == 0 and earlier == old and later == new

@@ -11,7 +11,7 @@ from parts import ATTACKS
 from sklearn.metrics import roc_auc_score
 from synthetic import make_signals
 
-from distunlearn.audit.summary import load_scores, summarise, write_audit
+from distunlearn.audit.summary import summarise, write_audit
 from distunlearn.config.schema import AuditConfig, GatesConfig, RunConfig
 from distunlearn.verify.figures import ENCODERS
 
@@ -133,7 +133,7 @@ def test_every_auc_can_be_computed_again_from_the_raw_scores(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     signs = {"gradient_norm_network": -1, "gradient_norm_head": -1}
     for encoder in ENCODERS:
-        rows = list(load_scores(tmp_path, encoder).values())
+        rows = list(json.loads((tmp_path / f"scores-{encoder}.json").read_text())["samples"].values())
         judged = [row for row in rows if row["role"] in ("forget", "holdout")]
         truth = [row["role"] == "forget" for row in judged]
         for attack in set(ATTACKS) - {"encodermi_vector"}:

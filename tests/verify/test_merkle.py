@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from distunlearn.verify.merkle import consistency, inclusion, is_consistent, is_included, leaf_hash, root
+from distunlearn.verify.merkle import inclusion, is_included, leaf_hash, root
 
 # Inputs and roots of the reference test data of Certificate Transparency (merkletree/merkle_tree_test.cc).
 INPUTS = [bytes.fromhex(text) for text in (
@@ -55,15 +55,3 @@ def test_every_leaf_is_included_at_its_place_alone(size):
         assert not is_included(leaf_hash(b"other"), place, size, proof, top)
         assert not is_included(leaves[place], place, size, [*proof, top], top)
         assert not (proof and is_included(leaves[place], place, size, proof[:-1], top))
-
-
-@pytest.mark.parametrize("size", range(1, 41))
-def test_every_beginning_is_consistent_with_the_whole_alone(size):
-    leaves = LEAVES[:size]
-    top = root(leaves)
-    for first in range(1, size + 1):
-        proof, old = consistency(leaves, first), root(leaves[:first])
-        assert is_consistent(first, size, old, top, proof)
-        assert not is_consistent(first, size, leaf_hash(b"other"), top, proof)
-        assert not is_consistent(first, size, old, leaf_hash(b"other"), proof)
-        assert not any(is_consistent(n, size, old, top, proof) for n in range(1, size + 1) if n != first)
