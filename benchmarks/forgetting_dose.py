@@ -12,14 +12,15 @@ that were interrupted go on. `forgetting_dose_report.py` makes tables of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,6 +106,21 @@ class Group:
             given.append(f"data.forget={request.resolve()}")
         return load_config("digits" if self.dataset == "digits" else "fashion_mnist", None, [*given, *extra], world=1)
 
+    def settings(self, runs: Path, method: str) -> RunConfig:
+        """Those of a method's run, which takes over the base's encoders."""
+        return self.config(runs, method, f"runtime.reuse={(runs / self.name / 'base').resolve()}")
+
+
+class Line(NamedTuple):
+    """What `on_the_line` opens. first, ideal, doses: weights of the original, the retrained, and each dose."""
+
+    session: Session
+    viewer: Viewer
+    model: torch.nn.Module
+    first: dict[str, Tensor]
+    ideal: dict[str, Tensor]
+    doses: list[dict[str, Tensor]]
+
 
 GROUPS = (
     *(Group("digits", "resnet", seed) for seed in range(5)),
@@ -127,8 +143,8 @@ def train(group: Group, runs: Path) -> Path:
 
 def forget(group: Group, runs: Path, method: str) -> Path:
     """The whole dose of a method; returns the run directory."""
-    base, out = runs / group.name / "base", runs / group.name / method
-    pipeline.unlearn(group.config(runs, method, f"runtime.reuse={base.resolve()}"), out)
+    out = runs / group.name / method
+    pipeline.unlearn(group.settings(runs, method), out)
     return out
 
 
@@ -186,18 +202,23 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in found.items() if name.startswith("model.")}
 
 
-def measure(group: Group, runs: Path, method: str, out: Path) -> dict[str, Any]:
-    """All doses and the retrained encoder: the arrays of a cell."""
-    cfg, base = group.config(runs, method, f"runtime.reuse={(runs / group.name / 'base').resolve()}"), out
-    start = time.process_time()
-    with open_session(cfg, base) as session, torch.no_grad():
-        viewer = Viewer(session, SEEN)
-        model = load_trained(base, session).model.eval()
+@contextlib.contextmanager
+def on_the_line(cfg: RunConfig, out: Path, roles: Sequence[str], doses: Sequence[float]) -> Iterator[Line]:
+    """A run's original, retrained and unlearned encoder, the last one at each dose."""
+    with open_session(cfg, out) as session, torch.no_grad():
+        model = load_trained(out, session).model.eval()
         session.backend.model = model
-        first, last, ideal = (weights(base / place) for place in ("original", ".", "retrained"))
-        states = [{name: between(name, first[name], last[name], dose) for name in last} for dose in DOSES]
-        seen = [look(viewer, session, state, model) for state in (*states, ideal)]
-    return cell(cfg, group, method, seen, time.process_time() - start)
+        first, last, ideal = (weights(out / place) for place in ("original", ".", "retrained"))
+        states = [{name: between(name, first[name], last[name], dose) for name in last} for dose in doses]
+        yield Line(session, Viewer(session, roles), model, first, ideal, states)
+
+
+def measure(group: Group, runs: Path, method: str, out: Path) -> dict[str, dict[str, Any]]:
+    """All doses and the retrained encoder: the arrays of a cell, by its name."""
+    cfg, start = group.settings(runs, method), time.process_time()
+    with on_the_line(cfg, out, SEEN, DOSES) as line:
+        seen = [look(line.viewer, line.session, state, line.model) for state in (*line.doses, line.ideal)]
+    return {f"{group.name}-{method}": cell(cfg, group, method, seen, time.process_time() - start)}
 
 
 def cell(cfg: RunConfig, group: Group, method: str, seen: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -230,15 +251,18 @@ def _aucs(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     return np.array([[auc(pair) for pair in row] for row in pairs])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/dose"))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/forgetting-dose"))
+def campaign(
+    doc: str | None, results: str, groups: Sequence[Any], methods: Sequence[str], measure: Callable[..., dict[str, Any]]
+) -> None:
+    """The command: what is missing in a folder of benchmarks/results is trained and measured, a file for each name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / results)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results") / results)
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="groups whose name holds one of these")
-    parser.add_argument("--methods", nargs="+", default=["third_party", "neg_grad", "alignment_calibration"])
+    parser.add_argument("--methods", nargs="+", default=methods)
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    for group in (g for g in GROUPS if any(text in g.name for text in args.only)):
+    for group in (g for g in groups if any(text in g.name for text in args.only)):
         missing = [m for m in args.methods if not (args.results / f"{group.name}-{m}.npz").exists()]
         if not missing:
             continue
@@ -246,11 +270,10 @@ def main() -> None:
         train(group, args.runs)
         print(f"{group.name}: encoders, {time.process_time() - started:.0f} s", file=sys.stderr, flush=True)
         for method in missing:
-            out = forget(group, args.runs, method)
-            content = measure(group, args.runs, method, out)
-            np.savez_compressed(args.results / f"{group.name}-{method}.npz", **content)
+            for name, content in measure(group, args.runs, method, forget(group, args.runs, method)).items():
+                np.savez_compressed(args.results / f"{name}.npz", **content)
             print(f"{group.name} {method}: {time.process_time() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    campaign(__doc__, "forgetting-dose", GROUPS, ("third_party", "neg_grad", "alignment_calibration"), measure)

@@ -10,24 +10,18 @@ over views that no training has seen, float16. Cells that are there are not meas
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from forgetting_dose import SIGNALS, Group, Recorder, forget, train, weights
+from forgetting_dose import SIGNALS, Group, Recorder, campaign, on_the_line
 from forgetting_requests import write_request
 from torch import Tensor
 
 from distunlearn.config.schema import RunConfig
-from distunlearn.engine.dose.line import between
-from distunlearn.engine.dose.looks import Viewer
-from distunlearn.engine.session import load_trained, open_session
 
 DOSES = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3, 1.6)
 METHODS = ("third_party", "neg_grad")
@@ -75,21 +69,15 @@ GROUPS = tuple(
 )  # fmt: skip
 
 
-def measure(group: Asked, runs: Path, method: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Contents of the group's file and of the method's."""
-    cfg = group.config(runs, method, f"runtime.reuse={(runs / group.name / 'base').resolve()}")
-    with open_session(cfg, out) as session, torch.no_grad():
-        viewer = Viewer(session, ROLES)
-        model = load_trained(out, session).model.eval()
-        session.backend.model = model
-        first, last, ideal = (weights(out / place) for place in ("original", ".", "retrained"))
-        states = [{name: between(name, first[name], last[name], dose) for name in last} for dose in DOSES]
-        seen = []
-        for state in (first, ideal, *states):
-            model.load_state_dict(dict(state))
-            recorder = Recorder(model, cfg.dose.views)
-            found = viewer.look(recorder, None)
-            noted = recorder.by_role({role: len(ids) for role, ids in viewer.ids.items()})
+def measure(group: Asked, runs: Path, method: str, out: Path) -> dict[str, dict[str, Any]]:
+    """Contents of the group's file and of the method's, by their names."""
+    cfg, seen = group.settings(runs, method), []
+    with on_the_line(cfg, out, ROLES, DOSES) as line:
+        for state in (line.first, line.ideal, *line.doses):
+            line.model.load_state_dict(dict(state))
+            recorder = Recorder(line.model, cfg.dose.views)
+            found = line.viewer.look(recorder, None)
+            noted = recorder.by_role({role: len(ids) for role, ids in line.viewer.ids.items()})
             arrays = {role: np.concatenate([found[role], noted[role][0][:, None]], 1) for role in ROLES}
             seen.append(({role: rows[: KEPT[role]].astype(np.float16) for role, rows in arrays.items()}, noted))
     signals = {role: np.stack([one[0][role] for one in seen]) for role in ROLES}
@@ -99,8 +87,8 @@ def measure(group: Asked, runs: Path, method: str, out: Path) -> tuple[dict[str,
         "told": np.array(json.dumps(told)), "retain": signals["retain"][0],
         **{role: signals[role][:2] for role in directions}, **coded(directions),
     }  # fmt: skip
-    return shared, {"told": np.array(json.dumps(told | {"method": method})),
-                    **{role: signals[role][2:] for role in directions}}  # fmt: skip
+    own = {"told": np.array(json.dumps(told | {"method": method})), **{role: signals[role][2:] for role in directions}}
+    return {group.name: shared, f"{group.name}-{method}": own}
 
 
 def coded(directions: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -116,26 +104,5 @@ def coded(directions: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/tier0"))
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/tier0"))
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="groups whose name holds one of these")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    for group in (g for g in GROUPS if any(text in g.name for text in args.only)):
-        missing = [m for m in args.methods if not (args.results / f"{group.name}-{m}.npz").exists()]
-        started = time.process_time()
-        if missing:
-            train(group, args.runs)
-            print(f"{group.name}: encoders, {time.process_time() - started:.0f} s", file=sys.stderr, flush=True)
-        for method in missing:
-            shared, cell = measure(group, args.runs, method, forget(group, args.runs, method))
-            np.savez_compressed(args.results / f"{group.name}.npz", **shared)
-            np.savez_compressed(args.results / f"{group.name}-{method}.npz", **cell)
-            print(f"{group.name} {method}: {time.process_time() - started:.0f} s", file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    campaign(__doc__, "tier0", GROUPS, METHODS, measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from distunlearn.config.checks import HANDED_OVER
 from distunlearn.config.registry import METHOD, find
 from distunlearn.errors import ConfigError
 from distunlearn.report.chain import chain
@@ -34,7 +35,7 @@ def request(run: RunFiles) -> dict[str, Any]:
         "count": whole(requested if requested is not None else counts.get("forget")),
         "members": whole(None if None in members else sum(m or 0 for m in members)),
         "source": SOURCES.get(source, source),
-        "chosen": _chosen(data.get("forget"), run.config.get("seed")),
+        "chosen": _chosen(data.get("forget"), run.config.get("seed"), source == HANDED_OVER),
         "third_party": SOURCES.get(third, third) if isinstance(third, str) else _own_third_party(run),
         "method": _method(method)[0],
         "encoder": HIDDEN_PATH if "/" in (encoder := _name(tree(run.config, "encoder"), "name")) else encoder,
@@ -55,7 +56,8 @@ def request(run: RunFiles) -> dict[str, Any]:
 
 
 def _non_members_were_named(run: RunFiles) -> bool:
-    return {**tree(run.plan, "request"), **tree(run.request, "facts")}.get("non_members") == "named"
+    told = {**tree(run.plan, "request"), **tree(run.request, "facts")}
+    return told.get("non_members") == "named" or tree(run.config, "data").get("source") == HANDED_OVER
 
 
 def _own_third_party(run: RunFiles) -> str:
@@ -246,8 +248,8 @@ def _length(run: RunFiles) -> str:
     return f"{whole(steps)} training steps{resumed}"
 
 
-def _chosen(forget: Any, seed: Any) -> str:
-    """How the forgotten images were chosen; the name of a list file is never shown."""
+def _chosen(forget: Any, seed: Any, handed_over: bool) -> str:
+    """How the forgotten images were chosen; the name of a list file is never shown. handed_over: as a dataset."""
     if isinstance(forget, str):
         if match := CLASS.fullmatch(forget):
             return f"every member image of class {match[1]}"
@@ -255,6 +257,8 @@ def _chosen(forget: Any, seed: Any) -> str:
             forget = float(forget) if "." in forget else int(forget)
         except ValueError:
             return "the images on a list that was handed in as a file (its name is not shown)"
+    if handed_over:
+        return "all images of the dataset that was handed over to be forgotten"
     if isinstance(forget, bool) or not isinstance(forget, (int, float)):
         return NOT_EVALUATED
     drawn = f"drawn by chance with seed {seed}" if isinstance(seed, int) else "drawn by chance"

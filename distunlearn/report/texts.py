@@ -176,6 +176,7 @@ SOURCES = {
     "cifar100": "CIFAR-100 photographs",
     "stl10": "STL-10 photographs",
     "imagefolder": "a folder of image files",
+    "dataset": "datasets that were handed over in Python",
     "webdataset": "existing WebDataset shards",
 }
 

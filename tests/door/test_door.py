@@ -84,7 +84,10 @@ def test_an_own_module_is_forgotten_from_audited_and_exported(done: du.Run) -> N
     assert done.figures["coverage"]["used_as_retain"] == 0
     assert set(done.figures["attacks"]["view_agreement"]) >= {"original", "unlearned", "retrained"}
     assert done.figures["attacks"]["view_agreement"]["retrained"]["auc"] is not None
-    assert done.report.read_text(encoding="utf-8").startswith("<!") and done.status["next"] is None
+    page = done.report.read_text(encoding="utf-8")
+    assert page.startswith("<!") and done.status["next"] is None
+    assert "all images of the dataset that was handed over to be forgotten" in page and "drawn by chance" not in page
+    assert "datasets that were handed over in Python" in page and "was stated with the request" in page
     again = net()
     again.load_state_dict(load_file(done.out / "export" / "model.safetensors"))
     images = torch.rand(5, 1, 8, 8)
