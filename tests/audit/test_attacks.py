@@ -11,8 +11,15 @@ from scipy import stats
 from synthetic import make_signals
 
 from distunlearn.audit.attacks import attack, run_attacks
+from distunlearn.audit.attacks.base import crosswise_attack, fitted_log_odds
 from distunlearn.audit.attacks.embedding_norm import embedding_norm
-from distunlearn.audit.attacks.encodermi import BUMPS, encodermi_set, encodermi_vector, pooled_bumps
+from distunlearn.audit.attacks.encodermi import (
+    BUMPS,
+    encodermi_set,
+    encodermi_threshold,
+    encodermi_vector,
+    pooled_bumps,
+)
 from distunlearn.audit.attacks.lira import alignment_likelihood
 from distunlearn.audit.attacks.rmia import A, rmia
 from distunlearn.config.registry import ATTACKS
@@ -102,6 +109,24 @@ def test_vector_form_is_fitted_on_sorted_similarities():
     found, other = (encodermi_vector(replace(signals, embedding_cosines=c), 0)
                     for c in (signals.embedding_cosines, shuffled))  # fmt: skip
     np.testing.assert_allclose(found.shown, other.shown, rtol=1e-9, equal_nan=True)
+
+
+def test_vector_form_is_not_fitted_to_the_noise_of_its_many_similarities():
+    """190 similarities of 20 uneven views: the classifier knows what their mean knows, and a loose one less."""
+    sizes = {"retain": 300, "forget": 150, "third_party_audit": 10, "holdout": 400}
+    first, second = np.triu_indices(20, 1)
+    found, mean, loose = [], [], []
+    for seed in range(3):
+        signals = make_signals(0.6, seed=seed, sizes=sizes)
+        level = signals.embedding_cosines.mean(1, keepdims=True)
+        views = 0.1 * np.random.default_rng(seed).normal(size=(len(level), 20))
+        wide = replace(signals, embedding_cosines=level + views[:, first] + views[:, second])
+        found.append(auc(encodermi_vector(wide, seed).comparison))
+        mean.append(auc(encodermi_threshold(wide, seed).comparison))
+        scores = fitted_log_odds(np.sort(wide.embedding_cosines, axis=1), 0.1)
+        loose.append(auc(crosswise_attack(wide, scores, seed).comparison))
+    assert np.mean(found) > np.mean(mean) - 0.01
+    assert np.mean(loose) < np.mean(found) - 0.005  # the control
 
 
 def test_bumps_are_those_of_the_formula():
