@@ -168,7 +168,7 @@ def _watching(layers: dict[str, Layer], calls: dict[str, list], device: torch.de
         def keep(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             output = output + anchor.to(output.dtype)
             if not recomputing():
-                calls[name].append((args[0].detach(), output))
+                calls[name].append((args[0].detach().clone(), output))  # fsdp2 frees a weight that is handed on as it is
             return output
 
         return keep
