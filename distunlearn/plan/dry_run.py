@@ -78,14 +78,14 @@ class LiveBytes(TorchDispatchMode):
         return found
 
     def see(self, value: Tensor) -> None:
-        """Count the storage of a tensor, once, until it is gone."""
+        """Count the storage of a tensor as it is now, once, until it is gone."""
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            self._known[key] = storage.nbytes()
-            self.live += self._known[key]
-            self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._gone, key)
+        self.live += storage.nbytes() - self._known.get(key, 0)
+        self._known[key] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
 
     def _gone(self, key: int) -> None:
         self.live -= self._known.pop(key, 0)

@@ -28,7 +28,7 @@ from distunlearn.engine.backends import fsdp2
 pytestmark = pytest.mark.slow
 
 WAYS = {"mesh": "fsdp2", "fsdp2": "fsdp2", "ddp": "ddp"}
-READERS = (("mesh", "fsdp2"), ("fsdp2", "mesh"), ("mesh", "ddp"), ("ddp", "mesh"))
+READERS = (("mesh", "fsdp2"), ("fsdp2", "mesh"), ("mesh", "ddp"), ("ddp", "mesh"), ("mesh", "single"))
 CASES = [Case(evaluator, encoder, "byol") for evaluator, encoder in (("head", "resnet"), ("sketch", "vit"))]
 FEW = [("ddp", Case("sketch", "vit", "simclr")), ("fsdp2", Case("sketch", "vit", "simclr")),
        ("fsdp2", Case("head", "vit", "byol"))]  # fmt: skip
@@ -83,7 +83,11 @@ constraint_sum = fsdp2.sum_over_ranks
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return launch(__file__, 4, tmp_path_factory.mktemp("hsdp"), "backend", timeout=280)
+    folder = tmp_path_factory.mktemp("hsdp")
+    alone = train_and_save("single", folder)
+    found = launch(__file__, 4, folder, "backend", timeout=280)
+    alone_reads = {f"single reads {writer}": load("single", folder, writer) for writer in WAYS}
+    return [{**rank, **alone_reads, "saved by single": alone} for rank in found]
 
 
 def test_weights_norms_and_momentum_are_those_of_one_process(ranks):
@@ -101,7 +105,7 @@ def test_weights_norms_and_momentum_are_those_of_one_process(ranks):
     assert held[2] == [1.0] * 4
 
 
-@pytest.mark.parametrize(("reader", "writer"), READERS)
+@pytest.mark.parametrize(("reader", "writer"), (*READERS, *(("single", way) for way in WAYS)))
 def test_checkpoints_go_both_ways(ranks, reader, writer):
     for rank in ranks:
         assert same(rank[f"{reader} reads {writer}"], rank[f"saved by {writer}"])
