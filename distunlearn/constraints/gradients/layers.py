@@ -168,7 +168,8 @@ def _watching(layers: dict[str, Layer], calls: dict[str, list], device: torch.de
         def keep(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             output = output + anchor.to(output.dtype)
             if not recomputing():
-                calls[name].append((args[0].detach().clone(), output))  # fsdp2 frees a weight that is handed on as it is
+                x = args[0].detach().clone()  # a copy: fsdp2 frees a weight that is handed on as it is
+                calls[name].append((x, output))
             return output
 
         return keep
