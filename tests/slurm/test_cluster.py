@@ -105,23 +105,26 @@ def test_two_warnings_in_two_phases(cluster, alone, tmp_path):
 
 
 def test_time_limit(cluster, tmp_path):
-    """A minute, of which SLURM warns some time before, for a run that needs longer: as many attempts as it takes."""
-    out, longer = tmp_path / "run", (*LONG, "unlearn.steps=500")
-    expected = left_alone(tmp_path / "alone", longer)  # beside it: both get slower
-    job = cluster.submit(out, "--nodes", "2", "--time", "1", "--warning", "40", settings=longer)
-    attempts = 0
-    while cluster.state(job) not in ENDED:
-        attempts += 1
-        cluster.wait(f"attempt {attempts}", lambda n=attempts: f"[{n}] job" in log_of(out, job))
-        cluster.wait("an end or a requeue", lambda: cluster.state(job) in (*ENDED, "PENDING"), 200)
-        if cluster.state(job) == "PENDING":
-            cluster.again(job)
-    assert attempts > 1, "the limit never came"  # the fault fired
-    log = completed(cluster, out, job, attempts)
-    # By the signal, or by the stop file that the job's script makes before it passes the signal on.
-    stopped = log.count("stopped by SIGUSR1") + log.count("stopped by the file stop")
-    assert stopped == attempts - 1 and "stopped by SIGUSR1" in log and "DUE TO TIME LIMIT" not in log
-    expected.wait(timeout=200)
+    """A minute, of which SLURM warns some time before, for a run that needs longer: as many attempts as it takes.
+
+    SLURM looks every half minute, and warns when the warning would come before it looks again: 20 to 50 seconds remain.
+    """
+    out, longer = tmp_path / "run", (*LONG, "unlearn.steps=900")
+    with left_alone(tmp_path / "alone", longer) as expected:  # beside it: both get slower
+        job = cluster.submit(out, "--nodes", "2", "--time", "1", "--warning", "10", settings=longer)
+        attempts = 0
+        while cluster.state(job) not in ENDED:
+            attempts += 1
+            cluster.wait(f"attempt {attempts}", lambda n=attempts: f"[{n}] job" in log_of(out, job))
+            cluster.wait("an end or a requeue", lambda: cluster.state(job) in (*ENDED, "PENDING"), 200)
+            if cluster.state(job) == "PENDING":
+                cluster.again(job)
+        assert attempts > 1, "the limit never came"  # the fault fired
+        log = completed(cluster, out, job, attempts)
+        # By the signal, or by the stop file that the job's script makes before it passes the signal on.
+        stopped = log.count("stopped by SIGUSR1") + log.count("stopped by the file stop")
+        assert stopped == attempts - 1 and "stopped by SIGUSR1" in log and "DUE TO TIME LIMIT" not in log
+        expected.wait(timeout=200)
     check_weights(out, tmp_path / "alone")
 
 
