@@ -109,7 +109,7 @@ def test_time_limit(cluster, tmp_path):
 
     SLURM looks every half minute, and warns when the warning would come before it looks again: 20 to 50 seconds remain.
     """
-    out, longer = tmp_path / "run", (*LONG, "unlearn.steps=900")
+    out, longer = tmp_path / "run", (*LONG, "unlearn.steps=400")
     with left_alone(tmp_path / "alone", longer) as expected:  # beside it: both get slower
         job = cluster.submit(out, "--nodes", "2", "--time", "1", "--warning", "10", settings=longer)
         attempts = 0
