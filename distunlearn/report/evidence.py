@@ -370,13 +370,7 @@ def controls(run: RunFiles) -> dict[str, Any]:
         figures = tree(run.audit, "attacks", name, "original")
         state = _power(run, name)
         word = {"pass": "yes", "inconclusive": "not shown", "not_evaluated": NOT_EVALUATED}[state]
-        auc = text(number(figures, "auc"))
-        row = {
-            "title": attack_words(name)[0],
-            "auc": auc,
-            "interval": interval(number(figures, "auc_low"), number(figures, "auc_high")),
-        }
-        power.append(row | {"state": state, "word": word})
+        power.append({"title": attack_words(name)[0], "state": state, "word": word} | _told_apart(figures))
     alike = []
     for encoder in ENCODER_NAMES:
         figures = tree(run.audit, "controls", "third_party_against_holdout", encoder)
