@@ -1,9 +1,10 @@
 """Activation checkpointing: a block keeps its input alone and runs forward once more when its backward needs the rest.
 
 Chen et al., arXiv 1604.06174; torch's non-reentrant form. What a forward is, depends here on more than its input: on
-hooks (probes, common patterns of active units, records), on the mode of the batch norms and on the attention kernels
-allowed, all of them set for one forward and long gone when the backward runs. So every forward remembers them, and its
-repetition gets exactly those; running statistics, which the first forward has updated, are not updated again.
+hooks (records) and other forwards of layers (probes, common patterns of active units), on the mode of the batch norms
+and on the attention kernels allowed, all of them set for one forward and long gone when the backward runs. So every
+forward remembers them, and its repetition gets exactly those; running statistics, which the first forward has updated,
+are not updated again.
 
 On several processes a repeated forward repeats its collectives (batch statistics); all ranks run the same backward, so
 they meet.
@@ -84,7 +85,7 @@ class _AsThen(AbstractContextManager[None]):
     """
 
     def __init__(self, part: nn.Module) -> None:
-        self._then = [(module, _hooks(module, copy=True), module.training) for module in part.modules()]
+        self._then = [(m, _hooks(m, copy=True), m.training, m.__dict__.get("forward")) for m in part.modules()]
         self._attention = [enabled() for enabled, _ in ATTENTION]
         self._undo: list[Callable[[], None]] = []
 
@@ -94,7 +95,9 @@ class _AsThen(AbstractContextManager[None]):
         for (enabled, switch), then in zip(ATTENTION, self._attention, strict=True):
             self._undo.append(functools.partial(switch, enabled()))
             switch(then)
-        for module, hooks, training in self._then:
+        for module, hooks, training, forward in self._then:
+            self._undo.append(functools.partial(_set_forward, module, module.__dict__.get("forward")))
+            _set_forward(module, forward)
             now = _hooks(module) | {"training": module.training}
             if training and isinstance(module, _BatchNorm):
                 now["_buffers"] = module._buffers
@@ -107,6 +110,13 @@ class _AsThen(AbstractContextManager[None]):
         _depth -= 1
         while self._undo:
             self._undo.pop()()
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """None: that of its class."""
+    module.__dict__.pop("forward", None)
+    if forward is not None:
+        module.forward = forward
 
 
 def _hooks(module: nn.Module, copy: bool = False) -> dict[str, Any]:

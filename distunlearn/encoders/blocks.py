@@ -6,8 +6,10 @@ that makes the patches of a hybrid ViT.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -57,3 +59,14 @@ def replace_forward(part: nn.Module, make: Callable[[Callable[..., Any]], Callab
             part.forward = before
 
     return undo
+
+
+@contextmanager
+def replaced_forwards(parts: Iterable[nn.Module], make: Callable[[int, Any], Callable[..., Any]]) -> Iterator[None]:
+    """Within the block the i-th part runs make(i, its forward) as its forward, also in compiled code."""
+    undo = [replace_forward(part, functools.partial(make, index)) for index, part in enumerate(parts)]
+    try:
+        yield
+    finally:
+        for take_back in reversed(undo):
+            take_back()

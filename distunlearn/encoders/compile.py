@@ -1,8 +1,10 @@
 """torch.compile, block by block, for the forwards that it can follow.
 
 Compiled code does not look at hooks that came after it was made. So a block runs compiled only while its modules have
-the hooks they had when it was sealed (those of the backend), and as plain Python while anything else listens or adds:
-the passes of the constraint that go through hooks. Blocks of one kind share their compiled code.
+the hooks they had when it was sealed (those of the backend), and as plain Python while anything else listens. Passes of
+the constraint that add to activations replace forwards of layers instead (`blocks.replaced_forwards`), which compiled
+code is asked about before it runs: they are compiled with the block, and their tensors are its inputs. Blocks of one
+kind share their compiled code.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from torch import nn
 from distunlearn.errors import ConfigError
 
 COMPILER = "inductor"  # the compiler's backend, as torch.compile names it
+CODES = 128  # of one function: blocks of different shapes, in every pass and mode of a step; torch would stop at 8
 
 
 def compiled(part: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     """A forward for `part` that runs compiled where it may; made when the backend has placed its hooks."""
     # The compiler looks at `.grad` of the block's inputs, in passing.
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+
     # One graph for every shape: a forward that is repeated must find the graph it used, not a newer, more general one.
     fast = torch.compile(plain, backend=COMPILER, dynamic=False)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, CODES)
     modules = list(part.modules())
     sealed = _hooks(modules)
 

@@ -86,16 +86,16 @@ def test_sketches_and_norms_are_those_of_each_sample_alone(name):
         outer @ core @ inner.flatten(1) for core, inner, outer in zip(cores, probes.ins, probes.outs, strict=True)
     ]
     with torch.no_grad(), probes.armed(cores, torch.arange(N).repeat(VIEWS), signs):
-        check_moved(model, images, model(images).output, layers, lambda layer, i: (i < N - 1) * changes[layer][i])
+        output = model(images).output
+    check_moved(model, images, output, layers, lambda layer, i: (i < N - 1) * changes[layer][i])
     with torch.no_grad(), ghost.armed([0.5] * len(images), torch.full((N,), 0.1, dtype=torch.float64)):
-        names = list(layers)
-        check_moved(model, images, model(images).output, layers, lambda layer, i: 0.05 * gradients[i][names[layer]])
+        output, names = model(images).output, list(layers)
+    check_moved(model, images, output, layers, lambda layer, i: 0.05 * gradients[i][names[layer]])
 
 
+@torch.no_grad()
 def check_moved(model, images, output, layers, change) -> None:
     """Every row of an output is that of a model whose weights have this sample's change."""
-    for hooks in [*(la._forward_hooks for la in layers.values()), *(la._forward_pre_hooks for la in layers.values())]:
-        hooks.clear()
     for i in range(N):
         changed = {
             f"{name}.weight": layer.weight + change(at, i).view_as(layer.weight)

@@ -18,11 +18,13 @@ from method_batches import batch, in_float64
 from parts import EVALUATORS, constraint_settings, method_settings, objective_settings
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointError
 
 from distunlearn.config.schema import (
     EncoderConfig,
     RunConfig,
+    RuntimeConfig,
     UnlearnConfig,
 )
 from distunlearn.constraints.gradients import ghost_norms
@@ -49,6 +51,7 @@ ENCODERS = {
         args={"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"},
     ),
 }  # fmt: skip
+MATRIX = pytest.mark.matrix
 EQUAL = 1e-11  # of the norm of all gradients; recomputed products are the same products
 
 
@@ -86,7 +89,8 @@ FEATURES = {"checkpointing": (activation_checkpointing, "checkpointed"), "compil
 
 def trained(encoder: str, evaluator: str, *features: str, objective: str = "byol") -> dict[str, torch.Tensor]:
     """Two steps' loss and gradients, and the buffers after them."""
-    cfg = config(encoder, evaluator, objective)
+    runtime = RuntimeConfig(threads=1, compile="compile" in features)
+    cfg = replace(config(encoder, evaluator, objective), runtime=runtime)
     model = build_model(cfg, None).double()
     momentum = MomentumEncoder(model)
     momentum.model.double()
@@ -119,10 +123,16 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def cells() -> list:
-    """Each evaluator on each encoder with one of the features in turn; all with all: pytest -m matrix."""
+    """Each evaluator on each encoder with one of the features in turn, `sketch` compiled on both; all with all: pytest
+    -m matrix.
+    """
     features = [("checkpointing",), ("compile",), ("compile", "checkpointing")]
+
+    def default(cell: int, number: int, evaluator: str) -> bool:
+        return cell % 3 == number or (evaluator == "sketch" and features[number] == ("compile",))
+
     return [
-        pytest.param(encoder, evaluator, chosen, marks=() if (row + column) % 3 == number else pytest.mark.matrix)
+        pytest.param(encoder, evaluator, chosen, marks=() if default(row + column, number, evaluator) else MATRIX)
         for row, encoder in enumerate(ENCODERS) for column, evaluator in enumerate(EVALUATORS)
         for number, chosen in enumerate(features)
     ]  # fmt: skip
@@ -131,8 +141,19 @@ def cells() -> list:
 @pytest.mark.parametrize(("encoder", "evaluator", "features"), cells())
 def test_nothing_changes(encoder, evaluator, features, calls):
     expected = plain(encoder, evaluator)
-    assert difference(trained(encoder, evaluator, *features), expected) < EQUAL
+    counters.clear()
+    with mock.patch.object(compiling, "_hooks", wraps=compiling._hooks) as asked:
+        assert difference(trained(encoder, evaluator, *features), expected) < EQUAL
     assert bool(calls) == ("compile" in features)
+    count = len(blocks(build_model(config(encoder, evaluator, "byol"), None)))
+    left = asked.call_count - len(calls) - count * bool(calls)  # forwards of blocks that were plain Python
+    if not calls or evaluator in ("head", "input_gp"):
+        assert left == 0
+    elif evaluator in ("sketch", "sliced"):
+        assert left == count * len(features)  # one pass of a run, which finds the layers; repeated by checkpointing
+    else:
+        assert left > count  # records, and what is differentiated twice
+    assert not counters["graph_break"] and counters["frames"]["total"] == counters["frames"]["ok"]
 
 
 # -- negative controls: what each precaution is for ------------------------------------------------------------------

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from distunlearn.common.device import on_device
 from distunlearn.constraints.gradients.inplace_ops import (
-    MovedRows,
     added_to,
     constant_conv2d,
     folded,
@@ -42,6 +41,7 @@ from distunlearn.constraints.gradients.inplace_ops import (
 )
 from distunlearn.constraints.gradients.layers import Layer
 from distunlearn.encoders.activation_checkpointing import recomputing
+from distunlearn.encoders.blocks import replaced_forwards
 
 
 def columns(layer: Layer, x: Tensor) -> Tensor:
@@ -274,24 +274,23 @@ class GhostGradients:
         factors = on_device(torch.tensor(taken, dtype=steps.dtype), steps.device)
         if self.kept:
             factors = factors * steps.repeat(len(taken) // self.kept)
-        handles = [
-            layer.register_forward_hook(self._hook(part, len(signs), moved, factors))
-            for layer, part in zip(self.layers.values(), self._parts.values(), strict=True)
-            if taken
-        ]
-        try:
+        if not taken:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            return
+        layers, parts = list(self.layers.values()), list(self._parts.values())
 
-    @staticmethod
-    def _hook(part: _Gram | _Whole, rows: int, moved: MovedRows, factors: Tensor):
-        def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = moved.take(folded(args[0], rows))
-            whole = folded(output, rows)
-            added = part.times(x).reshape(len(x), *whole.shape[1:])
-            added = added * factors.to(x.dtype).view(-1, *[1] * (whole.dim() - 1))
-            return unfolded(added_to(whole, added, moved, wide=isinstance(layer, nn.Conv2d)), output)
+        def make(index: int, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            layer, part = layers[index], parts[index]
 
-        return add
+            def forward(x: Tensor) -> Tensor:
+                output = plain(x)
+                x = moved.take(folded(x, len(signs)))
+                whole = folded(output, len(signs))
+                added = part.times(x).reshape(len(x), *whole.shape[1:])
+                added = added * factors.to(x.dtype).view(-1, *[1] * (whole.dim() - 1))
+                return unfolded(added_to(whole, added, moved, wide=isinstance(layer, nn.Conv2d)), output)
+
+            return forward
+
+        with replaced_forwards(layers, make):
+            yield

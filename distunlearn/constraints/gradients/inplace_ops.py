@@ -2,7 +2,8 @@
 
 torch's own `index_add` keeps its source, a product both factors and `conv2d` its input, whether or not a gradient needs
 them: for added terms whose weights are constant that is a copy of every activation for nothing. And each makes a new
-tensor of the size of an activation where the old one's memory is free to be written to.
+tensor of the size of an activation where the old one's memory is free to be written to. A compiler sees to both by
+itself: compiled code gets the plain operators.
 
 Shapes: R = V * total rows of one forward, V branches after one another; T = tokens or positions.
 """
@@ -54,6 +55,20 @@ class MovedRows(NamedTuple):
     def _of(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self.branches, self.total))[:, : self.first]
 
+    def plus(self, x: Tensor, added: Tensor) -> Tensor:
+        """x with [V * first, ...] added to these rows, as another tensor."""
+        if self.first == self.total:
+            return x + added
+        moved = self._of(x) + added.unflatten(0, (self.branches, self.first))
+        return torch.cat([moved, x.unflatten(0, (self.branches, self.total))[:, self.first :]], dim=1).flatten(0, 1)
+
+    def with_tokens(self, x: Tensor, block: Tensor) -> Tensor:
+        """Contiguous [R, ..., d] with `block`, which `tokens` would give, in the place of these rows."""
+        if self.first == self.total:
+            return block.view(x.shape)
+        rest = x.unflatten(0, (self.branches, self.total))[:, self.first :]
+        return torch.cat([block.view(self.branches, self.first, *x.shape[1:]), rest], dim=1).flatten(0, 1)
+
     def add_to(self, x: Tensor, added: Tensor) -> None:
         """Add [V * first, ...] to these rows of x, in place."""
         self._of(x).add_(added.unflatten(0, (self.branches, self.first)))
@@ -80,6 +95,8 @@ def added_to(output: Tensor, added: Tensor, moved: MovedRows, *, wide: bool = Tr
     """
     if wide and output.dtype in HALF:
         output = output.float()
+    if torch.compiler.is_compiling():
+        return moved.plus(output, added.to(output.dtype))
     return _AddRows.apply(output, added.to(output.dtype), moved)
 
 
@@ -89,6 +106,11 @@ def product_added_to(output: Tensor, left: Tensor, right: Tensor, moved: MovedRo
     As `added_to`, in the place of `output` and in its type; `right` is constant. The product is added as it is
     computed, with one rounding: what would have the size of `output` is never written.
     """
+    if torch.compiler.is_compiling():
+        block = moved.tokens(output.contiguous())
+        left = left.to(output.dtype).reshape(len(block), -1, right.shape[1])
+        whole = torch.baddbmm(block, left, _each(right.to(output.dtype).T, block))
+        return moved.with_tokens(output, whole)
     return _AddProduct.apply(output, left, right.to(output.dtype), moved)
 
 
@@ -98,11 +120,15 @@ def reduced_rows(x: Tensor, inner: Tensor, moved: MovedRows) -> tuple[Tensor, Te
     The layer must take the x that this returns, and nothing else may: the gradient by the small product is added to
     the one that comes back for it, in its place. Not differentiable twice.
     """
+    if torch.compiler.is_compiling():
+        return x, F.linear(moved.take(x), inner.to(x.dtype)).reshape(moved.branches * moved.first, -1, len(inner))
     return _Reduce.apply(x, inner.to(x.dtype), moved)
 
 
 def constant_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
     """x through a convolution like `layer` with a constant weight [d, C / groups, *kernel] and no bias."""
+    if torch.compiler.is_compiling():
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
     return _ConstantConv2d.apply(x, weight, layer.stride, layer.padding, layer.dilation, groups)
 
 

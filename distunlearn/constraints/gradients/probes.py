@@ -20,7 +20,7 @@ Shapes: n = samples, R = rows of one forward (a sample may have several: branche
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +45,7 @@ from distunlearn.constraints.gradients.inplace_ops import (
     unfolded,
 )
 from distunlearn.constraints.gradients.layers import Layer
+from distunlearn.encoders.blocks import replaced_forwards
 
 DRAWING = 4  # threads that draw for a GPU
 
@@ -71,6 +72,7 @@ class ProbeSet:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layers = layers
+        self._layers = list(layers.values())
         self.k_out, self.k_in = k_out, k_in
         drawn: list[tuple[np.random.Generator, tuple[int, ...], float]] = []
         for index, layer in enumerate(layers.values()):
@@ -116,79 +118,89 @@ class ProbeSet:
         factors = on_device(torch.tensor([sign for sign in signs if sign]), rows.device)
         whole = torch.stack(list(cores)).index_select(1, moved.take(rows))
         chosen = (whole * factors.to(whole)[:, None, None]).unbind(0)
-        with self._hooked(moved, lambda index: functools.partial(self._add, index, chosen[index], moved)):
+
+        def make(index: int, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            layer, inner, outer, core = self._layers[index], self.ins[index], self.outs[index], chosen[index]
+
+            def forward(x: Tensor) -> Tensor:
+                x, shape = folded(_narrowed(x), len(signs)), x
+                kept, small = _reduced(layer, x, inner, moved)
+                output = plain(unfolded(kept, shape))
+                return unfolded(_added(layer, folded(output, len(signs)), small, outer, core, moved), output)
+
+            return forward
+
+        with replaced_forwards(self._layers, make):
             yield
 
     @contextmanager
     def listening(self, leaves: Sequence[Tensor], rows: Tensor, *, twice: bool = False) -> Iterator[None]:
         """As `armed` with cores of value 0 (`leaves`), for their gradients alone: nothing is added to activations.
 
-        twice: the gradients may be differentiated again.
+        twice: the gradients may be differentiated again, which compiled code cannot be: a hook keeps it out.
         """
-        every = MovedRows(1, len(rows), len(rows))
-        with self._hooked(
-            every, lambda index: functools.partial(self._listen, index, leaves[index], rows), once=not twice
-        ):
+        count = len(rows)
+        every = MovedRows(1, count, count)
+
+        def make(index: int, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            layer, inner, outer, leaf = self._layers[index], self.ins[index], self.outs[index], leaves[index]
+
+            def forward(x: Tensor) -> Tensor:
+                x, shape = folded(_narrowed(x), count), x
+                kept, small = _reduced(layer, x, inner, every, once=not twice)
+                if torch.compiler.is_compiling():  # its backward would make every gradient that can be made
+                    output = _without_weights(layer, unfolded(kept, shape))
+                    core = leaf.index_select(0, rows)
+                    return unfolded(_added(layer, folded(output, count), small.detach(), outer, core, every), output)
+                output = plain(unfolded(kept, shape))
+                whole = folded(output, count)
+                layout = _layout(layer, whole)
+                return unfolded(_Listener.apply(whole, leaf, _flat(small, layout), outer, rows, layout), output)
+
+            return forward
+
+        with contextlib.ExitStack() as hooks, replaced_forwards(self._layers, make):
+            for layer in self._layers if twice else ():
+                hooks.enter_context(layer.register_forward_hook(lambda *seen: None))
             yield
 
-    @contextmanager
-    def _hooked(
-        self, moved: MovedRows, make: Callable[[int], Callable[..., Tensor]], once: bool = True
-    ) -> Iterator[None]:
-        """Hooks that call make(index)(layer, A x of the rows that move, output) after every forward of a layer.
 
-        A x is taken before the layer runs, so that both read the x that autocast has narrowed once for both.
-        """
-        handles = []
-        for index, layer in enumerate(self.layers.values()):
-            then = make(index)
-            found: list[Tensor] = []
+def _reduced(layer: Layer, x: Tensor, inner: Tensor, moved: MovedRows, once: bool = True) -> tuple[Tensor, Tensor]:
+    """x for the layer, and A x of the rows that move: [r, T, k_in], or [r, k_in, H, W] of a convolution.
 
-            def before(layer: Layer, args: tuple[Tensor, ...], index: int = index, found: list = found) -> tuple:
-                x = folded(_narrowed(args[0]), moved.branches * moved.total)
-                kept, small = self._reduced(index, layer, x, moved, once)
-                found.append(small)
-                return (unfolded(kept, args[0]),)
+    A x is taken before the layer runs, so that both read the x that autocast has narrowed once for both.
+    """
+    inner = inner.to(x.dtype)
+    if isinstance(layer, nn.Conv2d):
+        if x.device.type == "cpu":
+            return x, constant_conv2d(layer, moved.take(x), inner)
+        return x, moved.take(constant_conv2d(layer, x, inner))  # on a GPU a copy of rows costs more than they do
+    if once:
+        return reduced_rows(x, inner, moved)
+    return x, F.linear(moved.take(x), inner).reshape(moved.branches * moved.first, -1, len(inner))
 
-            def after(layer: Layer, args: tuple, output: Tensor, then: Callable = then, found: list = found) -> Tensor:
-                whole = folded(output, moved.branches * moved.total)
-                return unfolded(then(layer, found.pop(), whole), output)
 
-            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+def _added(layer: Layer, output: Tensor, small: Tensor, outer: Tensor, core: Tensor, moved: MovedRows) -> Tensor:
+    """The output with the probe in it. core: of every row that moves, signed."""
+    outer, core = outer.to(small.dtype), core.to(small.dtype)
+    layout = _layout(layer, output)
+    small = _flat(small, layout)
+    if layout == "first":
+        added = (outer @ (core @ small)).view(len(small), *output.shape[1:])
+        return added_to(output, added, moved)
+    through = small @ core.transpose(1, 2)  # [r, T, k_out]
+    if layout == "rows":
+        return product_added_to(output, through, outer, moved)
+    added = F.linear(through, outer)  # [r, T, d]
+    return added_to(output, added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2), moved)
 
-    def _reduced(self, index: int, layer: Layer, x: Tensor, moved: MovedRows, once: bool) -> tuple[Tensor, Tensor]:
-        """x for the layer, and A x of the rows that move: [r, T, k_in], or [r, k_in, H, W] of a convolution."""
-        inner = self.ins[index].to(x.dtype)
-        if isinstance(layer, nn.Conv2d):
-            if x.device.type == "cpu":
-                return x, constant_conv2d(layer, moved.take(x), inner)
-            return x, moved.take(constant_conv2d(layer, x, inner))  # on a GPU a copy of rows costs more than they do
-        if once:
-            return reduced_rows(x, inner, moved)
-        return x, F.linear(moved.take(x), inner).reshape(moved.branches * moved.first, -1, self.k_in)
 
-    def _add(self, index: int, chosen: Tensor, moved: MovedRows, layer: Layer, small: Tensor, output: Tensor) -> Tensor:
-        """The output with the probe in it. chosen: the core of every row that moves, signed."""
-        outer, core = self.outs[index].to(small.dtype), chosen.to(small.dtype)
-        layout = _layout(layer, output)
-        small = _flat(small, layout)
-        if layout == "first":
-            added = (outer @ (core @ small)).view(len(small), *output.shape[1:])
-            return added_to(output, added, moved)
-        through = small @ core.transpose(1, 2)  # [r, T, k_out]
-        if layout == "rows":
-            return product_added_to(output, through, outer, moved)
-        added = F.linear(through, outer)  # [r, T, d]
-        return added_to(output, added.unflatten(1, output.shape[2:]).permute(0, 3, 1, 2), moved)
-
-    def _listen(self, index: int, leaf: Tensor, rows: Tensor, layer: Layer, small: Tensor, output: Tensor) -> Tensor:
-        layout = _layout(layer, output)
-        return _Listener.apply(output, leaf, _flat(small, layout), self.outs[index], rows, layout)
+def _without_weights(layer: Layer, x: Tensor) -> Tensor:
+    """What the layer gives, without a gradient for its weights."""
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
 
 def _narrowed(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distunlearn.encoders.blocks import replaced_forwards
+
 Copies = Callable[[Tensor], "tuple[Tensor, Tensor] | None"]
 
 
@@ -45,34 +47,15 @@ def shared_pattern(model: nn.Module, count: int, total: int) -> Iterator[None]:
         by_branch = x.unflatten(0, (rows[0] // total, total, -1))
         return by_branch[:, :count], by_branch[:, count : 2 * count]
 
-    handles = [model.register_forward_pre_hook(note)]
-    for module in model.modules():
-        if type(module) is nn.ReLU:
-            handles += _hold_relu(module, copies)
-        elif type(module) is nn.MaxPool2d:
-            handles += _hold_pool(module, copies)
-    try:
+    held = [module for module in model.modules() if type(module) in HOLDING]
+    with (
+        model.register_forward_pre_hook(note),
+        replaced_forwards(held, lambda index, plain: HOLDING[type(held[index])](held[index], copies)),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _replaced(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> list:
-    """Hooks that put `compute` in the place of the module's own forward, which sees no row."""
-    kept: list[Tensor] = []
-
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        kept.append(args[0])
-        return (args[0].detach()[:0],)
-
-    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return compute(kept.pop())
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-
-def _hold_relu(module: nn.ReLU, copies: Copies) -> list:
+def _relu(module: nn.ReLU, copies: Copies) -> Callable[[Tensor], Tensor]:
     def compute(x: Tensor) -> Tensor:
         active = x.detach() > 0
         before, both = copies(x.detach()), copies(active)
@@ -83,10 +66,10 @@ def _hold_relu(module: nn.ReLU, copies: Copies) -> list:
             own.copy_(common)
         return x * active  # on a CPU seven times faster than where or masked_fill
 
-    return _replaced(module, compute)
+    return compute
 
 
-def _hold_pool(module: nn.MaxPool2d, copies: Copies) -> list:
+def _max_pool(module: nn.MaxPool2d, copies: Copies) -> Callable[[Tensor], Tensor]:
     def compute(x: Tensor) -> Tensor:
         still = x.detach().clone()
         both = copies(still)
@@ -100,4 +83,7 @@ def _hold_pool(module: nn.MaxPool2d, copies: Copies) -> list:
         )  # fmt: skip
         return x.flatten(2).gather(2, where.flatten(2)).view(where.shape)
 
-    return _replaced(module, compute)
+    return compute
+
+
+HOLDING: dict[type[nn.Module], Callable[..., Callable[[Tensor], Tensor]]] = {nn.ReLU: _relu, nn.MaxPool2d: _max_pool}
