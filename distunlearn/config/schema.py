@@ -329,7 +329,7 @@ class RuntimeConfig:
     __pydantic_config__ = STRICT
 
     threads: Annotated[NonNegativeInt, LOCAL_SPEED] = 0  # CPU threads a process; 0: OMP_NUM_THREADS, else cores
-    compile: Annotated[bool, ROUNDING] = False  # blocks through torch.compile, but for passes that record or differentiate twice
+    compile: Annotated[bool, ROUNDING] = False  # blocks through torch.compile, but for some passes of evaluators
     activation_checkpointing: Annotated[bool, ROUNDING] = False  # blocks run forward again in the backward: less memory
     mesh: Annotated[tuple[PositiveInt, PositiveInt] | None, ROUNDING] = None  # fsdp2: copies, and shards of each copy
     bf16_gather: Annotated[bool, ROUNDING] = False  # fsdp2, precision=bf16, GPUs: blocks' weights travel in bf16

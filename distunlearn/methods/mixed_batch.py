@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +11,10 @@ from distunlearn.data.schedule import Batch, concat_batches, random_words
 from distunlearn.distributed.collectives import (
     all_gather_detached,
     all_gather_with_grad,
-    all_reduce_mean,
     gather_sizes,
-    mean_scale,
 )
 from distunlearn.objectives.base import Branches
-from distunlearn.objectives.forward import Context, embed, image_mean
+from distunlearn.objectives.forward import Context, embed
 
 
 def mixed_branches(ctx: Context, retain: Batch, forget: Batch) -> Branches:
@@ -29,28 +26,6 @@ def row_losses(ctx: Context, branches: Branches) -> Tensor:
     """The rows of the utility loss, [n]; MoCo v2: against the queue, which holds no key of an image to forget."""
     queue = None if ctx.queue is None else ctx.queue.bank(ctx.objective.temperature)
     return ctx.objective.row_losses(branches, queue)
-
-
-class Opposed(NamedTuple):
-    """loss: to minimise; retained: branches of the retain images alone; task, climbed: means of both, detached."""
-
-    loss: Tensor
-    retained: Branches
-    task: Tensor
-    climbed: Tensor
-
-
-def opposed_losses(ctx: Context, retain: Batch, forget: Batch, ascent_weight: float) -> Opposed:
-    """Down on the retain rows and up on the forget rows of one batch of R + F images:
-
-    ( sum_{r in retain} l_r - ascent_weight * sum_{i in forget} l_i ) / (R + F),   l: the objective's own loss
-    """
-    branches = mixed_branches(ctx, retain, forget)
-    rows = row_losses(ctx, branches)
-    kept, climbed = rows[: len(retain)], rows[len(retain) :]
-    loss = (kept.sum() - ascent_weight * climbed.sum()) * mean_scale(branches.shares)
-    means = (all_reduce_mean(image_mean(part.detach(), b.sizes)) for part, b in ((kept, retain), (climbed, forget)))
-    return Opposed(loss, branches.part(slice(0, len(retain)))._replace(sizes=retain.sizes), *means)
 
 
 def with_other_partners(ctx: Context, branches: Branches, first: int, known: Sequence[int] | None = None) -> Branches:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distunlearn.data.schedule import Batch
+from distunlearn.distributed.collectives import all_reduce_mean, mean_scale
 from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.grad_ascent import GradAscentConfig, require_bounded
-from distunlearn.methods.mixed_batch import opposed_losses
+from distunlearn.methods.mixed_batch import mixed_branches, row_losses
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue
-from distunlearn.objectives.forward import Context
+from distunlearn.objectives.forward import Context, image_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,13 @@ class NegGrad(Method[NegGradConfig]):
 
     def loss(self, ctx: Context, batches: Mapping[str, Batch]) -> StepOutput:
         retain, forget = batches["retain"], batches["forget"]
-        found = opposed_losses(ctx, retain, forget, self.settings.ascent_weight)
-        level = float(found.climbed)
+        branches = mixed_branches(ctx, retain, forget)
+        rows = row_losses(ctx, branches)
+        kept, climbed = rows[: len(retain)], rows[len(retain) :]
+        loss = (kept.sum() - self.settings.ascent_weight * climbed.sum()) * mean_scale(branches.shares)
+        task = all_reduce_mean(image_mean(kept.detach(), retain.sizes))
+        level = float(all_reduce_mean(image_mean(climbed.detach(), forget.sizes)))
         require_bounded(ctx, self.name, level, self.settings.ascent_bound)
-        enqueue(ctx, found.retained)
-        metrics: dict[str, float | Tensor] = {"task_loss": found.task, "forget_loss": level}
-        return StepOutput(found.loss, metrics, {"retain": retain.ids, "forget": forget.ids})
+        enqueue(ctx, branches.part(slice(0, len(retain)))._replace(sizes=retain.sizes))
+        metrics: dict[str, float | Tensor] = {"task_loss": task, "forget_loss": level}
+        return StepOutput(loss, metrics, {"retain": retain.ids, "forget": forget.ids})

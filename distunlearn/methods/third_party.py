@@ -1,29 +1,28 @@
 """third_party: make forgotten images look like images the model never met.
 
-    L = task_weight       * L_task(retain)   [ or (sum_retain l_r - climb_weight * sum_forget l_i) / (R + F) ]
+    L = task_weight       * (L_task(retain)   [ - climb_weight * mean over forget of l_i ])
       + gradient_weight   * Phi({g_i}_forget, sg {g_j}_third)
       + output_weight     * Phi({o_i}_forget, sg {o_j}_third)
       + confidence_weight * C(third)
     [ + anchor_weight     * mean over third-party views of 1 - cos(output and embedding, the original encoder's) ]
 
-g_i is the gradient of the bank loss of sample i, averaged over `view_pairs` pairs of views (one pair is noisy, and
-hides how alike the gradients of a memorised image's views are), reached by one of `constraints/evaluators` (default:
-in closed form at the last linear layer) and described by (log norm, sketch over the third-party's spread); o_i is (view
-agreement of the outputs, closeness to the bank, loss, view agreement of the embeddings): the last because an
-exported encoder is the backbone alone, which the head would otherwise shield from the constraint. Phi is the
-distance `constraint.distance`, by default the energy distance as a U-statistic. Where a permutation test says that
-third-party and calibration samples differ under the original encoder, their distance is the target Phi*, and the
-term is on while its running mean is above it, so that a third party of another distribution does not over-correct;
-else Phi* is 0 and the term stays on. With `constraint.memory_steps` the gradient of Phi is taken against the samples of
-the last steps as well (`constraints/cross_batch_memory`). The anchor holds the third party where the original encoder,
-which never met it, had put it. With `climb_weight` the task's loss is that of one batch of retained and forgotten
-images, turned round for the latter, as in `neg_grad`: a direction of little noise that takes most of the trace away, so
-that small weights of Phi suffice, whose gradient is noise once the distributions have met.
+g_i is the gradient of the bank loss of sample i, averaged over `view_pairs` pairs of views, reached by one of
+`constraints/evaluators` (default: in closed form at the last linear layer) and described by (log norm, sketch over the
+third-party's spread); o_i is (view agreement of the outputs, closeness to the bank, loss, view agreement of the
+embeddings): the last because an exported encoder is the backbone alone, which the head would otherwise shield from the
+constraint. Phi is the distance `constraint.distance` (default: the energy distance as a U-statistic). Where a
+permutation test says that third-party and calibration samples differ under the original encoder, their distance is the
+target Phi*, and the term is on while its running mean is above it, so that a third party of another distribution does
+not over-correct; else Phi* is 0 and the term stays on. With `constraint.memory_steps` the gradient of Phi is taken
+against the samples of the last steps as well (`constraints/cross_batch_memory`). The anchor holds the third party where
+the original encoder, which never met it, had it. With `climb_weight` the forgotten images' own loss l_i in one batch
+with the retained ones is turned round: a direction of little noise that takes most of the trace away, so that small
+weights of Phi suffice, whose gradient is noise once the distributions have met. L_task stays that of the retained
+images alone, as retraining has it: as negatives of theirs the forgotten images would be pushed away.
 
-Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with
-Machine Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and
-Chen, arXiv 2405.07317. The formulas are ours: by all that is known theirs penalise input gradients.
-Guarantee: empirical.
+Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with Machine
+Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and Chen, arXiv
+2405.07317. The formulas are ours: by all that is known theirs penalise input gradients. Guarantee: empirical.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ from distunlearn.distributed.collectives import (
 from distunlearn.methods.base import Method, StepOutput
 from distunlearn.methods.embeddings import apart
 from distunlearn.methods.grad_ascent import require_bounded
-from distunlearn.methods.mixed_batch import opposed_losses
+from distunlearn.methods.mixed_batch import mixed_branches, row_losses
 from distunlearn.methods.search_space import Log
 from distunlearn.methods.training import enqueue, retain_bank
 from distunlearn.objectives.base import Branches
@@ -262,8 +261,7 @@ class ThirdParty(Method[ThirdPartyConfig]):
             metrics["constraint_gradient"] = pull
         if weights.anchor_weight:
             metrics["third_party_drift"] = moved.detach()
-        consumed = {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids}
-        return StepOutput(total, metrics, consumed)
+        return StepOutput(total, metrics, {"retain": retain.ids, "forget": forget.ids, "third_party": third.ids})
 
     def _utility(self, ctx: Context, retain: Batch, forget: Batch) -> tuple[Tensor, Tensor, Branches, Bank | None]:
         """The first term, the task loss in it, detached, and the retained images' branches and bank.
@@ -274,15 +272,18 @@ class ThirdParty(Method[ThirdPartyConfig]):
         if self.settings.climb_weight:
             if self._climbed is not None:
                 require_bounded(ctx, self.name, float(self._climbed), self.settings.climb_bound, "climb_bound")
-            found = opposed_losses(ctx, retain, forget, self.settings.climb_weight)
-            self._climbed = found.climbed
-            return found.loss, found.task, found.retained, retain_bank(ctx, found.retained)
-        retained = embed(ctx, retain, batchnorm="train")
+            both = mixed_branches(ctx, retain, forget)
+            retained = both.part(slice(0, len(retain)))._replace(sizes=retain.sizes)
+            climbed = image_mean(row_losses(ctx, both)[len(retain) :], forget.sizes)
+            self._climbed = all_reduce_mean(climbed.detach())
+        else:
+            retained, climbed = embed(ctx, retain, batchnorm="train"), None
         bank = retain_bank(ctx, retained)
         if ctx.queue is None and bank is not None:
             retained = retained._replace(gathered=bank.keys)
         task = ctx.objective.task_loss(retained, bank)
-        return task, task.detach(), retained, bank
+        utility = task if climbed is None else task - self.settings.climb_weight * climbed
+        return utility, task.detach(), retained, bank
 
     def _moved(self, ctx: Context, third: Batch, pairs: list[Branches]) -> Tensor:
         """How far third-party outputs and embeddings have turned from the original encoder's, same views; in [0, 2]."""

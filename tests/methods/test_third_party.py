@@ -232,7 +232,9 @@ def by_hand(hand, batches, step, spreads, switches, held, confidence, threshold,
     retain, forget, third = batches["retain"], batches["forget"], batches["third_party"]
     seen = look(hand, merged(retain, forget) if ascent else retain, "train")
     rows = contrastive_rows(unit(seen.output))
-    task = (rows[:12].sum() - ascent * rows[12:].sum()) / len(rows)
+    task = contrastive_rows(unit(seen.output[:, :12])).mean()
+    if ascent:
+        task = task - ascent * rows[12:].mean()
     keys = keys_of(Seen(seen.output[:, :12], seen.hidden, seen.embedding))
     pairs = {role: [look(hand, batches[role], pair=pair) for pair in (0, 1)] for role in ("forget", "third_party")}
     described = {role: gradient_features(found, keys, step // (MEMORY + 1), hand.cfg) for role, found in pairs.items()}
