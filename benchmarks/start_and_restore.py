@@ -1,6 +1,7 @@
 """The start of a run of many samples, and the restore of a sharded checkpoint: seconds, memory and files a rank.
 
     python benchmarks/start_and_restore.py --rows 1000000 10000000 > figures.json
+    python benchmarks/start_and_restore.py --opens
 
 For every number of rows an index of made-up images is written (no shard: what is measured reads none), and processes of
 their own load it, find the digest of what a training is trained on, and ask for batches of two epochs. Memory is the
@@ -10,18 +11,22 @@ process's own (RssAnon), sampled, less what it had after its imports; pages of t
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
+import math
 import multiprocessing
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import timm
+import torch
 
 from distunlearn.data.loading.epoch_order import epoch_order
 from distunlearn.data.manifest.columns import NO_HASH, Columns
@@ -36,6 +41,50 @@ BATCH, STEPS = 4096, 20
 WIDTH = 24  # characters of an id
 IMAGE = 100_000  # bytes
 INTERVAL = 0.01  # seconds between two looks at the memory
+
+WORLDS = ((16, 16), (16, 32), (4, 16), (16, 24), (24, 16), (32, 16), (16, 4), (64, 1024), (1024, 1024), (1024, 512),
+          (1024, 64))  # fmt: skip
+
+
+def by_rows(shape: tuple[int, ...], world: int, rank: int) -> tuple[int, int]:
+    """First element, and the one after the last, of what a rank of fsdp2 has of a weight."""
+    rows = shape[0] if shape else 1
+    first, last = (min(rows, part * -(-rows // world)) for part in (rank, rank + 1))
+    return first * (math.prod(shape) // rows), last * (math.prod(shape) // rows)
+
+
+def by_elements(shape: tuple[int, ...], world: int, rank: int) -> tuple[int, int]:
+    """As `by_rows`, of zero3."""
+    size = math.prod(shape)
+    first, last = (min(size, part * -(-size // world)) for part in (rank, rank + 1))
+    return first, last
+
+
+Cut = Callable[[tuple[int, ...], int, int], tuple[int, int]]
+
+
+def opens(shapes: Iterable[tuple[int, ...]], old: tuple[Cut, int], new: tuple[Cut, int], rank: int) -> int:
+    """Files that `rank` of `new` opens of a checkpoint by `old` (how weights are cut, over how many ranks)."""
+    (cut, writers), files = old, {0}  # the main rank's has whole tensors, which all read
+    for shape in set(shapes):
+        edges = [cut(shape, writers, writer)[1] for writer in range(writers)]
+        first, last = new[0](shape, new[1], rank)
+        if first < last:
+            files.update(range(bisect.bisect_right(edges, first), bisect.bisect_left(edges, last) + 1))
+    return len(files)
+
+
+def table_of_opens() -> None:
+    """The most files that a rank opens, for encoders of real size: no file is made."""
+    print("| encoder | W before | W now | fsdp2 | zero3 | fsdp2, read by zero3 | at least |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ("vit_base_patch16_224", "resnet50"):
+        with torch.device("meta"):
+            shapes = {tuple(weight.shape) for weight in timm.create_model(name).parameters()}
+        for old, new in WORLDS:
+            pairs = ((by_rows, by_rows), (by_elements, by_elements), (by_rows, by_elements))
+            most = [max(opens(shapes, (a, old), (b, new), rank) for rank in range(new)) for a, b in pairs]
+            print(f"| {name} | {old} | {new} | {' | '.join(map(str, most))} | {-(-old // new)} |", flush=True)
 
 
 def made(folder: Path, rows: int) -> None:
@@ -143,7 +192,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--at", type=Path, default=None, help="folder for the indexes; removed afterwards")
+    parser.add_argument("--opens", action="store_true", help="count files that a restore opens, and do nothing else")
     chosen = parser.parse_args()
+    if chosen.opens:
+        table_of_opens()
+        return
     found = {}
     for rows in chosen.rows:
         folder = Path(tempfile.mkdtemp(dir=chosen.at))

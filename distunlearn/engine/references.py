@@ -51,12 +51,12 @@ def take_from_run(session: Session, run: Path, folder: Path, facts: Mapping[str,
     save_trained(session, folder, load_file(run / "retrained" / STATE), {**facts, REFERENCE: shown})
 
 
-def require_runs(cfg: RunConfig, out: Path) -> None:
-    """Raise what `shown_by_run` would before anything is computed; roles are drawn. On the main rank."""
+def require_runs(cfg: RunConfig, out: Path, manifest: Manifest) -> None:
+    """Raise what `shown_by_run` would before anything is computed or written. manifest: with the roles of this request;
+    they need not be saved. On the main rank.
+    """
     for name, place in references(cfg):
         if place.is_dir() and not (out / name / DONE).exists():
-            manifest = find_manifest(cfg, out)
-            assert manifest is not None, "it is prepared"
             shown_by_run(cfg, manifest, place)
 
 

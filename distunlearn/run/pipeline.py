@@ -58,6 +58,7 @@ def prepare(cfg: RunConfig, out: str | Path) -> str:
     if manifest is not None and has_request(out):
         if not (out / "run.yaml").exists():  # whose settings are compared else, and the source is not needed
             check_selection(cfg.data, cfg.seed, manifest)
+        require_runs(cfg, out, manifest)
         return describe(manifest)
     if manifest is None:
         manifest = without_chain(cfg.data, make_shards(cfg, shards_folder(cfg, out)))
@@ -66,6 +67,7 @@ def prepare(cfg: RunConfig, out: str | Path) -> str:
         check_selection(cfg.data, cfg.seed, manifest)
     else:
         manifest = draw_request(cfg.data, cfg.seed, manifest, foreign=foreign)
+    require_runs(cfg, out, manifest)  # one that is refused leaves no roles behind
     manifest.save_request(out)
     return describe(manifest)
 
@@ -176,7 +178,6 @@ def begin(cfg: RunConfig, out: str | Path) -> dict:
         require_reusable(cfg)
         refuse_if_owned(out)
         prepare(cfg, out)  # all shards or nothing, so that an image that is refused leaves no run directory behind
-        require_runs(cfg, out)
 
     open_backend(cfg).world.on_main(make_ready)  # what the main process refuses ends the others, too
     return planned

@@ -118,14 +118,12 @@ def test_each_rank_wrote_a_part_and_one_process_reads_the_whole(ranks, writer):
     checkpoint, _ = latest_checkpoint(folder / writer)
     assert (checkpoint.step, checkpoint.facts["world"], checkpoint.facts["sharded"]) == (STEPS, 2, True)
     files = checkpoint.facts["files"]
-    assert sorted(files) == sorted(
-        f"{k}-0000{r}-of-00002.safetensors" for k in ("optimizer", "state") for r in range(2)
-    )
-    for kind in ("optimizer", "state"):
-        places = [files[f"{kind}-0000{rank}-of-00002.safetensors"]["pieces"].values() for rank in range(2)]
-        sizes = [sum(count for _, count, _ in of_rank) for of_rank in places]  # elements
-        # who cuts its groups, not its weights, in two
-        assert min(sizes) > 0.4 * sum(sizes) or (writer, kind) == ("zero1", "optimizer")
+    assert sorted(files) == [f"state-0000{rank}-of-00002.safetensors" for rank in range(2)]
+    for moments in (True, False):
+        places = [entry["pieces"].items() for _, entry in sorted(files.items())]
+        sizes = [sum(found[1] for n, found in of_rank if n.startswith(OPTIMIZER) == moments) for of_rank in places]
+        # elements; zero1 cuts its groups, not its weights, in two
+        assert min(sizes) > 0.4 * sum(sizes) or (writer, moments) == ("zero1", True)
     state = read_state(checkpoint)
     own = {n.removeprefix("model."): whole(t) for n, t in state.items() if n.startswith(("model.", "momentum."))}
     assert same({"weights": own, "moments": optimizer_state(checkpoint)}, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from distunlearn.engine.checkpoint.format import FORMAT, begin, commit, latest_c
 from distunlearn.engine.checkpoint.tensors import OPTIMIZER, optimizer_state, read_state, write_pieces
 from distunlearn.engine.optimizer import make_optimizer
 from distunlearn.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from start_and_restore import by_elements, by_rows, opens  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_format_3"
 
@@ -221,7 +226,7 @@ def test_pieces_of_any_number_of_ranks_are_read_whole_and_in_parts(tmp_path):
     for world in (1, 2, 3, 8):
         sharded(tmp_path, world, tensors, world)
         checkpoint, _ = latest_checkpoint(tmp_path)
-        assert checkpoint.step == world and len(checkpoint.facts["files"]) == 2 * world
+        assert checkpoint.step == world and len(checkpoint.facts["files"]) == world
         state = read_state(checkpoint)
         assert state.keys() == tensors.keys()
         for name, value in tensors.items():
@@ -233,16 +238,22 @@ def test_pieces_of_any_number_of_ranks_are_read_whole_and_in_parts(tmp_path):
         assert torch.equal(whole(optimizer_state(checkpoint)["state"]["w"]["exp_avg"]), tensors["optimizer.w/exp_avg"])
 
 
-def test_a_rank_that_reads_its_own_share_opens_three_files(tmp_path, monkeypatch):
-    """Its own two, and the one with the whole tensors; control: a share of another number of ranks needs more."""
+SHAPES = ((48, 48), (144, 48), (192, 48), (48,), (144,), (192,), (1, 16, 48))  # of a vision transformer
+
+
+@pytest.mark.parametrize("cut", [by_rows, by_elements])
+def test_a_rank_opens_three_files_and_where_fewer_ranks_read_those_of_its_share(tmp_path, monkeypatch, cut):
+    """W ranks wrote a file each and W' read: W / W' of them at least. Control: one who needs all of it opens W."""
     world, opened = 16, set()
+    weights = {f"w{n}": torch.randn(shape) for n, shape in enumerate(SHAPES)}
     temporary, files = begin(tmp_path, 1), {}
     for rank in range(world):
-        names = ("model.steps", f"{OPTIMIZER}w/step")
+        names = ("model.steps", *(f"{OPTIMIZER}{name}/step" for name in weights))
         pieces = [Piece(name, torch.tensor(3.0), ()) for name in names if rank == 0]
-        for name in ("model.w", f"{OPTIMIZER}w/exp_avg", "momentum.w"):
-            values = torch.arange(10.0) + 10 * rank
-            pieces.append(Piece(name, values, (160,), 10 * rank))
+        for name, value in weights.items():
+            first, last = cut(tuple(value.shape), world, rank)
+            for full in (f"model.{name}", f"{OPTIMIZER}{name}/exp_avg", f"momentum.{name}"):
+                pieces.append(Piece(full, value.flatten()[first:last].clone(), tuple(value.shape), first))
         files |= write_pieces(temporary, pieces, rank, world, sharded=True)
     commit(temporary, 1, files, {"optimizer": "AdamW"})
     checkpoint = module.read_commit(tmp_path / "step-00000001")
@@ -253,14 +264,21 @@ def test_a_rank_that_reads_its_own_share_opens_three_files(tmp_path, monkeypatch
         opened.clear()
         state = read_state(checkpoint)
         moments = optimizer_state(checkpoint, state)
-        assert torch.equal(whole(moments["state"]["w"]["step"]), torch.tensor(3.0)) and whole(state["model.steps"]) == 3
-        count = 160 // ranks
-        for value in (state["model.w"], state["momentum.w"], moments["state"]["w"]["exp_avg"]):
-            assert torch.equal(part(value, rank * count, count), torch.arange(160.0)[rank * count : (rank + 1) * count])
+        assert whole(state["model.steps"]) == 3
+        for name, value in weights.items():
+            assert whole(moments["state"][name]["step"]) == 3
+            first, last = cut(tuple(value.shape), ranks, rank)
+            for one in (state[f"model.{name}"], state[f"momentum.{name}"], moments["state"][name]["exp_avg"]):
+                assert torch.equal(part(one, first, last - first), value.flatten()[first:last])
         return len(opened)
 
-    assert [read(rank, world) for rank in range(world)] == [2, *[3] * (world - 1)]
-    assert read(1, 4) == 2 * 4 + 1
+    assert len(list((tmp_path / "step-00000001").iterdir())) == world + 1
+    assert max(read(rank, world) for rank in range(world)) == 2
+    assert max(read(rank, ranks) for ranks in (24, 48) for rank in range(ranks)) <= 3
+    assert max(read(rank, 4) for rank in range(4)) <= 16 / 4 + 2
+    assert read(0, 1) == world
+    counted = [opens(SHAPES, (cut, world), (cut, ranks), rank) for ranks in (4, 24) for rank in range(ranks)]
+    assert counted == [read(rank, ranks) for ranks in (4, 24) for rank in range(ranks)]  # the benchmark's own count
 
 
 def test_a_rank_file_of_another_step_or_none_at_all_is_refused(tmp_path):

@@ -4,7 +4,7 @@ A checkpoint is a folder `step-XXXXXXXX`: safetensors files, and `COMMIT.json`, 
 and size and is itself under a digest. Two layouts, which every backend reads:
 
     state.safetensors, optimizer.safetensors          whole tensors, written by the main rank
-    state-RRRRR-of-WWWWW.safetensors, optimizer-...   pieces, each rank's own; where they lie is in COMMIT.json, so that
+    state-RRRRR-of-WWWWW.safetensors                  pieces, each rank's own; where they lie is in COMMIT.json, so that
                                                       a rank opens the files that hold what it needs, and no other
 
 It is made under a temporary name. Every rank writes and syncs its files; the main rank waits for all of them, commits,

@@ -24,17 +24,19 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int, world: int, s
     """This rank's files of the checkpoint that is being made in `folder`, synced; what COMMIT.json says of them:
     sha256, bytes, `whole` (names of whole tensors), `pieces` (name: first element, number of elements, shape of all).
 
-    Whole tensors of a sharded checkpoint, which every rank reads, are in one file of the rank that has them.
+    A rank of a sharded checkpoint writes one file, so that whoever needs its part opens one; whole tensors, which every
+    rank reads, are in the file of the rank that has them.
 
     Args:
         pieces: on the CPU, with memory of their own.
     """
-    share = f"-{rank:05d}-of-{world:05d}" if sharded else ""
-    tensors: dict[str, dict[str, Tensor]] = {"state": {}, "optimizer": {}}
-    places: dict[str, dict[str, list]] = {"state": {}, "optimizer": {}}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    places: dict[str, dict[str, list]] = {}
+    state, optimizer = (f"state-{rank:05d}-of-{world:05d}",) * 2 if sharded else ("state", "optimizer")
+    for kind in (state, optimizer):
+        tensors[kind], places[kind] = {}, {}
     for piece in pieces:
-        apart = piece.start is not None or not sharded
-        kind = "optimizer" if apart and piece.name.startswith(OPTIMIZER) else "state"
+        kind = optimizer if piece.name.startswith(OPTIMIZER) else state
         if piece.start is not None and piece.values.numel() == 0:
             continue
         tensors[kind][piece.name] = piece.values
@@ -42,7 +44,7 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int, world: int, s
             places[kind][piece.name] = [piece.start, piece.values.numel(), list(piece.shape)]
     files = {}
     for kind, found in tensors.items():
-        path = folder / f"{kind}{share}.safetensors"
+        path = folder / f"{kind}.safetensors"
         save_file(found, path)
         sync_path(path)
         whole = sorted(found.keys() - places[kind].keys())
