@@ -6,8 +6,8 @@ the same images is sqrt(2 (1 - r)) times as wide, where r says how alike their s
 1.41 times if they are independent. r is known only afterwards (10 to 90 % of finished runs: 0.0 to 0.9). It goes by the
 method, for one that changes little keeps the scores of the original encoder, and by the kind of the encoder. What the
 factor was in the 480 finished runs in benchmarks/results (10 %, half and 90 % of them) stands in `SPREAD`. So 84 % of
-all widths are predicted within 20 %, of third_party 78 %; runs that differ by the seed alone agree no better than 91 %
-and 83 % with the median of the others, so the promise cannot be kept for all of them.
+all widths are predicted within 20 %, of third_party 78 %. What many seeds of the same run would show foretells 95 % and
+89 % (estimated from three), so the promise cannot be kept for all of them.
 
 Without a retrained encoder the gate is on one encoder's AUC, and its interval is never narrower than that of this one.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,33 @@ def test_widths_are_those_of_finished_runs(finished):
             assert (
                 abs(statistics.median(width(found) / expected["half_width"] for *_, found, expected in runs) - 1) < 0.05
             )
+
+
+def test_seeds_of_the_same_run_differ_by_more_than_the_promise():
+    """What no table can foretell: a run's width against the others of its own grid, settings and attack.
+
+    The logarithms' spread about the mean of three, times sqrt(3 / 2), is that about what many seeds would show.
+    """
+    same = defaultdict(list)
+    for path in sorted(CELLS.glob("forgetting-*/*.json")):
+        content = json.loads(path.read_text())
+        attacks = content.get("summary", {}).get("attacks", {})
+        if attacks.get(ATTACKED[0], {}).get("gap", {}).get("low") is not None:
+            cell = {name: value for name, value in content["cell"].items() if name != "seed"}
+            for attack in ATTACKED:
+                same[path.parent, json.dumps(cell), cell["method"], attack].append(width(attacks[attack]))
+    logs = np.log(np.array(list(same.values())))
+    assert logs.shape == (480 * len(ATTACKED) // 3, 3)
+    apart = np.sqrt(1.5) * (logs - logs.mean(1, keepdims=True))
+    near, third_party = np.abs(np.exp(apart) - 1) <= 0.2, [method == "third_party" for _, _, method, _ in same]
+    assert 0.94 < near.mean() < 0.96 and 0.88 < near[third_party].mean() < 0.91
+
+
+def test_a_bootstrap_is_not_why_widths_differ():
+    """With the draws of an audit the width of the same scores repeats within 2.5 % (one standard deviation)."""
+    rng = np.random.default_rng(0)
+    low, high = np.quantile(rng.normal(size=(300, CFG.audit.bootstrap)), [0.05, 0.95], axis=1)
+    assert (high - low).std() / (high - low).mean() < 0.025
 
 
 def test_why_the_promise_is_missed(finished):
