@@ -49,8 +49,8 @@ def digits() -> RunConfig:
         data=replace(base.data, members=900, holdout=500, third_party=250, third_party_audit=50),
         views=replace(base.views, crop_scale_min=0.6),
         pretrain=replace(base.pretrain, epochs=300),
-        unlearn=replace(base.unlearn, lr=3.3e-3),
-        method=_third_party(climb_weight=0.2, gradient_weight=0.03, output_weight=0.13),
+        unlearn=replace(base.unlearn, steps=350, lr=2.2e-3),
+        method=_third_party(climb_weight=0.17, gradient_weight=0.03, output_weight=0.13),
         audit=replace(base.audit, views=20),
     )
 
