@@ -1,7 +1,7 @@
 """Three requests in turn on one encoder: do the images of the first stay forgotten while the later ones are served?
 
     python benchmarks/requests_in_turn.py digits --seed 0 --out DIR            [--purge] [--processes 2] [--set K=V ...]
-    python benchmarks/requests_in_turn.py photos --seed 0 --out DIR --purge    [--later K=V ...]
+    python benchmarks/requests_in_turn.py photos --seed 0 --out DIR --purge    [--later K=V ...] [--reference]
 
 `digits`: the recipe of that name. `photos`: 600 generated photos and, as the original encoder, a checkpoint of a
 backbone alone that was trained elsewhere: by a run of another seed, on the images that are the members here.
@@ -10,7 +10,8 @@ Every run is `distunlearn run`, the later ones with `--previous`. The images of 
 they are purged, and every encoder is shown them here, in the way of the audit. Prints and writes DIR/result.json: view
 agreement (AUC against the holdout) of the first request's images in the encoder before it, after it, and after the
 third, and how often one of them is in a batch of a later run, by the ledger and by the roles; and of each request its
-own images before and after it. Goes on where it stopped.
+own images before and after it. With `--reference` the first and the third run train their retrained encoder, and the
+images are shown to both: what of a rise is there without any memory of them. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +28,11 @@ import torch
 from photos import jpeg
 from safetensors.torch import load_file
 
-from distunlearn.audit.attacks.lira import alignment
-from distunlearn.audit.signals.collect import collect_signals
+from distunlearn.audit.signals.collect import AUDIT_EPOCH, CHUNK, looking
 from distunlearn.config.schema import RunConfig
 from distunlearn.data.loading.image_store import open_store
 from distunlearn.data.manifest.manifest import Manifest
-from distunlearn.data.manifest.records import CODE
-from distunlearn.encoders.model import MomentumEncoder, build_model
+from distunlearn.encoders.model import build_model
 from distunlearn.engine.run_directory import saved_config, shards_folder
 from distunlearn.objectives import make_objective
 from distunlearn.objectives.forward import EncoderView
@@ -100,32 +99,28 @@ def foreign(folder: Path, settings: list[str], seed: int) -> list[str]:
     return [f"encoder.checkpoint={checkpoint}", f"data.forget={listed}"]
 
 
-def view_agreement(run: Path, cfg: RunConfig, kept: Manifest) -> float:
-    """AUC of the first request's images against the holdout, in the encoder of a model folder."""
-    state = load_file(run / STATE)
+@torch.no_grad()
+def agreements(folder: Path, cfg: RunConfig, kept: Manifest, shown: list[str]) -> dict[str, float]:
+    """{id: mean cosine between its views} of some images in the encoder of a model folder, on the audit's views."""
+    state = load_file(folder / STATE)
     model = build_model(cfg, None)
     model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-    momentum = None
-    if any(name.startswith("momentum.") for name in state):
-        momentum = MomentumEncoder(model)
-        momentum.load_state_dict(
-            {k.removeprefix("momentum."): v for k, v in state.items() if k.startswith("momentum.")}
-        )
-    encoder = EncoderView(
-        model, momentum.model if momentum else None, make_objective(cfg.objective), cfg.views, cfg.seed
-    )
-    signals = collect_signals(encoder, open_store(kept, cfg, torch.device("cpu")), kept, cfg)
-    known = alignment(signals)
-    return auc(Comparison.of(known[signals.of("forget")], known[signals.of("holdout")]))
+    encoder = EncoderView(model, None, make_objective(cfg.objective), cfg.views, cfg.seed)
+    store, found = open_store(kept, cfg, torch.device("cpu")), {}
+    with looking(encoder, cfg.audit.precision):
+        for start in range(0, len(shown), CHUNK):
+            ids = shown[start : start + CHUNK]
+            views = encoder.views(ids, store.cut, AUDIT_EPOCH, cfg.audit.views)
+            units = torch.nn.functional.normalize(torch.stack([model(view).output for view in views]).double(), dim=-1)
+            first, second = np.triu_indices(len(units), 1)
+            found |= zip(ids, (units[first] * units[second]).sum(-1).mean(0).tolist(), strict=True)
+    return found
 
 
-def of_request(kept: Manifest, chain: Chain, number: int) -> Manifest:
-    """The images of the first run, of which those that request `number` of the chain named are to be forgotten."""
-    role = kept.columns.role.copy()
-    asked = np.array(chain.requests_of(row.tobytes() for row in kept.columns.sha256)) == number
-    role[role == CODE["forget"]] = CODE["unused"]
-    role[asked] = CODE["forget"]
-    return kept.with_roles(role, kept.facts)
+def of_requests(kept: Manifest, chain: Chain) -> dict[int, list[str]]:
+    """{number of a request of the chain: the ids that it named}."""
+    numbers = np.array(chain.requests_of(row.tobytes() for row in kept.columns.sha256))
+    return {number: kept.columns.ids.at(np.flatnonzero(numbers == number)) for number in range(1, numbers.max() + 1)}
 
 
 def in_later_batches(run: Path, kept: Manifest) -> int:
@@ -142,7 +137,8 @@ def in_later_batches(run: Path, kept: Manifest) -> int:
 def requests(asked: argparse.Namespace) -> dict:
     folder = asked.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    settings = [*SETS[asked.kind], f"seed={asked.seed}", "audit.tier=0", "audit.bootstrap=100", *asked.set]
+    tier = f"audit.tier={int(asked.reference)}"
+    settings = [*SETS[asked.kind], f"seed={asked.seed}", tier, "audit.bootstrap=100", *asked.set]
     if asked.kind == "photos":
         settings += photos(folder)
         settings += foreign(folder, settings, asked.seed)
@@ -160,23 +156,38 @@ def requests(asked: argparse.Namespace) -> dict:
         if asked.purge and not (before / "purge.json").exists():
             command(1, "purge", str(before), "--apply")
         if not (run / "report.html").exists():
-            again = [f"data.forget={NEXT[asked.kind]}", f"seed={asked.seed}", *asked.later]
+            audited = tier if run == runs[-1] else "audit.tier=0"
+            again = [f"data.forget={NEXT[asked.kind]}", f"seed={asked.seed}", audited, *asked.later]
             command(asked.processes, "run", "--previous", str(before), "--out", str(run), *sets(again))
     cfg, kept = saved_config(runs[0], world=1), Manifest.of_run(kept_run)
-    chain = Chain.load(runs[-1])
-    own = {
-        run.name: {"before": view_agreement(before, cfg, asked_for), "after": view_agreement(run, cfg, asked_for)}
-        for number, (before, run) in enumerate(zip([runs[0] / "original", *runs], runs, strict=False), 1)
-        for asked_for in [of_request(kept, chain, number)]
-    }  # fmt: skip
+    return looked_at(asked, runs, cfg, kept)
+
+
+def looked_at(asked: argparse.Namespace, runs: list[Path], cfg: RunConfig, kept: Manifest) -> dict:
+    """The figures of three finished runs; kept: the images of the first one, as before any purge."""
+    named, holdout = of_requests(kept, Chain.load(runs[-1])), kept.ids("holdout")
+    shown = [i for ids in (*named.values(), holdout) for i in ids]
+    encoders = {"before": runs[0] / "original", **{run.name: run for run in runs}}
+    if asked.reference:
+        encoders |= {f"retrained for the {run.name}": run / "retrained" for run in (runs[0], runs[-1])}
+    known = {name: agreements(folder, cfg, kept, shown) for name, folder in encoders.items()}
+
+    def level(encoder: str, number: int) -> float:
+        """AUC of view agreement of the images of a request against held-out images, in one encoder."""
+        return auc(Comparison.of(*(np.array([known[encoder][i] for i in ids]) for ids in (named[number], holdout))))
+
     found = {
         "kind": asked.kind, "seed": asked.seed, "purge": asked.purge, "processes": asked.processes,
-        "before": view_agreement(runs[0] / "original", cfg, kept),
-        **{run.name: view_agreement(run, cfg, kept) for run in runs},
-        "own": own,
+        **{name: level(name, 1) for name in encoders},
+        "own": {
+            run.name: {"before": level(before, number), "after": level(run.name, number)}
+            for number, (before, run) in enumerate(zip(encoders, runs, strict=False), 1)
+        },
         "in_later_batches": {run.name: in_later_batches(run, kept) for run in runs[1:]},
     }  # fmt: skip
     found["moved"] = found["third"] - found["first"]
+    if asked.reference:
+        found["moved_retrained"] = found["retrained for the third"] - found["retrained for the first"]
     return found
 
 
@@ -187,6 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--purge", action="store_true", help="purge the shards between the requests")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--reference", action="store_true", help="retrain for the first and the third request")
     parser.add_argument("--set", action="append", default=[], help="further settings of the first run")
     parser.add_argument("--later", action="append", default=[], help="further settings of the later runs")
     asked = parser.parse_args()

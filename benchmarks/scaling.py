@@ -74,7 +74,7 @@ class Step:
 
     weights: of the encoder, over all ranks. momentum_weights: of the momentum encoder, on this one; momentum_rows: one
     row of each of its weights. collectives, sizes: by (place, kind). reads: blocking ones, by place. objects: exchanges
-    of plain data, by place.
+    of plain data, by place. phi: differences of two coordinates that the distances of the constraint take on this rank.
     """
 
     collectives: Counter = field(default_factory=Counter)
@@ -85,6 +85,7 @@ class Step:
     momentum_weights: int = 0
     momentum_rows: int = 0
     peak_bytes: int = 0
+    phi: int = 0
 
     def total(self, what: str = "collectives", *, places: tuple[str, ...] = (), kind: str = "") -> int:
         """Sum over these places (none named: all) and kinds."""
@@ -94,7 +95,7 @@ class Step:
 
 
 class _Collectives(TorchDispatchMode):
-    """Collectives, and in `made` the storages that operations wrote to."""
+    """Collectives, pairs of the distances, and in `made` the storages that operations wrote to."""
 
     def __init__(self, step: Step, at: list[str]) -> None:
         super().__init__()
@@ -110,6 +111,8 @@ class _Collectives(TorchDispatchMode):
                 result = found if func.namespace == "_c10d_functional" else args[0]
                 tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
                 self.step.sizes[self.at[0], kind] += sum(t.numel() * t.element_size() for t in tensors)
+        if func is torch.ops.aten._cdist_forward.default:
+            self.step.phi += found.numel() * args[0].shape[-1]
         self.made.update(t.untyped_storage()._cdata for t in tree_leaves(found) if isinstance(t, Tensor))
         return found
 
@@ -127,7 +130,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _ids(role: str, count: int = IMAGES) -> list[str]:
+def _ids(role: str, count: int) -> list[str]:
     return [f"{role}{row}" for row in range(count)]
 
 
@@ -284,7 +287,8 @@ def _runner(cfg: RunConfig, method: Method, at: list[str]) -> Any:
 
     nothing = SimpleNamespace(step=lambda *a: None, note=lambda *a: None)
     feeders = {
-        name: SimpleNamespace(ids_by_rank=lambda draw, w, name=name: [_ids(name)] + [[]] * (w - 1)) for name in names
+        name: SimpleNamespace(ids_by_rank=lambda draw, w, name=name: [_ids(name, IMAGES)] + [[]] * (w - 1))
+        for name in names
     }
     phase = loop.Phase("count", Path(), 10, optim, method, feeders, lambda role: None, frozenset(), "")
     watch = SimpleNamespace(at=mark, count=0)
@@ -303,11 +307,17 @@ def cell(name: str, world: int, hollow: bool) -> list[str]:
         found.total("reads", places=BEFORE_BACKWARD), found.total("reads"),
     ]  # fmt: skip
     alive = f"{found.peak_bytes / 2**30:.2f}" if hollow else ""
-    return [name.replace(":", " "), *map(str, numbers), f"{found.total('sizes') / 2**20:.1f}", alive]
+    return [
+        name.replace(":", " "),
+        *map(str, numbers),
+        f"{found.total('sizes') / 2**20:.1f}",
+        f"{found.phi / 1e6:.2f}",
+        alive,
+    ]
 
 
 HEADER = ["step", "W", *dict.fromkeys(KINDS.values()), "of them momentum", "objects", "reads before the backward",
-          "reads", "MiB received", "GiB alive"]  # fmt: skip
+          "reads", "MiB received", "M differences of Phi", "GiB alive"]  # fmt: skip
 
 
 def main() -> None:

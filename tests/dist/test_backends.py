@@ -182,6 +182,7 @@ def main(folder: Path, kind: str) -> None:
         from distunlearn.engine.backends import zero
 
         zero.PERSISTENT = 0  # the toys are small: without this their weights would stay gathered
+        zero.TOGETHER = 40  # several weights at a time, and some that are larger
     backend = opened(kind)
     found = {"between": between(kind)}
     found |= {f"{name} {count}": train(backend, name, count) for name, count in CASES}

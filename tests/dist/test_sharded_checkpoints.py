@@ -38,7 +38,7 @@ def prepared(kind: str, seed: int = 0):
     momentum = MomentumEncoder(build("vit", seed=seed + 1))
     forward = backend.prepare(model, optimizer_of(model, "adamw"), 0.0)
     backend.follow(momentum)
-    return backend, model, momentum.model, forward
+    return backend, model, momentum, forward
 
 
 def held(backend, momentum) -> dict:
@@ -48,11 +48,13 @@ def held(backend, momentum) -> dict:
 
 def train_and_save(kind: str, folder: Path) -> dict:
     """Two steps; the state gathered on every rank, and saved in pieces."""
-    backend, model, momentum, forward = prepared(kind)
+    backend, model, average, forward = prepared(kind)
+    momentum = average.model
     for step in range(STEPS):
         backend.set_learning_rate(RATES[step])
         backend.backward(loss_of(model, forward, step, 8))
         backend.step()
+        backend.update_momentum(average, model, 0.5)
     ledger = Ledger(folder / f"ledger-{backend.world.rank}.jsonl")
     settings = CheckpointConfig(sharded="always")
     with Saver(folder / kind, backend, settings, ledger, StopRequest(folder), print) as saver:
@@ -71,7 +73,8 @@ def train_and_save(kind: str, folder: Path) -> dict:
 
 def load(kind: str, folder: Path, writer: str) -> dict:
     """What a model with other weights has under `kind` after it read the checkpoint of `writer`."""
-    backend, _, momentum, _ = prepared(kind, seed=5)
+    backend, _, average, _ = prepared(kind, seed=5)
+    momentum = average.model
     ledger = Ledger(folder / "ledger-0.jsonl", is_main=False)
     checkpoint = agreed_checkpoint(folder / writer, backend.world, ledger, print)
     state = read_state(checkpoint)

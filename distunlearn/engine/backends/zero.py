@@ -8,6 +8,7 @@ the forward, as under the other backends, so that a momentum encoder has float32
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distunlearn.config.schema import RunConfig
-from distunlearn.distributed.collectives import sum_over_ranks
+from distunlearn.distributed.collectives import all_gather_detached, sum_over_ranks
 from distunlearn.distributed.world import World
 from distunlearn.encoders.model import MomentumEncoder
 from distunlearn.engine.backends.base import Backend
@@ -27,6 +28,7 @@ from distunlearn.engine.backends.tensor_shards import Piece, Stored, part, whole
 from distunlearn.errors import ConfigError, DataError, NumericsError
 
 PERSISTENT = 100_000  # ZeRO-3: smaller parameters stay gathered between uses; their optimizer state is sharded
+TOGETHER = 50_000_000  # ZeRO-3: elements of weights that one collective gathers for the momentum encoder
 
 
 def zero_config(stage: int, *, micro_batch: int, clip: float, overlap: bool) -> dict[str, Any]:
@@ -219,8 +221,29 @@ class Zero(Backend):
 
     def update_momentum(self, momentum: MomentumEncoder, model: nn.Module, m: float) -> None:
         """See `Backend.update_momentum`; the momentum encoder itself is whole on every rank."""
-        with self._gathered():
-            momentum.update_from(dict(model.named_parameters()), m)
+        if self.stage < 3:
+            super().update_momentum(momentum, model, m)
+        else:
+            wanted = {name for name, _ in momentum.model.named_parameters()}
+            momentum.update_from(self._whole_weights({n: p for n, p in model.named_parameters() if n in wanted}), m)
+
+    @torch.no_grad()
+    def _whole_weights(self, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Stage 3: weights by name, whole, by one collective for every `TOGETHER` elements, where DeepSpeed's own
+        gathering takes one for each weight. Collective.
+        """
+        found = {name: weight.data for name, weight in named.items() if weight.ds_persist}  # they stay gathered
+        apart = [name for name in named if name not in found]
+        while apart:
+            ends = itertools.accumulate(named[name].ds_numel for name in apart)
+            count = max(1, sum(end <= TOGETHER for end in ends))
+            names, apart = apart[:count], apart[count:]
+            mine = [named[name].ds_tensor.flatten() for name in names]
+            everyone = all_gather_detached(torch.cat(mine)).view(self.world.size, -1)  # of equal sizes: padded
+            for name, parts in zip(names, everyone.split([own.numel() for own in mine], dim=1), strict=True):
+                weight = named[name]
+                found[name] = parts.reshape(-1)[: weight.ds_numel].view(weight.ds_shape)
+        return found
 
     # -- state ---------------------------------------------------------------------------------------------------
 
