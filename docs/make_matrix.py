@@ -16,7 +16,7 @@ from typing import Any
 
 from distunlearn.config.checks import cross_checks
 from distunlearn.config.registry import EVALUATOR, settings_of
-from distunlearn.config.schema import RunConfig
+from distunlearn.config.schema import RunConfig, RuntimeConfig
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 HEAD = """\
@@ -107,11 +107,14 @@ def attention(cells: list[dict[str, Any]]) -> str:
 
 
 def refusals() -> list[str]:
-    """What a run says at its start where an evaluator cannot work."""
+    """What a run says at its start where an evaluator or a feature cannot work."""
     found = []
-    for evaluator, backend, precision in (("double_backward", "fsdp2", "fp32"), ("double_backward", "zero3", "fp32"),
-                                          ("sliced", "ddp", "bf16")):  # fmt: skip
-        cfg = RunConfig(backend=backend, precision=precision, constraint=settings_of(EVALUATOR, evaluator))
+    for evaluator, backend, precision, compiled in (
+        ("double_backward", "fsdp2", "fp32", False), ("double_backward", "zero3", "fp32", False),
+        ("sliced", "ddp", "bf16", False), ("head", "zero3", "fp32", True),
+    ):  # fmt: skip
+        cfg = RunConfig(backend=backend, precision=precision, constraint=settings_of(EVALUATOR, evaluator),
+                        runtime=RuntimeConfig(compile=compiled))  # fmt: skip
         problems = cross_checks(cfg)
         found += [textwrap.fill(f"* {problem}.", 118, subsequent_indent="  ") for problem in problems]
     return found

@@ -47,7 +47,8 @@ def cross_checks(cfg: RunConfig, world: int = 1, begun: bool = False) -> list[st
     """
     encoder = functools.partial(_encoder, begun=begun)
     checks = (
-        _seed, _text, _sources, _store, _forget, _requests, _sizes, encoder, _views, _optimizers, _parts, _dose, _audit,
+        _seed, _text, _sources, _store, _forget, _requests, _sizes, encoder, _views, _optimizers, _compilation, _parts,
+        _dose, _audit,
     )  # fmt: skip
     problems = [problem for check in checks for problem in check(cfg)]
     problems.extend(_processes(cfg, world))
@@ -227,6 +228,14 @@ def _optimizers(cfg: RunConfig) -> Iterator[str]:
             )
         if settings.nesterov and (settings.optimizer == "adamw" or not settings.momentum):
             yield f"{key}.nesterov=true needs momentum above 0 and optimizer sgd or lars; set {key}.nesterov=false"
+
+
+def _compilation(cfg: RunConfig) -> Iterator[str]:
+    if cfg.runtime.compile and cfg.backend == "zero3":
+        yield (
+            "runtime.compile=true gains nothing with backend=zero3, whose hooks around every layer cut each block into "
+            "pieces that are compiled one by one; set backend=fsdp2, or runtime.compile=false"
+        )
 
 
 def _parts(cfg: RunConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from distunlearn.config import recipes
 from distunlearn.config.checks import cross_checks
 from distunlearn.config.load import load_config, save_config
 from distunlearn.config.registry import KINDS, METHOD, OBJECTIVE, settings_of
-from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig
+from distunlearn.config.schema import DataConfig, EncoderConfig, PretrainConfig, RunConfig, RuntimeConfig
 from distunlearn.config.shape import digest, field_diff, known_keys, part_keys
 from distunlearn.errors import ConfigError
 
@@ -385,3 +385,10 @@ def test_cross_checks_of_a_config_made_in_python():
     assert cross_checks(load()) == []
     cfg = RunConfig(encoder=EncoderConfig(name=" "), data=DataConfig(source="stl10"))
     assert len(cross_checks(cfg)) == 2
+
+
+@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_what_zero3_would_cut_into_pieces_is_not_compiled(backend):
+    cfg = replace(load(), backend=backend, runtime=RuntimeConfig(compile=True))
+    found = ["set backend=fsdp2, or runtime.compile=false" in problem for problem in cross_checks(cfg)]
+    assert found == ([True] if backend == "zero3" else [])

@@ -388,6 +388,6 @@ def within(found: tuple[float, float], case: Case, precision: str, steps: int) -
 
 def runs_on(case: Case, kind: str) -> bool:
     """What a run would not refuse at its start."""
-    if case.evaluator == "double_backward" and kind in SHARDED:
+    if (case.evaluator == "double_backward" and kind in SHARDED) or (case.compile and kind == "zero3"):
         return False
     return not (case.evaluator == "sliced" and case.bf16)
