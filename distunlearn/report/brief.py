@@ -42,9 +42,9 @@ def next_step(run: RunFiles, verdict: str, folder: str) -> str:
 
 def _asked(run: RunFiles, request: dict[str, Any]) -> list[str]:
     chosen = "" if request["chosen"] == NOT_EVALUATED else f": {request['chosen']}"
-    found = [f"To forget {request['count']} images{chosen}."]
+    found = [f"To forget {request['count']} image{'' if request['count'] == '1' else 's'}{chosen}."]
     if (people := number(run.audit, "persons", "forget")) is not None:
-        found.append(f"They show {whole(people)} persons.")
+        found.append(f"Persons on them: {whole(people)}.")
     if len(earlier := run.chain.get("images") or []) > 1:
         found.append(f"It is request {len(earlier)} on this encoder.")
     return found

@@ -298,8 +298,8 @@ def distances(run: RunFiles) -> list[dict[str, str]]:
     steps = [_steps(tree(audit, "relearning", encoder)) for encoder in ("unlearned", "retrained")]
     measured = bool(tree(audit, "relearning", "unlearned"))
     rows = [
-        ("Average gap", text(number(audit, "average_gap", "value"), 2), "points; mean over four attacks and both "
-         "usefulness tests of the difference to the retrained encoder; 0 is best"),
+        ("Average gap", text(number(audit, "average_gap", "value"), 2), "points; mean over "
+         f"{len(tree(audit, 'average_gap', 'gaps'))} checks of the difference to the retrained encoder; 0 is best"),
         _level_row(run),
         ("Tug of war (ToW)", text(number(audit, "tow", "tow")), "1: as accurate as the retrained encoder on retained, "
          "forgotten and unseen images"),
@@ -359,8 +359,9 @@ def _points(figures: dict[str, Any]) -> str:
 
 
 def two_sample(run: RunFiles) -> list[dict[str, str]]:
-    """The classifier that tries to tell forgotten from third-party images, for each encoder."""
-    return [{"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in encoders(run)]
+    """The classifier that tries to tell forgotten from third-party images, for each encoder; [] where none was."""
+    rows = [{"encoder": encoder} | _told_apart(tree(run.audit, "two_sample", encoder)) for encoder in encoders(run)]
+    return rows if any(row["auc"] != NOT_EVALUATED for row in rows) else []
 
 
 def controls(run: RunFiles) -> dict[str, Any]:

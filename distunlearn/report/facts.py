@@ -284,7 +284,7 @@ def coverage(run: RunFiles) -> dict[str, Any]:
     elif least >= 1 and retained == 0:
         state = "pass"
         sentence = (
-            f"Every one of the {whole(values['requested'])} requested images entered the forgetting, at least "
+            f"Every requested image ({whole(values['requested'])}) entered the forgetting, at least "
             f"{whole(least)} and at most {whole(values['consumed_max'])} times. None was used as an image to keep."
         )
     else:

@@ -169,7 +169,7 @@ def test_a_key_of_another_part_is_refused_with_its_owners_and_the_nearest_key():
 
 def test_what_the_recipe_sets_for_its_own_part_goes_and_what_both_have_stays():
     cfg = load("method.name=scrub", "objective.name=moco")
-    assert cfg.method == settings_of(METHOD, "scrub") and load().method.output_weight == 0.1
+    assert cfg.method == settings_of(METHOD, "scrub") and load().method.output_weight == 0.13
     assert cfg.objective == settings_of(OBJECTIVE, "moco", hidden_dim=256) and load().objective.hidden_dim == 256
     assert load("constraint.evaluator=sketch").constraint.view_pairs == load().constraint.view_pairs == 2
 

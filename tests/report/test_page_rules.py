@@ -38,7 +38,7 @@ ONLY = {  # words -> the kinds on whose page they stand
     "groups of 20 held-out images": {"tier_0_few"},
     "12 images are too few for a pass": {"small_request"},
     "images are recognised,": {"fail", "tier_0"},
-    "They show 24 persons": {"persons"},
+    "Persons on them: 24": {"persons"},
     "3 images of the requested persons stay": {"persons"},
     "It is request 3 on this encoder": {"chained"},
     "The original was not trained in this run": {"chained"},

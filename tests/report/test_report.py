@@ -51,7 +51,7 @@ def test_every_audited_thing_is_on_the_page(finished: dict[str, Path]) -> None:
         assert f"{summary['two_sample'][encoder]['auc']:.3f}" in found.text("non-members")
         assert f"{summary['controls']['third_party_against_holdout'][encoder]['auc']:.3f}" in found.text("controls")
     assert "63 000" in found.text("cost") and "21 %" in found.text("cost")
-    assert "Every one of the 40 requested images" in found.text("asked")
+    assert "Every requested image (40) entered" in found.text("asked")
     assert "130 training steps, resumed after an interruption (2 attempts)" in found.text("asked")
     assert "handwritten digits" in found.text("asked") and "drawn by chance with seed 0" in found.text("asked")
     for head, _ in texts.LIMITS:
