@@ -233,7 +233,7 @@ def _optimizers(cfg: RunConfig) -> Iterator[str]:
 def _compilation(cfg: RunConfig) -> Iterator[str]:
     if cfg.runtime.compile and cfg.backend == "zero3":
         yield (
-            "runtime.compile=true gains nothing with backend=zero3, whose hooks around every layer cut each block into "
+            "runtime.compile=true does not go with backend=zero3, whose hooks around every layer cut each block into "
             "pieces that are compiled one by one; set backend=fsdp2, or runtime.compile=false"
         )
 

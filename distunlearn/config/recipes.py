@@ -1,7 +1,7 @@
 """Named recipes: functions that return a RunConfig, derived from one another.
 
 Embedded recipes use scikit-learn's digits (8 x 8 pixels, shown to the encoder at 32 x 32) and encoders that
-two CPU cores train in a few minutes. Settings of `digits` were chosen on seeds 10 to 13. The others take over what was
+two CPU cores train in a few minutes. Settings of `digits` were chosen on seeds 10 to 12. The others take over what was
 chosen on the digits before, without `method.climb_weight`, which was measured with SimCLR and a ResNet alone. Change
 single values with `--set`, or derive a function of your own.
 """

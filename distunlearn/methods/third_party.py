@@ -17,8 +17,7 @@ not over-correct; else Phi* is 0 and the term stays on. With `constraint.memory_
 against the samples of the last steps as well. The anchor holds the third party where the original encoder, which never
 met it, had it. With `climb_weight` the forgotten images' own loss l_i in one batch with the retained ones is turned
 round: a direction of little noise that takes most of the trace away, so that small weights of Phi, whose gradient is
-noisy, suffice. L_task stays that of the retained images alone, as retraining has it: as negatives the forgotten ones
-would be pushed away.
+noisy, suffice. L_task stays that of the retained images alone: as negatives the forgotten ones would be pushed away.
 
 Source of the three parts and of the third-party idea: Chen, Wang and Mi, "Private Data Protection with Machine
 Unlearning in Contrastive Learning Networks", Mathematics 12(24):4001, 2024; predecessor Wang and Chen, arXiv

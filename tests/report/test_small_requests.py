@@ -61,3 +61,11 @@ def test_a_larger_request_that_is_not_settled_is_told_that_no_check_failed(tmp_p
     run, audit = small(tmp_path, "pass", 12)
     assert audit["gates"]["verdict"] == "inconclusive"
     assert "No check failed" in ending(run)
+
+
+def test_one_image_has_no_table_without_a_figure(tmp_path: Path) -> None:
+    """No classifier can be fitted on it, which is said once; control: twelve images have the table."""
+    one, few = (page(small(tmp_path / str(images), "unknown", images)[0]) for images in (1, 12))
+    assert "AUC of the classifier" in few.text("non-members")
+    assert "AUC of the classifier" not in one.text("non-members") and "not evaluated" in one.text("non-members").lower()
+    assert "To forget 1 image:" in one.text() and "To forget 12 images:" in few.text()

@@ -266,7 +266,7 @@ class GhostGradients:
 
         signs: one per row, 0 for a row that is left as it is; see `moved_rows`. The other rows are the kept samples
         in turn, i = 0 .. kept - 1, once or several times. steps: [kept]; rho / n_i makes a step of length rho.
-        A forward that the backward repeats gets them too: see `encoders.recompute`.
+        A forward that the backward repeats gets them too: see `encoders.activation_checkpointing`.
         """
         moved = moved_rows(signs)
         taken = [sign for sign in signs if sign]

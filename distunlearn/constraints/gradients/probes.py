@@ -107,7 +107,7 @@ class ProbeSet:
             signs: R factors of the rows (+1, -1; 0 for a row without probe, which costs nothing); None: 1. In every
                 branch the rows with a sign come first.
 
-        A forward that the backward repeats (activation checkpointing) gets them too: see `encoders.recompute`.
+        A forward that the backward repeats gets them too: see `encoders.activation_checkpointing`.
         """
         signs = [1.0] * len(rows) if signs is None else [float(sign) for sign in signs]
         assert len(signs) == len(rows), "one sign per row"
@@ -263,11 +263,11 @@ class _Listener(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, leaf: Tensor, small: Tensor, outer: Tensor, rows: Tensor, layout: str) -> Tensor:
-        """y: as `_layout` has it; leaf: C [n, k_out, k_in]; small: A x as `ProbeSet._reduced` gives it."""
+        """y: as `_layout` has it; leaf: C [n, k_out, k_in]; small: A x as `_reduced` gives it."""
         ctx.save_for_backward(small, outer, rows)
         ctx.leaf = leaf.shape, leaf.dtype
         ctx.layout, ctx.told = layout, False
-        return y.detach()  # its memory, which no backward pass needs: see `rows.added_to`
+        return y.detach()  # its memory, which no backward pass needs: see `inplace_ops.added_to`
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
